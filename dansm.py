@@ -1,0 +1,749 @@
+"""DANSM: pair each sample with a near noise, and diffusion and flow models train faster.
+
+A rectified flow learns to carry noise z to data x along straight lines. Usually each x gets a random z,
+so the lines cross, and where they cross the network can only learn their average. Distance-aware
+noise-sample matching (ICLR 2025, "Easing Training Process of Rectified Flow Models via Lengthening
+Inter-Path Distance") lets each sample take the nearest noise left in a pool of `match_size` noises:
+the lines cross less, and samples of few steps get good earlier. Nothing else of the training changes.
+
+Read top to bottom:
+
+    1 matching    cost_matrix, greedy, optimal, nearest_of_k, NoisePool, pairs
+    2 flows       RectifiedFlow, Diffusion: loss(net, x, z) and sample(net, z, steps)
+    3 network     UNet: the paper's two networks, by their settings
+    4 training    train: the plain loop
+    5 measuring   path length, crossing, straightness, inter-path distance, Fréchet distance
+    6 commands    toy, digits, train, sample, bench
+
+Names used throughout: x is data, z is noise, both (B, C, H, W) or any (B, ...); t runs from noise (0) to
+data (1); B is the batch, M the pool's match_size, D the count of numbers in one sample.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+class BadInput(ValueError):
+    """What was given cannot be used. The commands print it as one line and exit with code 2."""
+
+
+# ---------------------------------------------------------------------------------------------------
+# 1  Matching
+# ---------------------------------------------------------------------------------------------------
+
+COSTS = ("squared", "inner")
+METHODS = ("random", "greedy", "optimal", "nearest")
+
+
+def squared_distances(x: Tensor, z: Tensor, z_squared: Tensor | None = None) -> Tensor:
+    """‖x_i − z_j‖² for every i and j, by one matrix product: ‖x‖² − 2⟨x, z⟩ + ‖z‖².
+
+    x: (B, ...), z: (M, ...) → (B, M). `z_squared`, the (M,) of ‖z_j‖², saves a pass over a pool used often.
+    """
+    x, z = x.flatten(1), z.flatten(1)
+    if z_squared is None:
+        z_squared = z.square().sum(1)
+    return torch.addmm(z_squared, x, z.T, alpha=-2).add_(x.square().sum(1, keepdim=True))
+
+
+def cost_matrix(x: Tensor, z: Tensor, cost: str = "squared", z_squared: Tensor | None = None) -> Tensor:
+    """What it costs to give noise j to sample i. x: (B, ...), z: (M, ...) → (B, M), lower is better.
+
+    "squared"  ‖x − z‖², the paper's (it takes the mean over D in place of the sum: the same order).
+    "inner"    −⟨x, z⟩. Over a whole pool every noise is given out once, so Σ‖z‖² is the same for every
+               pairing and only Σ⟨x, z⟩ can be won. A greedy pick by distance chases short noises all the
+               same, and leaves the long ones to the last samples; without ‖z‖² it cannot. On images that
+               is nearer to the optimum at every match_size. In 2D it is not: there −⟨x, z⟩ sends even a
+               sample near the origin to the farthest noise in its direction.
+    """
+    if cost == "inner":
+        return -(x.flatten(1) @ z.flatten(1).T)
+    return squared_distances(x, z, z_squared)
+
+
+def greedy(cost: Tensor) -> Tensor:
+    """The paper's serial rule: in batch order, each sample takes its nearest noise that is still free.
+
+    cost: (B, M) with B ≤ M; a noise that is already taken costs inf. Ties go to the lower index.
+    Returns the (B,) int64 indices of the noises picked, no index twice. Both ways below give the very
+    same picks; with few noises to go round almost all samples quarrel, and taking turns is quicker.
+    """
+    samples, noises = cost.shape
+    return _greedy_in_turn(cost) if noises < 4 * samples else _greedy_by_rounds(cost)
+
+
+def _greedy_in_turn(cost: Tensor) -> Tensor:
+    """The rule as it reads: one sample after the other."""
+    rows = cost.cpu().numpy()
+    taken = np.zeros(rows.shape[1], rows.dtype)
+    picks = np.empty(len(rows), np.int64)
+    for i, row in enumerate(rows):
+        picks[i] = (row + taken).argmin()
+        taken[picks[i]] = np.inf
+    return torch.from_numpy(picks).to(cost.device)
+
+
+def _greedy_by_rounds(cost: Tensor) -> Tensor:
+    """The same picks with all samples choosing at once (deferred acceptance, Gale and Shapley 1962).
+
+    Every waiting sample names its nearest noise that no earlier sample holds; a noise named by several is
+    held by the earliest of them, and the others, the one it is taken from included, name again. All
+    noises prefer the earlier sample, and under one common preference the outcome is the serial one.
+    """
+    order = torch.arange(len(cost), device=cost.device)
+    holder = torch.full((cost.shape[1],), len(cost), device=cost.device)  # len(cost): held by nobody
+    picks = torch.empty_like(order)
+    waiting = order
+    while len(waiting):
+        held = holder <= waiting[:, None]
+        picks[waiting] = cost[waiting].masked_fill_(held, torch.inf).argmin(1)
+        holder.scatter_reduce_(0, picks[waiting], waiting, "amin")
+        waiting = order[holder[picks] != order]
+    return picks
+
+
+def optimal(cost: Tensor) -> Tensor:
+    """Linear assignment: the pairing of least total cost. cost: (B, M), B ≤ M → picks (B,).
+
+    Exact, by scipy on the CPU in about M³ operations: 10 ms for 250, a quarter of a second for 1,000, 9 s for
+    4,000.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    _, picks = linear_sum_assignment(cost.cpu().numpy())
+    return torch.from_numpy(picks).to(cost.device)
+
+
+def nearest_of_k(x: Tensor, k: int, cost: str = "squared", generator: torch.Generator | None = None) -> Tensor:
+    """Each sample draws k fresh noises and keeps the nearest. x: (B, ...) → z: (B, ...). For comparison.
+
+    It needs no pool, but it bends the prior: the other k − 1 noises are thrown away, never trained on, so
+    the noises used are no longer N(0, I). Their mean is pulled to the data's and, by squared distance, they
+    are too short, while sampling still starts from N(0, I).
+    """
+    flat = x.detach().float().flatten(1)
+    kept = torch.empty_like(flat)
+    block = max(1, 2**24 // (k * flat.shape[1]))  # samples at a time, so that their noises fill 64 MB
+    for rows, out in zip(flat.split(block), kept.split(block)):
+        z = torch.randn(len(rows), k, flat.shape[1], device=x.device, generator=generator)
+        scores = torch.einsum("bkd,bd->bk", z, rows)
+        if cost == "squared":
+            scores -= z.square().sum(2) / 2  # ‖x − z‖² = ‖x‖² − 2 (⟨x, z⟩ − ‖z‖²/2)
+        out.copy_(z[torch.arange(len(rows), device=x.device), scores.argmax(1)])
+    return kept.view(x.shape).to(x)
+
+
+class NoisePool:
+    """A pool of `match_size` noises: call it with a batch, get the noises matched to it.
+
+        pool = NoisePool(10_000, x.shape[1:], device=x.device)      # once
+        z = pool(x)                                                 # was: z = torch.randn_like(x)
+
+    Samples are served in batch order, each takes its nearest noise, which leaves the pool; an empty pool is
+    drawn anew, in the middle of a batch if need be. So the scope of the match does not depend on the batch
+    size, which may be 1. Over a whole pool the noises handed out are exactly those drawn: the prior stays
+    N(0, I). match_size 0 or 1 is vanilla training, a random noise for each sample.
+
+    shape: of one sample, (C, H, W) or any other.   cost: see `cost_matrix`.   dtype: of the noises kept;
+    torch.bfloat16 halves the memory, match_size × D × 4 bytes in float32.
+    Raises BadInput for a negative or fractional match_size, a batch of another shape, NaN or infinite data.
+    """
+
+    def __init__(self, match_size: int, shape, *, cost: str = "squared", device="cpu", dtype=torch.float32, seed=0):
+        self.match_size = check_count("match_size", match_size, at_least=0)
+        self.cost = check_choice("cost", cost, COSTS)
+        self.shape = torch.Size(shape)
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.noise = torch.empty(0, self.shape.numel(), device=device, dtype=dtype)
+        self.left = 0  # how many noises are free
+        self._forget()
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: (B, *shape), any B, dtype and device → z: the same, z_i matched to x_i."""
+        if x.shape[1:] != self.shape:
+            raise BadInput(f"the pool holds noises of shape {tuple(self.shape)}, the batch is {tuple(x.shape)}: "
+                           f"expected (B, {', '.join(map(str, self.shape))})")
+        if not torch.isfinite(x).all():
+            raise BadInput(f"the batch of shape {tuple(x.shape)} holds NaN or infinite values: expected finite data")
+        samples = x.detach().flatten(1).to(self.noise)
+        z = torch.empty_like(samples)
+        if self.match_size <= 1:
+            return self.fresh(x)
+        served = 0
+        while served < len(samples):
+            if self.left == 0:
+                self._refill()
+            now = slice(served, served + self.left)
+            z[now] = self._take(samples[now])
+            served = now.stop
+        return z.view(x.shape).to(x)
+
+    def _take(self, x: Tensor) -> Tensor:
+        """Match x: (B, D), B ≤ left, among the noises left."""
+        rows = len(self.taken)
+        cost = cost_matrix(x, self.noise[:rows], self.cost, self.squared)
+        picks = greedy(cost.masked_fill_(self.taken, torch.inf))
+        z = self.noise[picks]
+        self.taken[picks] = True
+        self.left -= len(picks)
+        if self.left < 0.75 * rows:
+            self._keep(~self.taken)
+        return z
+
+    def _refill(self) -> None:
+        self._drawn_from = self.generator.get_state()
+        if len(self.noise) == 0:
+            self.noise = self.noise.new_empty(self.match_size, self.noise.shape[1])
+        self.noise.normal_(generator=self.generator)
+        self.left = self.match_size
+        self.index = torch.arange(self.match_size, device=self.noise.device)  # each row's place in the draw
+        self.taken = torch.zeros_like(self.index, dtype=torch.bool)
+        self.squared = self.noise.square().sum(1) if self.cost == "squared" else None
+
+    def _keep(self, mask: Tensor) -> None:
+        """Move the rows of the mask to the front, in order: a noise that is taken needs no cost."""
+        kept = mask.nonzero().squeeze(1)
+        for start in range(0, len(kept), 1024):  # in place: a row only ever moves up, onto one already moved
+            rows = kept[start : start + 1024]
+            self.noise[start : start + len(rows)] = self.noise[rows]
+        self.index, self.taken = self.index[kept], self.taken[kept]
+        self.squared = self.squared[kept] if self.squared is not None else None
+
+    def _forget(self) -> None:
+        self.index = torch.empty(0, dtype=torch.int64, device=self.noise.device)
+        self.taken = self.index.bool()
+        self.squared = None
+        self.left = 0
+
+    def fresh(self, x: Tensor) -> Tensor:
+        """Unmatched noise for x from the pool's generator, as `torch.randn_like(x)`."""
+        return torch.randn(x.shape, device=self.noise.device, generator=self.generator).to(x)
+
+    def state_dict(self) -> dict:
+        """All a checkpoint needs to go on with the same noises: the generator before it drew this pool, and
+        which of them are taken. The pool itself is drawn again. About 9 bytes a noise."""
+        state = self._drawn_from if self.left else self.generator.get_state()
+        return {"match_size": self.match_size, "left": self.left, "generator": state,
+                "index": self.index.clone(), "taken": self.taken.clone()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on where `state_dict` was taken, in a pool made with the same arguments."""
+        if state["match_size"] != self.match_size:
+            raise BadInput(f"the saved pool has match_size {state['match_size']}, this one {self.match_size}: "
+                           "expected the same")
+        self.generator.set_state(state["generator"].cpu())
+        self._forget()
+        if state["left"]:
+            self._refill()
+            index = state["index"].to(self.index.device)
+            self._keep(torch.zeros_like(self.taken).index_fill_(0, index, True))
+            self.taken = state["taken"].to(self.taken.device)
+            self.left = state["left"]
+
+
+def pairs(batches: Iterable[Tensor], method: str = "greedy", match_size: int = 10_000, *, cost: str = "squared",
+          seed: int = 0, pool: NoisePool | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pair every batch x with noises z and yield (x, z), the same batches in the same order.
+
+    method  "random"   a fresh noise for each sample: vanilla training
+            "greedy"   `NoisePool`, the paper's method
+            "optimal"  collects match_size samples, over several batches if need be, and solves the linear
+                       assignment with as many noises; the last partial group is matched among itself
+            "nearest"  the nearest of match_size fresh noises, see `nearest_of_k`
+    pool    for a run that is resumed: its noises serve "greedy", its generator every method.
+    Raises BadInput for an unknown method or cost and for a match_size that is not a whole number.
+    """
+    check_choice("method", method, METHODS)
+    check_choice("cost", cost, COSTS)
+    check_count("match_size", match_size, at_least=0 if method in ("random", "greedy") else 1)
+    return _pairs(iter(batches), method, match_size, cost, seed, pool)
+
+
+def _pairs(batches, method, match_size, cost, seed, pool):
+    for x in batches:
+        if pool is None:
+            pool = NoisePool(match_size, x.shape[1:], cost=cost, device=x.device, seed=seed)
+        if method == "optimal":
+            yield from _optimal_pairs(chain([x], batches), match_size, cost, pool)
+        elif method == "greedy":
+            yield x, pool(x)
+        elif method == "nearest":
+            yield x, nearest_of_k(x, match_size, cost, pool.generator)
+        else:
+            yield x, pool.fresh(x)
+
+
+def _optimal_pairs(batches, match_size, cost, pool):
+    sizes, x, z = deque(), [], []  # batches not handed out yet: their sizes, their samples, the noises so far
+    for batch in chain(batches, [None]):  # None: no more are coming, match what is there
+        if batch is not None:
+            sizes.append(len(batch))
+            x += batch
+        while len(x) - len(z) >= (match_size if batch is not None else 1):
+            group = torch.stack(x[len(z) : len(z) + match_size])
+            noise = pool.fresh(group)
+            z += noise[optimal(cost_matrix(group.float(), noise.float(), cost))]
+        while sizes and len(z) >= sizes[0]:
+            size = sizes.popleft()
+            yield torch.stack(x[:size]), torch.stack(z[:size])
+            del x[:size], z[:size]
+
+
+def path_noise(images: Iterable[int], shape, seed: int = 0, device="cpu") -> Tensor:
+    """The noise each image starts from, (len(images), *shape): image 17 is the same in any batch, on any device."""
+    draws = [np.random.default_rng([seed, image]).standard_normal(tuple(shape), np.float32) for image in images]
+    return torch.from_numpy(np.stack(draws)).to(device)
+
+
+def check_count(name: str, value, at_least: int = 1) -> int:
+    """`value` as an int, or BadInput if it is not a whole number from `at_least` on."""
+    if isinstance(value, bool) or value != value or int(value) != value or value < at_least:
+        raise BadInput(f"{name} is {value}: expected a whole number of at least {at_least}")
+    return int(value)
+
+
+def check_choice(name: str, value, choices):
+    """`value`, or BadInput if it is none of `choices`."""
+    if value not in choices:
+        raise BadInput(f"{name} is {value!r}: expected one of {', '.join(choices)}")
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------
+# 2  Flows
+# ---------------------------------------------------------------------------------------------------
+
+TIMES = ("uniform", "logit-normal")
+
+
+def draw_times(count: int, times: str, device=None) -> Tensor:
+    """`count` times in (0, 1): uniform as in the paper, or the sigmoid of a standard normal, which favours the
+    middle, where the paths are nearest to each other (Esser et al. 2024, Stable Diffusion 3)."""
+    return torch.rand(count, device=device) if times == "uniform" else torch.randn(count, device=device).sigmoid()
+
+
+def over(t: Tensor, x: Tensor) -> Tensor:
+    """t: (B,) shaped to multiply x: (B, ...)."""
+    return t.reshape(-1, *[1] * (x.ndim - 1))
+
+
+class RectifiedFlow:
+    """Straight paths x_t = t·x + (1 − t)·z; the network learns the velocity x − z (Liu et al. 2022).
+
+    The network sees 999·t, so that its time embedding spans what it does in a diffusion.
+    times: "uniform" or "logit-normal".   solver: "euler", or "heun" (second order, two evaluations a step).
+    """
+
+    first_t = 1e-3  # the paper keeps away from t = 0, in training and in sampling
+
+    def __init__(self, times: str = "uniform", solver: str = "euler"):
+        self.times = check_choice("times", times, TIMES)
+        self.solver = check_choice("solver", solver, ("euler", "heun"))
+
+    def loss(self, net: nn.Module, x: Tensor, z: Tensor, t: Tensor | None = None) -> Tensor:
+        """Mean squared error of the velocity at random times, or at t: (B,) in [0, 1]. A scalar."""
+        if t is None:
+            t = draw_times(len(x), self.times, x.device)
+        t = self._network_time(t)
+        x_t = over(t, x) * x + over(1 - t, x) * z
+        return F.mse_loss(net(x_t, 999 * t), x - z)
+
+    def path(self, net: nn.Module, z: Tensor, steps: int) -> Iterator[Tensor]:
+        """The states from z on, `steps` + 1 of them, the last one x."""
+        x, dt = z, 1 / check_count("steps", steps)
+        yield x
+        for i in range(steps):
+            v = self._velocity(net, x, i * dt)
+            if self.solver == "heun":  # the mean of the slopes at both ends of the step
+                v = (v + self._velocity(net, x + v * dt, (i + 1) * dt)) / 2
+            x = x + v * dt
+            yield x
+
+    def sample(self, net: nn.Module, z: Tensor, steps: int) -> Tensor:
+        """x from z in `steps` equal steps, without gradients."""
+        return _end(self.path(net, z, steps))
+
+    def _velocity(self, net, x, t):
+        return net(x, 999 * self._network_time(torch.full((len(x),), t, device=x.device)))
+
+    def _network_time(self, t):
+        return t * (1 - self.first_t) + self.first_t
+
+
+class Diffusion:
+    """Denoising diffusion: the network learns the noise in √ᾱ·x + √(1−ᾱ)·z (DDPM, Ho et al. 2020), and DDIM
+    takes few steps back without randomness (Song et al. 2020). The same two methods as `RectifiedFlow`.
+
+    Diffusion counts its T = 1,000 levels of noise from the data's side: level 0 is almost data, level 999
+    almost noise. β rises from 1e-4 to 0.02, ᾱ is the running product of 1 − β.
+    """
+
+    levels = 1000
+
+    def __init__(self, times: str = "uniform"):
+        self.times = check_choice("times", times, TIMES)
+        self.signal = (1 - torch.linspace(1e-4, 0.02, self.levels, dtype=torch.float64)).cumprod(0)  # ᾱ
+
+    def loss(self, net: nn.Module, x: Tensor, z: Tensor, t: Tensor | None = None) -> Tensor:
+        """Mean squared error of the noise at random levels, or at t: (B,) in [0, 1], 0 noise and 1 data. A scalar."""
+        if t is None:
+            t = draw_times(len(x), self.times, x.device)
+        level = ((1 - t) * self.levels).long().clamp_(0, self.levels - 1)
+        signal = over(self.signal.to(x.device, x.dtype)[level], x)
+        return F.mse_loss(net(signal.sqrt() * x + (1 - signal).sqrt() * z, level.to(x.dtype)), z)
+
+    def path(self, net: nn.Module, z: Tensor, steps: int) -> Iterator[Tensor]:
+        """The states from z on, `steps` + 1 of them, the last one x, on every (1000 // steps)-th level."""
+        check_count("steps", steps)
+        if steps > self.levels:
+            raise BadInput(f"steps is {steps}: expected at most {self.levels}, the levels of the diffusion")
+        stride = self.levels // steps
+        x = z
+        yield x
+        for level in reversed(range(0, steps * stride, stride)):
+            noise = net(x, torch.full((len(x),), float(level), device=x.device))
+            signal = self.signal[level].item()
+            clean = (x - math.sqrt(1 - signal) * noise) / math.sqrt(signal)
+            signal = self.signal[level - stride].item() if level else 1.0
+            x = math.sqrt(signal) * clean + math.sqrt(1 - signal) * noise
+            yield x
+
+    def sample(self, net: nn.Module, z: Tensor, steps: int) -> Tensor:
+        """x from z in `steps` steps, without gradients."""
+        return _end(self.path(net, z, steps))
+
+
+FLOWS = {"rectified": RectifiedFlow, "diffusion": Diffusion}
+
+
+@torch.no_grad()
+def _end(path: Iterator[Tensor]) -> Tensor:
+    return deque(path, maxlen=1).pop()
+
+
+# ---------------------------------------------------------------------------------------------------
+# 3  Network
+# ---------------------------------------------------------------------------------------------------
+
+
+def norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(min(channels // 4, 32), channels, eps=1e-6)
+
+
+def conv(c_in: int, c_out: int, size: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(c_in, c_out, size, stride, padding=size // 2)
+
+
+def zero(layer: nn.Module) -> nn.Module:
+    """Marked to start at zero, so that its block starts as the identity."""
+    layer.starts_at_zero = True
+    return layer
+
+
+class ResBlock(nn.Module):
+    """Norm, SiLU, convolution, twice; the time is added between. `resample` "up" or "down" halves or doubles the
+    image on both branches (BigGAN); `scale` is the factor after the sum. (B, c_in, H, W) → (B, c_out, H', W')."""
+
+    def __init__(self, c_in: int, c_out: int, c_time: int, dropout: float, scale: float = 1.0, resample: str = ""):
+        super().__init__()
+        self.scale = scale
+        self.norm1, self.conv1 = norm(c_in), conv(c_in, c_out, 3)
+        self.time = nn.Linear(c_time, c_out)
+        self.norm2, self.conv2 = norm(c_out), zero(conv(c_out, c_out, 3))
+        self.dropout = nn.Dropout(dropout)
+        self.skip = conv(c_in, c_out, 1) if c_in != c_out or resample else nn.Identity()
+        self.resample = {"": nn.Identity(), "up": nn.Upsample(scale_factor=2), "down": nn.AvgPool2d(2)}[resample]
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        h = self.conv1(self.resample(F.silu(self.norm1(x))))
+        h = h + self.time(F.silu(time))[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return (self.skip(self.resample(x)) + h) * self.scale
+
+
+class Attention(nn.Module):
+    """Every pixel looks at every other, one head over all channels. (B, C, H, W) → the same."""
+
+    def __init__(self, channels: int, scale: float = 1.0):
+        super().__init__()
+        self.scale = scale
+        self.norm = norm(channels)
+        self.qkv, self.out = conv(channels, 3 * channels, 1), zero(conv(channels, channels, 1))
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        q, k, v = rearrange(self.qkv(self.norm(x)), "b (qkv c) h w -> qkv b 1 (h w) c", qkv=3)
+        h = rearrange(F.scaled_dot_product_attention(q, k, v), "b 1 (h w) c -> b c h w", h=x.shape[2])
+        return (x + self.out(h)) * self.scale
+
+
+class Resample(nn.Module):
+    """Half or double the image with a 3×3 convolution, as DDPM does between its levels."""
+
+    def __init__(self, channels: int, way: str):
+        super().__init__()
+        self.up = way == "up"
+        self.conv = conv(channels, channels, 3, stride=1 if self.up else 2)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0) if self.up else x)
+
+
+class Chain(nn.ModuleList):
+    """Layers one after the other, each given the time too."""
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        for layer in self:
+            x = layer(x, time)
+        return x
+
+
+class UNet(nn.Module):
+    """The paper's networks: (B, channels, size, size) and times (B,) in [0, 999] → (B, channels, size, size).
+
+    `biggan=True` is NCSN++ (Song et al. 2021, as "DDPM++"): halving and doubling inside residual blocks, every
+    sum scaled by 1/√2, one attention a level on the way up. `biggan=False` is DDPM's (Ho et al. 2020).
+
+    UNet(channels=4)                                             NCSN++  61,806,724 parameters (4×32×32)
+    UNet(channels=4, blocks=2, dropout=0.1, biggan=False)        DDPM    35,748,612 parameters (4×32×32)
+
+    size         of the square images; divisible by 2 once for each level but the first
+    width        channels at the first level, `multipliers` times that at the others
+    blocks       residual blocks a level
+    attention_at sizes at which there is attention; the middle has it always
+    """
+
+    def __init__(self, channels: int = 3, size: int = 32, width: int = 128, multipliers=(1, 2, 2, 2), blocks: int = 4,
+                 attention_at=(16,), dropout: float = 0.15, biggan: bool = True):
+        super().__init__()
+        if size % 2 ** (len(multipliers) - 1):
+            raise BadInput(f"the images are {size} pixels wide: expected a multiple of "
+                           f"{2 ** (len(multipliers) - 1)} for a network of {len(multipliers)} levels")
+        self.settings = dict(channels=channels, size=size, width=width, multipliers=list(multipliers), blocks=blocks,
+                             attention_at=list(attention_at), dropout=dropout, biggan=biggan)
+        self.width, c_time = width, 4 * width
+        scale = math.sqrt(0.5) if biggan else 1.0
+
+        def res(c_in, c_out, resample=""):
+            return ResBlock(c_in, c_out, c_time, dropout, scale, resample)
+
+        def attend(c):
+            return [Attention(c, scale)] if size in attention_at else []
+
+        def resample(c, way):
+            return res(c, c, way) if biggan else Resample(c, way)
+
+        self.time = nn.Sequential(nn.Linear(width, c_time), nn.SiLU(), nn.Linear(c_time, c_time))
+        self.first = conv(channels, width, 3)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        skips, c = [width], width
+        for level, multiplier in enumerate(multipliers):
+            for _ in range(blocks):
+                self.down.append(Chain([res(c, multiplier * width), *attend(multiplier * width)]))
+                skips.append(c := multiplier * width)
+            if level < len(multipliers) - 1:
+                self.down.append(Chain([resample(c, "down")]))
+                skips.append(c)
+                size //= 2
+        self.middle = Chain([res(c, c), Attention(c, scale), res(c, c)])
+        for level, multiplier in reversed(list(enumerate(multipliers))):
+            for block in range(blocks + 1):
+                chain = [res(c + skips.pop(), c := multiplier * width)]
+                if not biggan or block == blocks:
+                    chain += attend(c)
+                self.up.append(Chain(chain))
+            if level > 0:
+                self.up[-1].append(resample(c, "up"))
+                size *= 2
+        self.last = nn.Sequential(norm(c), nn.SiLU(), zero(conv(c, channels, 3)))
+        self.apply(self._start)
+
+    @staticmethod
+    def _start(layer: nn.Module) -> None:
+        """Weights as DDPM draws them: uniform, variance 1 / mean of fan-in and fan-out; biases zero."""
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        if getattr(layer, "starts_at_zero", False):
+            nn.init.zeros_(layer.weight)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        time = self.time(self._waves(t))
+        skips = [h := self.first(x)]
+        for layer in self.down:
+            skips.append(h := layer(h, time))
+        h = self.middle(h, time)
+        for layer in self.up:
+            h = layer(torch.cat([h, skips.pop()], 1), time)
+        return self.last(h)
+
+    def _waves(self, t: Tensor) -> Tensor:
+        """Sinusoidal embedding, t: (B,) → (B, width): wavelengths from 2π to 10,000·2π (Vaswani et al. 2017)."""
+        half = self.width // 2
+        frequencies = torch.exp(torch.arange(half, device=t.device) * (-math.log(10_000) / (half - 1)))
+        angles = t[:, None] * frequencies
+        return torch.cat([angles.sin(), angles.cos()], 1)
+
+
+NETWORKS = {
+    "ncsnpp": dict(),
+    "ddpm": dict(blocks=2, dropout=0.1, biggan=False),
+    "small": dict(width=64, multipliers=(1, 2, 2), blocks=2, dropout=0.0),
+}
+
+
+# ---------------------------------------------------------------------------------------------------
+# 4  Training
+# ---------------------------------------------------------------------------------------------------
+
+
+class Training:
+    """What a training run changes: the network, its moving average (the one to sample from), the optimizer."""
+
+    def __init__(self, net: nn.Module, lr: float = 2e-4):
+        self.net = net
+        self.average = copy.deepcopy(net).eval().requires_grad_(False)
+        self.optimizer = torch.optim.Adam(net.parameters(), lr=lr, fused=next(net.parameters()).is_cuda)
+        self.step = 0
+
+    def state_dict(self) -> dict:
+        return {"net": self.net.state_dict(), "average": self.average.state_dict(),
+                "optimizer": self.optimizer.state_dict(), "step": self.step}
+
+    def load_state_dict(self, state: dict) -> None:
+        for part in ("net", "average", "optimizer"):
+            getattr(self, part).load_state_dict(state[part])
+        self.step = state["step"]
+
+
+def train(run: Training, flow, pairs: Iterable[tuple[Tensor, Tensor]], *, decay: float = 0.9999, clip: float = 1.0) -> Iterator[Tensor]:
+    """The plain training loop: one step for each pair (x, z), yielding its loss, for as long as the caller asks.
+
+    Logging, checkpoints and when to stop are the caller's; so is the pairing, which comes in with the data.
+    decay: of the moving average, which warms up as min(decay, (1 + n) / (10 + n)).   clip: the largest gradient
+    norm.   The loss is a tensor on the device: reading it each step would make the GPU wait.
+    """
+    run.net.train()
+    weights, averages = list(run.net.parameters()), list(run.average.parameters())
+    for x, z in pairs:
+        loss = flow.loss(run.net, x, z)
+        run.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(weights, clip)
+        run.optimizer.step()
+        run.step += 1
+        with torch.no_grad():
+            torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + run.step) / (10 + run.step)))
+        yield loss.detach()
+
+
+# ---------------------------------------------------------------------------------------------------
+# 5  Measuring
+# ---------------------------------------------------------------------------------------------------
+
+
+def path_length(x: Tensor, z: Tensor) -> float:
+    """Mean ‖x_i − z_i‖ over pairs (B, ...)."""
+    return (x - z).flatten(1).norm(dim=1).mean().item()
+
+
+def own_noise_nearest(x: Tensor, z: Tensor) -> float:
+    """Share of samples in (B, ...) whose own noise is nearer than every other's: the paper's second foundation."""
+    nearest = squared_distances(x.float(), z.float()).argmin(1)
+    return (nearest == torch.arange(len(x), device=x.device)).double().mean().item()
+
+
+def straightness(path: Tensor) -> float:
+    """How far a path bends, (steps + 1, B, ...): the mean squared difference of its velocity from that of the
+    straight line between its ends (Liu et al. 2022), over that line's own square. 0 is straight."""
+    path = path.flatten(2)
+    steps = path[1:] - path[:-1]
+    line = path[-1] - path[0]
+    bend = (steps * len(steps) - line).square().sum(2).mean(0)
+    return (bend / line.square().sum(1)).mean().item()
+
+
+@dataclass
+class InterPathDistance:
+    """Of all pairs of straight paths, and of each path to the one that comes nearest; with the times at which."""
+
+    mean: float
+    mean_t: float
+    minimum: float
+    minimum_t: float
+
+
+@torch.no_grad()
+def inter_path_distance(x: Tensor, z: Tensor, block: int = 1024) -> InterPathDistance:
+    """How near the straight paths z_i → x_i come to each other at equal times, over all pairs i ≠ j.
+
+    With U = z_i − z_j and V = x_i − x_j two paths are ‖(1−t)U + tV‖ apart, least at t* = ⟨U, U−V⟩ / ‖U−V‖²,
+    clamped to [0, 1]. All three products come from one matrix product of block × block paths in float64, so
+    memory is 200 block² bytes beyond the input, whatever the number of paths.   x, z: (B, ...), B ≥ 2.
+    """
+    if len(x) < 2 or x.shape != z.shape:
+        raise BadInput(f"x is {tuple(x.shape)} and z {tuple(z.shape)}: expected at least two paths, equal shapes")
+    exact = torch.float32 if x.device.type == "mps" else torch.float64  # Apple's GPUs know no float64
+    total = total_t = 0.0
+    minimum = torch.full((len(x),), torch.inf, dtype=exact, device=x.device)
+    minimum_t = torch.zeros_like(minimum)
+    blocks = [slice(start, start + block) for start in range(0, len(x), block)]
+    for a, first in enumerate(blocks):
+        for second in blocks[a:]:
+            distance, t = _distances_of_paths(*(part.flatten(1).to(exact) for part in (x[first], z[first], x[second], z[second])))
+            if first == second:
+                distance.fill_diagonal_(torch.inf)  # a path and itself are no pair, and (i, j) is (j, i)
+                upper = distance.triu(1), t.triu(1)
+            else:
+                upper = distance, t
+            total, total_t = total + upper[0].sum().item(), total_t + upper[1].sum().item()
+            for rows, d, t in (first, distance, t), (second, distance.T, t.T):
+                nearest, j = d.min(1)
+                better = nearest < minimum[rows]
+                minimum[rows] = torch.where(better, nearest, minimum[rows])
+                minimum_t[rows] = torch.where(better, t.gather(1, j[:, None])[:, 0], minimum_t[rows])
+    count = len(x) * (len(x) - 1) / 2
+    return InterPathDistance(total / count, total_t / count, minimum.mean().item(), minimum_t.mean().item())
+
+
+def _distances_of_paths(x1, z1, x2, z2):
+    """Least distance and its time for each path of (x1, z1): (A, D) with each of (x2, z2): (B, D) → two (A, B)."""
+    products = torch.cat([z1, x1]) @ torch.cat([z2, x2]).T
+    zz, zx, xz, xx = (part for half in products.chunk(2) for part in half.chunk(2, 1))
+    uu = z1.square().sum(1, keepdim=True) + z2.square().sum(1) - 2 * zz
+    vv = x1.square().sum(1, keepdim=True) + x2.square().sum(1) - 2 * xx
+    uv = (z1 * x1).sum(1, keepdim=True) + (z2 * x2).sum(1) - zx - xz
+    spread = uu - 2 * uv + vv  # ‖U − V‖², 0 for parallel paths, which are as near at t = 0 as anywhere
+    t = ((uu - uv) / spread).nan_to_num_(0, 0, 0).clamp_(0, 1)
+    return (uu - 2 * t * (uu - uv) + t * t * spread).clamp_min_(0).sqrt_(), t
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """Between two sets of features (N, D), N ≥ 2, taken as Gaussians: ‖μ_a − μ_b‖² + tr(A + B − 2 (AB)^½).
+
+    (Dowson and Landau 1982; on Inception's features it is called FID, Heusel et al. 2017.) The trace of the
+    root is the sum of the singular values of A^½ B^½, which stays accurate when A or B is nearly singular.
+    """
+    a, b = a.flatten(1).double(), b.flatten(1).double()
+    (root_a, trace_a), (root_b, trace_b) = _root_of_covariance(a), _root_of_covariance(b)
+    overlap = torch.linalg.svdvals(root_a @ root_b).sum()
+    return ((a.mean(0) - b.mean(0)).square().sum() + trace_a + trace_b - 2 * overlap).item()
+
+
+def _root_of_covariance(features):
+    values, vectors = torch.linalg.eigh(torch.cov(features.T))
+    values.clamp_min_(0)
+    return vectors * values.sqrt() @ vectors.T, values.sum()
