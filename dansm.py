@@ -22,17 +22,26 @@ data (1); B is the batch, M the pool's match_size, D the count of numbers in one
 from __future__ import annotations
 
 import copy
+import json
 import math
+import os
+import platform
 import sys
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import typer
 from einops import rearrange
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor, nn
 
 
@@ -137,7 +146,7 @@ def nearest_of_k(x: Tensor, k: int, cost: str = "squared", generator: torch.Gene
     flat = x.detach().float().flatten(1)
     kept = torch.empty_like(flat)
     block = max(1, 2**24 // (k * flat.shape[1]))  # samples at a time, so that their noises fill 64 MB
-    for rows, out in zip(flat.split(block), kept.split(block)):
+    for rows, out in zip(flat.split(block), kept.split(block), strict=True):
         z = torch.randn(len(rows), k, flat.shape[1], device=x.device, generator=generator)
         scores = torch.einsum("bkd,bd->bk", z, rows)
         if cost == "squared":
@@ -629,7 +638,8 @@ class Training:
         self.step = state["step"]
 
 
-def train(run: Training, flow, pairs: Iterable[tuple[Tensor, Tensor]], *, decay: float = 0.9999, clip: float = 1.0) -> Iterator[Tensor]:
+def train(run: Training, flow, pairs: Iterable[tuple[Tensor, Tensor]], *, decay: float = 0.9999,
+          clip: float = 1.0) -> Iterator[Tensor]:
     """The plain training loop: one step for each pair (x, z), yielding its loss, for as long as the caller asks.
 
     Logging, checkpoints and when to stop are the caller's; so is the pairing, which comes in with the data.
@@ -702,19 +712,18 @@ def inter_path_distance(x: Tensor, z: Tensor, block: int = 1024) -> InterPathDis
     minimum_t = torch.zeros_like(minimum)
     blocks = [slice(start, start + block) for start in range(0, len(x), block)]
     for a, first in enumerate(blocks):
-        for second in blocks[a:]:
-            distance, t = _distances_of_paths(*(part.flatten(1).to(exact) for part in (x[first], z[first], x[second], z[second])))
+        for second in blocks[a:]:  # (i, j) is (j, i)
+            ends = x[first], z[first], x[second], z[second]
+            distance, t = _distances_of_paths(*(end.flatten(1).to(exact) for end in ends))
             if first == second:
-                distance.fill_diagonal_(torch.inf)  # a path and itself are no pair, and (i, j) is (j, i)
-                upper = distance.triu(1), t.triu(1)
-            else:
-                upper = distance, t
-            total, total_t = total + upper[0].sum().item(), total_t + upper[1].sum().item()
-            for rows, d, t in (first, distance, t), (second, distance.T, t.T):
+                distance.fill_diagonal_(torch.inf)  # a path and itself are no pair
+            once = torch.ones_like(distance, dtype=torch.bool).triu(1 if first == second else -len(x))
+            total, total_t = total + distance[once].sum().item(), total_t + t[once].sum().item()
+            for rows, d, times in (first, distance, t), (second, distance.T, t.T):
                 nearest, j = d.min(1)
                 better = nearest < minimum[rows]
                 minimum[rows] = torch.where(better, nearest, minimum[rows])
-                minimum_t[rows] = torch.where(better, t.gather(1, j[:, None])[:, 0], minimum_t[rows])
+                minimum_t[rows] = torch.where(better, times.gather(1, j[:, None])[:, 0], minimum_t[rows])
     count = len(x) * (len(x) - 1) / 2
     return InterPathDistance(total / count, total_t / count, minimum.mean().item(), minimum_t.mean().item())
 
@@ -747,3 +756,238 @@ def _root_of_covariance(features):
     values, vectors = torch.linalg.eigh(torch.cov(features.T))
     values.clamp_min_(0)
     return vectors * values.sqrt() @ vectors.T, values.sum()
+
+
+# ---------------------------------------------------------------------------------------------------
+# 6  Commands
+# ---------------------------------------------------------------------------------------------------
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+                  help="Pair noise with data by distance, so that flow and diffusion models train faster. "
+                       "Begin with: dansm toy")
+console = Console()
+
+Device = Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="auto takes the fastest there is")]
+Seed = Annotated[int, typer.Option(min=0, help="same seed, same result on the same machine")]
+Method = Annotated[Literal[METHODS], typer.Option(help="how noises are paired with samples")]
+MatchSize = Annotated[int, typer.Option(min=0, help="noises in the pool; 0 or 1 is vanilla training")]
+Cost = Annotated[Literal[COSTS], typer.Option(help="what near means: squared distance (the paper) or inner product")]
+Out = Annotated[Path, typer.Option(help="folder for the results, made if missing")]
+
+
+@app.command("toy")
+def toy_command(
+    shape: Annotated[str, typer.Option(help="a 2D shape, or all; a wrong name lists them")] = "eight-gaussians",
+    match_size: MatchSize = 1000,
+    steps: Annotated[int, typer.Option(min=1, help="training steps for each way of pairing")] = 1500,
+    seeds: Annotated[int, typer.Option(min=1, help="trainings for each way of pairing, for the spread")] = 3,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    out: Out = Path("runs/toy"),
+) -> None:
+    """See in a minute what matching does: 2D flows, each way of pairing, pictures and a table."""
+    from tiny.toy import run
+
+    run(shape, match_size=match_size, steps=steps, seeds=seeds, seed=seed, device=pick_device(device),
+        out=make_folder(out))
+
+
+@app.command("digits")
+def digits_command(
+    match_size: MatchSize = 1000,
+    steps: Annotated[int, typer.Option(min=1, help="training steps for each way of pairing")] = 600,
+    seeds: Annotated[int, typer.Option(min=1, help="trainings for each way of pairing, for the spread")] = 2,
+    seed: Seed = 0,
+    device: Device = "auto",
+    out: Out = Path("runs/digits"),
+) -> None:
+    """First images in three minutes: handwritten digits, paired at random and matched, side by side."""
+    from tiny.digits import run
+
+    run(match_size=match_size, steps=steps, seeds=seeds, seed=seed, device=pick_device(device), out=make_folder(out))
+
+
+@app.command("train")
+def train_command(
+    data: Annotated[str, typer.Argument(help="a folder of images (with subfolders), or cifar10 to download it")],
+    network: Annotated[Literal[tuple(NETWORKS)], typer.Option(help="ncsnpp and ddpm are the paper's")] = "ncsnpp",
+    flow: Annotated[Literal[tuple(FLOWS)], typer.Option(help="what the network learns")] = "rectified",
+    times: Annotated[Literal[TIMES], typer.Option(help="how the times to train at are drawn")] = "uniform",
+    method: Method = "greedy",
+    match_size: MatchSize = 10_000,
+    cost: Cost = "squared",
+    batch: Annotated[int, typer.Option(min=1, help="samples a step")] = 128,
+    steps: Annotated[int, typer.Option(min=1, help="training steps in all")] = 100_000,
+    minutes: Annotated[float, typer.Option(min=0, help="stop after so many minutes; 0 for no limit")] = 0.0,
+    lr: Annotated[float, typer.Option(min=1e-9, help="learning rate of Adam")] = 2e-4,
+    decay: Annotated[float, typer.Option(min=0, max=1, help="of the moving average that is sampled from")] = 0.9999,
+    flip: Annotated[bool, typer.Option(help="mirror half of the images, anew each epoch")] = True,
+    size: Annotated[int, typer.Option(min=0, help="make the images squares of so many pixels; 0 leaves them")] = 0,
+    skip_unreadable: Annotated[bool, typer.Option(help="leave out images that cannot be read")] = False,
+    fresh: Annotated[bool, typer.Option(help="begin anew where --out holds a run already")] = False,
+    sample_steps: Annotated[int, typer.Option(min=1, help="steps for the grid of samples at the end")] = 20,
+    seed: Seed = 0,
+    device: Device = "auto",
+    out: Out = Path("runs/train"),
+) -> None:
+    """Train on images with the plain loop. Ctrl-C saves; the same command goes on from there.
+
+    Writes checkpoint.pt, log.jsonl, train.json and samples.png into --out.
+    """
+    from scale.data import load_images
+    from scale.trainer import fit
+
+    recipe = dict(network=network, flow=flow, times=times, method=method, match_size=match_size, cost=cost, batch=batch,
+                  lr=lr, decay=decay, flip=flip, size=size, seed=seed)
+    device, out = pick_device(device), make_folder(out)
+    images = load_images(data, size=size or None, skip_unreadable=skip_unreadable,
+                         track=lambda paths, total: track(paths, "reading images", total=total, console=console))
+    summary, net, flow = fit(images, recipe, steps=steps, minutes=minutes, out=out, fresh=fresh, device=device, console=console)
+    grid = torch.cat(list(sample_images(net, flow, range(64), images.shape[1:], sample_steps, seed=seed, device=device)))
+    save_grid(grid, out / "samples.png")
+    write_json(out / "train.json", {"data": data, "images_in_data": len(images), "hardware": hardware(device), **summary})
+    console.print(f"{summary['images']:,} images seen in {summary['steps']:,} steps, {summary['images_per_second']:,} a second")
+    say_files(out, "samples.png", "checkpoint.pt", "log.jsonl", "train.json")
+
+
+@app.command("sample")
+def sample_command(
+    checkpoint: Annotated[Path, typer.Argument(help="a checkpoint.pt that dansm train wrote")],
+    count: Annotated[int, typer.Option(min=1, help="how many images")] = 64,
+    steps: Annotated[int, typer.Option(min=1, help="steps from noise to image; more is better and slower")] = 20,
+    solver: Annotated[Literal["euler", "heun"], typer.Option(help="heun: second order, two evaluations a step")] = "euler",
+    batch: Annotated[int, typer.Option(min=1, help="images at a time; changes no image, only memory and speed")] = 64,
+    files: Annotated[bool, typer.Option(help="also write every image as a file of its own")] = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+    out: Out = Path("runs/sample"),
+) -> None:
+    """Draw images from a checkpoint. Image 17 of a seed is the same whatever --count and --batch."""
+    from scale.checkpoint import load_model
+
+    device = pick_device(device)
+    net, flow, state = load_model(checkpoint, device, solver)
+    out = make_folder(out)
+    shape = (net.settings["channels"], net.settings["size"], net.settings["size"])
+    start = time.perf_counter()
+    draws = sample_images(net, flow, range(count), shape, steps, seed=seed, batch=batch, device=device)
+    images = torch.cat(list(track(draws, "sampling", total=math.ceil(count / batch), console=console)))
+    seconds = time.perf_counter() - start
+    save_grid(images[:400], out / "samples.png")
+    for i, image in enumerate(images if files else ()):
+        save_grid(image[None], out / f"{i:06d}.png", enlarge=1)
+    write_json(out / "sample.json", {
+        "checkpoint": str(checkpoint), "trained_steps": state["training"]["step"], "recipe": state["recipe"], "count": count,
+        "steps": steps, "solver": solver, "seed": seed, "seconds": round(seconds, 2), "hardware": hardware(device)})
+    console.print(f"{count:,} images in {steps} steps each: {seconds:.1f} s")
+    say_files(out, "samples.png", "sample.json", *(["000000.png and so on"] if files else []))
+
+
+@app.command("bench")
+def bench_command(
+    what: Annotated[Literal["match"], typer.Argument(help="match: what pairing one batch costs")] = "match",
+    match_size: Annotated[list[int], typer.Option(min=2, help="size of the pool; may be given several times")] = (
+        1000, 10_000),
+    batch: Annotated[int, typer.Option(min=1, help="samples a batch")] = 250,
+    shape: Annotated[str, typer.Option(help="of one sample, as CxHxW")] = "4x32x32",
+    seed: Seed = 0,
+    device: Device = "cpu",
+    out: Out = Path("runs/bench"),
+) -> None:
+    """Time matching against the paper's loop and the bare matrix product, on this machine in one run."""
+    from scale.bench import bench_match
+
+    bench_match(match_size, batch, parse_shape(shape), seed=seed, device=pick_device(device), out=make_folder(out),
+                console=console)
+
+
+def sample_images(net: nn.Module, flow, images: range, shape, steps: int, *, seed: int = 0, batch: int = 64,
+                  device="cpu") -> Iterator[Tensor]:
+    """Images by their numbers, a batch at a time, as uint8 (B, C, H, W) on the CPU."""
+    for start in range(0, len(images), batch):
+        z = path_noise(images[start : start + batch], shape, seed, device)
+        yield to_uint8(flow.sample(net, z, steps)).cpu()
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """[−1, 1] to the 0 … 255 of an image file."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).byte()
+
+
+def save_grid(images: Tensor, path: Path, enlarge: int = 2) -> None:
+    """Write uint8 images (N, C, H, W) as one PNG, about square, each pixel `enlarge` pixels wide."""
+    from torchvision.io import write_png
+    from torchvision.utils import make_grid
+
+    large = images.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
+    columns = math.ceil(len(images) ** 0.5)
+    write_png(large[0] if len(images) == 1 else make_grid(large, columns, padding=2, pad_value=255), str(path))
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name, or the fastest there is for "auto"."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next(device for device in ("cuda", "mps", "cpu") if there[device])
+    if not there[check_choice("--device", name, there)]:
+        raise BadInput(f"--device is {name}: this machine has none, expected one of auto, {', '.join(d for d in there if there[d])}")
+    return torch.device(name)
+
+
+def make_folder(path: Path) -> Path:
+    """`path` as a folder that can be written into."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / ".writable").touch()
+        (path / ".writable").unlink()
+    except OSError as error:
+        raise BadInput(f"--out is {path}: it cannot be written ({error.strerror}), expected a folder that can") from error
+    return path
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """4x32x32 → (4, 32, 32)."""
+    sizes = text.lower().split("x")
+    if not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise BadInput(f"--shape is {text!r}: expected positive whole numbers as in 4x32x32")
+    return tuple(map(int, sizes))
+
+
+def hardware(device) -> dict:
+    """What the figures of a run depend on, to stand beside them."""
+    described = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    cpu = next((line.split(":")[1].strip() for line in described if line.startswith("model name")), platform.processor())
+    gpu = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None
+    return {"device": str(device), "gpu": gpu, "cpu": cpu, "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def say_files(out: Path, *names: str) -> None:
+    console.print("written:", ", ".join(str(out / name) for name in names), soft_wrap=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command. What cannot be done is said in one line, with exit code 2; Ctrl-C is exit code 130."""
+    try:
+        sys.exit(app(arguments, standalone_mode=False) or 0)
+    except (BadInput, typer.Exit) as error:
+        code, message = (2, str(error)) if isinstance(error, BadInput) else (error.exit_code, "")
+    except (KeyboardInterrupt, typer.Abort):
+        code, message = 130, "stopped"
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # Typer's own: an unknown option, a value of the wrong kind
+            raise
+        code, message = 2, error.format_message()
+        if hasattr(error.__cause__, "errors"):
+            message += f", given {error.__cause__.errors()[0]['input']}"
+    if message:
+        print("dansm:", " ".join(message.split()), file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+# Every target sets up what it needs: a virtual environment in .venv with the project installed.
+# PYTHON=/path/to/python uses that interpreter as it is instead, with nothing installed.
+
+ifdef PYTHON
+READY =
+else
+PYTHON = .venv/bin/python
+READY = .venv/ready
+endif
+CIFAR10 ?= cifar10
+DANSM = $(PYTHON) dansm.py
+
+.DEFAULT_GOAL = help
+.PHONY: help toy digits cifar10 test lint bench clean
+
+help:  ## this list
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | awk -F'\t' '{printf "  make %-10s%s\n", $$1, $$2}'
+	@echo; echo "  PYTHON=...      use this interpreter as it is, no .venv is made"
+	@echo "  CIFAR10=...     a folder of images for make cifar10 (default: download CIFAR-10)"
+
+toy: $(READY)  ## what matching does, in 2D: pictures and a table in runs/toy (about a minute)
+	$(DANSM) toy
+
+digits: $(READY)  ## first images: 1,797 handwritten digits, two ways of pairing, in runs/digits (three minutes)
+	$(DANSM) digits
+
+cifar10: $(READY)  ## train on CIFAR-10 for ten minutes (on a GPU), samples in runs/cifar10
+	$(DANSM) train $(CIFAR10) --network small --minutes 10 --out runs/cifar10
+
+test: $(READY)  ## all tests (under five minutes)
+	$(PYTHON) -m pytest -q
+
+lint: $(READY)  ## ruff over everything
+	$(PYTHON) -m ruff check .
+
+bench: $(READY)  ## what matching costs: the paper's loop against ours, in runs/bench
+	$(DANSM) bench match
+
+clean:  ## remove the environment and the caches; runs and data stay
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info
+
+.venv/ready: pyproject.toml
+	python3 -m venv .venv
+	.venv/bin/python -m pip install --quiet -e '.[dev]'
+	touch $@

@@ -1,0 +1,1 @@
+"""What a long GPU run adds to dansm.py, a file per thing."""

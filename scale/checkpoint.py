@@ -1,0 +1,51 @@
+"""Checkpoints: written whole or not at all, read without running code from them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from dansm import FLOWS, BadInput, UNet
+
+VERSION = 1
+
+
+def save(path: Path, state: dict) -> None:
+    """Write `state` to a file beside `path`, then rename it: a kill in between leaves the old checkpoint whole."""
+    partial = path.with_suffix(".partial")
+    try:
+        with open(partial, "wb") as file:
+            torch.save({"dansm": VERSION, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise BadInput(f"{path} cannot be written: {error.strerror}; the checkpoint before it is untouched") from error
+
+
+def load(path: Path) -> dict:
+    """The state in `path`, tensors on the CPU. Raises BadInput for anything that is not a checkpoint of ours."""
+    if not path.is_file():
+        raise BadInput(f"{path} is not a file: expected a checkpoint, as dansm train writes it (checkpoint.pt)")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises nearly every kind for a file that is not its own
+        raise BadInput(f"{path} is not a checkpoint, or is damaged: expected a file that dansm train wrote") from error
+    if not isinstance(state, dict) or state.get("dansm") != VERSION:
+        raise BadInput(f"{path} is no checkpoint of dansm, version {VERSION}: expected a file that dansm train wrote")
+    return state
+
+
+def load_model(path: Path, device, solver: str = "euler") -> tuple[UNet, object, dict]:
+    """The averaged network, ready to sample, its flow, and all else the checkpoint holds."""
+    state = load(path)
+    net = UNet(**state["network"])
+    net.load_state_dict(state["training"]["average"])
+    name = state["recipe"]["flow"]
+    if name == "diffusion" and solver != "euler":
+        raise BadInput(f"--solver is {solver}: {path} is a diffusion, which is sampled by DDIM; expected none")
+    flow = FLOWS[name](state["recipe"]["times"], *([solver] if name == "rectified" else []))
+    return net.to(device).eval(), flow, state

@@ -1,0 +1,147 @@
+"""A training run around the plain loop: progress, log, checkpoints, and going on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+import dansm
+from scale import checkpoint, data
+
+LOG_EVERY = 50  # steps between two lines of the log: rare enough that reading the loss costs nothing
+SAVE_EVERY = 300  # seconds between two checkpoints
+
+
+def fit(images: Tensor, recipe: dict, *, steps: int, minutes: float, out: Path, fresh: bool, device: torch.device,
+        console: Console) -> tuple:
+    """Train a network on images (N, C, H, W) uint8 by `recipe`; returns a summary, the averaged network, the flow.
+
+    `out` gets checkpoint.pt and log.jsonl. A run that it holds already goes on, with the same noises and the same
+    order of images, as if never stopped (method "optimal" begins a new group of samples).
+
+    Stops after `steps` in all, after `minutes` of this call if not 0, or at Ctrl-C; each saves first.
+    """
+    torch.manual_seed(recipe["seed"])
+    net = dansm.UNet(images.shape[1], images.shape[2], **dansm.NETWORKS[recipe["network"]]).to(device)
+    flow = dansm.FLOWS[recipe["flow"]](recipe["times"])
+    run = dansm.Training(net, recipe["lr"])
+    pool = dansm.NoisePool(recipe["match_size"], images.shape[1:], cost=recipe["cost"], device=device,
+                           seed=recipe["seed"])
+    saved, log = out / "checkpoint.pt", out / "log.jsonl"
+    if saved.exists() and not fresh:
+        _resume(saved, recipe, run, pool, device)
+        _forget_after(log, run.step)
+        console.print(f"going on from step {run.step:,} of {saved}")
+    else:
+        log.unlink(missing_ok=True)
+
+    def save():
+        checkpoint.save(saved, {"network": net.settings, "recipe": recipe, "training": run.state_dict(),
+                                "pool": pool.state_dict(), "random": _random_state(device)})
+
+    batches = data.batches(images.to(device), recipe["batch"], seed=recipe["seed"], flip=recipe["flip"], start=run.step)
+    paired = _Latest(dansm.pairs(batches, recipe["method"], recipe["match_size"], cost=recipe["cost"], pool=pool))
+    first_step, begin = run.step, time.monotonic()
+    last_save = begin
+    bar = Progress(TextColumn("training"), BarColumn(), TextColumn("{task.fields[line]}"), TimeElapsedColumn(),
+                   TimeRemainingColumn(), console=console)
+    with bar, open(log, "a") as lines, Interrupt() as interrupt:
+        task = bar.add_task("", total=1.0, completed=run.step / steps, line="")
+        for loss in dansm.train(run, flow, paired, decay=recipe["decay"]) if run.step < steps else ():
+            now = time.monotonic()
+            last = run.step >= steps or (minutes and now - begin > 60 * minutes) or interrupt
+            if run.step % LOG_EVERY == 0 or last:
+                rate = (run.step - first_step) * recipe["batch"] / (now - begin)
+                line = {"step": run.step, "images": run.step * recipe["batch"], "seconds": round(now - begin, 2),
+                        "loss": round(loss.item(), 5), "images_per_second": round(rate, 1), **paired.distances()}
+                if not math.isfinite(line["loss"]):
+                    raise dansm.BadInput(f"--lr is {recipe['lr']}: the loss became {line['loss']} at step {run.step}, "
+                                         f"expected a smaller one; what {saved} held before is untouched")
+                lines.write(json.dumps(line) + "\n")
+                lines.flush()
+                part = max(run.step / steps, (now - begin) / (60 * minutes) if minutes else 0)
+                text = f"step {run.step:,}  loss {line['loss']:.4f}  {rate:,.0f} images/s"
+                bar.update(task, completed=part, line=text)
+            if last:
+                break
+            if now - last_save > SAVE_EVERY:
+                save()
+                last_save = now
+    seconds = time.monotonic() - begin
+    if run.step > first_step:
+        save()
+    return {"recipe": recipe, "steps": run.step, "images": run.step * recipe["batch"], "seconds": round(seconds, 1),
+            "images_per_second": round((run.step - first_step) * recipe["batch"] / seconds, 1),
+            "parameters": sum(p.numel() for p in net.parameters()), "stopped_early": bool(interrupt)}, run.average, flow
+
+
+class Interrupt:
+    """True once Ctrl-C was pressed: the loop ends after a whole step, so that nothing is saved half done. A second
+    Ctrl-C stops at once."""
+
+    def __init__(self):
+        self.pressed = False
+
+    def __bool__(self):
+        return self.pressed
+
+    def __enter__(self):
+        self.before = signal.signal(signal.SIGINT, self._press)
+        return self
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGINT, self.before)
+
+    def _press(self, *_):
+        self.pressed = True
+        signal.signal(signal.SIGINT, self.before)
+
+
+class _Latest:
+    """Passes pairs on and keeps the last, so that the log can say how far apart they were."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __iter__(self):
+        for x, z in self.stream:
+            self.x, self.z = x, z
+            yield x, z
+
+    def distances(self) -> dict:
+        """Mean ‖x − z‖ as paired, and as it would be at random: each x with its neighbour's z."""
+        return {"distance": round(dansm.path_length(self.x, self.z), 4),
+                "distance_unmatched": round(dansm.path_length(self.x, self.z.roll(1, 0)), 4)}
+
+
+def _resume(path, recipe, run, pool, device):
+    state = checkpoint.load(path)
+    changed = [f"{key} {state['recipe'].get(key)} → {value}" for key, value in recipe.items()
+               if state["recipe"].get(key) != value]
+    if changed:
+        raise dansm.BadInput(f"{path} is of another run ({', '.join(changed)}): expected the same settings, another "
+                             "--out, or --fresh to begin anew")
+    run.load_state_dict(state["training"])
+    pool.load_state_dict(state["pool"])
+    torch.set_rng_state(state["random"]["cpu"])
+    if device.type == "cuda" and "cuda" in state["random"]:
+        torch.cuda.set_rng_state(state["random"]["cuda"], device)
+
+
+def _forget_after(log, step):
+    """Drop the lines that a killed run wrote after its last checkpoint."""
+    lines = log.read_text().splitlines() if log.exists() else []
+    log.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+
+
+def _random_state(device):
+    state = {"cpu": torch.get_rng_state()}
+    return {**state, "cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
