@@ -1,0 +1,1 @@
+"""What matching does, seen: 2D shapes, one small flow, the pictures."""
