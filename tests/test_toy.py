@@ -113,6 +113,7 @@ def test_all_shapes_make_one_table(small, tmp_path, monkeypatch):
     assert len(rows) == len(SHAPES) * len(dansm.METHODS)
     assert json.loads((tmp_path / "results.json").read_text())["pinwheel"]["summary"] == results["pinwheel"]["summary"]
     assert all((tmp_path / shape / "toy.json").exists() for shape in SHAPES)
+    assert len(Image.open(tmp_path / "shapes.png").getcolors()) > 30
 
 
 def test_stopping_keeps_what_is_done(small, tmp_path, monkeypatch):

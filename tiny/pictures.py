@@ -61,14 +61,31 @@ def draw_samples(results: dict, nets: dict[str, nn.Module], x: Tensor, z: Tensor
     figure, panels = make_panels(len(nets), len(toy.STEPS_SHOWN), side=2, limit=2.35)
     for row, (method, net) in zip(panels, nets.items(), strict=True):
         for panel, steps in zip(row, toy.STEPS_SHOWN, strict=True):
-            draw_dots(panel, x, PALE, 4)
-            draw_dots(panel, dansm.RectifiedFlow().sample(net, z, steps), DATA, 1.2, alpha=0.6)
-            note(panel, f"{first_seed(results, method)['w2'][str(steps)]:.3f}")
-            if row is panels[0]:
-                title(panel, "1 step" if steps == 1 else f"{steps} steps")
-        row[0].text(-0.1, 0.5, name(results, method).replace(", ", "\n"), transform=row[0].transAxes, rotation=90,
-                    ha="center", va="center", fontsize=10)
+            draw_over_target(panel, results, method, net, x, z, steps)
+            if steps == toy.STEPS_SHOWN[0]:
+                title_row(panel, name(results, method))
+    for panel, steps in zip(panels[0], toy.STEPS_SHOWN, strict=True):
+        title(panel, "1 step" if steps == 1 else f"{steps} steps")
     save(figure, path)
+
+
+def draw_shapes(results: dict[str, dict], nets: dict, shown: dict, steps: int, path: Path) -> None:
+    """A column for each shape, samples of few steps with random pairs above and with greedy below."""
+    figure, panels = make_panels(2, len(results), side=2, limit=2.35)
+    for column, (shape, of_shape) in zip(panels.T, results.items(), strict=True):
+        for panel, method in zip(column, ("random", "greedy"), strict=True):
+            draw_over_target(panel, of_shape, method, nets[shape][method], *shown[shape], steps)
+            if panel in panels[:, 0]:
+                title_row(panel, name(of_shape, method) + f", {steps} steps")
+        title(column[0], shape.replace("-", " "))
+    save(figure, path)
+
+
+def draw_over_target(panel, results: dict, method: str, net: nn.Module, x: Tensor, z: Tensor, steps: int) -> None:
+    """Samples in `steps` steps, beneath them the target in pale, below them the W2²."""
+    draw_dots(panel, x, PALE, 4)
+    draw_dots(panel, dansm.RectifiedFlow().sample(net, z, steps), DATA, 1.2, alpha=0.6)
+    note(panel, f"{first_seed(results, method)['w2'][str(steps)]:.3f}")
 
 
 @torch.no_grad()
@@ -150,6 +167,11 @@ def draw_dots(panel, x: Tensor, color: str, size: float, alpha: float = 1.0):
 
 def title(panel, text: str):
     return panel.set_title(text, fontsize=11, pad=4)
+
+
+def title_row(panel, text: str):
+    return panel.text(-0.1, 0.5, text.replace(", ", "\n"), transform=panel.transAxes, rotation=90, ha="center",
+                      va="center", fontsize=10)
 
 
 def note(panel, text: str):

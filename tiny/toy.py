@@ -160,7 +160,8 @@ def run(shape: str = "swiss-roll", match_size: int = 1000, steps: int = 1000, se
         device: str = "cpu", out: str | Path = "toy", cost: str = "squared") -> dict:
     """Train a flow with each method of pairing and each seed, measure, draw; returns what it writes to toy.json.
 
-    shape       a name in SHAPES, or "all": every shape into its own folder, and one table results.csv, results.json
+    shape       a name in SHAPES, or "all": every shape into its own folder, and for all of them results.csv,
+                results.json and shapes.png
     match_size  for greedy; optimal gets at most 128 and nearest at most 16 of it
     steps       of training, BATCH pairs each
     seeds       trainings a method: seed, seed + 1, …
@@ -177,16 +178,17 @@ def run(shape: str = "swiss-roll", match_size: int = 1000, steps: int = 1000, se
     settings = dict(match_size=match_size, steps=steps, seeds=seeds, seed=seed, device=str(device), cost=cost)
     with one_thread():
         if shape != "all":
-            return run_shape(shape, Path(out), settings)
-        results = {}
+            return run_shape(shape, Path(out), settings)[0]
+        results, nets = {}, {}
         for name in SHAPES:
-            results[name] = run_shape(name, Path(out) / name, settings)
+            results[name], nets[name] = run_shape(name, Path(out) / name, settings)
             write_table(results, Path(out))
+        draw_all(results, nets, Path(out))
         return results
 
 
-def run_shape(shape: str, out: Path, settings: dict) -> dict:
-    """`run` for one shape, its arguments checked."""
+def run_shape(shape: str, out: Path, settings: dict) -> tuple[dict, dict[str, nn.Module]]:
+    """`run` for one shape, its arguments checked; the networks of the first seed too."""
     out.mkdir(parents=True, exist_ok=True)
     device, steps, first = settings["device"], settings["steps"], settings["seed"]
     seeds = range(first, first + settings["seeds"])
@@ -224,7 +226,7 @@ def run_shape(shape: str, out: Path, settings: dict) -> dict:
         raise
     console.print(table(results))
     console.print(f"{out}: toy.json, pairs.png, paths.png, samples.png, flow.gif")
-    return results
+    return results, nets
 
 
 def draw(results: dict, nets: dict[str, nn.Module], out: Path) -> None:
@@ -233,12 +235,25 @@ def draw(results: dict, nets: dict[str, nn.Module], out: Path) -> None:
 
     shape, device, seed = results["shape"], results["settings"]["device"], results["settings"]["seed"]
     x, z = points(shape, POINTS, "target", seed, device), points("noise", POINTS, "start", seed, device)
-    many = 3 * POINTS
     pictures.draw_pairs(x, z, out / "pairs.png")
     pictures.draw_paths(results, nets, z, out / "paths.png")
-    pictures.draw_samples(results, nets, points(shape, many, "target", seed, device),
-                          points("noise", many, "start", seed, device), out / "samples.png")
+    pictures.draw_samples(results, nets, *to_show(results), out / "samples.png")
     pictures.draw_flow(results, nets, x, z[:700], out / "flow.gif")
+
+
+def draw_all(results: dict[str, dict], nets: dict[str, dict[str, nn.Module]], out: Path) -> None:
+    """One picture of all shapes."""
+    from tiny import pictures
+
+    shown = {shape: to_show(of_shape) for shape, of_shape in results.items()}
+    pictures.draw_shapes(results, nets, shown, 2, out / "shapes.png")
+
+
+def to_show(results: dict) -> tuple[Tensor, Tensor]:
+    """Points of the target and noises of the first seed, three times as many as are measured: denser looks better."""
+    device, seed = results["settings"]["device"], results["settings"]["seed"]
+    return (points(results["shape"], 3 * POINTS, "target", seed, device),
+            points("noise", 3 * POINTS, "start", seed, device))
 
 
 def table(results: dict) -> Table:
