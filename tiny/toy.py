@@ -98,7 +98,7 @@ def train_flow(pairs, steps: int, seed: int, device="cpu", each_step: Callable[[
 
 def crossing_share(x: Tensor, z: Tensor) -> float:
     """Of all pairs of segments z_i → x_i, the share that cross. x, z: (N, 2), N ≥ 2."""
-    x, z = x.double(), z.double()
+    x, z = x.cpu().double(), z.cpu().double()
     along = x - z
 
     def side(p):  # (N, N): on which side of line i lies point j
@@ -110,7 +110,7 @@ def crossing_share(x: Tensor, z: Tensor) -> float:
 
 def wasserstein2(a: Tensor, b: Tensor) -> float:
     """The squared Wasserstein-2 distance of two equally large sets of points (N, D): mean ‖a_i − b_j‖², best paired."""
-    distances = dansm.squared_distances(a.double(), b.double())
+    distances = dansm.squared_distances(a.cpu().double(), b.cpu().double())
     return distances.gather(1, dansm.optimal(distances)[:, None]).mean().item()
 
 
@@ -147,7 +147,7 @@ def summary(trainings: list[dict]) -> dict[str, dict]:
     for method in dict.fromkeys(training["method"] for training in trainings):
         of_method = [training for training in trainings if training["method"] == method]
         found[method] = {"match_size": of_method[0]["match_size"], "seeds": len(of_method)}
-        for measure in ("path_length", "crossing", "straightness", "seconds"):
+        for measure in ("path_length", "crossing", "straightness"):
             found[method][measure] = spread([training[measure] for training in of_method])
         found[method]["w2"] = {str(s): spread([t["w2"][str(s)] for t in of_method]) for s in STEPS_SHOWN}
     return found
@@ -190,43 +190,45 @@ def run(shape: str = "swiss-roll", match_size: int = 1000, steps: int = 1000, se
 def run_shape(shape: str, out: Path, settings: dict) -> tuple[dict, dict[str, nn.Module]]:
     """`run` for one shape, its arguments checked; the networks of the first seed too."""
     out.mkdir(parents=True, exist_ok=True)
-    device, steps, first = settings["device"], settings["steps"], settings["seed"]
-    seeds = range(first, first + settings["seeds"])
-    target = {seed: points(shape, POINTS, "target", seed, device) for seed in seeds}
-    start = {seed: points("noise", POINTS, "start", seed, device) for seed in seeds}
-    floor = spread([wasserstein2(points(shape, POINTS, "floor", seed, device), target[seed]) for seed in seeds])
+    seeds = range(settings["seed"], settings["seed"] + settings["seeds"])
+    count = len(seeds) * len(dansm.METHODS)
+    floor = spread([wasserstein2(*(points(shape, POINTS, use, seed) for use in ("target", "floor"))) for seed in seeds])
     results = {"shape": shape, "settings": {**settings, "batch": BATCH, "points": POINTS}, "floor": floor,
                "summary": {}, "trainings": []}
     console, nets = Console(), {}
     try:
         with progress_bar(console) as bar:
-            task = bar.add_task(shape, total=len(seeds) * len(dansm.METHODS) * steps)
+            task = bar.add_task(shape, total=count * settings["steps"])
             for seed in seeds:  # the outer loop, so that a run that is stopped has every method equally often
                 for method in dansm.METHODS:
                     bar.update(task, description=f"{shape}, {method}, seed {seed}")
-                    group = min(settings["match_size"], AT_MOST.get(method, math.inf))
-                    pair = (shape, method, group, seed, device, settings["cost"])
-                    began = time.perf_counter()
-                    net = train_flow(training_pairs(*pair), steps, seed, device, lambda: bar.advance(task))
-                    found = {"method": method, "match_size": group, "seed": seed,
-                             "seconds": time.perf_counter() - began,
-                             **measure_pairs(training_pairs(*pair), group),
-                             **measure_flow(net, target[seed], start[seed])}
-                    if seed == first:
-                        nets[method] = net
+                    net, found = train_and_measure(shape, method, seed, settings, lambda: bar.advance(task))
+                    nets.setdefault(method, net)
                     results["trainings"].append(found)
                     results["summary"] = summary(results["trainings"])
                     write_json(results, out / "toy.json")
-                if seed == first:
+                if seed == seeds[0]:
                     bar.update(task, description=f"{shape}, drawing")
                     draw(results, nets, out)
     except KeyboardInterrupt:
-        console.print(f"Stopped: {len(results['trainings'])} of {len(seeds) * len(dansm.METHODS)} trainings "
-                      f"are in {out / 'toy.json'}")
+        console.print(f"Stopped: {len(results['trainings'])} of {count} trainings are in {out / 'toy.json'}")
         raise
     console.print(table(results))
     console.print(f"{out}: toy.json, pairs.png, paths.png, samples.png, flow.gif")
     return results, nets
+
+
+def train_and_measure(shape: str, method: str, seed: int, settings: dict, each_step) -> tuple[nn.Module, dict]:
+    """One row of toy.json, and its network."""
+    device = settings["device"]
+    match_size = min(settings["match_size"], AT_MOST.get(method, math.inf))
+    pairing = (shape, method, match_size, seed, device, settings["cost"])
+    began = time.perf_counter()
+    net = train_flow(training_pairs(*pairing), settings["steps"], seed, device, each_step)
+    seconds = time.perf_counter() - began
+    target, start = points(shape, POINTS, "target", seed, device), points("noise", POINTS, "start", seed, device)
+    return net, {"method": method, "match_size": match_size, "seed": seed, "seconds": seconds,
+                 **measure_pairs(training_pairs(*pairing), match_size), **measure_flow(net, target, start)}
 
 
 def draw(results: dict, nets: dict[str, nn.Module], out: Path) -> None:
@@ -260,7 +262,8 @@ def table(results: dict) -> Table:
     """What was measured, a method a row."""
     settings, floor = results["settings"], results["floor"]
     seeds = len({training["seed"] for training in results["trainings"]})
-    shown = Table(title=f"{results['shape']}: {seeds} seeds, {settings['steps']:,} training steps of {BATCH} pairs",
+    shown = Table(title=f"{results['shape']}: {seeds} seed{'s'[: seeds > 1]}, "
+                        f"{settings['steps']:,} training steps of {BATCH} pairs",
                   caption=f"W2² after 1, 2, … sampling steps, to {POINTS:,} points of the target;\n"
                           f"as many other points of the target: {floor['mean']:.3f} ± {floor['std']:.3f}",
                   box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
