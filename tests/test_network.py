@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dansm import NETWORKS, Attention, BadInput, RectifiedFlow, Training, UNet, train
+from dansm import NETWORKS, Attention, BadInput, RectifiedFlow, ResBlock, Training, UNet, train
 
 SMALL = dict(channels=2, size=8, width=8, multipliers=(1, 2), blocks=1, attention_at=(4,), dropout=0.0)
 KINDS = pytest.mark.parametrize("biggan", [True, False])
@@ -128,6 +128,39 @@ def test_attention_is_the_softmax_of_scaled_products():
     torch.testing.assert_close(layer(x, None), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("resample", ["", "up", "down"])
+def test_a_residual_block_is_its_formula(resample):
+    """Resampled on both branches, after the first norm; the time is added between the convolutions."""
+    layer = awake(ResBlock(8, 12, 5, dropout=0.0, scale=0.5, resample=resample))
+    x, time = torch.randn(2, 8, 4, 6), torch.randn(2, 5)
+
+    def normed(h, norm):
+        return nn.functional.group_norm(h, h.shape[1] // 4, norm.weight, norm.bias, eps=1e-6)
+
+    def resized(h):
+        if resample == "up":
+            return h[:, :, [0, 0, 1, 1, 2, 2, 3, 3]][:, :, :, [i // 2 for i in range(12)]]
+        if resample == "down":
+            return (h[..., ::2, ::2] + h[..., 1::2, ::2] + h[..., ::2, 1::2] + h[..., 1::2, 1::2]) / 4
+        return h
+
+    def swish(h):
+        return h / (1 + (-h).exp())
+
+    h = nn.functional.conv2d(resized(swish(normed(x, layer.norm1))), layer.conv1.weight, layer.conv1.bias, padding=1)
+    h = h + (swish(time) @ layer.time.weight.T + layer.time.bias)[:, :, None, None]
+    h = nn.functional.conv2d(swish(normed(h, layer.norm2)), layer.conv2.weight, layer.conv2.bias, padding=1)
+    skip = torch.einsum("oc,bchw->bohw", layer.skip.weight[:, :, 0, 0], resized(x)) + layer.skip.bias[:, None, None]
+    torch.testing.assert_close(layer(x, time), (skip + h) * 0.5, rtol=1e-4, atol=1e-4)
+
+
+@KINDS
+def test_every_sum_is_scaled_in_ncsnpp_and_none_in_ddpm(biggan):
+    net = UNet(**SMALL, biggan=biggan)
+    scales = {layer.scale for layer in net.modules() if isinstance(layer, ResBlock | Attention)}
+    assert scales == {math.sqrt(0.5) if biggan else 1.0}
+
+
 @KINDS
 def test_attention_stands_where_the_settings_say_and_in_the_middle(biggan):
     """BigGAN: one for each block down and one a level up; DDPM: one for each block, down and up."""
@@ -140,6 +173,12 @@ def test_attention_stands_where_the_settings_say_and_in_the_middle(biggan):
     assert attentions() == 1
     assert attentions(4) == attentions(8) == 1 + a_level
     assert attentions(4, 8) == 1 + 2 * a_level
+
+
+def test_on_the_way_up_ncsnpp_looks_around_after_the_last_block_of_a_level():
+    """As Song et al. do: before the image is doubled, not at the level's beginning."""
+    net = UNet(**SMALL | dict(blocks=2, attention_at=(4,)))
+    assert [any(isinstance(layer, Attention) for layer in chain) for chain in net.up] == [0, 0, 1, 0, 0, 0]
 
 
 def test_the_time_embedding_spans_wavelengths_from_2_pi_to_20000_pi():
