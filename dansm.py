@@ -57,15 +57,24 @@ COSTS = ("squared", "inner")
 METHODS = ("random", "greedy", "optimal", "nearest")
 
 
+def inner_products(x: Tensor, z: Tensor) -> Tensor:
+    """⟨x_i, z_j⟩ for every i and j. x: (B, ...), z: (M, ...) → (B, M), in float32 at least."""
+    product = x.flatten(1) @ z.flatten(1).T
+    return product.to(torch.promote_types(product.dtype, torch.float32))
+
+
 def squared_distances(x: Tensor, z: Tensor, z_squared: Tensor | None = None) -> Tensor:
     """‖x_i − z_j‖² for every i and j, by one matrix product: ‖x‖² − 2⟨x, z⟩ + ‖z‖².
 
     x: (B, ...), z: (M, ...) → (B, M). `z_squared`, the (M,) of ‖z_j‖², saves a pass over a pool used often.
     """
-    x, z = x.flatten(1), z.flatten(1)
-    if z_squared is None:
-        z_squared = z.square().sum(1)
-    return torch.addmm(z_squared, x, z.T, alpha=-2).add_(x.square().sum(1, keepdim=True))
+    z_squared = squared_norms(z) if z_squared is None else z_squared
+    return inner_products(x, z).mul_(-2).add_(z_squared).add_(squared_norms(x)[:, None])
+
+
+def squared_norms(x: Tensor) -> Tensor:
+    """‖x_i‖². (B, ...) → (B,), in float32 at least."""
+    return x.flatten(1).square().sum(1, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def cost_matrix(x: Tensor, z: Tensor, cost: str = "squared", z_squared: Tensor | None = None) -> Tensor:
@@ -79,7 +88,7 @@ def cost_matrix(x: Tensor, z: Tensor, cost: str = "squared", z_squared: Tensor |
                sample near the origin to the farthest noise in its direction.
     """
     if cost == "inner":
-        return -(x.flatten(1) @ z.flatten(1).T)
+        return inner_products(x, z).neg_()
     return squared_distances(x, z, z_squared)
 
 
@@ -91,6 +100,8 @@ def greedy(cost: Tensor) -> Tensor:
     same picks; with few noises to go round almost all samples quarrel, and taking turns is quicker.
     """
     samples, noises = cost.shape
+    if samples > noises:
+        raise BadInput(f"{samples} samples and {noises} noises: expected at least as many noises as samples")
     return _greedy_in_turn(cost) if noises < 4 * samples else _greedy_by_rounds(cost)
 
 
@@ -139,13 +150,13 @@ def optimal(cost: Tensor) -> Tensor:
 def nearest_of_k(x: Tensor, k: int, cost: str = "squared", generator: torch.Generator | None = None) -> Tensor:
     """Each sample draws k fresh noises and keeps the nearest. x: (B, ...) → z: (B, ...). For comparison.
 
-    It needs no pool, but it bends the prior: the other k − 1 noises are thrown away, never trained on, so
-    the noises used are no longer N(0, I). Their mean is pulled to the data's and, by squared distance, they
-    are too short, while sampling still starts from N(0, I).
+    It needs no pool, but it bends the prior: the other k − 1 noises are thrown away, never trained on, so the
+    noises used are no longer N(0, I) but crowd where the data is, while sampling still starts from N(0, I).
     """
+    check_count("k", k)
     flat = x.detach().float().flatten(1)
     kept = torch.empty_like(flat)
-    block = max(1, 2**24 // (k * flat.shape[1]))  # samples at a time, so that their noises fill 64 MB
+    block = max(1, 2**24 // (k * flat.shape[1]))  # samples at a time, so that their noises fill about 64 MB
     for rows, out in zip(flat.split(block), kept.split(block), strict=True):
         z = torch.randn(len(rows), k, flat.shape[1], device=x.device, generator=generator)
         scores = torch.einsum("bkd,bd->bk", z, rows)
@@ -171,10 +182,13 @@ class NoisePool:
     Raises BadInput for a negative or fractional match_size, a batch of another shape, NaN or infinite data.
     """
 
+    dtypes = (torch.float32, torch.float64, torch.bfloat16)  # float16 overflows in the product of long samples
+
     def __init__(self, match_size: int, shape, *, cost: str = "squared", device="cpu", dtype=torch.float32, seed=0):
         self.match_size = check_count("match_size", match_size, at_least=0)
         self.cost = check_choice("cost", cost, COSTS)
         self.shape = torch.Size(shape)
+        check_choice("dtype", dtype, self.dtypes)
         self.generator = torch.Generator(device).manual_seed(seed)
         self.noise = torch.empty(0, self.shape.numel(), device=device, dtype=dtype)
         self.left = 0  # how many noises are free
@@ -186,8 +200,7 @@ class NoisePool:
         if x.shape[1:] != self.shape:
             raise BadInput(f"the pool holds noises of shape {tuple(self.shape)}, the batch is {tuple(x.shape)}: "
                            f"expected (B, {', '.join(map(str, self.shape))})")
-        if not torch.isfinite(x).all():
-            raise BadInput(f"the batch of shape {tuple(x.shape)} holds NaN or infinite values: expected finite data")
+        check_data(x)
         samples = x.detach().flatten(1).to(self.noise)
         z = torch.empty_like(samples)
         if self.match_size <= 1:
@@ -221,7 +234,7 @@ class NoisePool:
         self.left = self.match_size
         self.index = torch.arange(self.match_size, device=self.noise.device)  # each row's place in the draw
         self.taken = torch.zeros_like(self.index, dtype=torch.bool)
-        self.squared = self.noise.square().sum(1) if self.cost == "squared" else None
+        self.squared = squared_norms(self.noise) if self.cost == "squared" else None
 
     def _keep(self, mask: Tensor) -> None:
         """Move the rows of the mask to the front, in order: a noise that is taken needs no cost."""
@@ -243,25 +256,28 @@ class NoisePool:
         return torch.randn(x.shape, device=self.noise.device, generator=self.generator).to(x)
 
     def state_dict(self) -> dict:
-        """All a checkpoint needs to go on with the same noises: the generator before it drew this pool, and
-        which of them are taken. The pool itself is drawn again. About 9 bytes a noise."""
-        state = self._drawn_from if self.left else self.generator.get_state()
-        return {"match_size": self.match_size, "left": self.left, "generator": state,
-                "index": self.index.clone(), "taken": self.taken.clone()}
+        """All a checkpoint needs to go on with the same noises: the generator's state, now and when it drew this
+        pool, and which of the noises are taken. The pool itself is drawn again. About 9 bytes a noise."""
+        now = self.generator.get_state()
+        return {"made_for": self._made_for(), "left": self.left, "generator": now, "drawn_from": self._drawn_from
+                if self.left else now, "index": self.index.clone(), "taken": self.taken.clone()}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on where `state_dict` was taken, in a pool made with the same arguments."""
-        if state["match_size"] != self.match_size:
-            raise BadInput(f"the saved pool has match_size {state['match_size']}, this one {self.match_size}: "
-                           "expected the same")
-        self.generator.set_state(state["generator"].cpu())
+        if state["made_for"] != self._made_for():
+            raise BadInput(f"the saved pool is {state['made_for']}, this one {self._made_for()}: expected the same")
         self._forget()
         if state["left"]:
+            self.generator.set_state(state["drawn_from"].cpu())
             self._refill()
-            index = state["index"].to(self.index.device)
-            self._keep(torch.zeros_like(self.taken).index_fill_(0, index, True))
+            kept = torch.zeros_like(self.taken).index_fill_(0, state["index"].to(self.index.device), True)
+            self._keep(kept)
             self.taken = state["taken"].to(self.taken.device)
             self.left = state["left"]
+        self.generator.set_state(state["generator"].cpu())
+
+    def _made_for(self) -> dict:
+        return {"match_size": self.match_size, "shape": list(self.shape), "cost": self.cost, "dtype": str(self.noise.dtype)}
 
 
 def pairs(batches: Iterable[Tensor], method: str = "greedy", match_size: int = 10_000, *, cost: str = "squared",
@@ -278,7 +294,7 @@ def pairs(batches: Iterable[Tensor], method: str = "greedy", match_size: int = 1
     """
     check_choice("method", method, METHODS)
     check_choice("cost", cost, COSTS)
-    check_count("match_size", match_size, at_least=0 if method in ("random", "greedy") else 1)
+    match_size = check_count("match_size", match_size, at_least=0 if method in ("random", "greedy") else 1)
     return _pairs(iter(batches), method, match_size, cost, seed, pool)
 
 
@@ -291,36 +307,50 @@ def _pairs(batches, method, match_size, cost, seed, pool):
         elif method == "greedy":
             yield x, pool(x)
         elif method == "nearest":
-            yield x, nearest_of_k(x, match_size, cost, pool.generator)
+            yield x, nearest_of_k(check_data(x), match_size, cost, pool.generator)
         else:
-            yield x, pool.fresh(x)
+            yield x, pool.fresh(check_data(x))
 
 
 def _optimal_pairs(batches, match_size, cost, pool):
-    sizes, x, z = deque(), [], []  # batches not handed out yet: their sizes, their samples, the noises so far
+    waiting = deque()  # batches not handed out yet, whose samples are x; the first of them have their noises, z
+    x = z = torch.empty(0, *pool.shape, device=pool.noise.device)
     for batch in chain(batches, [None]):  # None: no more are coming, match what is there
         if batch is not None:
-            sizes.append(len(batch))
-            x += batch
+            waiting.append(batch)
+            x = torch.cat([x, check_data(batch).detach().to(x)])
         while len(x) - len(z) >= (match_size if batch is not None else 1):
-            group = torch.stack(x[len(z) : len(z) + match_size])
+            group = x[len(z) : len(z) + match_size]
             noise = pool.fresh(group)
-            z += noise[optimal(cost_matrix(group.float(), noise.float(), cost))]
-        while sizes and len(z) >= sizes[0]:
-            size = sizes.popleft()
-            yield torch.stack(x[:size]), torch.stack(z[:size])
-            del x[:size], z[:size]
+            z = torch.cat([z, noise[optimal(cost_matrix(group, noise, cost))]])
+        while waiting and len(z) >= len(waiting[0]):
+            batch_done = waiting.popleft()
+            yield batch_done, z[: len(batch_done)].to(batch_done)
+            x, z = x[len(batch_done) :], z[len(batch_done) :]
 
 
 def path_noise(images: Iterable[int], shape, seed: int = 0, device="cpu") -> Tensor:
     """The noise each image starts from, (len(images), *shape): image 17 is the same in any batch, on any device."""
-    draws = [np.random.default_rng([seed, image]).standard_normal(tuple(shape), np.float32) for image in images]
-    return torch.from_numpy(np.stack(draws)).to(device)
+    draws = [np.random.default_rng([seed, int(image)]).standard_normal(tuple(shape), np.float32) for image in images]
+    return torch.from_numpy(np.array(draws, np.float32).reshape(-1, *shape)).to(device)
+
+
+def check_data(x: Tensor) -> Tensor:
+    """x itself, or BadInput if it holds anything that has no distance: integers, NaN, values beyond 1e15."""
+    if not x.is_floating_point():
+        raise BadInput(f"the batch is of {x.dtype}: expected floating point data, images in [−1, 1] for instance")
+    if not (x.detach().abs() < 1e15).all():  # squared and summed that still fits float32; NaN is never less
+        raise BadInput(f"the batch of shape {tuple(x.shape)} holds NaN or infinite values: expected finite data")
+    return x
 
 
 def check_count(name: str, value, at_least: int = 1) -> int:
     """`value` as an int, or BadInput if it is not a whole number from `at_least` on."""
-    if isinstance(value, bool) or value != value or int(value) != value or value < at_least:
+    try:
+        whole = not isinstance(value, bool | np.bool_) and int(value) == value and value >= at_least
+    except (TypeError, ValueError, OverflowError):
+        whole = False
+    if not whole:
         raise BadInput(f"{name} is {value}: expected a whole number of at least {at_least}")
     return int(value)
 
@@ -328,7 +358,7 @@ def check_count(name: str, value, at_least: int = 1) -> int:
 def check_choice(name: str, value, choices):
     """`value`, or BadInput if it is none of `choices`."""
     if value not in choices:
-        raise BadInput(f"{name} is {value!r}: expected one of {', '.join(choices)}")
+        raise BadInput(f"{name} is {value!r}: expected one of {', '.join(map(str, choices))}")
     return value
 
 
@@ -373,7 +403,8 @@ class RectifiedFlow:
 
     def path(self, net: nn.Module, z: Tensor, steps: int) -> Iterator[Tensor]:
         """The states from z on, `steps` + 1 of them, the last one x."""
-        x, dt = z, 1 / check_count("steps", steps)
+        steps = check_count("steps", steps)
+        x, dt = z, 1 / steps
         yield x
         for i in range(steps):
             v = self._velocity(net, x, i * dt)
@@ -413,21 +444,22 @@ class Diffusion:
             t = draw_times(len(x), self.times, x.device)
         level = ((1 - t) * self.levels).long().clamp_(0, self.levels - 1)
         signal = over(self.signal.to(x.device, x.dtype)[level], x)
-        return F.mse_loss(net(signal.sqrt() * x + (1 - signal).sqrt() * z, level.to(x.dtype)), z)
+        return F.mse_loss(net(signal.sqrt() * x + (1 - signal).sqrt() * z, level.float()), z)
 
     def path(self, net: nn.Module, z: Tensor, steps: int) -> Iterator[Tensor]:
-        """The states from z on, `steps` + 1 of them, the last one x, on every (1000 // steps)-th level."""
-        check_count("steps", steps)
+        """The states from z on, `steps` + 1 of them, the last one x. The levels are those of the paper, from 0 on at
+        a stride of 1000 / steps, so the first is below pure noise: with 3 steps 666, with 10 steps 900."""
+        steps = check_count("steps", steps, at_least=2)
         if steps > self.levels:
             raise BadInput(f"steps is {steps}: expected at most {self.levels}, the levels of the diffusion")
-        stride = self.levels // steps
+        levels = [i * self.levels // steps for i in range(steps)]
         x = z
         yield x
-        for level in reversed(range(0, steps * stride, stride)):
-            noise = net(x, torch.full((len(x),), float(level), device=x.device))
-            signal = self.signal[level].item()
+        for i in reversed(range(steps)):
+            noise = net(x, torch.full((len(x),), float(levels[i]), device=x.device))
+            signal = self.signal[levels[i]].item()
             clean = (x - math.sqrt(1 - signal) * noise) / math.sqrt(signal)
-            signal = self.signal[level - stride].item() if level else 1.0
+            signal = self.signal[levels[i - 1]].item() if i else 1.0
             x = math.sqrt(signal) * clean + math.sqrt(1 - signal) * noise
             yield x
 
@@ -450,7 +482,8 @@ def _end(path: Iterator[Tensor]) -> Tensor:
 
 
 def norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(min(channels // 4, 32), channels, eps=1e-6)
+    """At most 32 groups, of at least 4 channels where `channels` can be divided so."""
+    return nn.GroupNorm(math.gcd(channels, min(channels // 4, 32)), channels, eps=1e-6)
 
 
 def conv(c_in: int, c_out: int, size: int, stride: int = 1) -> nn.Conv2d:
@@ -538,9 +571,12 @@ class UNet(nn.Module):
     def __init__(self, channels: int = 3, size: int = 32, width: int = 128, multipliers=(1, 2, 2, 2), blocks: int = 4,
                  attention_at=(16,), dropout: float = 0.15, biggan: bool = True):
         super().__init__()
-        if size % 2 ** (len(multipliers) - 1):
+        check_count("size", size), check_count("blocks", blocks)
+        if check_count("width", width, at_least=4) % 2:
+            raise BadInput(f"width is {width}: expected an even number")
+        if not multipliers or size % 2 ** (len(multipliers) - 1):
             raise BadInput(f"the images are {size} pixels wide: expected a multiple of "
-                           f"{2 ** (len(multipliers) - 1)} for a network of {len(multipliers)} levels")
+                           f"{2 ** max(len(multipliers) - 1, 0)} for a network of {len(multipliers)} levels")
         self.settings = dict(channels=channels, size=size, width=width, multipliers=list(multipliers), blocks=blocks,
                              attention_at=list(attention_at), dropout=dropout, biggan=biggan)
         self.width, c_time = width, 4 * width
@@ -590,7 +626,7 @@ class UNet(nn.Module):
             nn.init.zeros_(layer.weight)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        time = self.time(self._waves(t))
+        time = self.time(self._waves(t).to(self.first.weight.dtype))
         skips = [h := self.first(x)]
         for layer in self.down:
             skips.append(h := layer(h, time))
@@ -701,8 +737,8 @@ def inter_path_distance(x: Tensor, z: Tensor, block: int = 1024) -> InterPathDis
     """How near the straight paths z_i → x_i come to each other at equal times, over all pairs i ≠ j.
 
     With U = z_i − z_j and V = x_i − x_j two paths are ‖(1−t)U + tV‖ apart, least at t* = ⟨U, U−V⟩ / ‖U−V‖²,
-    clamped to [0, 1]. All three products come from one matrix product of block × block paths in float64, so
-    memory is 200 block² bytes beyond the input, whatever the number of paths.   x, z: (B, ...), B ≥ 2.
+    clamped to [0, 1]. All products come from one matrix product of block × block paths in float64: beyond the
+    input that takes about 100·block² + 64·block·D bytes, whatever the number of paths.   x, z: (B, ...), B ≥ 2.
     """
     if len(x) < 2 or x.shape != z.shape:
         raise BadInput(f"x is {tuple(x.shape)} and z {tuple(z.shape)}: expected at least two paths, equal shapes")
@@ -736,7 +772,7 @@ def _distances_of_paths(x1, z1, x2, z2):
     vv = x1.square().sum(1, keepdim=True) + x2.square().sum(1) - 2 * xx
     uv = (z1 * x1).sum(1, keepdim=True) + (z2 * x2).sum(1) - zx - xz
     spread = uu - 2 * uv + vv  # ‖U − V‖², 0 for parallel paths, which are as near at t = 0 as anywhere
-    t = ((uu - uv) / spread).nan_to_num_(0, 0, 0).clamp_(0, 1)
+    t = torch.where(spread > 1e-12 * (uu + vv), (uu - uv) / spread, 0).clamp_(0, 1)
     return (uu - 2 * t * (uu - uv) + t * t * spread).clamp_min_(0).sqrt_(), t
 
 
@@ -746,6 +782,8 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     (Dowson and Landau 1982; on Inception's features it is called FID, Heusel et al. 2017.) The trace of the
     root is the sum of the singular values of A^½ B^½, which stays accurate when A or B is nearly singular.
     """
+    if min(len(a), len(b)) < 2 or a.shape[1:] != b.shape[1:]:
+        raise BadInput(f"features are {tuple(a.shape)} and {tuple(b.shape)}: expected at least two each, equally long")
     a, b = a.flatten(1).double(), b.flatten(1).double()
     (root_a, trace_a), (root_b, trace_b) = _root_of_covariance(a), _root_of_covariance(b)
     overlap = torch.linalg.svdvals(root_a @ root_b).sum()
@@ -753,7 +791,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 
 def _root_of_covariance(features):
-    values, vectors = torch.linalg.eigh(torch.cov(features.T))
+    values, vectors = torch.linalg.eigh(torch.atleast_2d(torch.cov(features.T)))
     values.clamp_min_(0)
     return vectors * values.sqrt() @ vectors.T, values.sum()
 
@@ -990,4 +1028,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from dansm import main as run  # the module by its name, so that scale and tiny share it with us
+
+    run()
