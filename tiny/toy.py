@@ -156,7 +156,7 @@ def summary(trainings: list[dict]) -> dict[str, dict]:
 # The run
 
 
-def run(shape: str = "swiss-roll", match_size: int = 1000, steps: int = 1000, seeds: int = 3, seed: int = 0,
+def run(shape: str = "swiss-roll", match_size: int = 1000, steps: int = 800, seeds: int = 3, seed: int = 0,
         device: str = "cpu", out: str | Path = "toy", cost: str = "squared") -> dict:
     """Train a flow with each method of pairing and each seed, measure, draw; returns what it writes to toy.json.
 
