@@ -84,8 +84,9 @@ def cost_matrix(x: Tensor, z: Tensor, cost: str = "squared", z_squared: Tensor |
     "inner"    −⟨x, z⟩. Over a whole pool every noise is given out once, so Σ‖z‖² is the same for every
                pairing and only Σ⟨x, z⟩ can be won. A greedy pick by distance chases short noises all the
                same, and leaves the long ones to the last samples; without ‖z‖² it cannot. On images that
-               is nearer to the optimum at every match_size. In 2D it is not: there −⟨x, z⟩ sends even a
-               sample near the origin to the farthest noise in its direction.
+               comes nearer to the optimum at every match_size (1,000: 89 % of the optimal gain, not 81 %).
+               In 2D it does so only for small pools (1,000: 84 to 95 %, not 92 to 96 %): there −⟨x, z⟩ sends
+               even a sample near the origin to the farthest noise in its direction.
     """
     if cost == "inner":
         return inner_products(x, z).neg_()
@@ -166,6 +167,15 @@ def nearest_of_k(x: Tensor, k: int, cost: str = "squared", generator: torch.Gene
     return kept.view(x.shape).to(x)
 
 
+def noise_generator(seed: int | None = None, device="cpu") -> torch.Generator:
+    """The generator of a pool's noises. Without a seed it takes one from torch's own, so that torch.manual_seed
+    decides, as it does for `torch.randn_like`. Its numbers are not those that torch draws by the same seed: data
+    or weights drawn by it would be the very noise."""
+    seed = torch.randint(2**31, ()).item() if seed is None else seed
+    mixed = np.random.SeedSequence([seed, 0xDA45]).generate_state(1, np.uint64)
+    return torch.Generator(device).manual_seed(int(mixed[0]))
+
+
 class NoisePool:
     """A pool of `match_size` noises: call it with a batch, get the noises matched to it.
 
@@ -178,18 +188,19 @@ class NoisePool:
     N(0, I). match_size 0 or 1 is vanilla training, a random noise for each sample.
 
     shape: of one sample, (C, H, W) or any other.   cost: see `cost_matrix`.   dtype: of the noises kept;
-    torch.bfloat16 halves the memory, match_size × D × 4 bytes in float32.
+    torch.bfloat16 halves the memory, match_size × D × 4 bytes in float32.   seed: see `noise_generator`.
     Raises BadInput for a negative or fractional match_size, a batch of another shape, NaN or infinite data.
     """
 
     dtypes = (torch.float32, torch.float64, torch.bfloat16)  # float16 overflows in the product of long samples
 
-    def __init__(self, match_size: int, shape, *, cost: str = "squared", device="cpu", dtype=torch.float32, seed=0):
+    def __init__(self, match_size: int, shape, *, cost: str = "squared", device="cpu", dtype=torch.float32,
+                 seed: int | None = None):
         self.match_size = check_count("match_size", match_size, at_least=0)
         self.cost = check_choice("cost", cost, COSTS)
         self.shape = torch.Size(shape)
         check_choice("dtype", dtype, self.dtypes)
-        self.generator = torch.Generator(device).manual_seed(seed)
+        self.generator = noise_generator(seed, device)
         self.noise = torch.empty(0, self.shape.numel(), device=device, dtype=dtype)
         self.left = 0  # how many noises are free
         self._forget()
@@ -277,11 +288,12 @@ class NoisePool:
         self.generator.set_state(state["generator"].cpu())
 
     def _made_for(self) -> dict:
-        return {"match_size": self.match_size, "shape": list(self.shape), "cost": self.cost, "dtype": str(self.noise.dtype)}
+        return {"match_size": self.match_size, "shape": list(self.shape), "cost": self.cost,
+                "dtype": str(self.noise.dtype)}
 
 
 def pairs(batches: Iterable[Tensor], method: str = "greedy", match_size: int = 10_000, *, cost: str = "squared",
-          seed: int = 0, pool: NoisePool | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+          seed: int | None = None, pool: NoisePool | None = None) -> Iterator[tuple[Tensor, Tensor]]:
     """Pair every batch x with noises z and yield (x, z), the same batches in the same order.
 
     method  "random"   a fresh noise for each sample: vanilla training
@@ -815,9 +827,9 @@ Out = Annotated[Path, typer.Option(help="folder for the results, made if missing
 
 @app.command("toy")
 def toy_command(
-    shape: Annotated[str, typer.Option(help="a 2D shape, or all; a wrong name lists them")] = "eight-gaussians",
+    shape: Annotated[str, typer.Option(help="a 2D shape, or all; a wrong name lists them")] = "swiss-roll",
     match_size: MatchSize = 1000,
-    steps: Annotated[int, typer.Option(min=1, help="training steps for each way of pairing")] = 1500,
+    steps: Annotated[int, typer.Option(min=1, help="training steps for each way of pairing")] = 800,
     seeds: Annotated[int, typer.Option(min=1, help="trainings for each way of pairing, for the spread")] = 3,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -880,11 +892,13 @@ def train_command(
     device, out = pick_device(device), make_folder(out)
     images = load_images(data, size=size or None, skip_unreadable=skip_unreadable,
                          track=lambda paths, total: track(paths, "reading images", total=total, console=console))
-    summary, net, flow = fit(images, recipe, steps=steps, minutes=minutes, out=out, fresh=fresh, device=device, console=console)
-    grid = torch.cat(list(sample_images(net, flow, range(64), images.shape[1:], sample_steps, seed=seed, device=device)))
-    save_grid(grid, out / "samples.png")
-    write_json(out / "train.json", {"data": data, "images_in_data": len(images), "hardware": hardware(device), **summary})
-    console.print(f"{summary['images']:,} images seen in {summary['steps']:,} steps, {summary['images_per_second']:,} a second")
+    summary, net, flow = fit(images, recipe, steps=steps, minutes=minutes, out=out, fresh=fresh, device=device,
+                             console=console)
+    grid = sample_images(net, flow, range(64), images.shape[1:], sample_steps, seed=seed, device=device)
+    save_grid(torch.cat(list(grid)), out / "samples.png")
+    write_json(out / "train.json", {"data": data, "data_images": len(images), "hardware": hardware(device), **summary})
+    console.print(f"{summary['images']:,} images in {summary['steps']:,} steps, "
+                  f"{summary['images_per_second']:,} a second")
     say_files(out, "samples.png", "checkpoint.pt", "log.jsonl", "train.json")
 
 
@@ -893,7 +907,7 @@ def sample_command(
     checkpoint: Annotated[Path, typer.Argument(help="a checkpoint.pt that dansm train wrote")],
     count: Annotated[int, typer.Option(min=1, help="how many images")] = 64,
     steps: Annotated[int, typer.Option(min=1, help="steps from noise to image; more is better and slower")] = 20,
-    solver: Annotated[Literal["euler", "heun"], typer.Option(help="heun: second order, two evaluations a step")] = "euler",
+    solver: Annotated[Literal["euler", "heun"], typer.Option(help="heun takes two evaluations a step")] = "euler",
     batch: Annotated[int, typer.Option(min=1, help="images at a time; changes no image, only memory and speed")] = 64,
     files: Annotated[bool, typer.Option(help="also write every image as a file of its own")] = False,
     seed: Seed = 0,
@@ -915,8 +929,9 @@ def sample_command(
     for i, image in enumerate(images if files else ()):
         save_grid(image[None], out / f"{i:06d}.png", enlarge=1)
     write_json(out / "sample.json", {
-        "checkpoint": str(checkpoint), "trained_steps": state["training"]["step"], "recipe": state["recipe"], "count": count,
-        "steps": steps, "solver": solver, "seed": seed, "seconds": round(seconds, 2), "hardware": hardware(device)})
+        "checkpoint": str(checkpoint), "trained_steps": state["training"]["step"], "recipe": state["recipe"],
+        "count": count, "steps": steps, "solver": solver, "seed": seed, "seconds": round(seconds, 2),
+        "hardware": hardware(device)})
     console.print(f"{count:,} images in {steps} steps each: {seconds:.1f} s")
     say_files(out, "samples.png", "sample.json", *(["000000.png and so on"] if files else []))
 
@@ -959,7 +974,8 @@ def save_grid(images: Tensor, path: Path, enlarge: int = 2) -> None:
 
     large = images.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
     columns = math.ceil(len(images) ** 0.5)
-    write_png(large[0] if len(images) == 1 else make_grid(large, columns, padding=2, pad_value=255), str(path))
+    grid = large[0] if len(images) == 1 else make_grid(large, columns, padding=2, pad_value=255)
+    write_png(grid, str(path))
 
 
 def pick_device(name: str) -> torch.device:
@@ -968,7 +984,8 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = next(device for device in ("cuda", "mps", "cpu") if there[device])
     if not there[check_choice("--device", name, there)]:
-        raise BadInput(f"--device is {name}: this machine has none, expected one of auto, {', '.join(d for d in there if there[d])}")
+        found = ", ".join(device for device in there if there[device])
+        raise BadInput(f"--device is {name}, which this machine has not: expected one of auto, {found}")
     return torch.device(name)
 
 
@@ -979,7 +996,7 @@ def make_folder(path: Path) -> Path:
         (path / ".writable").touch()
         (path / ".writable").unlink()
     except OSError as error:
-        raise BadInput(f"--out is {path}: it cannot be written ({error.strerror}), expected a folder that can") from error
+        raise BadInput(f"--out is {path}: not writable ({error.strerror}), expected a folder that is") from error
     return path
 
 
@@ -994,9 +1011,10 @@ def parse_shape(text: str) -> tuple[int, ...]:
 def hardware(device) -> dict:
     """What the figures of a run depend on, to stand beside them."""
     described = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    cpu = next((line.split(":")[1].strip() for line in described if line.startswith("model name")), platform.processor())
+    models = [line.split(":")[1].strip() for line in described if line.startswith("model name")]
     gpu = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None
-    return {"device": str(device), "gpu": gpu, "cpu": cpu, "cores": os.cpu_count(),
+    return {"device": str(device), "gpu": gpu,
+            "cpu": models[0] if models else platform.processor(), "cores": os.cpu_count(),
             "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
 
 

@@ -30,8 +30,7 @@ def fit(images: Tensor, recipe: dict, *, steps: int, minutes: float, out: Path, 
     Stops after `steps` in all, after `minutes` of this call if not 0, or at Ctrl-C; each saves first.
     """
     torch.manual_seed(recipe["seed"])
-    net = dansm.UNet(images.shape[1], images.shape[2], **dansm.NETWORKS[recipe["network"]])
-    net = net.to(device, memory_format=torch.channels_last)  # what convolutions on a GPU are quickest with
+    net = dansm.UNet(images.shape[1], images.shape[2], **dansm.NETWORKS[recipe["network"]]).to(device)
     flow = dansm.FLOWS[recipe["flow"]](recipe["times"])
     run = dansm.Training(net, recipe["lr"])
     pool = dansm.NoisePool(recipe["match_size"], images.shape[1:], cost=recipe["cost"], device=device,

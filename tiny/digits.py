@@ -7,7 +7,7 @@ distance is Fréchet's in the space of the 64 pixels: no feature network is need
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from torch import Tensor
 import dansm
 
 STEP_COUNTS = (1, 2, 3, 5, 10)
-NETWORK = dict(channels=1, size=8, width=32, multipliers=(1, 2), blocks=1, attention_at=(4,), dropout=0.0)
+NETWORK = dict(channels=1, size=8, width=16, multipliers=(1, 2), blocks=1, attention_at=(4,), dropout=0.0)
 WAYS = ("random", "greedy")
 BATCH = 128
 
@@ -44,25 +44,26 @@ def run(*, match_size: int = 1000, steps: int = 600, seeds: int = 2, seed: int =
     """Train each way of pairing `steps` steps for each of `seeds` seeds; writes digits.json and digits.png into `out`
     after each seed, so that Ctrl-C keeps those done."""
     console, images = Console(), load_digits().to(device)
-    real = dansm.frechet_distance(*(images[rows] for rows in np.array_split(np.random.default_rng(0).permutation(1797), 2)))
+    halves = np.array_split(np.random.default_rng(0).permutation(len(images)), 2)
     result = {"data": "1,797 digits of scikit-learn, 8×8", "batch": BATCH, "steps": steps, "match_size": match_size,
-              "step_counts": STEP_COUNTS, "real_half_against_half": real, "hardware": dansm.hardware(device), "runs": []}
-    bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[loss]}"), TimeElapsedColumn(),
-                   TimeRemainingColumn(), console=console)
+              "step_counts": STEP_COUNTS, "hardware": dansm.hardware(device), "runs": [],
+              "real_half_against_half": dansm.frechet_distance(*(images[half] for half in halves))}
+    bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[loss]}"),
+                   TimeElapsedColumn(), TimeRemainingColumn(), console=console)
     with bar:
-        task = bar.add_task("training", total=seeds * len(WAYS) * (steps + sum(STEP_COUNTS)), loss="")
+        task = bar.add_task("training", total=seeds * len(WAYS) * (steps + 2 * sum(STEP_COUNTS)), loss="")
         for each in range(seed, seed + seeds):
             samples = {}
             for way in WAYS:
                 bar.update(task, description=f"{way}, seed {each}")
-                net, lengths = train_one(images, way, match_size, steps, each, lambda loss: bar.update(
-                    task, advance=1, loss=f"loss {loss:.3f}"))
+                net, length = train_one(images, way, match_size, steps, each,
+                                        lambda loss: bar.update(task, advance=1, loss=f"loss {loss:.3f}"))
                 distances = {}
                 for count in STEP_COUNTS:
                     samples[way, count] = draw_samples(net, len(images), count, each, device)
                     distances[count] = dansm.frechet_distance(samples[way, count], images)
-                    bar.update(task, advance=count)
-                result["runs"].append({"seed": each, "method": way, "path_length": lengths, "distance": distances})
+                    bar.update(task, advance=2 * count)  # a step over all digits takes about two of training
+                result["runs"].append({"seed": each, "method": way, "path_length": length, "distance": distances})
             dansm.write_json(out / "digits.json", result)
             draw_picture(result, samples, out / "digits.png")
     print_table(result, console)
@@ -70,7 +71,8 @@ def run(*, match_size: int = 1000, steps: int = 600, seeds: int = 2, seed: int =
     return result
 
 
-def train_one(images: Tensor, way: str, match_size: int, steps: int, seed: int, report) -> tuple[torch.nn.Module, float]:
+def train_one(images: Tensor, way: str, match_size: int, steps: int, seed: int,
+              report: Callable[[float], None]) -> tuple[torch.nn.Module, float]:
     """One training; returns the averaged network and the mean length of the paths it was trained on."""
     torch.manual_seed(seed)  # equal first weights and training times for every way
     training = dansm.Training(dansm.UNet(**NETWORK).to(images.device), lr=1e-3)
@@ -116,11 +118,11 @@ def draw_picture(result: dict, samples: dict, path: Path) -> None:
     """Left the last seed's samples of both ways from the same noises, a row a step count; right the distances."""
     import matplotlib.pyplot as plt
 
-    shown = (1, 2, 3, 5, 10)
-    figure = plt.figure(figsize=(11, 3.9), layout="constrained")
-    grid = figure.add_gridspec(len(shown), 3, width_ratios=(1, 1, 0.95), hspace=0.02)
-    for column, (way, title) in enumerate(zip(WAYS, ("random pairs", f"matched, pool of {result['match_size']:,}"), strict=True)):
-        for row, count in enumerate(shown):
+    names = {"random": "random pairs", "greedy": f"matched, pool of {result['match_size']:,}"}
+    figure = plt.figure(figsize=(11, 4.1), layout="constrained")
+    grid = figure.add_gridspec(len(STEP_COUNTS), 3, width_ratios=(1, 1, 0.95), hspace=0.02)
+    for column, way in enumerate(WAYS):
+        for row, count in enumerate(STEP_COUNTS):
             axes = figure.add_subplot(grid[row, column])
             tiles = samples[way, count][:24].cpu().squeeze(1).reshape(2, 12, 8, 8).permute(0, 2, 1, 3).reshape(16, 96)
             axes.imshow(tiles, cmap="gray_r", vmin=-1, vmax=1)
@@ -128,17 +130,20 @@ def draw_picture(result: dict, samples: dict, path: Path) -> None:
             axes.set_yticks([])
             axes.spines[:].set_visible(False)
             if row == 0:
-                axes.set_title(title, fontsize=11)
+                axes.set_title(names[way], fontsize=11)
             if column == 0:
                 axes.set_ylabel(f"{count} step{'s' * (count > 1)}", rotation=0, ha="right", va="center", fontsize=10)
     axes = figure.add_subplot(grid[:, 2])
-    for way, color, marker in zip(WAYS, ("#9a9a9a", "#c8452f"), ("o", "s"), strict=True):
+    for way, color, marker in zip(WAYS, ("#8a97a8", "#c8431a"), ("o", "s"), strict=True):
         mean, least, most = zip(*(mean_and_spread(result, way, count) for count in STEP_COUNTS), strict=True)
-        axes.plot(STEP_COUNTS, mean, marker=marker, color=color, label={"random": "random pairs", "greedy": "matched"}[way])
+        axes.plot(STEP_COUNTS, mean, marker=marker, color=color, label=names[way])
         axes.fill_between(STEP_COUNTS, least, most, color=color, alpha=0.2)
-    axes.axhline(result["real_half_against_half"], color="#555555", linestyle=":", label="real digits, half against half")
+    floor = result["real_half_against_half"]
+    axes.axhline(floor, color="#555555", linestyle=":", label="real digits, half against half")
     axes.set(xscale="log", yscale="log", xlabel="steps from noise to image", ylabel="Fréchet distance in 64 pixels")
     axes.set_xticks(STEP_COUNTS, [str(count) for count in STEP_COUNTS])
+    ticks = [tick for tick in (0.2, 0.5, 1, 2, 5, 10, 20, 50) if floor / 2 < tick < axes.get_ylim()[1]]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.grid(True, alpha=0.25)
     axes.legend(frameon=False, fontsize=9)
