@@ -845,7 +845,7 @@ def toy_command(
 @app.command("digits")
 def digits_command(
     match_size: MatchSize = 1000,
-    steps: Annotated[int, typer.Option(min=1, help="training steps for each way of pairing")] = 600,
+    steps: Annotated[int, typer.Option(min=1, help="training steps for each way of pairing")] = 500,
     seeds: Annotated[int, typer.Option(min=1, help="trainings for each way of pairing, for the spread")] = 2,
     seed: Seed = 0,
     device: Device = "auto",
@@ -1019,7 +1019,10 @@ def hardware(device) -> dict:
 
 
 def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    """Written beside and moved into place, so that stopping at any moment leaves a whole file."""
+    beside = path.with_suffix(".part")
+    beside.write_text(json.dumps(content, indent=1) + "\n")
+    beside.replace(path)
 
 
 def say_files(out: Path, *names: str) -> None:

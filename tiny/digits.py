@@ -21,9 +21,9 @@ from torch import Tensor
 import dansm
 
 STEP_COUNTS = (1, 2, 3, 5, 10)
-NETWORK = dict(channels=1, size=8, width=16, multipliers=(1, 2), blocks=1, attention_at=(4,), dropout=0.0)
+NETWORK = dict(channels=1, size=8, width=16, multipliers=(1, 2), blocks=1, attention_at=(4,), dropout=0.0, biggan=False)
 WAYS = ("random", "greedy")
-BATCH = 128
+BATCH = 64
 
 
 def load_digits() -> Tensor:
@@ -40,7 +40,7 @@ def batches(images: Tensor, seed: int) -> Iterator[Tensor]:
         yield images[torch.from_numpy(draw.integers(len(images), size=BATCH)).to(images.device)]
 
 
-def run(*, match_size: int = 1000, steps: int = 600, seeds: int = 2, seed: int = 0, device="cpu", out: Path) -> dict:
+def run(*, match_size: int = 1000, steps: int = 500, seeds: int = 2, seed: int = 0, device="cpu", out: Path) -> dict:
     """Train each way of pairing `steps` steps for each of `seeds` seeds; writes digits.json and digits.png into `out`
     after each seed, so that Ctrl-C keeps those done."""
     console, images = Console(), load_digits().to(device)

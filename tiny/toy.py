@@ -10,7 +10,6 @@ Everything but the pairing is equal: network, data, steps, seeds, learning rate.
 from __future__ import annotations
 
 import csv
-import json
 import math
 import time
 import zlib
@@ -206,7 +205,7 @@ def run_shape(shape: str, out: Path, settings: dict) -> tuple[dict, dict[str, nn
                     nets.setdefault(method, net)
                     results["trainings"].append(found)
                     results["summary"] = summary(results["trainings"])
-                    write_json(results, out / "toy.json")
+                    dansm.write_json(out / "toy.json", results)
                 if seed == seeds[0]:
                     bar.update(task, description=f"{shape}, drawing")
                     draw(results, nets, out)
@@ -296,15 +295,8 @@ def write_table(results: dict[str, dict], out: Path) -> None:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    write_json({shape: {key: of_shape[key] for key in ("settings", "floor", "summary")}
-                for shape, of_shape in results.items()}, out / "results.json")
-
-
-def write_json(results: dict, path: Path) -> None:
-    """Written beside and moved into place, so that stopping at any moment leaves a whole file."""
-    beside = path.with_suffix(".part")
-    beside.write_text(json.dumps(results, indent=1) + "\n")
-    beside.replace(path)
+    dansm.write_json(out / "results.json", {
+        shape: {key: of_shape[key] for key in ("settings", "floor", "summary")} for shape, of_shape in results.items()})
 
 
 def progress_bar(console: Console) -> Progress:
