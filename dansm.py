@@ -202,7 +202,6 @@ class NoisePool:
         check_choice("dtype", dtype, self.dtypes)
         self.generator = noise_generator(seed, device)
         self.noise = torch.empty(0, self.shape.numel(), device=device, dtype=dtype)
-        self.left = 0  # how many noises are free
         self._forget()
 
     @torch.no_grad()
@@ -212,10 +211,10 @@ class NoisePool:
             raise BadInput(f"the pool holds noises of shape {tuple(self.shape)}, the batch is {tuple(x.shape)}: "
                            f"expected (B, {', '.join(map(str, self.shape))})")
         check_data(x)
-        samples = x.detach().flatten(1).to(self.noise)
-        z = torch.empty_like(samples)
         if self.match_size <= 1:
             return self.fresh(x)
+        samples = x.detach().flatten(1).to(self.noise)
+        z = torch.empty_like(samples)
         served = 0
         while served < len(samples):
             if self.left == 0:
@@ -257,6 +256,7 @@ class NoisePool:
         self.squared = self.squared[kept] if self.squared is not None else None
 
     def _forget(self) -> None:
+        """As before the first batch: no noise drawn, `left`, the count of free ones, 0."""
         self.index = torch.empty(0, dtype=torch.int64, device=self.noise.device)
         self.taken = self.index.bool()
         self.squared = None
@@ -270,8 +270,8 @@ class NoisePool:
         """All a checkpoint needs to go on with the same noises: the generator's state, now and when it drew this
         pool, and which of the noises are taken. The pool itself is drawn again. About 9 bytes a noise."""
         now = self.generator.get_state()
-        return {"made_for": self._made_for(), "left": self.left, "generator": now, "drawn_from": self._drawn_from
-                if self.left else now, "index": self.index.clone(), "taken": self.taken.clone()}
+        return {"made_for": self._made_for(), "generator": now, "drawn_from": self._drawn_from if self.left else now,
+                "left": self.left, "index": self.index.clone(), "taken": self.taken.clone()}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on where `state_dict` was taken, in a pool made with the same arguments."""
@@ -921,18 +921,23 @@ def sample_command(
     net, flow, state = load_model(checkpoint, device, solver)
     out = make_folder(out)
     shape = (net.settings["channels"], net.settings["size"], net.settings["size"])
-    start = time.perf_counter()
+    start, images = time.perf_counter(), []
     draws = sample_images(net, flow, range(count), shape, steps, seed=seed, batch=batch, device=device)
-    images = torch.cat(list(track(draws, "sampling", total=math.ceil(count / batch), console=console)))
+    try:
+        for drawn in track(draws, "sampling", total=math.ceil(count / batch), console=console):
+            for number, image in enumerate(drawn if files else (), len(images)):
+                save_grid(image[None], out / f"{number:06d}.png", enlarge=1)
+            images += drawn
+    except KeyboardInterrupt:
+        if not images:
+            raise
     seconds = time.perf_counter() - start
-    save_grid(images[:400], out / "samples.png")
-    for i, image in enumerate(images if files else ()):
-        save_grid(image[None], out / f"{i:06d}.png", enlarge=1)
+    save_grid(torch.stack(images[:400]), out / "samples.png")
     write_json(out / "sample.json", {
         "checkpoint": str(checkpoint), "trained_steps": state["training"]["step"], "recipe": state["recipe"],
-        "count": count, "steps": steps, "solver": solver, "seed": seed, "seconds": round(seconds, 2),
+        "count": len(images), "steps": steps, "solver": solver, "seed": seed, "seconds": round(seconds, 2),
         "hardware": hardware(device)})
-    console.print(f"{count:,} images in {steps} steps each: {seconds:.1f} s")
+    console.print(f"{len(images):,} images in {steps} steps each: {seconds:.1f} s")
     say_files(out, "samples.png", "sample.json", *(["000000.png and so on"] if files else []))
 
 

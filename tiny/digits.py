@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -124,7 +126,8 @@ def draw_picture(result: dict, samples: dict, path: Path) -> None:
     for column, way in enumerate(WAYS):
         for row, count in enumerate(STEP_COUNTS):
             axes = figure.add_subplot(grid[row, column])
-            tiles = samples[way, count][:24].cpu().squeeze(1).reshape(2, 12, 8, 8).permute(0, 2, 1, 3).reshape(16, 96)
+            spaced = F.pad(samples[way, count][:20].cpu(), (1, 1, 1, 1), value=-1)
+            tiles = rearrange(spaced, "(row column) 1 h w -> (row h) (column w)", row=2)
             axes.imshow(tiles, cmap="gray_r", vmin=-1, vmax=1)
             axes.set_xticks([])
             axes.set_yticks([])
