@@ -352,7 +352,8 @@ def check_data(x: Tensor) -> Tensor:
     if not x.is_floating_point():
         raise BadInput(f"the batch is of {x.dtype}: expected floating point data, images in [−1, 1] for instance")
     if not (x.detach().abs() < 1e15).all():  # squared and summed that still fits float32; NaN is never less
-        raise BadInput(f"the batch of shape {tuple(x.shape)} holds NaN or infinite values: expected finite data")
+        raise BadInput(f"the batch of shape {tuple(x.shape)} holds NaN, infinite or huge values: expected finite data, "
+                       "below 1e15")
     return x
 
 
