@@ -1,0 +1,337 @@
+"""Images from files to batches, and checkpoints there and back."""
+
+import pickle
+import random
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import dansm
+from dansm import BadInput
+from scale import checkpoint
+from scale.data import batches, find_images, load_images
+
+
+def noise_image(width, height, seed=0, mode="RGB"):
+    channels = {"RGB": 3, "RGBA": 4, "L": 1, "P": 1}[mode]
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, channels), np.uint8)
+    if mode == "P":
+        return Image.fromarray(pixels[..., 0]).convert("RGB").quantize(16)
+    return Image.fromarray(pixels[..., 0] if channels == 1 else pixels, mode)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Images 6 wide and 4 high under names whose order is not that of their making."""
+    names = ["b.png", "a10.png", "a9.png", "sub/c.png", "Z.PNG", "sub/deeper/0.bmp"]
+    random.Random(1).shuffle(names)
+    for name in names:
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise_image(6, 4, seed=sum(map(ord, name))).save(path)
+    (tmp_path / "images" / "notes.txt").write_text("no image")
+    return tmp_path / "images"
+
+
+# ------------------------------------------------------------------------------- reading
+
+
+def test_images_come_in_the_order_of_their_names_with_the_subfolders(folder):
+    names = [path.relative_to(folder).as_posix() for path in find_images(folder)]
+    assert names == ["Z.PNG", "a10.png", "a9.png", "b.png", "sub/c.png", "sub/deeper/0.bmp"]
+    images = load_images(str(folder))
+    for name, image in zip(names, images, strict=True):
+        assert torch.equal(image, by_hand(folder / name)), name
+
+
+def by_hand(path):
+    """Pixel for pixel, as (3, H, W)."""
+    image = Image.open(path).convert("RGB")
+    out = torch.empty(3, image.height, image.width, dtype=torch.uint8)
+    for y in range(image.height):
+        for x in range(image.width):
+            out[:, y, x] = torch.tensor(image.getpixel((x, y)), dtype=torch.uint8)
+    return out
+
+
+def test_images_are_uint8_channels_first_height_before_width_and_contiguous(folder):
+    images = load_images(str(folder))
+    assert (images.shape, images.dtype, images.is_contiguous()) == ((6, 3, 4, 6), torch.uint8, True)
+
+
+def test_grayscale_palette_and_transparent_images_become_three_channels(tmp_path):
+    for mode in ("L", "P", "RGB", "RGBA"):
+        noise_image(4, 4, mode=mode).save(tmp_path / f"{mode}.png")
+    gray, palette, color, transparent = load_images(str(tmp_path))
+    assert torch.equal(gray[0], gray[1]) and torch.equal(gray[0], gray[2])
+    assert torch.equal(gray[0], torch.from_numpy(np.array(noise_image(4, 4, mode="L"))))
+    assert torch.equal(palette, by_hand(tmp_path / "P.png")) and len(palette.unique()) > 2
+    assert torch.equal(color, torch.from_numpy(np.array(noise_image(4, 4))).permute(2, 0, 1))
+    rgba = np.array(noise_image(4, 4, mode="RGBA"))
+    assert torch.equal(transparent, torch.from_numpy(rgba[..., :3].copy()).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize(("width", "height"), [(12, 4), (4, 12)])
+def test_size_takes_the_centre_square(tmp_path, width, height):
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[(height - 4) // 2 : (height + 4) // 2, (width - 4) // 2 : (width + 4) // 2] = (10, 100, 200)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    centre = load_images(str(tmp_path), size=4)  # the shorter side is 4 already: nothing is blended
+    assert torch.equal(centre, torch.tensor([10, 100, 200], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 4, 4))
+
+
+def test_size_scales_the_shorter_side(tmp_path):
+    """Left half black and right half white, twice as large: still so, but for the pixels beside the border."""
+    pixels = np.zeros((16, 16, 3), np.uint8)
+    pixels[:, 8:] = 255
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    image = load_images(str(tmp_path), size=8)[0]
+    assert image.shape == (3, 8, 8)
+    assert image[:, :, :2].max() <= 2 and image[:, :, 6:].min() >= 253
+
+
+def test_images_of_unequal_size_are_refused_naming_two_and_size_makes_them_equal(tmp_path):
+    noise_image(6, 4).save(tmp_path / "a.png")
+    noise_image(6, 4).save(tmp_path / "b.png")
+    noise_image(5, 7).save(tmp_path / "c.png")
+    with pytest.raises(BadInput, match=r"c\.png is 5×7, .*a\.png is 6×4.*--size"):
+        load_images(str(tmp_path))
+    assert load_images(str(tmp_path), size=4).shape == (3, 3, 4, 4)
+
+
+def test_an_unreadable_image_is_named_or_left_out(folder):
+    (folder / "a9.png").write_bytes(b"no PNG at all")
+    with pytest.raises(BadInput, match=r"a9\.png cannot be read.*--skip-unreadable"):
+        load_images(str(folder))
+    rest = load_images(str(folder), skip_unreadable=True)
+    names = ["Z.PNG", "a10.png", "b.png", "sub/c.png", "sub/deeper/0.bmp"]
+    assert torch.equal(rest, torch.stack([by_hand(folder / name) for name in names]))
+
+
+def test_skipping_may_begin_with_the_first_image(folder):
+    (folder / "Z.PNG").write_bytes(b"")
+    assert torch.equal(load_images(str(folder), skip_unreadable=True)[0], by_hand(folder / "a10.png"))
+
+
+def test_a_folder_of_unreadable_images_only_is_refused(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"")
+    (tmp_path / "b.png").write_bytes(b"")
+    with pytest.raises(BadInput, match="2 image files, none of them readable"):
+        load_images(str(tmp_path), skip_unreadable=True)
+
+
+def test_progress_is_told_of_every_file(folder):
+    seen = []
+
+    def track(paths, total):
+        for path in paths:
+            seen.append((path.name, total))
+            yield path
+
+    load_images(str(folder), track=track)
+    assert seen == [(path.name, 6) for path in find_images(folder)]
+
+
+# ------------------------------------------------------------------------------- batches
+
+
+def numbered(count, width=3):
+    """Image i holds i at the left and i + 100 at the right, so that a batch tells which images it is made of."""
+    images = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1).repeat(1, 3, 2, width)
+    images[..., -1] += 100
+    return images
+
+
+def levels(x):
+    """The whole numbers that [−1, 1] was made of."""
+    return ((x + 1) * 127.5).round().long()
+
+
+def stream(images, batch, count, **settings):
+    return torch.cat(list(islice(batches(images, batch, **settings), count)))
+
+
+def which(x):
+    """The image each sample is, and whether it is mirrored."""
+    left, right = levels(x)[:, 0, 0, 0], levels(x)[:, 0, 0, -1]
+    return torch.minimum(left, right), left > right
+
+
+@pytest.mark.parametrize(("count", "batch"), [(10, 5), (10, 3), (10, 10), (10, 25), (10, 1), (1, 4)])
+def test_every_epoch_holds_every_image_once(count, batch):
+    shown, _ = which(stream(numbered(count), batch, -(-4 * count // batch)))
+    for epoch in shown[: 4 * count].split(count):
+        assert epoch.sort().values.tolist() == list(range(count))
+
+
+def test_an_epoch_depends_on_its_seed_and_its_number_alone():
+    images = numbered(20)
+    by_one, by_seven = stream(images, 1, 63, seed=3), stream(images, 7, 9, seed=3)
+    assert torch.equal(by_one, by_seven)
+    orders = {tuple(which(stream(images, 20, 4, seed=seed))[0].tolist()) for seed in range(5)}
+    epochs = {tuple(order[i : i + 20]) for order in orders for i in range(0, 80, 20)}
+    assert len(orders) == 5 and len(epochs) == 20  # no two epochs, of no two seeds, are alike
+
+
+@pytest.mark.parametrize("start", [0, 1, 2, 3, 4, 9])
+@pytest.mark.parametrize("batch", [3, 4, 10, 23])
+def test_a_stream_begun_at_a_batch_is_the_stream_that_went_on(start, batch):
+    images = numbered(10)
+    whole = list(islice(batches(images, batch, seed=1), start + 5))
+    later = list(islice(batches(images, batch, seed=1, start=start), 5))
+    assert all(torch.equal(a, b) for a, b in zip(whole[start:], later, strict=True))
+
+
+def test_half_of_the_images_are_mirrored_anew_each_epoch():
+    images = torch.randint(0, 256, (100, 3, 4, 5), dtype=torch.uint8)
+    images[:, 0, 0, 0], images[:, 0, 0, -1] = torch.arange(100), torch.arange(100) + 100
+    x = stream(images, 100, 20, seed=2)
+    image, mirrored = which(x)
+    for sample, i, flipped in zip(levels(x), image, mirrored, strict=True):
+        assert torch.equal(sample, (images[i].flip(2) if flipped else images[i]).long())
+    assert mirrored.double().mean().item() == pytest.approx(0.5, abs=4 * 0.5 / 2000**0.5)
+    first, second = (mirrored[epoch][image[epoch].argsort()] for epoch in (slice(100), slice(100, 200)))
+    assert 0 < (first != second).sum() < 100
+
+
+def test_without_flips_no_image_is_mirrored_and_the_order_is_the_same():
+    flipped, plain = (which(stream(numbered(20), 8, 10, flip=flip)) for flip in (True, False))
+    assert flipped[1].any() and not plain[1].any()
+    assert torch.equal(flipped[0], plain[0])
+
+
+def test_black_is_minus_1_and_white_is_1_exactly_and_the_levels_come_back():
+    images = torch.arange(256, dtype=torch.uint8).view(256, 1, 1, 1)
+    x = stream(images, 256, 1, flip=False)
+    assert (x.dtype, x.min().item(), x.max().item()) == (torch.float32, -1.0, 1.0)
+    assert torch.equal(dansm.to_uint8(x).flatten().sort().values, images.flatten())
+
+
+def test_a_batch_larger_than_the_data_shows_each_image_as_often():
+    (x,) = islice(batches(numbered(4), 12), 1)
+    assert which(x)[0].bincount().tolist() == [3, 3, 3, 3]
+
+
+def test_batches_leave_the_images_as_they_are():
+    images = numbered(5)
+    before = images.clone()
+    stream(images, 3, 4)
+    assert torch.equal(images, before)
+
+
+# ------------------------------------------------------------------------------- checkpoints
+
+TINY = dict(channels=1, size=4, width=4, multipliers=[1], blocks=1, attention_at=[], dropout=0.0)
+
+
+def trained(flow="rectified"):
+    """A state as a training run saves it, and the network whose average it holds."""
+    run = dansm.Training(dansm.UNet(**TINY))
+    for weight in run.average.parameters():
+        torch.nn.init.normal_(weight)
+    run.step = 7
+    state = {"network": run.net.settings, "recipe": {"flow": flow, "times": "uniform"}, "training": run.state_dict()}
+    return state, run.average
+
+
+def test_a_checkpoint_gives_back_what_was_saved(tmp_path):
+    state, _ = trained()
+    checkpoint.save(tmp_path / "checkpoint.pt", state)
+    loaded = checkpoint.load(tmp_path / "checkpoint.pt")
+    assert loaded.pop("dansm") == checkpoint.VERSION
+    assert loaded["network"] == state["network"] and loaded["recipe"] == state["recipe"]
+    for part in ("net", "average"):
+        for name, weight in state["training"][part].items():
+            assert torch.equal(loaded["training"][part][name], weight)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_the_model_of_a_checkpoint_is_the_average_ready_to_sample(tmp_path):
+    state, average = trained()
+    checkpoint.save(tmp_path / "checkpoint.pt", state)
+    net, flow, loaded = checkpoint.load_model(tmp_path / "checkpoint.pt", "cpu", "heun")
+    x, t = torch.randn(2, 1, 4, 4), torch.tensor([3.0, 900.0])
+    assert torch.equal(net(x, t), average(x, t)) and not net.training
+    assert isinstance(flow, dansm.RectifiedFlow) and flow.solver == "heun"
+    assert loaded["training"]["step"] == 7
+
+
+def test_a_diffusion_has_no_solver_to_choose(tmp_path):
+    checkpoint.save(tmp_path / "checkpoint.pt", trained("diffusion")[0])
+    assert isinstance(checkpoint.load_model(tmp_path / "checkpoint.pt", "cpu")[1], dansm.Diffusion)
+    with pytest.raises(BadInput, match=r"--solver is heun.*diffusion"):
+        checkpoint.load_model(tmp_path / "checkpoint.pt", "cpu", "heun")
+
+
+def killed(*_, **__):
+    raise SystemExit("killed")
+
+
+def full(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("stop", ["torch.save", "os.fsync", "os.replace"])
+@pytest.mark.parametrize("how", [killed, full])
+def test_a_save_that_is_cut_short_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch, stop, how):
+    path, (state, _) = tmp_path / "checkpoint.pt", trained()
+    checkpoint.save(path, state)
+    before = path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(f"scale.checkpoint.{stop}", how)
+        with pytest.raises(SystemExit if how is killed else BadInput) as error:
+            checkpoint.save(path, {**state, "network": {}})
+    assert path.read_bytes() == before
+    assert checkpoint.load(path)["network"] == state["network"]
+    if how is full:
+        assert str(path) in str(error.value) and "No space left on device" in str(error.value)
+        assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint.pt"]
+    checkpoint.save(path, {**state, "network": {}})  # what the killed one left behind is no hindrance
+    assert checkpoint.load(path)["network"] == {}
+
+
+class Bomb:
+    """Pickled, it is the order to create a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def broken_checkpoints(folder):
+    """Files that are no checkpoint of ours, by what they are."""
+    checkpoint.save(folder / "whole.pt", trained()[0])
+    whole = (folder / "whole.pt").read_bytes()
+    (folder / "text.pt").write_text("a text")
+    (folder / "empty.pt").write_bytes(b"")
+    (folder / "truncated.pt").write_bytes(whole[: len(whole) // 2])
+    (folder / "shorter by a byte.pt").write_bytes(whole[:-1])
+    (folder / "pickle.pt").write_bytes(pickle.dumps(Bomb(folder / "bang")))
+    torch.save({"dansm": checkpoint.VERSION, "x": Bomb(folder / "bang")}, folder / "code.pt")
+    torch.save({"weights": torch.zeros(3)}, folder / "other.pt")
+    torch.save(torch.zeros(3), folder / "tensor.pt")
+    torch.save({"dansm": checkpoint.VERSION + 1}, folder / "later.pt")
+    (folder / "folder.pt").mkdir()
+    (folder / "whole.pt").unlink()
+    return [*sorted(folder.iterdir()), folder / "missing.pt"]
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_what_is_no_checkpoint_is_refused_by_name_and_no_code_in_it_runs(tmp_path):
+    paths = broken_checkpoints(tmp_path)
+    assert len(paths) == 11
+    for path in paths:
+        with pytest.raises(BadInput) as refused:
+            checkpoint.load(path)
+        assert str(path) in str(refused.value) and "expected" in str(refused.value), path
+    assert not (tmp_path / "bang").exists()
+
+
+def test_the_bomb_of_these_tests_would_go_off(tmp_path):
+    pickle.loads(pickle.dumps(Bomb(tmp_path / "bang"))).close()
+    assert (tmp_path / "bang").exists()
