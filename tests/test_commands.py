@@ -261,9 +261,12 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(images, tmp_path, run):
     command = ["train", images, "--out", out, "--steps", 10**6, *FAST]
     script = f"import dansm; dansm.NETWORKS['small'] = {TINY!r}; dansm.main({list(map(str, command))!r})"
     process = start("-c", script)
-    wait_for(lambda: (out / "log.jsonl").exists() and (out / "log.jsonl").stat().st_size, process)
-    process.send_signal(signal.SIGINT)
-    said, err = process.communicate(timeout=60)
+    try:
+        wait_for(lambda: (out / "log.jsonl").exists() and (out / "log.jsonl").stat().st_size, process)
+        process.send_signal(signal.SIGINT)
+        said, err = process.communicate(timeout=60)
+    finally:
+        process.kill()  # a test that fails leaves nothing running
     assert (process.returncode, err) == (0, "")
     stopped = json.loads((out / "train.json").read_text())
     assert stopped["stopped_early"] and str(out / "checkpoint.pt") in said
