@@ -837,8 +837,10 @@ def toy_command(
     out: Out = Path("runs/toy"),
 ) -> None:
     """See in a minute what matching does: 2D flows, each way of pairing, pictures and a table."""
+    from tiny.shapes import SHAPES
     from tiny.toy import run
 
+    check_choice("--shape", shape, (*SHAPES, "all"))
     run(shape, match_size=match_size, steps=steps, seeds=seeds, seed=seed, device=pick_device(device),
         out=make_folder(out))
 
@@ -890,6 +892,8 @@ def train_command(
 
     recipe = dict(network=network, flow=flow, times=times, method=method, match_size=match_size, cost=cost, batch=batch,
                   lr=lr, decay=decay, flip=flip, size=size, seed=seed)
+    if flow == "diffusion" and sample_steps < 2:
+        raise BadInput(f"--sample-steps is {sample_steps}: expected at least 2 for a diffusion")
     device, out = pick_device(device), make_folder(out)
     images = load_images(data, size=size or None, skip_unreadable=skip_unreadable,
                          track=lambda paths, total: track(paths, "reading images", total=total, console=console))
@@ -975,13 +979,13 @@ def to_uint8(x: Tensor) -> Tensor:
 
 def save_grid(images: Tensor, path: Path, enlarge: int = 2) -> None:
     """Write uint8 images (N, C, H, W) as one PNG, about square, each pixel `enlarge` pixels wide."""
-    from torchvision.io import write_png
+    from PIL import Image
     from torchvision.utils import make_grid
 
     large = images.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
     columns = math.ceil(len(images) ** 0.5)
     grid = large[0] if len(images) == 1 else make_grid(large, columns, padding=2, pad_value=255)
-    write_png(grid, str(path))
+    Image.fromarray(rearrange(grid, "c h w -> h w c").numpy().squeeze()).save(path)
 
 
 def pick_device(name: str) -> torch.device:
@@ -1037,18 +1041,21 @@ def say_files(out: Path, *names: str) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command. What cannot be done is said in one line, with exit code 2; Ctrl-C is exit code 130."""
+    message = ""
     try:
-        sys.exit(app(arguments, standalone_mode=False) or 0)
-    except (BadInput, typer.Exit) as error:
-        code, message = (2, str(error)) if isinstance(error, BadInput) else (error.exit_code, "")
+        code = app(arguments, standalone_mode=False) or 0
+    except BadInput as error:
+        code, message = 2, str(error)
     except (KeyboardInterrupt, typer.Abort):
-        code, message = 130, "stopped"
+        code = 130
     except Exception as error:
         if not hasattr(error, "format_message"):  # Typer's own: an unknown option, a value of the wrong kind
             raise
         code, message = 2, error.format_message()
         if hasattr(error.__cause__, "errors"):
             message += f", given {error.__cause__.errors()[0]['input']}"
+    if code == 130:
+        message = "stopped"
     if message:
         print("dansm:", " ".join(message.split()), file=sys.stderr)
     sys.exit(code)

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -83,7 +84,7 @@ def life_of_a_pool(x: Tensor, match_size: int, cost: str, seed: int, device: tor
     pool = dansm.NoisePool(match_size, x.shape[1:], cost=cost, device=device, seed=seed)
     pool(x)
     times = [_milliseconds(lambda: pool(x), device) for _ in range(max(5, -(-match_size // len(x))))]
-    beyond = _peak_mb(device) - before - pool.noise.nbytes / 1e6
+    beyond = max(0.0, _peak_mb(device) - before - pool.noise.nbytes / 1e6)  # memory used before may serve again
     return {**_spread(times), "memory_beyond_pool_mb": round(beyond, 1)}
 
 
@@ -128,13 +129,14 @@ def _title(batch, shape):
 
 def _print(rows, batch, shape, console):
     table = Table(title=_title(batch, shape), caption="faster: than the paper's loop.  MB: the most memory beyond the "
-                  "pool.  life: from one refill to the next, draw included")
+                  "pool.  life: from one refill to the next, draw included", box=box.SIMPLE_HEAD, pad_edge=False)
     for name in "match_size", "pool", "way", "median ms", "least", "most", "faster", "MB":
         table.add_column(name, justify="left" if name in ("pool", "way") else "right", no_wrap=True)
     for row in rows:
         faster, memory = row.get("times_faster_than_the_paper"), row.get("memory_beyond_pool_mb")
-        table.add_row(f"{row['match_size']:,}", row["pool"], row["way"], *(f"{row[key]:,.1f}" for key in (
-            "median_ms", "least_ms", "most_ms")), f"{faster}×" if faster else "", f"{memory:.0f}" if memory else "")
+        times = (f"{row[key]:,.{1 if row[key] < 100 else 0}f}" for key in ("median_ms", "least_ms", "most_ms"))
+        table.add_row(f"{row['match_size']:,}", row["pool"], row["way"], *times, f"{faster}×" if faster else "",
+                      "" if memory is None else f"{memory:,.0f}")
     console.print(table)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from dansm import FLOWS, BadInput, UNet
 
 VERSION = 1
+PARTS = {"network", "recipe", "training", "pool", "random"}
 
 
 def save(path: Path, state: dict) -> None:
@@ -31,10 +33,11 @@ def load(path: Path) -> dict:
     if not path.is_file():
         raise BadInput(f"{path} is not a file: expected a checkpoint, as dansm train writes it (checkpoint.pt)")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises nearly every kind for a file that is not its own
         raise BadInput(f"{path} is not a checkpoint, or is damaged: expected a file that dansm train wrote") from error
-    if not isinstance(state, dict) or state.get("dansm") != VERSION:
+    if not isinstance(state, dict) or state.get("dansm") != VERSION or not state.keys() >= PARTS:
         raise BadInput(f"{path} is no checkpoint of dansm, version {VERSION}: expected a file that dansm train wrote")
     return state
 

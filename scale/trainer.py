@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import time
 from pathlib import Path
@@ -29,6 +30,9 @@ def fit(images: Tensor, recipe: dict, *, steps: int, minutes: float, out: Path, 
 
     Stops after `steps` in all, after `minutes` of this call if not 0, or at Ctrl-C; each saves first.
     """
+    if images.shape[2] != images.shape[3]:
+        raise dansm.BadInput(f"the images are {images.shape[3]}×{images.shape[2]} pixels: expected squares; --size N "
+                             "makes them N pixels square")
     torch.manual_seed(recipe["seed"])
     net = dansm.UNet(images.shape[1], images.shape[2], **dansm.NETWORKS[recipe["network"]]).to(device)
     flow = dansm.FLOWS[recipe["flow"]](recipe["times"])
@@ -41,11 +45,14 @@ def fit(images: Tensor, recipe: dict, *, steps: int, minutes: float, out: Path, 
         _forget_after(log, run.step)
         console.print(f"going on from step {run.step:,} of {saved}")
     else:
+        log = out / "log.partial"  # the run that was here before is kept until this one has a checkpoint
         log.unlink(missing_ok=True)
 
     def save():
         checkpoint.save(saved, {"network": net.settings, "recipe": recipe, "training": run.state_dict(),
                                 "pool": pool.state_dict(), "random": _random_state(device)})
+        if (out / "log.partial").exists():
+            os.replace(out / "log.partial", out / "log.jsonl")
 
     batches = data.batches(images.to(device), recipe["batch"], seed=recipe["seed"], flip=recipe["flip"], start=run.step)
     paired = _Latest(dansm.pairs(batches, recipe["method"], recipe["match_size"], cost=recipe["cost"], pool=pool))
@@ -58,7 +65,8 @@ def fit(images: Tensor, recipe: dict, *, steps: int, minutes: float, out: Path, 
         for loss in dansm.train(run, flow, paired, decay=recipe["decay"]) if run.step < steps else ():
             now = time.monotonic()
             last = run.step >= steps or (minutes and now - begin > 60 * minutes) or interrupt
-            if run.step % LOG_EVERY == 0 or last:
+            save_now = now - last_save > SAVE_EVERY
+            if run.step % LOG_EVERY == 0 or save_now or last:
                 rate = (run.step - first_step) * recipe["batch"] / (now - begin)
                 line = {"step": run.step, "images": run.step * recipe["batch"], "seconds": round(now - begin, 2),
                         "loss": round(loss.item(), 5), "images_per_second": round(rate, 1), **paired.distances()}
@@ -72,7 +80,7 @@ def fit(images: Tensor, recipe: dict, *, steps: int, minutes: float, out: Path, 
                 bar.update(task, completed=part, line=text)
             if last:
                 break
-            if now - last_save > SAVE_EVERY:
+            if save_now:
                 save()
                 last_save = now
     seconds = time.monotonic() - begin
@@ -126,6 +134,8 @@ def _resume(path, recipe, run, pool, device):
     state = checkpoint.load(path)
     changed = [f"{key} {state['recipe'].get(key)} → {value}" for key, value in recipe.items()
                if state["recipe"].get(key) != value]
+    if state["network"] != run.net.settings:
+        changed.append(f"images of {state['network']['size']} pixels → {run.net.settings['size']}")
     if changed:
         raise dansm.BadInput(f"{path} is of another run ({', '.join(changed)}): expected the same settings, another "
                              "--out, or --fresh to begin anew")
@@ -138,8 +148,8 @@ def _resume(path, recipe, run, pool, device):
 
 def _forget_after(log, step):
     """Drop the lines that a killed run wrote after its last checkpoint."""
-    lines = log.read_text().splitlines() if log.exists() else []
-    log.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+    whole = log.read_text().split("\n")[:-1] if log.exists() else []  # a kill may have cut the last one in half
+    log.write_text("".join(line + "\n" for line in whole if json.loads(line)["step"] <= step))
 
 
 def _random_state(device):

@@ -171,8 +171,8 @@ def run(shape: str = "swiss-roll", match_size: int = 1000, steps: int = 800, see
     """
     dansm.check_choice("shape", shape, (*SHAPES, "all"))
     dansm.check_choice("cost", cost, dansm.COSTS)
-    match_size, steps, seeds = (dansm.check_count(name, value) for name, value in
-                                (("match_size", match_size), ("steps", steps), ("seeds", seeds)))
+    match_size = dansm.check_count("match_size", match_size, at_least=0)
+    steps, seeds = dansm.check_count("steps", steps), dansm.check_count("seeds", seeds)
     seed = dansm.check_count("seed", seed, at_least=0)
     settings = dict(match_size=match_size, steps=steps, seeds=seeds, seed=seed, device=str(device), cost=cost)
     with one_thread():
@@ -220,7 +220,7 @@ def run_shape(shape: str, out: Path, settings: dict) -> tuple[dict, dict[str, nn
 def train_and_measure(shape: str, method: str, seed: int, settings: dict, each_step) -> tuple[nn.Module, dict]:
     """One row of toy.json, and its network."""
     device = settings["device"]
-    match_size = min(settings["match_size"], AT_MOST.get(method, math.inf))
+    match_size = max(1, min(settings["match_size"], AT_MOST.get(method, math.inf)))
     pairing = (shape, method, match_size, seed, device, settings["cost"])
     began = time.perf_counter()
     net = train_flow(training_pairs(*pairing), settings["steps"], seed, device, each_step)
