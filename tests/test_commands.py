@@ -260,7 +260,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(images, tmp_path, run):
     script = f"import dansm; dansm.NETWORKS['small'] = {TINY!r}; dansm.main({list(map(str, command))!r})"
     process = start("-c", script)
     try:
-        wait_for(lambda: (out / "log.jsonl").exists() and (out / "log.jsonl").stat().st_size, process)
+        wait_for(lambda: any(log.stat().st_size for log in out.glob("log.*")), process)  # log.partial until saved
         process.send_signal(signal.SIGINT)
         said, err = process.communicate(timeout=60)
     finally:
@@ -535,9 +535,12 @@ def test_a_shape_of_toy_is_named_as_the_option_it_is(refused, tmp_path):
     assert "--shape is" in refused("toy", "--shape", "circle", "--out", tmp_path / "out")
 
 
-def test_toy_takes_the_match_size_0_that_its_help_offers(run, tmp_path):
+def test_toy_takes_the_match_size_0_that_its_help_offers(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("tiny.toy.POINTS", 50)
+    monkeypatch.setattr("tiny.toy.draw", lambda *_: None)  # pictures take seconds and are tested above
     code, _, _ = run("toy", "--match-size", 0, "--steps", 1, "--seeds", 1, "--out", tmp_path / "out")
-    assert code == 0
+    trainings = json.loads((tmp_path / "out" / "toy.json").read_text())["trainings"]
+    assert code == 0 and [training["match_size"] for training in trainings] == [1] * len(dansm.METHODS)
 
 
 OUTS = [("toy", "--steps", 1), ("digits", "--steps", 1), ("train", "images"), ("bench", "match")]
@@ -668,7 +671,7 @@ def test_cifar10_without_a_network_is_refused(refused, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("i", range(11))
-def test_what_is_no_checkpoint_is_refused_by_name_and_its_code_not_run(request, refused, tmp_path, i):
+def test_what_is_no_checkpoint_is_refused_by_name_and_its_code_not_run(refused, tmp_path, i):
     folder = tmp_path / "broken"
     folder.mkdir()
     path = broken_checkpoints(folder)[i]
@@ -715,6 +718,18 @@ def test_a_learning_rate_that_makes_the_loss_nan_is_named_and_the_old_checkpoint
     said = refused("train", images, "--steps", 20, "--lr", 1e30, "--fresh", "--out", out, *FAST)
     assert "--lr is 1e+30" in said and "smaller" in said and "untouched" in said
     assert (out / "checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.xfail(reason="the last loss was finite, what its step made of the weights is not looked at", strict=True)
+@pytest.mark.parametrize("lr", ["inf", "1e39"])
+def test_no_checkpoint_of_infinite_weights_is_saved_after_the_last_step(refused, images, tmp_path, lr):
+    assert "--lr" in refused("train", images, *FAST, "--steps", 1, "--lr", lr, "--out", tmp_path / "out")
+
+
+@pytest.mark.xfail(reason="the allocator's RuntimeError", strict=True)
+def test_a_pool_that_no_memory_holds_is_refused(refused, images, tmp_path):
+    said = refused("train", images, *FAST, "--steps", 1, "--match-size", 10**13, "--out", tmp_path / "out")
+    assert "match_size" in said.replace("-", "_")
 
 
 def test_no_checkpoint_of_nan_is_saved_between_two_lines_of_the_log(refused, images, tmp_path, monkeypatch):

@@ -240,8 +240,10 @@ def trained(flow="rectified"):
     for weight in run.average.parameters():
         torch.nn.init.normal_(weight)
     run.step = 7
-    state = {"network": run.net.settings, "recipe": {"flow": flow, "times": "uniform"}, "training": run.state_dict()}
-    return state, run.average
+    pool = dansm.NoisePool(5, (1, 4, 4), seed=0)
+    pool(torch.randn(3, 1, 4, 4))
+    return {"network": run.net.settings, "recipe": {"flow": flow, "times": "uniform"}, "training": run.state_dict(),
+            "pool": pool.state_dict(), "random": {"cpu": torch.get_rng_state()}}, run.average
 
 
 def test_a_checkpoint_gives_back_what_was_saved(tmp_path):
@@ -253,6 +255,8 @@ def test_a_checkpoint_gives_back_what_was_saved(tmp_path):
     for part in ("net", "average"):
         for name, weight in state["training"][part].items():
             assert torch.equal(loaded["training"][part][name], weight)
+    assert torch.equal(loaded["random"]["cpu"], state["random"]["cpu"])
+    assert loaded["pool"]["left"] == 2 and torch.equal(loaded["pool"]["taken"], state["pool"]["taken"])
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
@@ -298,6 +302,15 @@ def test_a_save_that_is_cut_short_leaves_the_last_checkpoint_whole(tmp_path, mon
         assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint.pt"]
     checkpoint.save(path, {**state, "network": {}})  # what the killed one left behind is no hindrance
     assert checkpoint.load(path)["network"] == {}
+
+
+@pytest.mark.parametrize("part", ["network", "recipe", "training", "pool", "random"])
+def test_a_checkpoint_that_lacks_a_part_is_refused(tmp_path, part):
+    state, _ = trained()
+    del state[part]
+    checkpoint.save(tmp_path / "checkpoint.pt", state)
+    with pytest.raises(BadInput, match=r"checkpoint\.pt is no checkpoint"):
+        checkpoint.load(tmp_path / "checkpoint.pt")
 
 
 class Bomb:
