@@ -152,7 +152,7 @@ def test_greedy_beats_random_at_few_steps():
 
 
 @pytest.mark.parametrize("wrong", [
-    {"shape": "square"}, {"cost": "cosine"}, {"steps": 0}, {"seeds": 1.5}, {"match_size": 0}, {"seed": -1},
+    {"shape": "square"}, {"cost": "cosine"}, {"steps": 0}, {"seeds": 1.5}, {"match_size": -1}, {"seed": -1},
 ])
 def test_what_cannot_be_run_is_named(wrong, tmp_path):
     (name, value), = wrong.items()
