@@ -239,7 +239,12 @@ class NoisePool:
     def _refill(self) -> None:
         self._drawn_from = self.generator.get_state()
         if len(self.noise) == 0:
-            self.noise = self.noise.new_empty(self.match_size, self.noise.shape[1])
+            try:
+                self.noise = self.noise.new_empty(self.match_size, self.noise.shape[1])
+            except RuntimeError as error:  # torch's word for memory that is not there
+                size = self.match_size * self.shape.numel() * self.noise.element_size() / 1e9
+                raise BadInput(f"match_size is {self.match_size:,}: its noises need {size:,.1f} GB, more than "
+                               f"{self.noise.device} can give; expected a smaller one") from error
         self.noise.normal_(generator=self.generator)
         self.left = self.match_size
         self.index = torch.arange(self.match_size, device=self.noise.device)  # each row's place in the draw
@@ -872,7 +877,7 @@ def train_command(
     batch: Annotated[int, typer.Option(min=1, help="samples a step")] = 128,
     steps: Annotated[int, typer.Option(min=1, help="training steps in all")] = 100_000,
     minutes: Annotated[float, typer.Option(min=0, help="stop after so many minutes; 0 for no limit")] = 0.0,
-    lr: Annotated[float, typer.Option(min=1e-9, help="learning rate of Adam")] = 2e-4,
+    lr: Annotated[float, typer.Option(min=1e-9, max=1e30, help="learning rate of Adam")] = 2e-4,
     decay: Annotated[float, typer.Option(min=0, max=1, help="of the moving average that is sampled from")] = 0.9999,
     flip: Annotated[bool, typer.Option(help="mirror half of the images, anew each epoch")] = True,
     size: Annotated[int, typer.Option(min=0, help="make the images squares of so many pixels; 0 leaves them")] = 0,

@@ -76,6 +76,8 @@ def read_image(path: Path, size: int | None = None, skip_unreadable: bool = Fals
     """One image as (H, W, 3) uint8; None for an unreadable one if it may be skipped, else BadInput naming it."""
     try:
         with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16 bits a pixel, which convert would cut off at 255
+                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
             return _square(image.convert("RGB"), size)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises
         if skip_unreadable:

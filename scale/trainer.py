@@ -49,6 +49,9 @@ def fit(images: Tensor, recipe: dict, *, steps: int, minutes: float, out: Path, 
         log.unlink(missing_ok=True)
 
     def save():
+        if not all(weight.isfinite().all() for weight in net.parameters()):
+            raise dansm.BadInput(f"--lr is {recipe['lr']}: the weights became infinite at step {run.step}, expected a "
+                                 f"smaller one; what {saved} held before is untouched")
         checkpoint.save(saved, {"network": net.settings, "recipe": recipe, "training": run.state_dict(),
                                 "pool": pool.state_dict(), "random": _random_state(device)})
         if (out / "log.partial").exists():
