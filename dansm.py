@@ -824,7 +824,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 console = Console()
 
 Device = Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="auto takes the fastest there is")]
-Seed = Annotated[int, typer.Option(min=0, help="same seed, same result on the same machine")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="same seed, same result on the same machine")]
 Method = Annotated[Literal[METHODS], typer.Option(help="how noises are paired with samples")]
 MatchSize = Annotated[int, typer.Option(min=0, help="noises in the pool; 0 or 1 is vanilla training")]
 Cost = Annotated[Literal[COSTS], typer.Option(help="what near means: squared distance (the paper) or inner product")]
@@ -880,7 +880,7 @@ def train_command(
     lr: Annotated[float, typer.Option(min=1e-9, max=1e30, help="learning rate of Adam")] = 2e-4,
     decay: Annotated[float, typer.Option(min=0, max=1, help="of the moving average that is sampled from")] = 0.9999,
     flip: Annotated[bool, typer.Option(help="mirror half of the images, anew each epoch")] = True,
-    size: Annotated[int, typer.Option(min=0, help="make the images squares of so many pixels; 0 leaves them")] = 0,
+    size: Annotated[int, typer.Option(min=0, max=4096, help="make images squares of so many pixels; 0: as is")] = 0,
     skip_unreadable: Annotated[bool, typer.Option(help="leave out images that cannot be read")] = False,
     fresh: Annotated[bool, typer.Option(help="begin anew where --out holds a run already")] = False,
     sample_steps: Annotated[int, typer.Option(min=1, help="steps for the grid of samples at the end")] = 20,
@@ -902,6 +902,7 @@ def train_command(
     device, out = pick_device(device), make_folder(out)
     images = load_images(data, size=size or None, skip_unreadable=skip_unreadable,
                          track=lambda paths, total: track(paths, "reading images", total=total, console=console))
+    recipe["images"] = len(images)
     summary, net, flow = fit(images, recipe, steps=steps, minutes=minutes, out=out, fresh=fresh, device=device,
                              console=console)
     grid = sample_images(net, flow, range(64), images.shape[1:], sample_steps, seed=seed, device=device)
@@ -1018,8 +1019,8 @@ def make_folder(path: Path) -> Path:
 def parse_shape(text: str) -> tuple[int, ...]:
     """4x32x32 → (4, 32, 32)."""
     sizes = text.lower().split("x")
-    if not all(size.isdecimal() and int(size) > 0 for size in sizes):
-        raise BadInput(f"--shape is {text!r}: expected positive whole numbers as in 4x32x32")
+    if not all(size.isdecimal() and 0 < int(size) < 2**16 for size in sizes):
+        raise BadInput(f"--shape is {text!r}: expected whole numbers from 1 to 65,535, as in 4x32x32")
     return tuple(map(int, sizes))
 
 
@@ -1053,12 +1054,15 @@ def main(arguments: list[str] | None = None) -> None:
         code, message = 2, str(error)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
+    except (OSError, MemoryError) as error:  # a full disk, a folder where a file is to be
+        code, message = 2, str(error) or "this needs more memory than there is"
     except Exception as error:
         if not hasattr(error, "format_message"):  # Typer's own: an unknown option, a value of the wrong kind
             raise
         code, message = 2, error.format_message()
-        if hasattr(error.__cause__, "errors"):
-            message += f", given {error.__cause__.errors()[0]['input']}"
+        if hasattr(error.__cause__, "errors"):  # what Typer's own words leave out: the value
+            message = f"{message.replace('Input should be', 'expected').replace('Value error, ', '')}, given "
+            message += str(error.__cause__.errors()[0]["input"])
     if code == 130:
         message = "stopped"
     if message:

@@ -33,7 +33,8 @@ def load(path: Path) -> dict:
     if not path.is_file():
         raise BadInput(f"{path} is not a file: expected a checkpoint, as dansm train writes it (checkpoint.pt)")
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises nearly every kind for a file that is not its own
         raise BadInput(f"{path} is not a checkpoint, or is damaged: expected a file that dansm train wrote") from error

@@ -30,6 +30,8 @@ def load_images(source: str, *, size: int | None = None, skip_unreadable: bool =
     Raises BadInput for a folder that is missing, empty or unreadable, for an unreadable image (named; left
     out if `skip_unreadable`), and for images of unequal size (two of them named).
     """
+    if not str(source):
+        raise BadInput("the folder of images is '': expected a path, or cifar10")
     if source == "cifar10" and not Path(source).exists():
         return _cifar10(root, size)
     paths = find_images(Path(source))
@@ -76,8 +78,8 @@ def read_image(path: Path, size: int | None = None, skip_unreadable: bool = Fals
     """One image as (H, W, 3) uint8; None for an unreadable one if it may be skipped, else BadInput naming it."""
     try:
         with Image.open(path) as image:
-            if image.mode.startswith("I"):  # 16 bits a pixel, which convert would cut off at 255
-                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+            if image.mode.startswith(("I", "F")):  # more than 8 bits a pixel, which convert would cut off at 255
+                image = Image.fromarray(_from_16_bits(np.asarray(image)))
             return _square(image.convert("RGB"), size)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises
         if skip_unreadable:
@@ -104,6 +106,12 @@ def batches(images: Tensor, batch: int, *, seed: int = 0, flip: bool = True, sta
         x = images[torch.from_numpy(rows).to(images.device)]
         mirrored = torch.from_numpy(mirrored).to(images.device)[:, None, None, None]
         yield torch.where(mirrored, x.flip(3), x).float() / 127.5 - 1
+
+
+def _from_16_bits(pixels: np.ndarray) -> np.ndarray:
+    if pixels.dtype.kind == "f" or pixels.min() < 0 or pixels.max() > 65535:
+        raise ValueError("neither 8 nor 16 bits a pixel: what is white is not known")
+    return (pixels // 257).astype(np.uint8)
 
 
 def _square(image: Image.Image, size: int | None) -> np.ndarray:

@@ -44,8 +44,10 @@ def fit(images: Tensor, recipe: dict, *, steps: int, minutes: float, out: Path, 
         _resume(saved, recipe, run, pool, device)
         _forget_after(log, run.step)
         console.print(f"going on from step {run.step:,} of {saved}")
-    else:
+    elif saved.exists():
         log = out / "log.partial"  # the run that was here before is kept until this one has a checkpoint
+        log.unlink(missing_ok=True)
+    else:
         log.unlink(missing_ok=True)
 
     def save():

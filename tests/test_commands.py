@@ -112,7 +112,8 @@ def test_train_writes_what_it_says(run, images, tmp_path, flow, method):
     assert (described["steps"], described["images"], described["stopped_early"]) == (4, 32, False)
     assert described["hardware"]["device"] == "cpu" and described["parameters"] > 1000
     recipe = dict(network="small", flow=flow, times="uniform", method=method, match_size=10, cost="squared", batch=8)
-    assert described["recipe"] == {**recipe, "lr": 2e-4, "decay": 0.9999, "flip": True, "size": 0, "seed": 0}
+    recipe |= {"lr": 2e-4, "decay": 0.9999, "flip": True, "size": 0, "seed": 0, "images": 24}
+    assert described["recipe"] == recipe
     (line,) = log_of(out)
     assert (line["step"], line["images"]) == (4, 32)
     assert line["distance"] > 0 and 0.5 < line["loss"] < 5
@@ -742,3 +743,18 @@ def test_fresh_keeps_the_log_as_long_as_the_checkpoint_it_belongs_to(refused, ru
     run("train", images, "--steps", 2, "--out", out, *FAST)
     refused("train", images, "--steps", 20, "--lr", 1e30, "--fresh", "--out", out, *FAST)
     assert [line["step"] for line in log_of(out)] == [2]
+
+
+def test_going_on_with_another_folder_is_refused(run, refused, images, tmp_path):
+    run("train", images, "--steps", 1, "--out", tmp_path / "out", *FAST)
+    fewer = make_images(tmp_path / "fewer", count=5)
+    assert "images 24 → 5" in refused("train", fewer, "--steps", 2, "--out", tmp_path / "out", *FAST)
+
+
+def test_an_empty_name_is_no_folder(refused, tmp_path):
+    assert "is ''" in refused("train", "", "--out", tmp_path / "out", *FAST)
+
+
+def test_a_new_run_has_its_log_from_the_start(run, refused, images, tmp_path):
+    refused("train", images, "--steps", 20, "--lr", 1e30, "--out", tmp_path / "out", *FAST)  # before any checkpoint
+    assert (tmp_path / "out" / "log.jsonl").exists() and not (tmp_path / "out" / "log.partial").exists()

@@ -354,3 +354,10 @@ def test_what_is_no_checkpoint_is_refused_by_name_and_no_code_in_it_runs(tmp_pat
 def test_the_bomb_of_these_tests_would_go_off(tmp_path):
     pickle.loads(pickle.dumps(Bomb(tmp_path / "bang"))).close()
     assert (tmp_path / "bang").exists()
+
+
+@pytest.mark.parametrize("pixels", [np.array([[0, 70000]], np.int32), np.array([[0, 0.5]], np.float32)])
+def test_pixels_of_unknown_range_are_refused(pixels, tmp_path):
+    Image.fromarray(pixels).save(tmp_path / "a.tiff")
+    with pytest.raises(BadInput, match=r"a\.tiff"):
+        load_images(str(tmp_path))
