@@ -28,12 +28,16 @@ import os
 import platform
 import sys
 import time
+import warnings
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -57,40 +61,63 @@ COSTS = ("squared", "inner")
 METHODS = ("random", "greedy", "optimal", "nearest")
 
 
-def inner_products(x: Tensor, z: Tensor) -> Tensor:
-    """⟨x_i, z_j⟩ for every i and j. x: (B, ...), z: (M, ...) → (B, M), in float32 at least."""
-    product = x.flatten(1) @ z.flatten(1).T
-    return product.to(torch.promote_types(product.dtype, torch.float32))
+def inner_products(x: Tensor, z: Tensor, fast: bool = False) -> Tensor:
+    """⟨x_i, z_j⟩ for every i and j. x: (B, ...), z: (M, ...) → (B, M), in float32 at least.
 
-
-def squared_distances(x: Tensor, z: Tensor, z_squared: Tensor | None = None) -> Tensor:
-    """‖x_i − z_j‖² for every i and j, by one matrix product: ‖x‖² − 2⟨x, z⟩ + ‖z‖².
-
-    x: (B, ...), z: (M, ...) → (B, M). `z_squared`, the (M,) of ‖z_j‖², saves a pass over a pool used often.
+    On a GPU float32 is multiplied as float32, whatever the trainer around has allowed (autocast, tf32), or in tf32
+    if `fast`: ten bits of mantissa, several times quicker.
     """
-    z_squared = squared_norms(z) if z_squared is None else z_squared
-    return inner_products(x, z).mul_(-2).add_(z_squared).add_(squared_norms(x)[:, None])
+    x, z = x.flatten(1), z.flatten(1)
+    with torch.autocast(x.device.type, enabled=False), _cuda_float32("tf32" if fast else "ieee"):
+        if x.dtype not in (torch.bfloat16, torch.float16):
+            return x @ z.T
+        if x.is_cuda:
+            return torch.mm(x, z.T, out_dtype=torch.float32)
+        return torch.cat([x.float() @ rows.float().T for rows in z.split(4096)], 1)
+
+
+@contextmanager
+def _cuda_float32(precision):
+    settings = torch.backends.cuda.matmul
+    before, settings.fp32_precision = settings.fp32_precision, precision
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
 
 
 def squared_norms(x: Tensor) -> Tensor:
     """‖x_i‖². (B, ...) → (B,), in float32 at least."""
-    return x.flatten(1).square().sum(1, dtype=torch.promote_types(x.dtype, torch.float32))
+    return x.flatten(1).to(torch.promote_types(x.dtype, torch.float32)).square().sum(1)
 
 
-def cost_matrix(x: Tensor, z: Tensor, cost: str = "squared", z_squared: Tensor | None = None) -> Tensor:
+def squared_distances(x: Tensor, z: Tensor) -> Tensor:
+    """‖x_i − z_j‖² for every i and j, by one matrix product: ‖x‖² − 2⟨x, z⟩ + ‖z‖².
+
+    x: (B, ...), z: (M, ...) → (B, M).
+    """
+    return cost_matrix(x, z).add_(squared_norms(x)[:, None])
+
+
+def cost_matrix(x: Tensor, z: Tensor, cost: str = "squared", z_squared: Tensor | None = None,
+                fast: bool = False) -> Tensor:
     """What it costs to give noise j to sample i. x: (B, ...), z: (M, ...) → (B, M), lower is better.
 
-    "squared"  ‖x − z‖², the paper's (it takes the mean over D in place of the sum: the same order).
+    "squared"  ‖z‖² − 2⟨x, z⟩: the paper's ‖x − z‖² less ‖x‖², which is the same for every noise and, where it is
+               large, would only round the rest away. `z_squared`, the (M,) of ‖z_j‖², saves a pass over a pool
+               used often. (The paper takes the mean over D in place of the sum: the same order.)
     "inner"    −⟨x, z⟩. Over a whole pool every noise is given out once, so Σ‖z‖² is the same for every
                pairing and only Σ⟨x, z⟩ can be won. A greedy pick by distance chases short noises all the
                same, and leaves the long ones to the last samples; without ‖z‖² it cannot. On images that
                comes nearer to the optimum at every match_size (1,000: 89 % of the optimal gain, not 81 %).
-               In 2D it does so only for small pools (1,000: 84 to 95 %, not 92 to 96 %): there −⟨x, z⟩ sends
-               even a sample near the origin to the farthest noise in its direction.
+               In 2D it does so only for pools of about ten (1,000: 84 to 95 %, not 92 to 96 %): there −⟨x, z⟩
+               sends even a sample near the origin to the farthest noise in its direction.
+    fast       see `inner_products`.
     """
-    if cost == "inner":
-        return inner_products(x, z).neg_()
-    return squared_distances(x, z, z_squared)
+    products = inner_products(x, z, fast)
+    if check_choice("cost", cost, COSTS) == "inner":
+        return products.neg_()
+    return products.mul_(-2).add_(squared_norms(z) if z_squared is None else z_squared)
 
 
 def greedy(cost: Tensor) -> Tensor:
@@ -136,16 +163,32 @@ def _greedy_by_rounds(cost: Tensor) -> Tensor:
     return picks
 
 
-def optimal(cost: Tensor) -> Tensor:
-    """Linear assignment: the pairing of least total cost. cost: (B, M), B ≤ M → picks (B,).
+class Assignment(NamedTuple):
+    """A pairing and the proof of how good it is: no pairing at all costs less than `bound`."""
 
-    Exact, by scipy on the CPU in about M³ operations: 10 ms for 250, a quarter of a second for 1,000, 9 s for
-    4,000.
+    picks: Tensor  # (B,) int64, the noise of each sample
+    total: float  # Σ cost[i, picks[i]]
+    bound: float  # equal to total where the pairing is exactly optimal, up to rounding
+
+
+def optimal(cost: Tensor, gap: float = 1e-3) -> Assignment:
+    """Linear assignment: the pairing of least total cost. cost: (B, M), B ≤ M, finite.
+
+    On the CPU exact, by scipy in about M³ operations: 10 ms for 250, a quarter of a second for 1,000, 9 s for
+    4,000. On a GPU by `scale.kernels.auction`, until total − bound is at most `gap` of what the pairing wins
+    over a random one.
     """
+    samples, noises = cost.shape
+    if samples > noises:
+        raise BadInput(f"{samples} samples and {noises} noises: expected at least as many noises as samples")
+    if len(cost) and (kernels := gpu_kernels(cost.device)):
+        return Assignment(*kernels.auction(cost, gap))
     from scipy.optimize import linear_sum_assignment
 
     _, picks = linear_sum_assignment(cost.cpu().numpy())
-    return torch.from_numpy(picks).to(cost.device)
+    picks = torch.from_numpy(picks).to(cost.device)
+    total = cost[torch.arange(samples, device=cost.device), picks].sum(dtype=torch.float64).item()
+    return Assignment(picks, total, total)
 
 
 def nearest_of_k(x: Tensor, k: int, cost: str = "squared", generator: torch.Generator | None = None) -> Tensor:
@@ -154,7 +197,8 @@ def nearest_of_k(x: Tensor, k: int, cost: str = "squared", generator: torch.Gene
     It needs no pool, but it bends the prior: the other k − 1 noises are thrown away, never trained on, so the
     noises used are no longer N(0, I) but crowd where the data is, while sampling still starts from N(0, I).
     """
-    check_count("k", k)
+    check_count("k", k), check_choice("cost", cost, COSTS)
+    check_memory(f"match_size is {k:,}", 8 * k * x[0].numel() if len(x) else 0, x.device)
     flat = x.detach().float().flatten(1)
     kept = torch.empty_like(flat)
     block = max(1, 2**24 // (k * flat.shape[1]))  # samples at a time, so that their noises fill about 64 MB
@@ -167,12 +211,12 @@ def nearest_of_k(x: Tensor, k: int, cost: str = "squared", generator: torch.Gene
     return kept.view(x.shape).to(x)
 
 
-def noise_generator(seed: int | None = None, device="cpu") -> torch.Generator:
+def noise_generator(seed: int | None = None, device="cpu", *stream: int) -> torch.Generator:
     """The generator of a pool's noises. Without a seed it takes one from torch's own, so that torch.manual_seed
     decides, as it does for `torch.randn_like`. Its numbers are not those that torch draws by the same seed: data
-    or weights drawn by it would be the very noise."""
-    seed = torch.randint(2**31, ()).item() if seed is None else seed
-    mixed = np.random.SeedSequence([seed, 0xDA45]).generate_state(1, np.uint64)
+    or weights drawn by it would be the very noise. Each `stream` of a seed has numbers of its own."""
+    seed = torch.randint(2**31, ()).item() if seed is None else check_count("seed", seed, at_least=0)
+    mixed = np.random.SeedSequence([seed, 0xDA45, *stream]).generate_state(1, np.uint64)
     return torch.Generator(device).manual_seed(int(mixed[0]))
 
 
@@ -187,114 +231,230 @@ class NoisePool:
     size, which may be 1. Over a whole pool the noises handed out are exactly those drawn: the prior stays
     N(0, I). match_size 0 or 1 is vanilla training, a random noise for each sample.
 
-    shape: of one sample, (C, H, W) or any other.   cost: see `cost_matrix`.   dtype: of the noises kept;
-    torch.bfloat16 halves the memory, match_size × D × 4 bytes in float32.   seed: see `noise_generator`.
-    Raises BadInput for a negative or fractional match_size, a batch of another shape, NaN or infinite data.
+    match_size   how many noises, or None for as many as `memory` holds
+    shape        of one sample, (C, H, W) or any other
+    cost         see `cost_matrix`
+    dtype        of the noises kept; torch.bfloat16 halves the memory, match_size × D × 4 bytes in float32
+    seed         see `noise_generator`
+    fast         multiply float32 in tf32 on a GPU: quicker, and a few samples in a thousand take another noise
+    memory       gigabytes that the pool may use in all; without it, what the device has free
+    match_scope  "rank", or "global": under torch.distributed all ranks match their samples against one pool, of
+                 which each holds match_size / ranks noises, as one process would with the joined batch
+
+    The pool keeps its free noises in front, `left` of them. When a batch has taken some, the last ones move into
+    their places, and behind them the next pool is drawn bit by bit: no batch pays for taken noises, and none
+    waits for a whole pool (but the very first).
+    Raises BadInput for a negative or fractional match_size, a batch of another shape, NaN or infinite data, and
+    for a pool that does not fit, before anything is allocated.
     """
 
     dtypes = (torch.float32, torch.float64, torch.bfloat16)  # float16 overflows in the product of long samples
+    drawn_at_once = 2**22  # numbers: enough to fill a GPU, few enough for no batch to notice
+    served_at_once = 256  # samples: beyond, the matrix product gains nothing more
 
-    def __init__(self, match_size: int, shape, *, cost: str = "squared", device="cpu", dtype=torch.float32,
-                 seed: int | None = None):
-        self.match_size = check_count("match_size", match_size, at_least=0)
+    def __init__(self, match_size: int | None, shape, *, cost: str = "squared", device="cpu", dtype=torch.float32,
+                 seed: int | None = None, fast: bool = False, memory: float | None = None, match_scope: str = "rank"):
+        self.shape = check_shape(shape)
         self.cost = check_choice("cost", cost, COSTS)
-        self.shape = torch.Size(shape)
-        check_choice("dtype", dtype, self.dtypes)
-        self.generator = noise_generator(seed, device)
-        self.noise = torch.empty(0, self.shape.numel(), device=device, dtype=dtype)
+        self.seed = torch.randint(2**31, ()).item() if seed is None else check_count("seed", seed, at_least=0)
+        self.noise = torch.empty(0, self.shape.numel(), device=device, dtype=check_choice("dtype", dtype, self.dtypes))
+        self.kernels = gpu_kernels(self.noise.device)
+        self.check = DataCheck(self.shape)
+        self.fast = fast
+        self.rank, self.ranks = _place_in_group(match_scope, seed)
+        self.match_size = self._fitting(match_size, memory)
+        self.rows = self.match_size // self.ranks
+        self.first = self.rank * self.rows  # of the pool's noises the rows from here on are ours
+        self.chunk = max(1, self.drawn_at_once // self.shape.numel())
+        self.generator = noise_generator(self.seed, device, 0, self.rank)  # of `fresh`; a pool's are in `_draw`
         self._forget()
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
         """x: (B, *shape), any B, dtype and device → z: the same, z_i matched to x_i."""
-        if x.shape[1:] != self.shape:
-            raise BadInput(f"the pool holds noises of shape {tuple(self.shape)}, the batch is {tuple(x.shape)}: "
-                           f"expected (B, {', '.join(map(str, self.shape))})")
-        check_data(x)
+        self.check(x)
         if self.match_size <= 1:
             return self.fresh(x)
-        samples = x.detach().flatten(1).to(self.noise)
+        samples = x.detach().reshape(len(x), self.noise.shape[1]).to(self.noise)
+        if self.ranks > 1:
+            from scale.spread import serve
+
+            return serve(self, samples).view(x.shape).to(x)
         z = torch.empty_like(samples)
         served = 0
         while served < len(samples):
             if self.left == 0:
                 self._refill()
-            now = slice(served, served + self.left)
+            now = slice(served, min(len(samples), served + self.left, served + self._slice(self.rows)))
             z[now] = self._take(samples[now])
+            self._draw_ahead()
             served = now.stop
         return z.view(x.shape).to(x)
 
     def _take(self, x: Tensor) -> Tensor:
-        """Match x: (B, D), B ≤ left, among the noises left."""
-        rows = len(self.taken)
-        cost = cost_matrix(x, self.noise[:rows], self.cost, self.squared)
-        picks = greedy(cost.masked_fill_(self.taken, torch.inf))
+        """Match x: (B, D), B ≤ left, among the noises left → (B, D)."""
+        if self.kernels:
+            return self.kernels.take(self, x)
+        cost = cost_matrix(x, self.noise[: self.left], self.cost, self.squared[: self.left], self.fast)
+        order = self.index[: self.left].argsort()  # of equally near noises the one that had the lower place
+        picks = order[greedy(cost[:, order])]
         z = self.noise[picks]
-        self.taken[picks] = True
-        self.left -= len(picks)
-        if self.left < 0.75 * rows:
-            self._keep(~self.taken)
+        self._fill_gaps(picks)
         return z
 
+    def _fill_gaps(self, picks: Tensor) -> None:
+        """The noises picked are taken: the last ones that are not move into their places."""
+        end = self.left - len(picks)
+        last = torch.arange(end, self.left, device=picks.device)
+        last = last[torch.isin(last, picks, invert=True)]
+        gaps = picks[picks < end]
+        for kept in (self.noise, self.squared, self.index):
+            kept[gaps] = kept[last]
+        self.left = end
+
     def _refill(self) -> None:
-        self._drawn_from = self.generator.get_state()
+        """Begin the next pool: draw what is not drawn yet."""
+        self._allocate()
+        self._draw_ahead()
+        self.number += 1
+        self.drawn, self.left = 0, self.rows
+        self.index = torch.arange(self.rows, device=self.noise.device, dtype=torch.int32)
+        self.place = self.index.clone()
+
+    def _allocate(self) -> None:
         if len(self.noise) == 0:
             try:
-                self.noise = self.noise.new_empty(self.match_size, self.noise.shape[1])
-            except RuntimeError as error:  # torch's word for memory that is not there
-                size = self.match_size * self.shape.numel() * self.noise.element_size() / 1e9
-                raise BadInput(f"match_size is {self.match_size:,}: its noises need {size:,.1f} GB, more than "
-                               f"{self.noise.device} can give; expected a smaller one") from error
-        self.noise.normal_(generator=self.generator)
-        self.left = self.match_size
-        self.index = torch.arange(self.match_size, device=self.noise.device)  # each row's place in the draw
-        self.taken = torch.zeros_like(self.index, dtype=torch.bool)
-        self.squared = squared_norms(self.noise) if self.cost == "squared" else None
+                self.noise = self.noise.new_empty(self.rows, self.noise.shape[1])
+                self.squared = squared_norms(self.noise[:0]).new_empty(self.rows)
+            except RuntimeError as error:  # torch's word for memory that is not there any more
+                needed = self._bytes(self.match_size) / 1e9
+                raise BadInput(f"match_size is {self.match_size:,}: the pool needs {needed:,.1f} GB, more than "
+                               f"{self.noise.device} has left; expected a smaller one") from error
 
-    def _keep(self, mask: Tensor) -> None:
-        """Move the rows of the mask to the front, in order: a noise that is taken needs no cost."""
-        kept = mask.nonzero().squeeze(1)
-        for start in range(0, len(kept), 1024):  # in place: a row only ever moves up, onto one already moved
-            rows = kept[start : start + 1024]
-            self.noise[start : start + len(rows)] = self.noise[rows]
-        self.index, self.taken = self.index[kept], self.taken[kept]
-        self.squared = self.squared[kept] if self.squared is not None else None
+    def _draw_ahead(self) -> None:
+        """Draw the next pool, from its end to its front, as far as the places for it are free."""
+        while self.drawn < self.rows:
+            chunk = (self.first + self.rows - self.drawn - 1) // self.chunk
+            places = self._places(chunk)
+            if places.start < self.left:
+                break
+            self.noise[places] = self._draw(self.number + 1, chunk)
+            self.squared[places] = squared_norms(self.noise[places])
+            self.drawn += places.stop - places.start
+
+    def _draw(self, number: int, chunk: int) -> Tensor:
+        """The noises of one chunk of pool `number` that are ours. Each chunk has a stream of its own, so that it does
+        not matter who draws it, nor when."""
+        start, places = chunk * self.chunk - self.first, self._places(chunk)
+        rows = min(self.chunk, self.match_size - chunk * self.chunk)
+        generator = noise_generator(self.seed, self.noise.device, number, chunk)
+        noise = self.noise.new_empty(rows, self.noise.shape[1]).normal_(generator=generator)
+        return noise[places.start - start : places.stop - start]
+
+    def _places(self, chunk: int) -> slice:
+        """Where the chunk lies among our rows when its pool begins."""
+        start = chunk * self.chunk - self.first
+        return slice(max(start, 0), min(start + self.chunk, self.rows))
 
     def _forget(self) -> None:
-        """As before the first batch: no noise drawn, `left`, the count of free ones, 0."""
-        self.index = torch.empty(0, dtype=torch.int64, device=self.noise.device)
-        self.taken = self.index.bool()
-        self.squared = None
-        self.left = 0
+        """As before the first batch: no pool drawn. `left` is the count of noises that are free."""
+        self.number = self.left = self.drawn = 0
+        self.index = self.place = torch.empty(0, dtype=torch.int32, device=self.noise.device)
 
     def fresh(self, x: Tensor) -> Tensor:
         """Unmatched noise for x from the pool's generator, as `torch.randn_like(x)`."""
         return torch.randn(x.shape, device=self.noise.device, generator=self.generator).to(x)
 
     def state_dict(self) -> dict:
-        """All a checkpoint needs to go on with the same noises: the generator's state, now and when it drew this
-        pool, and which of the noises are taken. The pool itself is drawn again. About 9 bytes a noise."""
-        now = self.generator.get_state()
-        return {"made_for": self._made_for(), "generator": now, "drawn_from": self._drawn_from if self.left else now,
-                "left": self.left, "index": self.index.clone(), "taken": self.taken.clone()}
+        """All a checkpoint needs to go on with the same noises: the seed, the number of this pool and which of its
+        noises lie where. The pool itself is drawn again. At most 4 bytes a noise."""
+        return {"made_for": self._made_for(), "seed": self.seed, "number": self.number,
+                "index": self.index[: self.left].clone(), "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on where `state_dict` was taken, in a pool made with the same arguments."""
+        if not isinstance(state, dict) or not {"made_for", "seed", "number", "index", "generator"} <= state.keys():
+            raise BadInput(f"the state is a {type(state).__name__}: expected what NoisePool.state_dict() returned")
         if state["made_for"] != self._made_for():
             raise BadInput(f"the saved pool is {state['made_for']}, this one {self._made_for()}: expected the same")
         self._forget()
-        if state["left"]:
-            self.generator.set_state(state["drawn_from"].cpu())
-            self._refill()
-            kept = torch.zeros_like(self.taken).index_fill_(0, state["index"].to(self.index.device), True)
-            self._keep(kept)
-            self.taken = state["taken"].to(self.taken.device)
-            self.left = state["left"]
+        self.seed, self.number = state["seed"], state["number"]
         self.generator.set_state(state["generator"].cpu())
+        if len(state["index"]):
+            self._draw_again(state["index"].to(self.noise.device))
+
+    def _draw_again(self, index: Tensor) -> None:
+        """The noises `index` of this pool, each at the place it had."""
+        self._allocate()
+        self.left = len(index)
+        self.index = torch.zeros(self.rows, device=index.device, dtype=torch.int32)
+        self.index[: self.left] = index
+        self.place = torch.full_like(self.index, -1)
+        self.place[index.long()] = torch.arange(self.left, device=index.device, dtype=torch.int32)
+        for chunk in range(self.first // self.chunk, -(-(self.first + self.rows) // self.chunk)):
+            places = self.place[self._places(chunk)]
+            noise, kept = self._draw(self.number, chunk), places >= 0
+            self.noise[places[kept]] = noise[kept]
+            self.squared[places[kept]] = squared_norms(noise)[kept]
+        self._draw_ahead()
 
     def _made_for(self) -> dict:
-        return {"match_size": self.match_size, "shape": list(self.shape), "cost": self.cost,
-                "dtype": str(self.noise.dtype)}
+        return {"match_size": self.match_size, "shape": list(self.shape), "cost": self.cost, "rank": self.rank,
+                "ranks": self.ranks, "dtype": str(self.noise.dtype), "device": self.noise.device.type}
+
+    def _fitting(self, match_size, memory) -> int:
+        """The match_size asked for if it fits, the largest that does for None."""
+        free = free_memory(self.noise.device) if memory is None else int(1e9 * memory)
+        largest = bisect_left(range(2**31), True, key=lambda size: self._bytes(size) > free) - 1
+        if match_size is None:
+            match_size = max(0, largest) // self.ranks * self.ranks
+        match_size = check_count("match_size", match_size, at_least=0)
+        if match_size % self.ranks:
+            raise BadInput(f"match_size is {match_size}: expected a multiple of {self.ranks}, the number of ranks")
+        if match_size > max(1, largest):
+            given = f"{self.noise.device} has {free / 1e9:,.1f} GB free" if memory is None else f"memory is {memory} GB"
+            raise BadInput(f"match_size is {match_size:,}: the pool needs {self._bytes(match_size) / 1e9:,.1f} GB and "
+                           f"{given}; expected at most {max(0, largest):,}")
+        return match_size
+
+    def _bytes(self, match_size: int) -> int:
+        """Of memory that a pool and the matching of one slice of a batch take, at most."""
+        rows = match_size // self.ranks
+        numbers = rows * self.shape.numel() + 2 * max(self.drawn_at_once, self.shape.numel())
+        costs = self._slice(rows) * rows * (4 if self.kernels else 20)
+        return numbers * self.noise.element_size() + costs + 16 * rows
+
+    def _slice(self, rows: int) -> int:
+        """Samples matched at a time, so that their costs take a gigabyte at most."""
+        return max(1, min(self.served_at_once, 2**28 // max(1, rows)))
+
+
+def _place_in_group(match_scope, seed):
+    """(rank, number of ranks) that share one pool."""
+    import torch.distributed as group
+
+    if check_choice("match_scope", match_scope, ("rank", "global")) == "rank":
+        return 0, 1
+    if not (group.is_available() and group.is_initialized()):
+        raise BadInput("match_scope is global: expected torch.distributed to be set up, as by torchrun")
+    if seed is None:
+        raise BadInput("match_scope is global and seed is None: expected a seed, the same on every rank")
+    return group.get_rank(), group.get_world_size()
+
+
+@cache
+def gpu_kernels(device: torch.device):
+    """`scale.kernels`, the same picks in one tenth of the time, where CUDA and Triton are there and work; or None."""
+    if device.type != "cuda":
+        return None
+    try:
+        from scale import kernels
+
+        kernels.try_out(device)
+    except Exception as error:  # Triton missing, too old, without a compiler, on a card it does not know
+        warnings.warn(f"matching on {device} goes the plain way, with the same result: {error!r}", stacklevel=2)
+        return None
+    return kernels
 
 
 def pairs(batches: Iterable[Tensor], method: str = "greedy", match_size: int = 10_000, *, cost: str = "squared",
@@ -306,8 +466,10 @@ def pairs(batches: Iterable[Tensor], method: str = "greedy", match_size: int = 1
             "optimal"  collects match_size samples, over several batches if need be, and solves the linear
                        assignment with as many noises; the last partial group is matched among itself
             "nearest"  the nearest of match_size fresh noises, see `nearest_of_k`
-    pool    for a run that is resumed: its noises serve "greedy", its generator every method.
-    Raises BadInput for an unknown method or cost and for a match_size that is not a whole number.
+    pool    for a run that is resumed, or a pool of other settings: its noises serve "greedy", its generator
+            every method.
+    Raises BadInput for an unknown method or cost, for a match_size that is not a whole number, and for a batch of
+    another shape than the first.
     """
     check_choice("method", method, METHODS)
     check_choice("cost", cost, COSTS)
@@ -318,15 +480,16 @@ def pairs(batches: Iterable[Tensor], method: str = "greedy", match_size: int = 1
 def _pairs(batches, method, match_size, cost, seed, pool):
     for x in batches:
         if pool is None:
-            pool = NoisePool(match_size, x.shape[1:], cost=cost, device=x.device, seed=seed)
+            check_tensor(x)
+            size = match_size if method == "greedy" else 0  # the other methods need its generator only
+            pool = NoisePool(size, x.shape[1:], cost=cost, device=x.device, seed=seed)
         if method == "optimal":
             yield from _optimal_pairs(chain([x], batches), match_size, cost, pool)
         elif method == "greedy":
             yield x, pool(x)
-        elif method == "nearest":
-            yield x, nearest_of_k(check_data(x), match_size, cost, pool.generator)
         else:
-            yield x, pool.fresh(check_data(x))
+            pool.check(x)
+            yield x, nearest_of_k(x, match_size, cost, pool.generator) if method == "nearest" else pool.fresh(x)
 
 
 def _optimal_pairs(batches, match_size, cost, pool):
@@ -334,12 +497,13 @@ def _optimal_pairs(batches, match_size, cost, pool):
     x = z = torch.empty(0, *pool.shape, device=pool.noise.device)
     for batch in chain(batches, [None]):  # None: no more are coming, match what is there
         if batch is not None:
+            pool.check(batch)
             waiting.append(batch)
-            x = torch.cat([x, check_data(batch).detach().to(x)])
+            x = torch.cat([x, batch.detach().to(x)])
         while len(x) - len(z) >= (match_size if batch is not None else 1):
             group = x[len(z) : len(z) + match_size]
             noise = pool.fresh(group)
-            z = torch.cat([z, noise[optimal(cost_matrix(group, noise, cost))]])
+            z = torch.cat([z, noise[optimal(cost_matrix(group, noise, cost)).picks]])
         while waiting and len(z) >= len(waiting[0]):
             batch_done = waiting.popleft()
             yield batch_done, z[: len(batch_done)].to(batch_done)
@@ -352,14 +516,72 @@ def path_noise(images: Iterable[int], shape, seed: int = 0, device="cpu") -> Ten
     return torch.from_numpy(np.array(draws, np.float32).reshape(-1, *shape)).to(device)
 
 
-def check_data(x: Tensor) -> Tensor:
-    """x itself, or BadInput if it holds anything that has no distance: integers, NaN, values beyond 1e15."""
+class DataCheck:
+    """Refuses batches that are of another shape or have no distance: integers, NaN, values beyond 1e15.
+
+    On a GPU the numbers are looked at while the next step is made ready, so that neither waits for the other: what
+    is wrong with one batch is said at the next.
+    """
+
+    def __init__(self, shape):
+        self.shape = shape
+        self.late = None  # of the batch before: (shape, its answer on the CPU, the event after which that is there)
+
+    def __call__(self, x: Tensor) -> None:
+        check_tensor(x)
+        if x.shape[1:] != self.shape or x.ndim == 0:
+            raise BadInput(f"the pool holds noises of shape {tuple(self.shape)}, the batch is {tuple(x.shape)}: "
+                           f"expected ({', '.join(['B', *map(str, self.shape)])})")
+        fits = (x.detach().abs() < 1e15).all()  # squared and summed that still fits float32; NaN is never less
+        if not x.is_cuda:
+            self._read(x.shape, fits)
+            return
+        late, answer = self.late, torch.empty((), dtype=torch.bool, pin_memory=True)
+        answer.copy_(fits, non_blocking=True)
+        self.late = x.shape, answer, torch.cuda.current_stream(x.device).record_event()
+        if late:
+            shape, answer, event = late
+            event.synchronize()
+            self._read(shape, answer)
+
+    def _read(self, shape, fits):
+        if not fits:
+            raise BadInput(f"the batch of shape {tuple(shape)} holds NaN, infinite or huge values: expected finite "
+                           "data, below 1e15")
+
+
+def check_tensor(x) -> None:
+    if not isinstance(x, Tensor):
+        raise BadInput(f"the batch is a {type(x).__name__}: expected a tensor of the samples alone, without labels")
     if not x.is_floating_point():
         raise BadInput(f"the batch is of {x.dtype}: expected floating point data, images in [−1, 1] for instance")
-    if not (x.detach().abs() < 1e15).all():  # squared and summed that still fits float32; NaN is never less
-        raise BadInput(f"the batch of shape {tuple(x.shape)} holds NaN, infinite or huge values: expected finite data, "
-                       "below 1e15")
-    return x
+
+
+def check_shape(shape) -> torch.Size:
+    """`shape` as a torch.Size, or BadInput if it is not one or several whole numbers."""
+    sizes = (shape,) if isinstance(shape, int) else shape
+    try:
+        return torch.Size([check_count("shape", size) for size in sizes])
+    except (TypeError, BadInput) as error:
+        raise BadInput(f"shape is {shape}: expected whole numbers from 1 on, as in (3, 32, 32)") from error
+
+
+def free_memory(device) -> int:
+    """Bytes that could be allocated on the device."""
+    if torch.device(device).type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    known = Path("/proc/meminfo")
+    if known.exists() and "MemAvailable" in (text := known.read_text()):
+        return 1024 * int(text.split("MemAvailable:")[1].split()[0])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**62
+
+
+def check_memory(what: str, needed: int, device) -> None:
+    """BadInput if the device has not so many bytes free."""
+    if needed > (free := free_memory(device)):
+        raise BadInput(f"{what}: that needs {needed / 1e9:,.1f} GB, {device} has {free / 1e9:,.1f} GB free; expected a "
+                       "smaller one")
 
 
 def check_count(name: str, value, at_least: int = 1) -> int:

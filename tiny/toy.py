@@ -110,7 +110,7 @@ def crossing_share(x: Tensor, z: Tensor) -> float:
 def wasserstein2(a: Tensor, b: Tensor) -> float:
     """The squared Wasserstein-2 distance of two equally large sets of points (N, D): mean ‖a_i − b_j‖², best paired."""
     distances = dansm.squared_distances(a.cpu().double(), b.cpu().double())
-    return distances.gather(1, dansm.optimal(distances)[:, None]).mean().item()
+    return distances.gather(1, dansm.optimal(distances).picks[:, None]).mean().item()
 
 
 def measure_pairs(pairs, match_size: int) -> dict[str, float]:
