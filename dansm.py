@@ -727,7 +727,7 @@ def path_length(x: Tensor, z: Tensor) -> float:
 def own_noise_nearest(x: Tensor, z: Tensor) -> float:
     """Share of samples in (B, ...) whose own noise is nearer than every other's: the paper's second foundation."""
     nearest = squared_distances(x.float(), z.float()).argmin(1)
-    return (nearest == torch.arange(len(x), device=x.device)).double().mean().item()
+    return (nearest == torch.arange(len(x), device=x.device)).cpu().double().mean().item()
 
 
 def straightness(path: Tensor) -> float:
@@ -802,7 +802,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     """
     if min(len(a), len(b)) < 2 or a.shape[1:] != b.shape[1:]:
         raise BadInput(f"features are {tuple(a.shape)} and {tuple(b.shape)}: expected at least two each, equally long")
-    a, b = a.flatten(1).double(), b.flatten(1).double()
+    a, b = a.flatten(1).cpu().double(), b.flatten(1).cpu().double()  # Apple's GPUs know no float64
     (root_a, trace_a), (root_b, trace_b) = _root_of_covariance(a), _root_of_covariance(b)
     overlap = torch.linalg.svdvals(root_a @ root_b).sum()
     return ((a.mean(0) - b.mean(0)).square().sum() + trace_a + trace_b - 2 * overlap).item()
