@@ -24,7 +24,7 @@ toy: $(READY)  ## what matching does, in 2D: pictures and a table in runs/toy (a
 digits: $(READY)  ## first images: 1,797 handwritten digits, two ways of pairing, in runs/digits (three minutes)
 	$(DANSM) digits
 
-cifar10: $(READY)  ## train on CIFAR-10 for ten minutes (on a GPU), samples in runs/cifar10
+cifar10: $(READY)  ## train on CIFAR-10 for eight minutes (on a GPU), samples in runs/cifar10
 	$(DANSM) train $(CIFAR10) --network ddpm --batch 256 --lr 3e-4 --minutes 8.2 --out runs/cifar10
 
 test: $(READY)  ## all tests (under five minutes)

@@ -26,6 +26,8 @@ import json
 import math
 import os
 import platform
+import re
+import shlex
 import sys
 import time
 import warnings
@@ -51,6 +53,10 @@ from torch import Tensor, nn
 
 class BadInput(ValueError):
     """What was given cannot be used. The commands print it as one line and exit with code 2."""
+
+
+class Stopped(Exception):
+    """Ctrl-C, with a word on what is kept: Typer lets no words through in a KeyboardInterrupt."""
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -949,7 +955,7 @@ def path_length(x: Tensor, z: Tensor) -> float:
 def own_noise_nearest(x: Tensor, z: Tensor) -> float:
     """Share of samples in (B, ...) whose own noise is nearer than every other's: the paper's second foundation."""
     nearest = squared_distances(x.float(), z.float()).argmin(1)
-    return (nearest == torch.arange(len(x), device=x.device)).double().mean().item()
+    return (nearest == torch.arange(len(x), device=x.device)).cpu().double().mean().item()
 
 
 def straightness(path: Tensor) -> float:
@@ -1024,7 +1030,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     """
     if min(len(a), len(b)) < 2 or a.shape[1:] != b.shape[1:]:
         raise BadInput(f"features are {tuple(a.shape)} and {tuple(b.shape)}: expected at least two each, equally long")
-    a, b = a.flatten(1).double(), b.flatten(1).double()
+    a, b = a.flatten(1).cpu().double(), b.flatten(1).cpu().double()  # Apple's GPUs know no float64
     (root_a, trace_a), (root_b, trace_b) = _root_of_covariance(a), _root_of_covariance(b)
     overlap = torch.linalg.svdvals(root_a @ root_b).sum()
     return ((a.mean(0) - b.mean(0)).square().sum() + trace_a + trace_b - 2 * overlap).item()
@@ -1114,25 +1120,47 @@ def train_command(
 
     Writes checkpoint.pt, log.jsonl, train.json and samples.png into --out.
     """
-    from scale.data import load_images
+    from scale.data import check_out, load_images
     from scale.trainer import fit
 
     recipe = dict(network=network, flow=flow, times=times, method=method, match_size=match_size, cost=cost, batch=batch,
                   lr=lr, decay=decay, flip=flip, size=size, seed=seed)
-    if flow == "diffusion" and sample_steps < 2:
-        raise BadInput(f"--sample-steps is {sample_steps}: expected at least 2 for a diffusion")
-    device, out = pick_device(device), make_folder(out)
-    images = load_images(data, size=size or None, skip_unreadable=skip_unreadable,
+    check_steps("--sample-steps", sample_steps, FLOWS[flow])
+    check_out(data, out)
+    device, out, left_out = pick_device(device), make_folder(out), []
+    images = load_images(data, size=size or None, skip_unreadable=skip_unreadable, left_out=left_out,
                          track=lambda paths, total: track(paths, "reading images", total=total, console=console))
+    if left_out:
+        say(f"left out {len(left_out):,} of {counted(len(images) + len(left_out), 'image')}, not readable:",
+            ", ".join(map(str, left_out[:3])) + ", …" * (len(left_out) > 3))
     recipe["images"] = len(images)
     summary, net, flow = fit(images, recipe, steps=steps, minutes=minutes, out=out, fresh=fresh, device=device,
                              console=console)
-    grid = sample_images(net, flow, range(64), images.shape[1:], sample_steps, seed=seed, device=device)
-    save_grid(torch.cat(list(grid)), out / "samples.png")
-    write_json(out / "train.json", {"data": data, "data_images": len(images), "hardware": hardware(device), **summary})
-    console.print(f"{summary['images']:,} images in {summary['steps']:,} steps, "
-                  f"{summary['images_per_second']:,} a second")
-    say_files(out, "samples.png", "checkpoint.pt", "log.jsonl", "train.json")
+    saved, grid = out / "checkpoint.pt", out / "samples.png"
+    if summary["this_call"]["steps"]:
+        write_json(out / "train.json", {"data": data, "data_images": len(images), "unreadable_images": len(left_out),
+                                        "hardware": hardware(device), **summary})
+        say(f"{counted(summary['images'], 'image')} in {counted(summary['steps'], 'step')},",
+            f"{summary['this_call']['images_per_second']:,} a second")
+    else:
+        say(f"already at step {summary['steps']:,} of --steps {steps:,}: nothing to do; a larger --steps goes on")
+    if summary["stopped_early"]:
+        say(f"stopped at step {summary['steps']:,} of {steps:,}, saved;",
+            f"the same command{' without --fresh' * fresh} goes on")
+        say_files(out, "checkpoint.pt", "log.jsonl", "train.json")
+    elif not grid.exists() or grid.stat().st_mtime < saved.stat().st_mtime:  # else it is this checkpoint's already
+        draw_grid(net, flow, images.shape[1:], sample_steps, seed, device, saved, grid)
+        say_files(out, "samples.png", "checkpoint.pt", "log.jsonl", "train.json")
+    say("images from it: dansm sample", shlex.quote(str(saved)))
+
+
+def draw_grid(net: nn.Module, flow, shape, steps: int, seed: int, device, saved: Path, path: Path) -> None:
+    """64 images of a trained network, eight at a time so that the time left can be told."""
+    try:
+        draws = sample_images(net, flow, range(64), shape, steps, seed=seed, batch=8, device=device)
+        save_grid(torch.cat(list(track(draws, "sampling", total=8, console=console))), path)
+    except KeyboardInterrupt as stop:
+        raise Stopped(f"stopped; the run is saved in {saved}") from stop
 
 
 @app.command("sample")
@@ -1152,6 +1180,7 @@ def sample_command(
 
     device = pick_device(device)
     net, flow, state = load_model(checkpoint, device, solver)
+    check_steps("--steps", steps, type(flow))
     out = make_folder(out)
     shape = (net.settings["channels"], net.settings["size"], net.settings["size"])
     start, images = time.perf_counter(), []
@@ -1170,7 +1199,7 @@ def sample_command(
         "checkpoint": str(checkpoint), "trained_steps": state["training"]["step"], "recipe": state["recipe"],
         "count": len(images), "steps": steps, "solver": solver, "seed": seed, "seconds": round(seconds, 2),
         "hardware": hardware(device)})
-    console.print(f"{len(images):,} images in {steps} steps each: {seconds:.1f} s")
+    say(f"{counted(len(images), 'image')} in {counted(steps, 'step')} each: {seconds:.1f} s")
     say_files(out, "samples.png", "sample.json", *(["000000.png and so on"] if files else []))
 
 
@@ -1190,6 +1219,12 @@ def bench_command(
 
     bench_match(match_size, batch, parse_shape(shape), seed=seed, device=pick_device(device), out=make_folder(out),
                 console=console)
+
+
+def check_steps(option: str, steps: int, flow: type) -> None:
+    """BadInput for a count of steps that a diffusion cannot take, before anything is trained or written."""
+    if issubclass(flow, Diffusion) and not 2 <= steps <= flow.levels:
+        raise BadInput(f"{option} is {steps}: expected 2 to {flow.levels:,} for a diffusion")
 
 
 def sample_images(net: nn.Module, flow, images: range, shape, steps: int, *, seed: int = 0, batch: int = 64,
@@ -1233,6 +1268,9 @@ def make_folder(path: Path) -> Path:
         path.mkdir(parents=True, exist_ok=True)
         (path / ".writable").touch()
         (path / ".writable").unlink()
+    except (FileExistsError, NotADirectoryError) as error:
+        file = next(part for part in (path, *path.parents) if part.exists())
+        raise BadInput(f"--out is {path}: {file} is a file, expected a folder") from error
     except OSError as error:
         raise BadInput(f"--out is {path}: not writable ({error.strerror}), expected a folder that is") from error
     return path
@@ -1264,7 +1302,17 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def say_files(out: Path, *names: str) -> None:
-    console.print("written:", ", ".join(str(out / name) for name in names), soft_wrap=True)
+    say("written:", ", ".join(str(out / name) for name in names))
+
+
+def say(*words: str) -> None:
+    """A line as it is: a path is not broken in two, nor are its [brackets] taken for a style."""
+    console.print(*words, soft_wrap=True, markup=False)
+
+
+def counted(count: int, noun: str) -> str:
+    """1 image, 2 images."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -1274,22 +1322,44 @@ def main(arguments: list[str] | None = None) -> None:
         code = app(arguments, standalone_mode=False) or 0
     except BadInput as error:
         code, message = 2, str(error)
-    except (KeyboardInterrupt, typer.Abort):
-        code = 130
-    except (OSError, MemoryError) as error:  # a full disk, a folder where a file is to be
-        code, message = 2, str(error) or "this needs more memory than there is"
+    except (KeyboardInterrupt, typer.Abort, Stopped) as error:
+        code, message = 130, str(error)
+    except OSError as error:  # a full disk, a folder where a file is to be
+        code, message = 2, str(error)
     except Exception as error:
-        if not hasattr(error, "format_message"):  # Typer's own: an unknown option, a value of the wrong kind
+        if lacks_memory(error):
+            asked = re.search(r"tried to allocate [\d.]+ \w+", str(error), re.IGNORECASE)  # the rest is torch's advice
+            reason = asked[0] if asked else str(error).partition("\n")[0] or "Python asked for it"
+            code, message = 2, f"this needs more memory than there is ({reason})"
+        elif hasattr(error, "format_message"):  # Typer's own: an unknown option, a value of the wrong kind
+            code, message = 2, in_our_words(error)
+        else:
             raise
-        code, message = 2, error.format_message()
-        if hasattr(error.__cause__, "errors"):  # what Typer's own words leave out: the value
-            message = f"{message.replace('Input should be', 'expected').replace('Value error, ', '')}, given "
-            message += str(error.__cause__.errors()[0]["input"])
     if code == 130:
-        message = "stopped"
+        message = message or "stopped"
     if message:
         print("dansm:", " ".join(message.split()), file=sys.stderr)
     sys.exit(code)
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Torch says so in a RuntimeError, by other words for each device."""
+    told = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error).lower() for words in told))
+
+
+def in_our_words(error: Exception) -> str:
+    """Typer's message, with the value given and what is expected, which some of its messages leave out."""
+    message = error.format_message().removesuffix(".").replace("Value error, ", "")
+    message = message.replace("Input should be", "expected")
+    message = re.sub(r"expected a valid integer\b.*", "expected a whole number", message)
+    if message.startswith("Missing argument") and getattr(error.param, "help", None):
+        return f"{message}: expected {error.param.help}"
+    if not hasattr(error.__cause__, "errors"):
+        return message
+    given = str(error.__cause__.errors()[0]["input"])
+    return message if repr(given) in message else f"{message}, given {given}"
 
 
 if __name__ == "__main__":

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from dansm import FLOWS, BadInput, UNet
+from dansm import FLOWS, BadInput, Diffusion, UNet, lacks_memory
 
 VERSION = 1
 PARTS = {"network", "recipe", "training", "pool", "random"}
@@ -39,17 +41,42 @@ def load(path: Path) -> dict:
     except Exception as error:  # torch raises nearly every kind for a file that is not its own
         raise BadInput(f"{path} is not a checkpoint, or is damaged: expected a file that dansm train wrote") from error
     if not isinstance(state, dict) or state.get("dansm") != VERSION or not state.keys() >= PARTS:
-        raise BadInput(f"{path} is no checkpoint of dansm, version {VERSION}: expected a file that dansm train wrote")
+        raise _not_ours(path)
+    if not all(isinstance(state[part], dict) for part in PARTS) or not state["recipe"].keys() >= {"flow", "times"}:
+        raise _not_ours(path)
+    if not isinstance(state["training"].get("step"), int):
+        raise _not_ours(path)
     return state
+
+
+def _not_ours(path) -> BadInput:
+    return BadInput(f"{path} is no checkpoint of dansm, version {VERSION}: expected a file that dansm train wrote")
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """BadInput with the path for whatever a part of `path` leads to that has not the parts of ours."""
+    try:
+        yield
+    except BadInput as error:
+        if str(path) in str(error):
+            raise
+        raise BadInput(f"{path}: {error}") from error
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if lacks_memory(error):  # no fault of the file's
+            raise
+        raise _not_ours(path) from error
 
 
 def load_model(path: Path, device, solver: str = "euler") -> tuple[UNet, object, dict]:
     """The averaged network, ready to sample, its flow, and all else the checkpoint holds."""
     state = load(path)
-    net = UNet(**state["network"])
-    net.load_state_dict(state["training"]["average"])
-    name = state["recipe"]["flow"]
-    if name == "diffusion" and solver != "euler":
+    with reading(path):
+        net = UNet(**state["network"])
+        net.load_state_dict(state["training"]["average"])
+        make_flow, times = FLOWS[state["recipe"]["flow"]], state["recipe"]["times"]
+        make_flow(times)
+    if make_flow is Diffusion and solver != "euler":
         raise BadInput(f"--solver is {solver}: {path} is a diffusion, which is sampled by DDIM; expected none")
-    flow = FLOWS[name](state["recipe"]["times"], *([solver] if name == "rectified" else []))
+    flow = make_flow(times) if make_flow is Diffusion else make_flow(times, solver)
     return net.to(device).eval(), flow, state

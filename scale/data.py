@@ -20,13 +20,14 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 
 
 def load_images(source: str, *, size: int | None = None, skip_unreadable: bool = False, root: str = "data",
-                track=lambda paths, total: paths) -> Tensor:
+                track=lambda paths, total: paths, left_out: list[Path] | None = None) -> Tensor:
     """All images of `source` as one uint8 array (N, 3, H, W).
 
     source  a folder, read with its subfolders in the order of their names; or "cifar10", which torchvision
             downloads into `root` at first use.
     size    shorter side to this many pixels, then the centre square; None takes the images as they are.
     track   wraps the files while they are read, to show progress: track(paths, total) yields the paths.
+    left_out  gets the paths of the images that `skip_unreadable` left out.
     Raises BadInput for a folder that is missing, empty or unreadable, for an unreadable image (named; left
     out if `skip_unreadable`), and for images of unequal size (two of them named).
     """
@@ -36,12 +37,14 @@ def load_images(source: str, *, size: int | None = None, skip_unreadable: bool =
         return _cifar10(root, size)
     paths = find_images(Path(source))
     images, first, found = None, None, 0
+    left_out = [] if left_out is None else left_out
     readers = ThreadPoolExecutor(os.cpu_count())  # decoding leaves Python's lock, so threads do
     try:
         decoded = readers.map(lambda path: read_image(path, size, skip_unreadable), paths)
         for path in track(paths, len(paths)):
             image = next(decoded)
             if image is None:
+                left_out.append(path)
                 continue
             if images is None:
                 images, first = np.empty((len(paths), *image.shape), np.uint8), path
@@ -55,6 +58,13 @@ def load_images(source: str, *, size: int | None = None, skip_unreadable: bool =
     if images is None:
         raise BadInput(f"{source} holds {len(paths)} image files, none of them readable")
     return torch.from_numpy(images[:found]).permute(0, 3, 1, 2).contiguous()
+
+
+def check_out(source: str, out: Path) -> None:
+    """BadInput if results in `out` would lie in the folder of images: the next run would read samples.png as one."""
+    if str(source) and Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
+        raise BadInput(f"--out is {out}, inside {source}, whose images are read with all its subfolders: expected a "
+                       "folder outside of it")
 
 
 def find_images(folder: Path) -> list[Path]:

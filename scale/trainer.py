@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -28,53 +29,56 @@ def fit(images: Tensor, recipe: dict, *, steps: int, minutes: float, out: Path, 
     `out` gets checkpoint.pt and log.jsonl. A run that it holds already goes on, with the same noises and the same
     order of images, as if never stopped (method "optimal" begins a new group of samples).
 
-    Stops after `steps` in all, after `minutes` of this call if not 0, or at Ctrl-C; each saves first.
+    Stops after `steps` in all, after `minutes` of this call if not 0, or at Ctrl-C; each saves first. A run that has
+    made its steps already is left as it is.
     """
-    if images.shape[2] != images.shape[3]:
-        raise dansm.BadInput(f"the images are {images.shape[3]}×{images.shape[2]} pixels: expected squares; --size N "
-                             "makes them N pixels square")
     torch.manual_seed(recipe["seed"])
-    net = dansm.UNet(images.shape[1], images.shape[2], **dansm.NETWORKS[recipe["network"]]).to(device)
+    net = _network(images, recipe["network"]).to(device)
     flow = dansm.FLOWS[recipe["flow"]](recipe["times"])
     run = dansm.Training(net, recipe["lr"])
     pool = dansm.NoisePool(recipe["match_size"], images.shape[1:], cost=recipe["cost"], device=device,
                            seed=recipe["seed"])
-    saved, log = out / "checkpoint.pt", out / "log.jsonl"
+    saved, log, aside = out / "checkpoint.pt", out / "log.jsonl", out / "log.partial"
+    earlier, keeps_other = 0.0, saved.exists() and fresh  # the run that was here before, until this one is saved
     if saved.exists() and not fresh:
-        _resume(saved, recipe, run, pool, device)
+        earlier = _resume(saved, recipe, run, pool, device)
         _forget_after(log, run.step)
-        console.print(f"going on from step {run.step:,} of {saved}")
-    elif saved.exists():
-        log = out / "log.partial"  # the run that was here before is kept until this one has a checkpoint
+        if run.step < steps:
+            console.print(f"going on from step {run.step:,} of {saved}", soft_wrap=True, markup=False)
+    elif not keeps_other:
         log.unlink(missing_ok=True)
-    else:
-        log.unlink(missing_ok=True)
+    aside.unlink(missing_ok=True)  # of a --fresh that was killed: no run goes on from it
 
     def save():
+        nonlocal keeps_other
         if not all(weight.isfinite().all() for weight in net.parameters()):
             raise dansm.BadInput(f"--lr is {recipe['lr']}: the weights became infinite at step {run.step}, expected a "
                                  f"smaller one; what {saved} held before is untouched")
         checkpoint.save(saved, {"network": net.settings, "recipe": recipe, "training": run.state_dict(),
-                                "pool": pool.state_dict(), "random": _random_state(device)})
-        if (out / "log.partial").exists():
-            os.replace(out / "log.partial", out / "log.jsonl")
+                                "pool": pool.state_dict(), "random": _random_state(device),
+                                "seconds": earlier + time.monotonic() - begin})
+        if keeps_other:
+            os.replace(aside, log)
+            keeps_other = False
 
     batches = data.batches(images.to(device), recipe["batch"], seed=recipe["seed"], flip=recipe["flip"], start=run.step)
     paired = _Latest(dansm.pairs(batches, recipe["method"], recipe["match_size"], cost=recipe["cost"], pool=pool))
     first_step, begin = run.step, time.monotonic()
     last_save = begin
     bar = Progress(TextColumn("training"), BarColumn(), TextColumn("{task.fields[line]}"), TimeElapsedColumn(),
-                   TimeRemainingColumn(), console=console)
-    with bar, open(log, "a") as lines, Interrupt() as interrupt:
-        task = bar.add_task("", total=1.0, completed=run.step / steps, line="")
+                   TimeRemainingColumn(), console=console, disable=run.step >= steps)
+    task = bar.add_task("", total=1.0, completed=run.step / steps, line="")
+    interrupt = Interrupt(lambda: bar.update(task, line="stopping after this step"))
+    with bar, open(aside if keeps_other else log, "a") as lines, interrupt:
         for loss in dansm.train(run, flow, paired, decay=recipe["decay"]) if run.step < steps else ():
             now = time.monotonic()
             last = run.step >= steps or (minutes and now - begin > 60 * minutes) or interrupt
             save_now = now - last_save > SAVE_EVERY
             if run.step % LOG_EVERY == 0 or save_now or last:
                 rate = (run.step - first_step) * recipe["batch"] / (now - begin)
-                line = {"step": run.step, "images": run.step * recipe["batch"], "seconds": round(now - begin, 2),
-                        "loss": round(loss.item(), 5), "images_per_second": round(rate, 1), **paired.distances()}
+                line = {"step": run.step, "images": run.step * recipe["batch"],
+                        "seconds": round(earlier + now - begin, 2), "loss": round(loss.item(), 5),
+                        "images_per_second": round(rate, 1), **paired.distances()}
                 if not math.isfinite(line["loss"]):
                     raise dansm.BadInput(f"--lr is {recipe['lr']}: the loss became {line['loss']} at step {run.step}, "
                                          f"expected a smaller one; what {saved} held before is untouched")
@@ -89,19 +93,23 @@ def fit(images: Tensor, recipe: dict, *, steps: int, minutes: float, out: Path, 
                 save()
                 last_save = now
     seconds = time.monotonic() - begin
-    if run.step > first_step:
+    made = run.step - first_step
+    if made:
         save()
-    return {"recipe": recipe, "steps": run.step, "images": run.step * recipe["batch"], "seconds": round(seconds, 1),
-            "images_per_second": round((run.step - first_step) * recipe["batch"] / seconds, 1),
-            "parameters": sum(p.numel() for p in net.parameters()), "stopped_early": bool(interrupt)}, run.average, flow
+    return {"recipe": recipe, "steps": run.step, "images": run.step * recipe["batch"],
+            "seconds": round(earlier + seconds, 1),
+            "this_call": {"steps": made, "seconds": round(seconds, 1),  # the machine may be another one each time
+                          "images_per_second": round(made * recipe["batch"] / max(seconds, 1e-9), 1)},
+            "parameters": sum(p.numel() for p in net.parameters()),
+            "stopped_early": bool(interrupt) and run.step < steps}, run.average, flow
 
 
 class Interrupt:
     """True once Ctrl-C was pressed: the loop ends after a whole step, so that nothing is saved half done. A second
-    Ctrl-C stops at once."""
+    Ctrl-C stops at once. `say` is called at the first, as a step may take a minute."""
 
-    def __init__(self):
-        self.pressed = False
+    def __init__(self, say: Callable[[], None]):
+        self.pressed, self.say = False, say
 
     def __bool__(self):
         return self.pressed
@@ -116,6 +124,7 @@ class Interrupt:
     def _press(self, *_):
         self.pressed = True
         signal.signal(signal.SIGINT, self.before)
+        self.say()
 
 
 class _Latest:
@@ -135,26 +144,64 @@ class _Latest:
                 "distance_unmatched": round(dansm.path_length(self.x, self.z.roll(1, 0)), 4)}
 
 
-def _resume(path, recipe, run, pool, device):
+def _network(images, name):
+    """A new network of that name for such images, or BadInput that names --size, which makes them fit."""
+    if images.shape[2] != images.shape[3]:
+        raise dansm.BadInput(f"the images are {images.shape[3]}×{images.shape[2]} pixels: expected squares; --size N "
+                             "makes them N pixels square")
+    try:
+        return dansm.UNet(images.shape[1], images.shape[2], **dansm.NETWORKS[name])
+    except dansm.BadInput as error:
+        raise dansm.BadInput(f"{error}; --size N makes them N pixels square") from error
+
+
+def _resume(path, recipe, run, pool, device) -> float:
+    """Take up the run in `path`; returns the seconds that it has trained."""
     state = checkpoint.load(path)
-    changed = [f"{key} {state['recipe'].get(key)} → {value}" for key, value in recipe.items()
-               if state["recipe"].get(key) != value]
-    if state["network"] != run.net.settings:
-        changed.append(f"images of {state['network']['size']} pixels → {run.net.settings['size']}")
-    if changed:
-        raise dansm.BadInput(f"{path} is of another run ({', '.join(changed)}): expected the same settings, another "
-                             "--out, or --fresh to begin anew")
-    run.load_state_dict(state["training"])
-    pool.load_state_dict(state["pool"])
-    torch.set_rng_state(state["random"]["cpu"])
-    if device.type == "cuda" and "cuda" in state["random"]:
-        torch.cuda.set_rng_state(state["random"]["cuda"], device)
+    with checkpoint.reading(path):
+        changed = [f"{key} {state['recipe'].get(key)} → {value}" for key, value in recipe.items()
+                   if state["recipe"].get(key) != value]
+        if state["network"] != run.net.settings:
+            changed.append(f"images of {state['network']['size']} pixels → {run.net.settings['size']}")
+        if changed:
+            raise dansm.BadInput(f"{path} is of another run ({', '.join(changed)}): expected the same settings, "
+                                 "another --out, or --fresh to begin anew")
+        run.load_state_dict(state["training"])
+        _take_up_random_numbers(path, state, pool, device)
+        return float(state.get("seconds", 0))  # a checkpoint of before they were kept has none
+
+
+def _take_up_random_numbers(path, state, pool, device):
+    """The pool's and torch's own. Each kind of device has its own generator, whose state no other can take."""
+    try:
+        pool.load_state_dict(state["pool"])
+        torch.set_rng_state(state["random"]["cpu"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(state["random"]["cuda"], device)
+    except RuntimeError as error:
+        if "RNG state" not in str(error):
+            raise
+        raise dansm.BadInput(f"{path} was not begun on --device {device.type}: a run goes on only on the kind of "
+                             "device it was begun on; expected that one, another --out, or --fresh to begin anew"
+                             ) from error
 
 
 def _forget_after(log, step):
-    """Drop the lines that a killed run wrote after its last checkpoint."""
-    whole = log.read_text().split("\n")[:-1] if log.exists() else []  # a kill may have cut the last one in half
-    log.write_text("".join(line + "\n" for line in whole if json.loads(line)["step"] <= step))
+    """Drop the lines that a killed run wrote after its last checkpoint, and what a kill or a full disk left of one."""
+    if not log.exists():
+        return
+    kept = [line for line in log.read_text(errors="replace").splitlines() if _step_of(line) <= step]
+    beside = log.with_suffix(".part")
+    beside.write_text("".join(line + "\n" for line in kept))
+    os.replace(beside, log)
+
+
+def _step_of(line):
+    """The step that a line of the log is of; infinite for what is no such line."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 def _random_state(device):

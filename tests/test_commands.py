@@ -111,6 +111,8 @@ def test_train_writes_what_it_says(run, images, tmp_path, flow, method):
     assert described["data"] == str(images) and described["data_images"] == 24
     assert (described["steps"], described["images"], described["stopped_early"]) == (4, 32, False)
     assert described["hardware"]["device"] == "cpu" and described["parameters"] > 1000
+    assert described["unreadable_images"] == 0 and described["this_call"]["images_per_second"] > 0
+    assert f"dansm sample {out / 'checkpoint.pt'}" in said
     recipe = dict(network="small", flow=flow, times="uniform", method=method, match_size=10, cost="squared", batch=8)
     recipe |= {"lr": 2e-4, "decay": 0.9999, "flip": True, "size": 0, "seed": 0, "images": 24}
     assert described["recipe"] == recipe
@@ -163,6 +165,7 @@ def test_a_run_resumed_in_the_middle_is_the_run_that_never_stopped(run, images, 
     code, said, _ = run(*command, "--steps", 12, "--out", twice)
     assert code == 0 and "going on from step 5" in said
     whole, resumed = (checkpoint.load(out / "checkpoint.pt") for out in (once, twice))
+    assert whole.pop("seconds") != resumed.pop("seconds")  # the one thing that may differ
     assert same(whole, resumed) and not same(whole, halfway)
     told = [[(line["step"], line["loss"], line["distance"], line["distance_unmatched"]) for line in log_of(out)]
             for out in (once, twice)]
@@ -171,12 +174,52 @@ def test_a_run_resumed_in_the_middle_is_the_run_that_never_stopped(run, images, 
 
 
 def test_a_run_that_is_done_is_left_as_it_is(run, images, tmp_path):
-    command = ["train", images, "--steps", 3, "--out", tmp_path / "out", *FAST]
+    command = ["train", images, "--out", tmp_path / "out", *FAST]
+    run(*command, "--steps", 3)
+    before = {name: (tmp_path / "out" / name).read_bytes() for name in files_of(tmp_path / "out")}
+    for steps in (3, 2):
+        code, said, err = run(*command, "--steps", steps)
+        assert (code, err) == (0, "") and "going on" not in said
+        assert f"already at step 3 of --steps {steps}: nothing to do; a larger --steps goes on" in said
+        assert {name: (tmp_path / "out" / name).read_bytes() for name in files_of(tmp_path / "out")} == before
+
+
+def test_a_run_that_is_done_gets_the_samples_that_it_lacks(run, images, tmp_path):
+    command = ["train", images, "--steps", 2, "--out", tmp_path / "out", *FAST]
     run(*command)
-    before = (tmp_path / "out" / "checkpoint.pt").read_bytes()
-    code, _, _ = run(*command)
-    assert code == 0 and (tmp_path / "out" / "checkpoint.pt").read_bytes() == before
-    assert [line["step"] for line in log_of(tmp_path / "out")] == [3]
+    grid, saved = tmp_path / "out" / "samples.png", tmp_path / "out" / "checkpoint.pt"
+    drawn = grid.read_bytes()
+    grid.unlink()
+    assert run(*command)[0] == 0 and grid.read_bytes() == drawn
+    grid.write_bytes(b"of an earlier checkpoint")
+    os.utime(grid, (0, saved.stat().st_mtime - 10))
+    assert run(*command)[0] == 0 and grid.read_bytes() == drawn
+
+
+def test_seconds_are_those_of_all_calls(run, images, tmp_path):
+    out, command = tmp_path / "out", ["train", images, "--out", tmp_path / "out", *FAST]
+    run(*command, "--steps", 2)
+    state = checkpoint.load(out / "checkpoint.pt")
+    assert 0 < state["seconds"] < 60
+    checkpoint.save(out / "checkpoint.pt", state | {"seconds": 1000.0})
+    run(*command, "--steps", 5)
+    described = json.loads((out / "train.json").read_text())
+    assert 1000 < described["seconds"] < 1060 and 1000 < log_of(out)[-1]["seconds"] < 1060
+    assert described["this_call"]["steps"] == 3 and described["this_call"]["seconds"] < 60
+    assert 1000 < checkpoint.load(out / "checkpoint.pt")["seconds"] < 1060
+    del state["seconds"]  # as checkpoints were
+    checkpoint.save(out / "checkpoint.pt", state)
+    assert run(*command, "--steps", 5)[0] == 0
+    assert json.loads((out / "train.json").read_text())["seconds"] < 60
+
+
+def test_what_a_failed_fresh_run_left_is_not_taken_for_the_log(run, refused, images, tmp_path):
+    out = tmp_path / "out"
+    run("train", images, "--steps", 2, "--out", out, *FAST)
+    refused("train", images, "--steps", 20, "--lr", 1e30, "--fresh", "--out", out, *FAST)
+    assert (out / "log.partial").exists()
+    run("train", images, "--steps", 5, "--out", out, *FAST)
+    assert [line["step"] for line in log_of(out)] == [2, 5] and not (out / "log.partial").exists()
 
 
 def test_fresh_begins_anew(run, images, tmp_path):
@@ -203,7 +246,7 @@ def test_a_line_that_a_kill_cut_in_half_is_dropped_too(run, images, tmp_path):
     out = tmp_path / "out"
     run("train", images, "--steps", 3, "--out", out, *FAST)
     with open(out / "log.jsonl", "a") as log:
-        log.write('{"step": 50, "lo')
+        log.write('\n\0\0\n{}\n7\n{"step": null}\n{"step": 1, "lo\n{"step": 50, "lo')
     run("train", images, "--steps", 5, "--out", out, *FAST)
     assert [line["step"] for line in log_of(out)] == [3, 5]
 
@@ -268,9 +311,11 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(images, tmp_path, run):
         process.kill()  # a test that fails leaves nothing running
     assert (process.returncode, err) == (0, "")
     stopped = json.loads((out / "train.json").read_text())
-    assert stopped["stopped_early"] and str(out / "checkpoint.pt") in said
-    assert files_of(out) == ["checkpoint.pt", "log.jsonl", "samples.png", "train.json"]
     steps = stopped["steps"]
+    assert stopped["stopped_early"]
+    assert f"stopped at step {steps:,} of 1,000,000, saved; the same command goes on" in said
+    assert f"dansm sample {out / 'checkpoint.pt'}" in said
+    assert files_of(out) == ["checkpoint.pt", "log.jsonl", "train.json"]  # images take long: who stops does not wait
     assert log_of(out)[-1]["step"] == steps == checkpoint.load(out / "checkpoint.pt")["training"]["step"] < 10**6
     code, said, _ = run("train", images, "--out", out, "--steps", steps + 2, *FAST)
     assert code == 0 and f"going on from step {steps:,}" in said
@@ -283,8 +328,17 @@ def test_a_second_ctrl_c_stops_at_once_with_exit_code_130_and_what_was_saved(run
 
     monkeypatch.setattr(dansm, "sample_images", stop)  # the grid of samples comes after the last save
     code, _, err = run("train", images, "--out", tmp_path / "out", "--steps", 2, *FAST)
-    assert code == 130 and "Traceback" not in err
+    assert (code, err) == (130, f"dansm: stopped; the run is saved in {tmp_path / 'out' / 'checkpoint.pt'}\n")
+    assert json.loads((tmp_path / "out" / "train.json").read_text())["steps"] == 2
     assert checkpoint.load(tmp_path / "out" / "checkpoint.pt")["training"]["step"] == 2
+
+
+def test_ctrl_c_is_answered_before_the_step_ends():
+    said = []
+    with trainer.Interrupt(lambda: said.append("stopping")) as interrupt:
+        assert not interrupt
+        signal.raise_signal(signal.SIGINT)
+        assert interrupt and said == ["stopping"]
 
 
 def test_a_command_that_is_stopped_says_so(run, monkeypatch):
@@ -343,7 +397,7 @@ def test_sample_describes_itself(run, trained, tmp_path):
     out = tmp_path / "out"
     code, said, _ = run("sample", trained, "--count", 1, "--steps", 2, "--solver", "heun", "--seed", 5, "--out", out)
     assert code == 0 and files_of(out) == ["sample.json", "samples.png"]
-    assert str(out / "samples.png") in said and "1 images in 2 steps" in said
+    assert str(out / "samples.png") in said and "1 image in 2 steps" in said
     described = json.loads((out / "sample.json").read_text())
     expected = dict(checkpoint=str(trained), trained_steps=3, count=1, steps=2, solver="heun", seed=5)
     assert expected.items() <= described.items()
@@ -517,6 +571,51 @@ def test_a_bad_option_is_named_with_its_value_and_nothing_is_written(refused, tm
     assert [name for name in files_of(tmp_path) if (tmp_path / name).is_file()] == []
 
 
+WORDS = [
+    (("train", "x", "--method", "magic"), "--method.*magic.*nearest'$"),
+    (("train", "x", "--match-size", "1.5"), "--match-size.*(whole number|integer)"),
+    (("train",), "'?data'?: expected a folder of images .*cifar10"),
+    (("sample",), "'?checkpoint'?: expected a checkpoint.pt"),
+]
+
+
+@pytest.mark.parametrize(("command", "words"), WORDS)
+def test_what_typer_says_is_said_once_and_with_what_is_expected(refused, command, words):
+    """Loosely, as its words change with its versions."""
+    said = refused(*command)
+    assert re.search(words, said, re.IGNORECASE) and "unable to parse" not in said
+    assert len(command) < 4 or said.count(command[-1]) == 1
+
+
+MEMORY = [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …"), "allocate 2.00 GiB"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried to allocate "
+                  "4000 bytes. Error code 12"), "tried to allocate 4000 bytes"),
+    (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."), "allocate 8 bytes"),
+    (RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"), "MPS allocated: 1 GB"),
+    (MemoryError(), "more memory than there is"),
+]
+
+
+@pytest.mark.parametrize(("error", "words"), MEMORY)
+def test_memory_that_is_not_there_is_one_line(refused, monkeypatch, error, words):
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr(dansm, "pick_device", fail)
+    said = refused("bench")
+    assert "this needs more memory than there is" in said and words in said and "GPU 0" not in said
+
+
+def test_another_error_of_torch_is_not_hidden(monkeypatch):
+    def fail(_):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(dansm, "pick_device", fail)
+    with pytest.raises(RuntimeError, match="mat1"):
+        dansm.main(["bench"])
+
+
 @pytest.mark.parametrize("command", [("toy",), ("digits",), ("train", "x"), ("bench", "match")])
 def test_a_gpu_that_is_not_there_is_refused_naming_what_is(refused, tmp_path, monkeypatch, command):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -552,7 +651,7 @@ OUTS = [("toy", "--steps", 1), ("digits", "--steps", 1), ("train", "images"), ("
 def test_an_out_that_is_or_lies_below_a_file_is_refused(refused, images, tmp_path, command, out):
     (tmp_path / "file").write_text("precious")
     said = refused(*command, "--out", tmp_path / out)
-    assert f"--out is {tmp_path / out}: not writable" in said
+    assert f"--out is {tmp_path / out}: {tmp_path / 'file'} is a file, expected a folder" in said
     assert (tmp_path / "file").read_text() == "precious"
 
 
@@ -589,6 +688,14 @@ def test_what_is_no_folder_of_images_is_refused_by_name(refused, tmp_path):
         said = refused("train", tmp_path / name, "--out", tmp_path / "out", *FAST)
         assert expected in said and str(tmp_path / name) in said
     assert files_of(tmp_path / "out") == []
+
+
+def test_an_out_inside_the_images_is_refused(refused, images, tmp_path, monkeypatch):
+    before = files_of(images)
+    for out in (images, images / "run", images / "deep" / ".." / "run", "run"):
+        monkeypatch.chdir(images)
+        said = refused("train", images, "--steps", 1, "--out", out, *FAST)
+        assert f"--out is {out}, inside {images}" in said and files_of(images) == before
 
 
 def test_a_folder_that_may_not_be_read_is_refused_by_name(refused, images, tmp_path, monkeypatch):
@@ -638,14 +745,23 @@ def test_one_unreadable_image_among_many_is_named_or_left_out(run, refused, imag
     said = refused(*command)
     assert str(images / name) in said and "--skip-unreadable" in said
     assert files_of(tmp_path / "out") == []
-    assert run(*command, "--skip-unreadable")[0] == 0
-    assert json.loads((tmp_path / "out" / "train.json").read_text())["data_images"] == 24
+    code, said, _ = run(*command, "--skip-unreadable")
+    assert code == 0 and f"left out 1 of 25 images, not readable: {images / name}\n" in said
+    described = json.loads((tmp_path / "out" / "train.json").read_text())
+    assert (described["data_images"], described["unreadable_images"]) == (24, 1)
+
+
+def test_of_many_unreadable_images_three_are_named(run, images, tmp_path):
+    for i in range(5):
+        (images / f"bad{i}.png").write_text("a text")
+    _, said, _ = run("train", images, "--steps", 1, "--skip-unreadable", "--out", tmp_path / "out", *FAST)
+    assert "left out 5 of 29 images" in said and f"{images / 'bad2.png'}, …" in said and "bad3.png" not in said
 
 
 def test_a_size_that_the_network_cannot_halve_is_refused(refused, images, tmp_path, monkeypatch):
     monkeypatch.setitem(dansm.NETWORKS, "small", TINY | dict(multipliers=(1, 1, 1)))
     said = refused("train", images, "--size", 18, "--out", tmp_path / "out", *FAST)
-    assert "18 pixels" in said and "multiple of 4" in said
+    assert "18 pixels" in said and "multiple of 4" in said and "--size" in said
     assert files_of(tmp_path / "out") == []
 
 
@@ -686,6 +802,50 @@ def test_a_checkpoint_without_its_contents_is_refused(refused, tmp_path):
     assert "hollow.pt" in refused("sample", tmp_path / "hollow.pt", "--out", tmp_path / "out")
 
 
+def change(path, *keys, to):
+    """The checkpoint in `path` with one part replaced."""
+    state = part = checkpoint.load(path)
+    for key in keys[:-1]:
+        part = part[key]
+    part[keys[-1]] = to
+    checkpoint.save(path, state)
+
+
+WRONG_PARTS = [(("network",), "x"), (("network",), {}), (("network", "colour"), 3), (("network", "width"), 3),
+               (("network", "width"), "x"), (("recipe",), {}), (("recipe",), [1]), (("training",), {}),
+               (("training", "average"), {}), (("training", "average"), 3), (("training", "step"), None)]
+
+
+@pytest.mark.parametrize(("keys", "to"), [*WRONG_PARTS, (("recipe", "flow"), "curved"), (("recipe", "flow"), [1])])
+def test_a_checkpoint_with_wrong_parts_is_not_sampled(refused, trained, tmp_path, keys, to):
+    change(trained, *keys, to=to)
+    assert str(trained) in refused("sample", trained, "--device", "cpu", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+WRONG_PARTS += [(("training", "optimizer"), {}), (("training", "net"), {}), (("pool",), {}), (("pool", "index"), 3),
+                (("pool", "made_for"), 3), (("random",), {}), (("random", "cpu"), 3), (("seconds",), "x")]
+
+
+@pytest.mark.parametrize(("keys", "to"), WRONG_PARTS)
+def test_a_checkpoint_with_wrong_parts_is_not_gone_on_from(refused, run, images, tmp_path, keys, to):
+    out = tmp_path / "out"
+    run("train", images, "--steps", 1, "--out", out, *FAST)
+    change(out / "checkpoint.pt", *keys, to=to)
+    before = {name: (out / name).read_bytes() for name in files_of(out)}
+    assert str(out / "checkpoint.pt") in refused("train", images, "--steps", 2, "--out", out, *FAST)
+    assert {name: (out / name).read_bytes() for name in files_of(out)} == before
+
+
+def test_going_on_on_another_kind_of_device_is_refused(refused, run, images, tmp_path):
+    out = tmp_path / "out"
+    run("train", images, "--steps", 1, "--out", out, *FAST)
+    for key in ("generator", "drawn_from"):  # of CUDA's generator: a seed and an offset
+        change(out / "checkpoint.pt", "pool", key, to=torch.zeros(16, dtype=torch.uint8))
+    said = refused("train", images, "--steps", 2, "--out", out, *FAST)
+    assert f"{out / 'checkpoint.pt'} was not begun on --device cpu" in said and "the kind of device" in said
+
+
 def test_going_on_from_a_damaged_checkpoint_is_refused_and_leaves_it(refused, run, images, tmp_path):
     out = tmp_path / "out"
     run("train", images, "--steps", 1, "--out", out, *FAST)
@@ -700,13 +860,14 @@ def test_a_diffusion_is_not_sampled_by_heun_nor_in_one_step(refused, run, images
     saved = tmp_path / "train" / "checkpoint.pt"
     for option, value in (("--solver", "heun"), ("--steps", "1"), ("--steps", "1001")):
         said = refused("sample", saved, option, value, "--device", "cpu", "--out", tmp_path / "out")
-        assert option.strip("-") in said and value in said
+        assert f"{option} is {value}" in said
         assert files_of(tmp_path / "out") == []
 
 
 def test_a_grid_of_one_step_is_refused_before_a_diffusion_is_trained(refused, images, tmp_path):
     command = ["train", images, "--flow", "diffusion", "--steps", 1, "--out", tmp_path / "out", *FAST]
-    assert "--sample-steps" in refused(*command, "--sample-steps", 1)
+    for steps in (1, 1001):
+        assert f"--sample-steps is {steps}: expected 2 to 1,000" in refused(*command, "--sample-steps", steps)
     assert files_of(tmp_path / "out") == []
 
 

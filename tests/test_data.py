@@ -117,6 +117,14 @@ def test_an_unreadable_image_is_named_or_left_out(folder):
     assert torch.equal(rest, torch.stack([by_hand(folder / name) for name in names]))
 
 
+def test_what_is_left_out_is_told(folder):
+    for name in ("a9.png", "Z.PNG"):
+        (folder / name).write_bytes(b"")
+    left_out = []
+    assert len(load_images(str(folder), skip_unreadable=True, left_out=left_out)) == 4
+    assert left_out == [folder / "Z.PNG", folder / "a9.png"]
+
+
 def test_skipping_may_begin_with_the_first_image(folder):
     (folder / "Z.PNG").write_bytes(b"")
     assert torch.equal(load_images(str(folder), skip_unreadable=True)[0], by_hand(folder / "a10.png"))

@@ -241,6 +241,21 @@ def test_frechet_distance_flattens_images_and_takes_any_float():
     assert frechet_distance(a.float(), b.float()) == pytest.approx(expected, rel=1e-5)
 
 
+class OnAppleGPU(torch.Tensor):
+    """As a tensor there: float64 it cannot be."""
+
+    def double(self):
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_frechet_distance_of_features_on_an_apple_gpu():
+    a, b = torch.randn(20, 3), torch.randn(20, 3)
+    assert frechet_distance(*(x.as_subclass(OnAppleGPU) for x in (a, b))) == frechet_distance(a, b)
+
+
 def test_frechet_distance_of_one_feature():
     """Of two one-dimensional Gaussians: the squares of the differences of mean and of deviation."""
     a, b = torch.randn(50, 1, dtype=torch.float64), 3 + 2 * torch.randn(60, 1, dtype=torch.float64)

@@ -249,6 +249,13 @@ def test_the_average_follows_the_formula_with_its_warm_up():
     assert not run.average.training and run.net.training
 
 
+def test_training_has_its_dropout_whatever_state_the_network_came_in():
+    run = Training(awake(UNet(**SMALL | dict(dropout=0.5))).eval())
+    batch = torch.ones(2, 2, 8, 8), torch.zeros(2, 2, 8, 8)
+    take(1, train(run, RectifiedFlow(), [batch]))
+    assert run.net.training and not run.average.training
+
+
 def test_a_step_is_adams_on_the_clipped_gradient():
     """Gradients of norm 1 at most, so the first moment is 0.1 × a vector of norm 1."""
     for clip in (1.0, 0.01):

@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from itertools import islice
 
 import pytest
 import torch
@@ -74,6 +75,15 @@ def test_pairs_are_measured_over_a_whole_pool():
     assert start["path_length"] < 0.8 * whole["path_length"]
 
 
+def test_no_part_of_a_pool_is_measured():
+    """1,000 pairs of pools of 700 would be one whole pool and the best served of the next."""
+    whole = toy.measure_pairs(toy.training_pairs("swiss-roll", "greedy", 700, 0), 700)
+    x, z = (torch.cat(part)[:1400] for part in zip(*islice(toy.training_pairs("swiss-roll", "greedy", 700, 0), 6),
+                                                   strict=True))
+    assert whole["path_length"] == pytest.approx(dansm.path_length(x, z))
+    assert whole["path_length"] > 1.02 * dansm.path_length(x[:1000], z[:1000])
+
+
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(toy, "POINTS", 200)
@@ -102,9 +112,10 @@ def test_a_run_writes_numbers_and_pictures(small, tmp_path, capsys, monkeypatch)
     assert flow.n_frames == 14 and (out / "flow.gif").stat().st_size < 900_000
     printed = capsys.readouterr().out
     assert all(method in printed for method in dansm.METHODS)
+    assert all(str(out / name) in printed for name in written)
 
 
-def test_all_shapes_make_one_table(small, tmp_path, monkeypatch):
+def test_all_shapes_make_one_table(small, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(toy, "draw", lambda *_: None)
     results = toy.run("all", match_size=50, steps=1, seeds=1, out=tmp_path)
     assert list(results) == list(SHAPES)
@@ -114,6 +125,8 @@ def test_all_shapes_make_one_table(small, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "results.json").read_text())["pinwheel"]["summary"] == results["pinwheel"]["summary"]
     assert all((tmp_path / shape / "toy.json").exists() for shape in SHAPES)
     assert len(Image.open(tmp_path / "shapes.png").getcolors()) > 30
+    printed = capsys.readouterr().out
+    assert all(str(tmp_path / name) in printed for name in ("results.csv", "results.json", "shapes.png"))
 
 
 def test_stopping_keeps_what_is_done(small, tmp_path, monkeypatch):

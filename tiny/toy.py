@@ -114,10 +114,10 @@ def wasserstein2(a: Tensor, b: Tensor) -> float:
 
 
 def measure_pairs(pairs, match_size: int) -> dict[str, float]:
-    """Of a whole pool or more: its start alone would flatter, as the samples served first get the nearest noises."""
-    count = max(POINTS, match_size)
+    """Of whole pools: the start of one would flatter, as the samples served first get the nearest noises."""
+    count = math.ceil(POINTS / match_size) * match_size
     x, z = (torch.cat(part)[:count] for part in zip(*islice(pairs, math.ceil(count / BATCH)), strict=True))
-    every = slice(None, None, count // POINTS)
+    every = torch.arange(POINTS) * count // POINTS
     return {"path_length": dansm.path_length(x, z), "crossing": crossing_share(x[every], z[every])}
 
 
@@ -183,6 +183,7 @@ def run(shape: str = "swiss-roll", match_size: int = 1000, steps: int = 800, see
             results[name], nets[name] = run_shape(name, Path(out) / name, settings)
             write_table(results, Path(out))
         draw_all(results, nets, Path(out))
+        dansm.say_files(Path(out), "results.json", "results.csv", "shapes.png")
         return results
 
 
@@ -213,7 +214,7 @@ def run_shape(shape: str, out: Path, settings: dict) -> tuple[dict, dict[str, nn
         console.print(f"Stopped: {len(results['trainings'])} of {count} trainings are in {out / 'toy.json'}")
         raise
     console.print(table(results))
-    console.print(f"{out}: toy.json, pairs.png, paths.png, samples.png, flow.gif")
+    dansm.say_files(out, "toy.json", "pairs.png", "paths.png", "samples.png", "flow.gif")
     return results, nets
 
 
@@ -225,9 +226,10 @@ def train_and_measure(shape: str, method: str, seed: int, settings: dict, each_s
     began = time.perf_counter()
     net = train_flow(training_pairs(*pairing), settings["steps"], seed, device, each_step)
     seconds = time.perf_counter() - began
+    pool = match_size if method == "greedy" else 1  # no other method serves some samples before others
     target, start = points(shape, POINTS, "target", seed, device), points("noise", POINTS, "start", seed, device)
     return net, {"method": method, "match_size": match_size, "seed": seed, "seconds": seconds,
-                 **measure_pairs(training_pairs(*pairing), match_size), **measure_flow(net, target, start)}
+                 **measure_pairs(training_pairs(*pairing), pool), **measure_flow(net, target, start)}
 
 
 def draw(results: dict, nets: dict[str, nn.Module], out: Path) -> None:
