@@ -34,7 +34,7 @@ import warnings
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
@@ -74,12 +74,13 @@ def inner_products(x: Tensor, z: Tensor, fast: bool = False) -> Tensor:
     if `fast`: ten bits of mantissa, several times quicker.
     """
     x, z = x.flatten(1), z.flatten(1)
-    with torch.autocast(x.device.type, enabled=False), _cuda_float32("tf32" if fast else "ieee"):
-        if x.dtype not in (torch.bfloat16, torch.float16):
+    with torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled(x.device.type) else nullcontext():
+        if x.dtype in (torch.bfloat16, torch.float16):
+            if x.is_cuda:
+                return torch.mm(x, z.T, out_dtype=torch.float32)
+            return torch.cat([x.float() @ rows.float().T for rows in z.split(4096)], 1)
+        with _cuda_float32("tf32" if fast else "ieee"):
             return x @ z.T
-        if x.is_cuda:
-            return torch.mm(x, z.T, out_dtype=torch.float32)
-        return torch.cat([x.float() @ rows.float().T for rows in z.split(4096)], 1)
 
 
 @contextmanager
@@ -286,20 +287,20 @@ class NoisePool:
             from scale.spread import serve
 
             return serve(self, samples).view(x.shape).to(x)
-        z = torch.empty_like(samples)
-        served = 0
-        while served < len(samples):
-            if self.left == 0:
-                self._refill()
-            now = slice(served, min(len(samples), served + self.left, served + self._slice(self.rows)))
-            z[now] = self._take(samples[now])
-            self._draw_ahead()
-            served = now.stop
-        return z.view(x.shape).to(x)
+        z = [self._serve(part) for part in samples.split(self._slice(self.rows))]
+        return (z[0] if len(z) == 1 else torch.cat(z)).view(x.shape).to(x)
+
+    def _serve(self, x: Tensor) -> Tensor:
+        """Match x: (B, D), from this pool and, where it ends, from the next."""
+        if self.left == 0:
+            self._refill()
+        z = self._take(x[: self.left])
+        self._draw_ahead()
+        return z if len(z) == len(x) else torch.cat([z, self._serve(x[len(z) :])])
 
     def _take(self, x: Tensor) -> Tensor:
         """Match x: (B, D), B ≤ left, among the noises left → (B, D)."""
-        if self.kernels:
+        if self.kernels and len(x):
             return self.kernels.take(self, x)
         cost = cost_matrix(x, self.noise[: self.left], self.cost, self.squared[: self.left], self.fast)
         order = self.index[: self.left].argsort()  # of equally near noises the one that had the lower place
@@ -330,8 +331,9 @@ class NoisePool:
     def _allocate(self) -> None:
         if len(self.noise) == 0:
             try:
-                self.noise = self.noise.new_empty(self.rows, self.noise.shape[1])
-                self.squared = squared_norms(self.noise[:0]).new_empty(self.rows)
+                rows = -(-self.rows // 16) * 16  # whole lines of memory, for which a GPU has its best products
+                self.noise = self.noise.new_empty(rows, self.noise.shape[1])
+                self.squared = squared_norms(self.noise[:0]).new_empty(rows)
             except RuntimeError as error:  # torch's word for memory that is not there any more
                 needed = self._bytes(self.match_size) / 1e9
                 raise BadInput(f"match_size is {self.match_size:,}: the pool needs {needed:,.1f} GB, more than "
@@ -531,18 +533,23 @@ class DataCheck:
 
     def __init__(self, shape):
         self.shape = shape
-        self.late = None  # of the batch before: (shape, its answer on the CPU, the event after which that is there)
+        self.late = None  # of the batch before: its shape and its answer, there once the event is over
+        self.pinned = []  # two answers in turn
 
     def __call__(self, x: Tensor) -> None:
         check_tensor(x)
         if x.shape[1:] != self.shape or x.ndim == 0:
             raise BadInput(f"the pool holds noises of shape {tuple(self.shape)}, the batch is {tuple(x.shape)}: "
                            f"expected ({', '.join(['B', *map(str, self.shape)])})")
-        fits = (x.detach().abs() < 1e15).all()  # squared and summed that still fits float32; NaN is never less
+        if not x.numel():
+            return
+        fits = torch.linalg.vector_norm(x.detach(), math.inf) < 1e15  # squared that fits float32; NaN is never less
         if not x.is_cuda:
             self._read(x.shape, fits)
             return
-        late, answer = self.late, torch.empty((), dtype=torch.bool, pin_memory=True)
+        self.pinned = self.pinned or [torch.empty((), dtype=torch.bool, pin_memory=True) for _ in range(2)]
+        late, answer = self.late, self.pinned[0]
+        self.pinned.reverse()
         answer.copy_(fits, non_blocking=True)
         self.late = x.shape, answer, torch.cuda.current_stream(x.device).record_event()
         if late:

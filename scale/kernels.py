@@ -26,7 +26,9 @@ import dansm
 KEEP = 32  # noises on a short list: enough that almost no sample comes to its end
 LANES = 1024  # noises looked at together
 PROGRAMS = 528  # bidding at once: four for each of an H100's multiprocessors
+SAMPLES = dansm.NoisePool.served_at_once
 FEW = 1024  # so few noises are left that a list would be all of them: samples are served in turn
+WARPS = [8, 16, 4]
 NOBODY = tl.constexpr(2**31 - 1)
 
 
@@ -54,27 +56,28 @@ def _nearest(cost, label):
 
 
 @triton.jit
-def _costs(products, squared, index, sample, places, left, SQUARED: tl.constexpr):
+def _costs(products, squared, index, sample, places, left, wide, SQUARED: tl.constexpr):
     """Cost and label of the noises at these places for one sample; inf and NOBODY beyond the last."""
     there = places < left
-    cost = tl.load(products + sample * tl.cast(left, tl.int64) + places, mask=there, other=0.0)
+    cost = tl.load(products + sample * tl.cast(wide, tl.int64) + places, mask=there, other=0.0)
     cost = tl.load(squared + places, mask=there, other=0.0) - 2 * cost if SQUARED else -cost
     cost = tl.where(there & (cost == cost), cost, float("inf"))  # data may be NaN, and is refused a batch later
     return cost, tl.load(index + places, mask=there, other=NOBODY)
 
 
-@triton.jit(do_not_specialize=["left"])
-def _shortlist(lists, products, squared, index, left, SQUARED: tl.constexpr, KEEP: tl.constexpr, LANES: tl.constexpr):
+@triton.jit(do_not_specialize=["left", "wide"])
+def _shortlist(lists, products, squared, index, left, wide, SQUARED: tl.constexpr, KEEP: tl.constexpr,
+               LANES: tl.constexpr):
     """lists: (samples, KEEP) labels, nearest first. Each lane remembers the four nearest that it met; where one has
     given up all four, what else it met might be next, and the list ends with −1."""
     sample = tl.program_id(0)
     lane = tl.arange(0, LANES)
-    c1, l1 = _costs(products, squared, index, sample, lane + left, left, SQUARED)  # none: inf and NOBODY
+    c1, l1 = _costs(products, squared, index, sample, lane + left, left, wide, SQUARED)  # none: inf and NOBODY
     c2, l2 = c1, l1
     c3, l3 = c1, l1
     c4, l4 = c1, l1
     for start in range(0, left, LANES):
-        c, label = _costs(products, squared, index, sample, start + lane, left, SQUARED)
+        c, label = _costs(products, squared, index, sample, start + lane, left, wide, SQUARED)
         worse, worse_label = _farther(c1, l1, c, label)
         c1, l1 = _nearer(c1, l1, c, label)
         c, label = _farther(c2, l2, worse, worse_label)
@@ -98,19 +101,19 @@ def _shortlist(lists, products, squared, index, left, SQUARED: tl.constexpr, KEE
 
 
 @triton.jit
-def _nearest_not_taken(products, squared, index, place, sample, left, SQUARED: tl.constexpr, LANES: tl.constexpr):
+def _nearest_not_taken(products, squared, index, place, sample, left, wide, SQUARED: tl.constexpr, LANES: tl.constexpr):
     """Of the whole row, the label of the nearest noise whose place is not marked as taken."""
     lane = tl.arange(0, LANES)
-    best, best_label = _costs(products, squared, index, sample, lane + left, left, SQUARED)
+    best, best_label = _costs(products, squared, index, sample, lane + left, left, wide, SQUARED)
     for start in range(0, left, LANES):
-        cost, label = _costs(products, squared, index, sample, start + lane, left, SQUARED)
+        cost, label = _costs(products, squared, index, sample, start + lane, left, wide, SQUARED)
         free = tl.load(place + label, mask=label != NOBODY, other=-1, volatile=True) >= 0
         best, best_label = _nearer(best, best_label, tl.where(free, cost, float("inf")), tl.where(free, label, NOBODY))
     return _nearest(best, best_label)
 
 
-@triton.jit(do_not_specialize=["left", "samples"])
-def _choose(picks, movers, lists, products, squared, index, place, left, samples, SQUARED: tl.constexpr,
+@triton.jit(do_not_specialize=["left", "wide", "samples"])
+def _choose(picks, movers, lists, products, squared, index, place, left, wide, samples, SQUARED: tl.constexpr,
             KEEP: tl.constexpr, LANES: tl.constexpr, SAMPLES: tl.constexpr, IN_TURN: tl.constexpr):
     """Writes for each sample the place of its noise into picks, and into movers the place of the noise that moves
     there, −1 for none; updates squared, index and place for the pool of left − samples noises."""
@@ -119,11 +122,11 @@ def _choose(picks, movers, lists, products, squared, index, place, left, samples
         lane = tl.arange(0, LANES)
         free = lane < left
         pick = tl.full([SAMPLES], -1, tl.int32)
-        next_cost, label = _costs(products, squared, index, 0, lane, left, SQUARED)
+        next_cost, label = _costs(products, squared, index, 0, lane, left, wide, SQUARED)
         for sample in range(samples):
             cost = next_cost
             following = tl.minimum(sample + 1, samples - 1)  # asked for before it is needed
-            next_cost, label = _costs(products, squared, index, following, lane, left, SQUARED)
+            next_cost, label = _costs(products, squared, index, following, lane, left, wide, SQUARED)
             cost = tl.where(free, cost, float("inf"))
             nearest = _nearest(cost, tl.where(free, label, NOBODY))
             free = free & (label != nearest)
@@ -149,7 +152,7 @@ def _choose(picks, movers, lists, products, squared, index, place, left, samples
                     tl.debug_barrier()
                     tl.store(place + pick, tl.where(at >= 0, -2 - at, at), mask=i < first)  # a mark to be taken back
                     tl.debug_barrier()
-                    nearest = _nearest_not_taken(products, squared, index, place, first, left, SQUARED, LANES)
+                    nearest = _nearest_not_taken(products, squared, index, place, first, left, wide, SQUARED, LANES)
                     pick = tl.where(i == first, nearest, pick)
                 waiting = first < samples
         tl.debug_barrier()
@@ -195,15 +198,19 @@ def _hand_out(z, noise, picks, movers, width, BLOCK: tl.constexpr):
 def take(pool: dansm.NoisePool, x: Tensor) -> Tensor:
     """Match x: (B, D) with B ≤ 256 and B ≤ pool.left → z: (B, D), which leaves the pool."""
     samples, width = x.shape
-    products = dansm.inner_products(x, pool.noise[: pool.left], pool.fast)
-    lists = torch.empty(samples, KEEP, dtype=torch.int32, device=x.device)
-    picks, movers = torch.empty(2, samples, dtype=torch.int32, device=x.device)
+    wide = -(-pool.left // 16) * 16  # the products beyond pool.left are of noises taken, and never looked at
+    products = dansm.inner_products(x, pool.noise[:wide], pool.fast)
+    picks, movers = torch.empty(2, SAMPLES, dtype=torch.int32, device=x.device)
     squared = pool.cost == "squared"
-    in_turn = pool.left <= FEW
-    if not in_turn:
-        _shortlist[(samples,)](lists, products, pool.squared, pool.index, pool.left, squared, KEEP, LANES, num_warps=8)
-    _choose[(1,)](picks, movers, lists, products, pool.squared, pool.index, pool.place, pool.left, samples, squared,
-                  KEEP, FEW if in_turn else LANES, triton.next_power_of_2(samples), in_turn, num_warps=8)
+    if pool.left > FEW:
+        lists = torch.empty(samples, KEEP, dtype=torch.int32, device=x.device)
+        _shortlist[(samples,)](lists, products, pool.squared, pool.index, pool.left, wide, squared, KEEP, LANES,
+                               num_warps=WARPS[0])
+        _choose[(1,)](picks, movers, lists, products, pool.squared, pool.index, pool.place, pool.left, wide, samples,
+                      squared, KEEP, LANES, SAMPLES, False, num_warps=WARPS[1])
+    else:
+        _choose[(1,)](picks, movers, picks, products, pool.squared, pool.index, pool.place, pool.left, wide, samples,
+                      squared, KEEP, FEW, SAMPLES, True, num_warps=WARPS[2])
     z = torch.empty_like(x)
     block = min(4096, triton.next_power_of_2(width))
     _hand_out[(samples, triton.cdiv(width, block))](z, pool.noise, picks, movers, width, block, num_warps=4)
@@ -307,11 +314,12 @@ def _bound(cost, prices):
 def try_out(device: torch.device) -> None:
     """Match a few samples this way and the plain way, on this device; raises where they differ or nothing runs."""
     generator = torch.Generator(device).manual_seed(0)
-    x, noise = torch.randn(16, 8, generator=generator, device=device), torch.empty(FEW + 20, 8, device=device)
+    x, noise = torch.randn(16, 8, generator=generator, device=device), torch.empty(FEW + 32, 8, device=device)
     noise.normal_(generator=generator)
     label = torch.arange(len(noise), dtype=torch.int32, device=device)
-    pool = SimpleNamespace(noise=noise.clone(), squared=dansm.squared_norms(noise), index=label, place=label.clone(),
-                           left=len(noise), cost="squared", fast=False)
-    plain = noise[dansm.greedy(dansm.cost_matrix(x, noise))]
-    if not torch.equal(take(pool, x), plain):
-        raise RuntimeError("its kernels give other noises than the plain path")
+    for cost, left in (("squared", FEW + 20), ("inner", FEW + 20), ("squared", FEW), ("inner", FEW)):
+        pool = SimpleNamespace(noise=noise.clone(), squared=dansm.squared_norms(noise), index=label.clone(),
+                               place=label.clone(), left=left, cost=cost, fast=False)
+        plain = noise[dansm.greedy(dansm.cost_matrix(x, noise[:left], cost))]
+        if not torch.equal(take(pool, x), plain):
+            raise RuntimeError("its kernels give other noises than the plain path")
