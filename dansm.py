@@ -256,7 +256,7 @@ class NoisePool:
     """
 
     dtypes = (torch.float32, torch.float64, torch.bfloat16)  # float16 overflows in the product of long samples
-    drawn_at_once = 2**22  # numbers: enough to fill a GPU, few enough for no batch to notice
+    drawn_at_once = 2**23  # numbers: enough to fill a GPU, few enough for no batch to notice
     served_at_once = 256  # samples: beyond, the matrix product gains nothing more
 
     def __init__(self, match_size: int | None, shape, *, cost: str = "squared", device="cpu", dtype=torch.float32,
@@ -266,7 +266,7 @@ class NoisePool:
         self.seed = torch.randint(2**31, ()).item() if seed is None else check_count("seed", seed, at_least=0)
         self.noise = torch.empty(0, self.shape.numel(), device=device, dtype=check_choice("dtype", dtype, self.dtypes))
         self.kernels = gpu_kernels(self.noise.device)
-        self.check = DataCheck(self.shape)
+        self.check = DataCheck(self.shape, self.noise.device)
         self.fast = fast
         self.rank, self.ranks = _place_in_group(match_scope, seed)
         self.match_size = self._fitting(match_size, memory)
@@ -279,7 +279,7 @@ class NoisePool:
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
         """x: (B, *shape), any B, dtype and device → z: the same, z_i matched to x_i."""
-        self.check(x)
+        self.check(x, numbers=self.kernels is None or self.match_size <= 1)
         if self.match_size <= 1:
             return self.fresh(x)
         samples = x.detach().reshape(len(x), self.noise.shape[1]).to(self.noise)
@@ -346,18 +346,18 @@ class NoisePool:
             places = self._places(chunk)
             if places.start < self.left:
                 break
-            self.noise[places] = self._draw(self.number + 1, chunk)
+            self._draw(self.number + 1, chunk, self.noise[places])
             self.squared[places] = squared_norms(self.noise[places])
             self.drawn += places.stop - places.start
 
-    def _draw(self, number: int, chunk: int) -> Tensor:
-        """The noises of one chunk of pool `number` that are ours. Each chunk has a stream of its own, so that it does
-        not matter who draws it, nor when."""
+    def _draw(self, number: int, chunk: int, ours: Tensor) -> Tensor:
+        """Into `ours` the noises of one chunk of pool `number` that are ours. Each chunk has a stream of its own, so
+        that it does not matter who draws it, nor when."""
         start, places = chunk * self.chunk - self.first, self._places(chunk)
         rows = min(self.chunk, self.match_size - chunk * self.chunk)
-        generator = noise_generator(self.seed, self.noise.device, number, chunk)
-        noise = self.noise.new_empty(rows, self.noise.shape[1]).normal_(generator=generator)
-        return noise[places.start - start : places.stop - start]
+        noise = ours if len(ours) == rows else ours.new_empty(rows, ours.shape[1])
+        noise.normal_(generator=noise_generator(self.seed, ours.device, number, chunk))
+        return ours if noise is ours else ours.copy_(noise[places.start - start : places.stop - start])
 
     def _places(self, chunk: int) -> slice:
         """Where the chunk lies among our rows when its pool begins."""
@@ -401,7 +401,8 @@ class NoisePool:
         self.place[index.long()] = torch.arange(self.left, device=index.device, dtype=torch.int32)
         for chunk in range(self.first // self.chunk, -(-(self.first + self.rows) // self.chunk)):
             places = self.place[self._places(chunk)]
-            noise, kept = self._draw(self.number, chunk), places >= 0
+            noise = self._draw(self.number, chunk, self.noise.new_empty(len(places), self.noise.shape[1]))
+            kept = places >= 0
             self.noise[places[kept]] = noise[kept]
             self.squared[places[kept]] = squared_norms(noise)[kept]
         self._draw_ahead()
@@ -527,40 +528,36 @@ def path_noise(images: Iterable[int], shape, seed: int = 0, device="cpu") -> Ten
 class DataCheck:
     """Refuses batches that are of another shape or have no distance: integers, NaN, values beyond 1e15.
 
-    On a GPU the numbers are looked at while the next step is made ready, so that neither waits for the other: what
-    is wrong with one batch is said at the next.
+    A GPU writes what it finds into `found`, which is read when the next batch comes, so that neither waits for the
+    other: what is wrong with one batch is said at one of the next.
     """
 
-    def __init__(self, shape):
+    def __init__(self, shape, device):
         self.shape = shape
-        self.late = None  # of the batch before: its shape and its answer, there once the event is over
-        self.pinned = []  # two answers in turn
+        gpu = device.type == "cuda"
+        self.found = torch.zeros(1, dtype=torch.int32, pin_memory=gpu)
+        self.ever = torch.zeros(1, dtype=torch.int32, device=device) if gpu else None
 
-    def __call__(self, x: Tensor) -> None:
+    def __call__(self, x: Tensor, numbers: bool = True) -> None:
+        """`numbers` False: only the form of x, as its matching finds out about the numbers."""
         check_tensor(x)
         if x.shape[1:] != self.shape or x.ndim == 0:
             raise BadInput(f"the pool holds noises of shape {tuple(self.shape)}, the batch is {tuple(x.shape)}: "
                            f"expected ({', '.join(['B', *map(str, self.shape)])})")
-        if not x.numel():
-            return
-        fits = torch.linalg.vector_norm(x.detach(), math.inf) < 1e15  # squared that fits float32; NaN is never less
-        if not x.is_cuda:
-            self._read(x.shape, fits)
-            return
-        self.pinned = self.pinned or [torch.empty((), dtype=torch.bool, pin_memory=True) for _ in range(2)]
-        late, answer = self.late, self.pinned[0]
-        self.pinned.reverse()
-        answer.copy_(fits, non_blocking=True)
-        self.late = x.shape, answer, torch.cuda.current_stream(x.device).record_event()
-        if late:
-            shape, answer, event = late
-            event.synchronize()
-            self._read(shape, answer)
-
-    def _read(self, shape, fits):
-        if not fits:
-            raise BadInput(f"the batch of shape {tuple(shape)} holds NaN, infinite or huge values: expected finite "
-                           "data, below 1e15")
+        if numbers and x.numel():
+            fits = torch.linalg.vector_norm(x.detach(), math.inf) < 1e15  # ‖x‖² fits float32; NaN is never less
+            if self.ever is None or not x.is_cuda:
+                self.found[0] = not fits
+            else:
+                self.found.copy_(self.ever.logical_or_(~fits), non_blocking=True)
+        if self.found[0]:
+            which = f"of shape {tuple(x.shape)}"
+            if self.ever is not None:
+                torch.cuda.synchronize(self.ever.device)  # nothing more is on its way
+                self.ever.zero_()
+                which = "before this one"
+            self.found.zero_()
+            raise BadInput(f"the batch {which} holds NaN, infinite or huge values: expected finite data, below 1e15")
 
 
 def check_tensor(x) -> None:

@@ -28,7 +28,6 @@ LANES = 1024  # noises looked at together
 PROGRAMS = 528  # bidding at once: four for each of an H100's multiprocessors
 SAMPLES = dansm.NoisePool.served_at_once
 FEW = 1024  # so few noises are left that a list would be all of them: samples are served in turn
-WARPS = [8, 16, 4]
 NOBODY = tl.constexpr(2**31 - 1)
 
 
@@ -61,12 +60,18 @@ def _costs(products, squared, index, sample, places, left, wide, SQUARED: tl.con
     there = places < left
     cost = tl.load(products + sample * tl.cast(wide, tl.int64) + places, mask=there, other=0.0)
     cost = tl.load(squared + places, mask=there, other=0.0) - 2 * cost if SQUARED else -cost
-    cost = tl.where(there & (cost == cost), cost, float("inf"))  # data may be NaN, and is refused a batch later
+    cost = tl.where(there & (cost == cost), cost, float("inf"))  # NaN is as far as can be
     return cost, tl.load(index + places, mask=there, other=NOBODY)
 
 
+@triton.jit
+def _tell(found, infinite):
+    """Data that is not finite has infinite costs: let the CPU know, which looks when the next batch comes."""
+    tl.store(found, 1, mask=tl.max(infinite.to(tl.int32), 0) > 0)
+
+
 @triton.jit(do_not_specialize=["left", "wide"])
-def _shortlist(lists, products, squared, index, left, wide, SQUARED: tl.constexpr, KEEP: tl.constexpr,
+def _shortlist(lists, found, products, squared, index, left, wide, SQUARED: tl.constexpr, KEEP: tl.constexpr,
                LANES: tl.constexpr):
     """lists: (samples, KEEP) labels, nearest first. Each lane remembers the four nearest that it met; where one has
     given up all four, what else it met might be next, and the list ends with −1."""
@@ -76,8 +81,10 @@ def _shortlist(lists, products, squared, index, left, wide, SQUARED: tl.constexp
     c2, l2 = c1, l1
     c3, l3 = c1, l1
     c4, l4 = c1, l1
+    infinite = l1 != NOBODY
     for start in range(0, left, LANES):
         c, label = _costs(products, squared, index, sample, start + lane, left, wide, SQUARED)
+        infinite |= (label != NOBODY) & (tl.abs(c) == float("inf"))
         worse, worse_label = _farther(c1, l1, c, label)
         c1, l1 = _nearer(c1, l1, c, label)
         c, label = _farther(c2, l2, worse, worse_label)
@@ -85,6 +92,7 @@ def _shortlist(lists, products, squared, index, left, wide, SQUARED: tl.constexp
         worse, worse_label = _farther(c3, l3, c, label)
         c3, l3 = _nearer(c3, l3, c, label)
         c4, l4 = _nearer(c4, l4, worse, worse_label)
+    _tell(found, infinite)
     for k in range(KEEP):
         label = _nearest(c1, l1)
         tl.store(lists + sample * KEEP + k, tl.where(label == NOBODY, -1, label))
@@ -113,7 +121,7 @@ def _nearest_not_taken(products, squared, index, place, sample, left, wide, SQUA
 
 
 @triton.jit(do_not_specialize=["left", "wide", "samples"])
-def _choose(picks, movers, lists, products, squared, index, place, left, wide, samples, SQUARED: tl.constexpr,
+def _choose(picks, movers, lists, found, products, squared, index, place, left, wide, samples, SQUARED: tl.constexpr,
             KEEP: tl.constexpr, LANES: tl.constexpr, SAMPLES: tl.constexpr, IN_TURN: tl.constexpr):
     """Writes for each sample the place of its noise into picks, and into movers the place of the noise that moves
     there, −1 for none; updates squared, index and place for the pool of left − samples noises."""
@@ -122,15 +130,18 @@ def _choose(picks, movers, lists, products, squared, index, place, left, wide, s
         lane = tl.arange(0, LANES)
         free = lane < left
         pick = tl.full([SAMPLES], -1, tl.int32)
+        infinite = lane < 0
         next_cost, label = _costs(products, squared, index, 0, lane, left, wide, SQUARED)
         for sample in range(samples):
             cost = next_cost
             following = tl.minimum(sample + 1, samples - 1)  # asked for before it is needed
             next_cost, label = _costs(products, squared, index, following, lane, left, wide, SQUARED)
+            infinite |= free & (tl.abs(cost) == float("inf"))
             cost = tl.where(free, cost, float("inf"))
             nearest = _nearest(cost, tl.where(free, label, NOBODY))
             free = free & (label != nearest)
             pick = tl.where(i == sample, nearest, pick)
+        _tell(found, infinite)
     else:
         pick = tl.load(lists + i * KEEP, mask=i < samples, other=-1)
         rank = tl.zeros([SAMPLES], tl.int32)
@@ -196,26 +207,38 @@ def _hand_out(z, noise, picks, movers, width, BLOCK: tl.constexpr):
 
 
 def take(pool: dansm.NoisePool, x: Tensor) -> Tensor:
-    """Match x: (B, D) with B ≤ 256 and B ≤ pool.left → z: (B, D), which leaves the pool."""
+    """Match x: (B, D) with 1 ≤ B ≤ 256 and B ≤ pool.left → z: (B, D), which leaves the pool."""
     samples, width = x.shape
     wide = -(-pool.left // 16) * 16  # the products beyond pool.left are of noises taken, and never looked at
     products = dansm.inner_products(x, pool.noise[:wide], pool.fast)
-    picks, movers = torch.empty(2, SAMPLES, dtype=torch.int32, device=x.device)
-    squared = pool.cost == "squared"
-    if pool.left > FEW:
-        lists = torch.empty(samples, KEEP, dtype=torch.int32, device=x.device)
-        _shortlist[(samples,)](lists, products, pool.squared, pool.index, pool.left, wide, squared, KEEP, LANES,
-                               num_warps=WARPS[0])
-        _choose[(1,)](picks, movers, lists, products, pool.squared, pool.index, pool.place, pool.left, wide, samples,
-                      squared, KEEP, LANES, SAMPLES, False, num_warps=WARPS[1])
-    else:
-        _choose[(1,)](picks, movers, picks, products, pool.squared, pool.index, pool.place, pool.left, wide, samples,
-                      squared, KEEP, FEW, SAMPLES, True, num_warps=WARPS[2])
     z = torch.empty_like(x)
+    memory = torch.empty(2 + KEEP, SAMPLES, dtype=torch.int32, device=x.device)
+    picks, movers, lists = memory[0], memory[1], memory[2:]
+    row = pool.check.found, products, pool.squared, pool.index
+    squared, in_turn = pool.cost == "squared", pool.left <= FEW
+    if not in_turn:
+        _launch(_shortlist, (samples, 1, 1), (lists, *row, pool.left, wide), (squared, KEEP, LANES), warps=8)
+    _launch(_choose, (1, 1, 1), (picks, movers, lists, *row, pool.place, pool.left, wide, samples),
+            (squared, KEEP, FEW if in_turn else LANES, SAMPLES, in_turn), warps=4 if in_turn else 8)
     block = min(4096, triton.next_power_of_2(width))
-    _hand_out[(samples, triton.cdiv(width, block))](z, pool.noise, picks, movers, width, block, num_warps=4)
+    grid = samples, triton.cdiv(width, block), 1
+    _launch(_hand_out, grid, (z, pool.noise, picks, movers, width), (block,), warps=4)
     pool.left -= samples
     return z
+
+
+def _launch(kernel, grid, arguments, constants, warps):
+    """kernel[grid](*arguments, *constants), but without finding out each time, in more time than the kernel takes,
+    whether such arguments need another compilation: their types and the constants tell."""
+    types = tuple(value.dtype if isinstance(value, Tensor) else int for value in arguments)
+    key = kernel, arguments[0].device, types, constants
+    if key in _compiled:
+        _compiled[key][grid](*arguments, *constants)
+    elif compiled := kernel[grid](*arguments, *constants, num_warps=warps):  # None in the interpreter
+        _compiled[key] = compiled
+
+
+_compiled = {}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -317,9 +340,10 @@ def try_out(device: torch.device) -> None:
     x, noise = torch.randn(16, 8, generator=generator, device=device), torch.empty(FEW + 32, 8, device=device)
     noise.normal_(generator=generator)
     label = torch.arange(len(noise), dtype=torch.int32, device=device)
+    check = dansm.DataCheck((8,), device)
     for cost, left in (("squared", FEW + 20), ("inner", FEW + 20), ("squared", FEW), ("inner", FEW)):
         pool = SimpleNamespace(noise=noise.clone(), squared=dansm.squared_norms(noise), index=label.clone(),
-                               place=label.clone(), left=left, cost=cost, fast=False)
+                               place=label.clone(), left=left, cost=cost, fast=False, check=check)
         plain = noise[dansm.greedy(dansm.cost_matrix(x, noise[:left], cost))]
         if not torch.equal(take(pool, x), plain):
             raise RuntimeError("its kernels give other noises than the plain path")

@@ -82,8 +82,8 @@ class ChangedPool(NoisePool):
 
     change = staticmethod(lambda noise: noise)
 
-    def _draw(self, number, chunk):
-        return self.change(super()._draw(number, chunk))
+    def _draw(self, number, chunk, ours):
+        return ours.copy_(self.change(super()._draw(number, chunk, ours)))
 
 
 CHANGES = {
