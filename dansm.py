@@ -269,6 +269,7 @@ class NoisePool:
         self.check = DataCheck(self.shape, self.noise.device)
         self.fast = fast
         self.rank, self.ranks = _place_in_group(match_scope, seed)
+        self.received = 0  # bytes from other ranks
         self.match_size = self._fitting(match_size, memory)
         self.rows = self.match_size // self.ranks
         self.first = self.rank * self.rows  # of the pool's noises the rows from here on are ours
@@ -544,20 +545,21 @@ class DataCheck:
         if x.shape[1:] != self.shape or x.ndim == 0:
             raise BadInput(f"the pool holds noises of shape {tuple(self.shape)}, the batch is {tuple(x.shape)}: "
                            f"expected ({', '.join(['B', *map(str, self.shape)])})")
-        if numbers and x.numel():
-            fits = torch.linalg.vector_norm(x.detach(), math.inf) < 1e15  # ‖x‖² fits float32; NaN is never less
-            if self.ever is None or not x.is_cuda:
-                self.found[0] = not fits
-            else:
-                self.found.copy_(self.ever.logical_or_(~fits), non_blocking=True)
         if self.found[0]:
-            which = f"of shape {tuple(x.shape)}"
             if self.ever is not None:
                 torch.cuda.synchronize(self.ever.device)  # nothing more is on its way
                 self.ever.zero_()
-                which = "before this one"
             self.found.zero_()
-            raise BadInput(f"the batch {which} holds NaN, infinite or huge values: expected finite data, below 1e15")
+            raise self._unfit("before this one")
+        if numbers and x.numel():
+            fits = torch.linalg.vector_norm(x.detach(), math.inf) < 1e15  # ‖x‖² fits float32; NaN is never less
+            if self.ever is not None and x.is_cuda:
+                self.found.copy_(self.ever.logical_or_(~fits), non_blocking=True)
+            elif not fits:
+                raise self._unfit(f"of shape {tuple(x.shape)}")
+
+    def _unfit(self, which):
+        return BadInput(f"the batch {which} holds NaN, infinite or huge values: expected finite data, below 1e15")
 
 
 def check_tensor(x) -> None:

@@ -1,0 +1,123 @@
+"""One pool spread over all ranks (match_scope "global"): the samples of every rank are matched against it together.
+
+The result is that of one process with the joined batch, rank 0's samples first, noise for noise. Each rank holds
+match_size / ranks of the noises and matches every sample against those; what travels for a batch of B samples of D
+numbers on each of R ranks is, to every rank:
+
+    the other ranks' samples                         (R − 1) · B · D numbers
+    of every sample that is still to be served, each round, the best that the other ranks have
+                                                     (R − 1) · 12 or 16 bytes; about a dozen rounds, ever fewer samples
+    the noises picked from other ranks, in the mean  (R − 1) / R · B · D numbers
+
+and, when fewer than four noises a sample are left in all, the costs of these in place of the rounds. `pool.received`
+counts the bytes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as group
+from torch import Tensor
+
+import dansm
+
+
+def serve(pool: dansm.NoisePool, x: Tensor) -> Tensor:
+    """Match x: (B, D), this rank's samples; B may differ between ranks → z: (B, D). All ranks must call it."""
+    pool._allocate()
+    sizes = [int(size) for size in _gathered(pool, torch.tensor([len(x)], device=x.device))]
+    samples = _joined(pool, x, sizes)
+    begin = sum(sizes[: pool.rank])
+    mine = range(begin, begin + len(x))
+    z, served = torch.empty_like(x), 0
+    while served < len(samples):
+        left = [int(left) for left in _gathered(pool, torch.tensor([pool.left], device=x.device))]
+        if not any(left):
+            pool._refill()
+            left = [pool.rows] * pool.ranks
+        now = range(served, min(len(samples), served + sum(left), served + pool.served_at_once))
+        labels = _match(pool, samples[now.start : now.stop], left)
+        noise = _hand_out(pool, labels, now, sizes)
+        ours = range(max(now.start, mine.start), min(now.stop, mine.stop))
+        if ours:
+            z[ours.start - begin : ours.stop - begin] = noise
+        pool._draw_ahead()
+        served = now.stop
+    return z
+
+
+def _match(pool, x, left) -> Tensor:
+    """The label in the whole pool of the noise of each sample, (B,), the same on every rank."""
+    cost = dansm.cost_matrix(x, pool.noise[: pool.left], pool.cost, pool.squared[: pool.left], pool.fast)
+    order = pool.index[: pool.left].argsort()
+    labels = pool.first + pool.index[order].long()
+    cost = cost[:, order]
+    if sum(left) < 4 * len(x):  # few are left, and nearly all samples quarrel: every rank decides for all
+        costs = _joined(pool, cost.T.contiguous(), left)
+        return _joined(pool, labels, left)[dansm.greedy(costs.T)]
+    return _match_by_rounds(pool, cost, labels)
+
+
+def _match_by_rounds(pool, cost, labels):
+    """As `dansm.greedy` by rounds, each rank looking for the nearest among its own. A label of every rank is lower
+    than all of the next one's, so the first of equal costs has the lowest."""
+    numbers = torch.arange(len(cost), device=cost.device)
+    holder = torch.full((pool.rows,), len(cost), device=cost.device)  # by label, of ours; len(cost): nobody
+    picks = torch.full_like(numbers, -1)
+    waiting = numbers
+    while len(waiting):
+        best = torch.full((len(waiting),), torch.inf, dtype=cost.dtype, device=cost.device)
+        label = torch.full_like(waiting, -1)
+        if len(labels):
+            held = holder[labels - pool.first] <= waiting[:, None]
+            best, at = cost[waiting].masked_fill_(held, torch.inf).min(1)
+            label = labels[at]
+        best, label = (torch.stack(_gathered(pool, part)) for part in (best, label))
+        picks[waiting] = label.gather(0, best.argmin(0, keepdim=True))[0]
+        # Who wants what an earlier one wants too goes on looking.
+        by_pick = picks.argsort(stable=True)
+        first = torch.ones_like(by_pick, dtype=torch.bool)
+        first[1:] = picks[by_pick[1:]] != picks[by_pick[:-1]]
+        ours = by_pick[first]
+        ours = ours[(picks[ours] >= pool.first) & (picks[ours] < pool.first + pool.rows)]
+        holder.scatter_reduce_(0, picks[ours] - pool.first, ours, "amin")
+        waiting = by_pick[~first].sort().values
+    return picks
+
+
+def _hand_out(pool, labels, now, sizes) -> Tensor:
+    """Send the noises picked to the ranks of their samples → those for our samples, in order."""
+    owner = (labels // pool.rows).tolist()
+    bounds = [sum(sizes[:rank]) for rank in range(pool.ranks + 1)]
+    receiver = [next(rank for rank in range(pool.ranks) if i < bounds[rank + 1]) for i in now]
+    ours = [i for i, rank in enumerate(owner) if rank == pool.rank]  # in order of the samples, so of the receivers
+    where = torch.full((pool.rows,), -1, device=labels.device)
+    where[pool.index[: pool.left].long()] = torch.arange(pool.left, device=labels.device)
+    picks = where[labels[ours] - pool.first]
+    sent = pool.noise[picks]
+    pool._fill_gaps(picks)
+    wanted = [i for i, rank in enumerate(receiver) if rank == pool.rank]
+    from_each = [sum(owner[i] == rank for i in wanted) for rank in range(pool.ranks)]
+    to_each = [sum(receiver[i] == rank for i in ours) for rank in range(pool.ranks)]
+    received = sent.new_empty(len(wanted), sent.shape[1])
+    group.all_to_all_single(received, sent, from_each, to_each)
+    pool.received += (len(wanted) - from_each[pool.rank]) * sent.shape[1] * sent.element_size()
+    by_owner = sorted(range(len(wanted)), key=lambda i: owner[wanted[i]])  # stable: the order in which they came
+    noise = torch.empty_like(received)
+    noise[by_owner] = received
+    return noise
+
+
+def _gathered(pool, part: Tensor) -> list[Tensor]:
+    """What every rank has, of equal shapes."""
+    parts = [torch.empty_like(part) for _ in range(pool.ranks)]
+    group.all_gather(parts, part.contiguous())
+    pool.received += (pool.ranks - 1) * part.nbytes
+    return parts
+
+
+def _joined(pool, part: Tensor, sizes: list[int]) -> Tensor:
+    """The rows of every rank, one rank after the other; `sizes` says how many each has."""
+    padded = part.new_zeros(max(sizes), *part.shape[1:])
+    padded[: len(part)] = part
+    return torch.cat([rows[:size] for rows, size in zip(_gathered(pool, padded), sizes, strict=True)])
