@@ -1211,7 +1211,8 @@ def sample_command(
 
 @app.command("bench")
 def bench_command(
-    what: Annotated[Literal["match"], typer.Argument(help="match: what pairing one batch costs")] = "match",
+    what: Annotated[Literal["match", "spread"], typer.Argument(
+        help="match: what pairing one batch costs; spread: with one pool over all ranks, under torchrun")] = "match",
     match_size: Annotated[list[int], typer.Option(min=2, help="size of the pool; may be given several times")] = (
         1000, 10_000),
     batch: Annotated[int, typer.Option(min=1, help="samples a batch")] = 250,
@@ -1220,11 +1221,12 @@ def bench_command(
     device: Device = "cpu",
     out: Out = Path("runs/bench"),
 ) -> None:
-    """Time matching against the paper's loop and the bare matrix product, on this machine in one run."""
-    from scale.bench import bench_match
+    """Time matching against the paper's loop, other libraries and the machine's floor, in one run."""
+    from scale import bench
 
-    bench_match(match_size, batch, parse_shape(shape), seed=seed, device=pick_device(device), out=make_folder(out),
-                console=console)
+    run = bench.bench_match if what == "match" else bench.bench_spread
+    run(match_size, batch, parse_shape(shape), seed=seed, device=pick_device(device), out=make_folder(out),
+        console=console)
 
 
 def check_steps(option: str, steps: int, flow: type) -> None:

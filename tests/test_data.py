@@ -263,7 +263,7 @@ def test_a_checkpoint_gives_back_what_was_saved(tmp_path):
         for name, weight in state["training"][part].items():
             assert torch.equal(loaded["training"][part][name], weight)
     assert torch.equal(loaded["random"]["cpu"], state["random"]["cpu"])
-    assert loaded["pool"]["left"] == 2 and torch.equal(loaded["pool"]["taken"], state["pool"]["taken"])
+    assert len(loaded["pool"]["index"]) == 2 and torch.equal(loaded["pool"]["index"], state["pool"]["index"])
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
