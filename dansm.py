@@ -67,8 +67,8 @@ COSTS = ("squared", "inner")
 METHODS = ("random", "greedy", "optimal", "nearest")
 
 
-def inner_products(x: Tensor, z: Tensor, fast: bool = False) -> Tensor:
-    """⟨x_i, z_j⟩ for every i and j. x: (B, ...), z: (M, ...) → (B, M), in float32 at least.
+def inner_products(x: Tensor, z: Tensor, fast: bool = False, out: Tensor | None = None) -> Tensor:
+    """⟨x_i, z_j⟩ for every i and j. x: (B, ...), z: (M, ...) → (B, M), in float32 at least; into `out` if given.
 
     On a GPU float32 is multiplied as float32, whatever the trainer around has allowed (autocast, tf32), or in tf32
     if `fast`: ten bits of mantissa, several times quicker.
@@ -77,10 +77,10 @@ def inner_products(x: Tensor, z: Tensor, fast: bool = False) -> Tensor:
     with torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled(x.device.type) else nullcontext():
         if x.dtype in (torch.bfloat16, torch.float16):
             if x.is_cuda:
-                return torch.mm(x, z.T, out_dtype=torch.float32)
-            return torch.cat([x.float() @ rows.float().T for rows in z.split(4096)], 1)
+                return torch.mm(x, z.T, out_dtype=torch.float32, out=out)
+            return torch.cat([x.float() @ rows.float().T for rows in z.split(4096)], 1, out=out)
         with _cuda_float32("tf32" if fast else "ieee"):
-            return x @ z.T
+            return torch.mm(x, z.T, out=out)
 
 
 @contextmanager
@@ -270,6 +270,7 @@ class NoisePool:
         self.fast = fast
         self.rank, self.ranks = _place_in_group(match_scope, seed)
         self.received = 0  # bytes from other ranks
+        self.scratch = None  # what the kernels keep between two batches, so that none waits for memory
         self.match_size = self._fitting(match_size, memory)
         self.rows = self.match_size // self.ranks
         self.first = self.rank * self.rows  # of the pool's noises the rows from here on are ours
@@ -288,7 +289,9 @@ class NoisePool:
             from scale.spread import serve
 
             return serve(self, samples).view(x.shape).to(x)
-        z = [self._serve(part) for part in samples.split(self._slice(self.rows))]
+        at_once = self._slice(self.rows)
+        parts = [samples] if len(samples) <= at_once else samples.split(at_once)
+        z = [self._serve(part) for part in parts]
         return (z[0] if len(z) == 1 else torch.cat(z)).view(x.shape).to(x)
 
     def _serve(self, x: Tensor) -> Tensor:

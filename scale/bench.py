@@ -13,6 +13,7 @@ import os
 import resource
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -182,9 +183,10 @@ def life_of_a_pool(x: Tensor, match_size: int, seed: int, **settings) -> dict:
     times = [_milliseconds(lambda: pool(x), device) for _ in range(batches)]
     seconds = time.perf_counter() - start
     beyond = max(0.0, _peak_mb(device) - before - pool.noise.nbytes / 1e6)  # memory used before may serve again
-    return {**_spread(times), "full_ms": round(statistics.median(full[1:]), 3), "dtype": str(pool.noise.dtype)[6:],
-            "fast": pool.fast, "pool_mb": round(pool.noise.nbytes / 1e6, 1), "beyond_mb": round(beyond, 1),
-            "seconds": seconds}
+    often = sorted(times)[int(0.99 * (len(times) - 1))]  # the most holds the machine's own hiccups too
+    return {**_spread(times), "p99_ms": round(often, 4), "full_ms": round(statistics.median(full[1:]), 3),
+            "dtype": str(pool.noise.dtype)[6:], "fast": pool.fast, "pool_mb": round(pool.noise.nbytes / 1e6, 1),
+            "beyond_mb": round(beyond, 1), "seconds": seconds}
 
 
 def exact_life(x: Tensor, match_size: int, seed: int, cost: str) -> dict:
@@ -237,7 +239,8 @@ def assignments(device) -> dict:
     if pot := _installed("ot"):
         import numpy as np
 
-        solvers["POT emd"] = lambda cost: pot.emd(np.empty(0), np.empty(0), cost.double().cpu().numpy())
+        solvers["POT emd"] = lambda cost: pot.emd(np.empty(0), np.empty(0), cost.double().cpu().numpy(),
+                                                  numItermax=10**8)
     if (theirs := _installed("torch_linear_assignment")) and device.type == "cuda":
         solvers["torch-linear-assignment"] = lambda cost: theirs.batch_linear_assignment(cost[None])
     return solvers
@@ -249,13 +252,12 @@ def assignment(x: Tensor, match_size: int, solve, seed: int) -> dict:
     samples, noise = (torch.randn(2, match_size, *x.shape[1:], device=x.device, generator=generator)).unbind()
     cost = dansm.squared_distances(samples * x.std(), noise)
     del samples, noise
-    start = time.perf_counter()
     answer = solve(cost)
-    _wait(x.device)
-    seconds = time.perf_counter() - start
-    times = [_milliseconds(lambda: solve(cost), x.device) for _ in range(5 if seconds < 1 else 1)]
+    times = [_milliseconds(lambda: solve(cost), x.device)]
+    times += [_milliseconds(lambda: solve(cost), x.device) for _ in range(4 if times[0] < 1000 else 0)]
     share = len(x) / match_size
-    row = {**_spread([share * t for t in times]), "whole_ms": round(statistics.median(times), 3), "seconds": seconds}
+    row = {**_spread([share * t for t in times]), "whole_ms": round(statistics.median(times), 3),
+           "seconds": min(times) / 1000}
     if isinstance(answer, dansm.Assignment):
         won = cost.mean(dtype=torch.float64).item() * match_size - answer.total
         row["gap"] = float(f"{(answer.total - answer.bound) / won:.2e}")
@@ -264,7 +266,9 @@ def assignment(x: Tensor, match_size: int, solve, seed: int) -> dict:
 
 def _installed(module):
     try:
-        return importlib.import_module(module)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module(module)
     except Exception:  # not there, or not built for this machine
         return None
 
@@ -444,8 +448,8 @@ def draw(bench: dict, path: Path) -> None:
     axes.plot(list(floors), list(floors.values()), "k--", linewidth=1, label="floor of the quickest of ours")
     if step := bench["train_step"]:
         axes.axhline(step["median_ms"], color="black", linewidth=1)
-        axes.annotate(f"one training step, NCSN++ in float32: {step['median_ms']:,.0f} ms", (0.01, step["median_ms"]),
-                      xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
+        axes.annotate(f"one training step, NCSN++ in float32: {step['median_ms']:,.0f} ms", (0.99, step["median_ms"]),
+                      xycoords=("axes fraction", "data"), fontsize=8, va="bottom", ha="right")
     axes.set(xscale="log", yscale="log", xlabel="match_size (noises in the pool)", ylabel="milliseconds a batch")
     axes.set_title(f"{_title(bench)}: median, least to most\n{_hardware(bench)}", fontsize=10)
     axes.grid(True, which="major", alpha=0.3)

@@ -210,28 +210,29 @@ def take(pool: dansm.NoisePool, x: Tensor) -> Tensor:
     """Match x: (B, D) with 1 ≤ B ≤ 256 and B ≤ pool.left → z: (B, D), which leaves the pool."""
     samples, width = x.shape
     wide = -(-pool.left // 16) * 16  # the products beyond pool.left are of noises taken, and never looked at
-    products = dansm.inner_products(x, pool.noise[:wide], pool.fast)
+    if pool.scratch is None or len(pool.scratch[0]) < samples * wide:
+        exact = torch.promote_types(x.dtype, torch.float32)
+        pool.scratch = x.new_empty(samples * wide, dtype=exact), x.new_empty(2 + KEEP, SAMPLES, dtype=torch.int32)
+    products, (picks, movers, lists) = pool.scratch[0], pool.scratch[1].split((1, 1, KEEP))
+    dansm.inner_products(x, pool.noise[:wide], pool.fast, out=products[: samples * wide].view(samples, wide))
     z = torch.empty_like(x)
-    memory = torch.empty(2 + KEEP, SAMPLES, dtype=torch.int32, device=x.device)
-    picks, movers, lists = memory[0], memory[1], memory[2:]
     row = pool.check.found, products, pool.squared, pool.index
     squared, in_turn = pool.cost == "squared", pool.left <= FEW
     if not in_turn:
-        _launch(_shortlist, (samples, 1, 1), (lists, *row, pool.left, wide), (squared, KEEP, LANES), warps=8)
-    _launch(_choose, (1, 1, 1), (picks, movers, lists, *row, pool.place, pool.left, wide, samples),
+        _launch(_shortlist, (samples, 1, 1), x, (lists, *row, pool.left, wide), (squared, KEEP, LANES), warps=8)
+    _launch(_choose, (1, 1, 1), x, (picks, movers, lists, *row, pool.place, pool.left, wide, samples),
             (squared, KEEP, FEW if in_turn else LANES, SAMPLES, in_turn), warps=4 if in_turn else 8)
     block = min(4096, triton.next_power_of_2(width))
     grid = samples, triton.cdiv(width, block), 1
-    _launch(_hand_out, grid, (z, pool.noise, picks, movers, width), (block,), warps=4)
+    _launch(_hand_out, grid, x, (z, pool.noise, picks, movers, width), (block,), warps=4)
     pool.left -= samples
     return z
 
 
-def _launch(kernel, grid, arguments, constants, warps):
+def _launch(kernel, grid, x, arguments, constants, warps):
     """kernel[grid](*arguments, *constants), but without finding out each time, in more time than the kernel takes,
-    whether such arguments need another compilation: their types and the constants tell."""
-    types = tuple(value.dtype if isinstance(value, Tensor) else int for value in arguments)
-    key = kernel, arguments[0].device, types, constants
+    whether such arguments need another compilation: the type of x and the constants tell."""
+    key = kernel, x.device, x.dtype, constants
     if key in _compiled:
         _compiled[key][grid](*arguments, *constants)
     elif compiled := kernel[grid](*arguments, *constants, num_warps=warps):  # None in the interpreter
@@ -343,7 +344,7 @@ def try_out(device: torch.device) -> None:
     check = dansm.DataCheck((8,), device)
     for cost, left in (("squared", FEW + 20), ("inner", FEW + 20), ("squared", FEW), ("inner", FEW)):
         pool = SimpleNamespace(noise=noise.clone(), squared=dansm.squared_norms(noise), index=label.clone(),
-                               place=label.clone(), left=left, cost=cost, fast=False, check=check)
+                               place=label.clone(), left=left, cost=cost, fast=False, check=check, scratch=None)
         plain = noise[dansm.greedy(dansm.cost_matrix(x, noise[:left], cost))]
         if not torch.equal(take(pool, x), plain):
             raise RuntimeError("its kernels give other noises than the plain path")
