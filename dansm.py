@@ -1221,7 +1221,7 @@ def bench_command(
     batch: Annotated[int, typer.Option(min=1, help="samples a batch")] = 250,
     shape: Annotated[str, typer.Option(help="of one sample, as CxHxW")] = "4x32x32",
     seed: Seed = 0,
-    device: Device = "cpu",
+    device: Device = "auto",
     out: Out = Path("runs/bench"),
 ) -> None:
     """Time matching against the paper's loop, other libraries and the machine's floor, in one run."""

@@ -65,7 +65,10 @@ def bench_spread(match_sizes: list[int], batch: int, shape, *, seed: int, device
                              "bench spread")
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    group.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        group.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
+    else:
+        group.init_process_group("gloo")
     rows = []
     for match_size in match_sizes:
         settings = dict(match_size=match_size, shape=shape, device=device, seed=seed)

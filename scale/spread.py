@@ -6,7 +6,7 @@ numbers on each of R ranks is, to every rank:
 
     the other ranks' samples                         (R − 1) · B · D numbers
     of every sample that is still to be served, each round, the best that the other ranks have
-                                                     (R − 1) · 12 or 16 bytes; about a dozen rounds, ever fewer samples
+                                                     (R − 1) · 16 bytes; about a dozen rounds, ever fewer samples
     the noises picked from other ranks, in the mean  (R − 1) / R · B · D numbers
 
 and, when fewer than four noises a sample are left in all, the costs of these in place of the rounds. `pool.received`
@@ -25,25 +25,23 @@ import dansm
 def serve(pool: dansm.NoisePool, x: Tensor) -> Tensor:
     """Match x: (B, D), this rank's samples; B may differ between ranks → z: (B, D). All ranks must call it."""
     pool._allocate()
-    sizes = [int(size) for size in _gathered(pool, torch.tensor([len(x)], device=x.device))]
+    counts = torch.stack(_gathered(pool, torch.tensor([len(x), pool.left], device=x.device)))
+    sizes, left = counts.T.tolist()
     samples = _joined(pool, x, sizes)
-    begin = sum(sizes[: pool.rank])
-    mine = range(begin, begin + len(x))
-    z, served = torch.empty_like(x), 0
+    receiver = torch.arange(pool.ranks, device=x.device).repeat_interleave(counts[:, 0])
+    z, served = [], 0
     while served < len(samples):
-        left = [int(left) for left in _gathered(pool, torch.tensor([pool.left], device=x.device))]
         if not any(left):
             pool._refill()
             left = [pool.rows] * pool.ranks
-        now = range(served, min(len(samples), served + sum(left), served + pool.served_at_once))
-        labels = _match(pool, samples[now.start : now.stop], left)
-        noise = _hand_out(pool, labels, now, sizes)
-        ours = range(max(now.start, mine.start), min(now.stop, mine.stop))
-        if ours:
-            z[ours.start - begin : ours.stop - begin] = noise
+        now = slice(served, served + min(sum(left), pool.ranks * pool._slice(pool.rows)))
+        labels = _match(pool, samples[now], left)
+        noise, taken = _hand_out(pool, labels, receiver[now])
+        left = [had - gone for had, gone in zip(left, taken, strict=True)]
+        z.append(noise)
         pool._draw_ahead()
         served = now.stop
-    return z
+    return torch.cat(z) if z else torch.empty_like(x)
 
 
 def _match(pool, x, left) -> Tensor:
@@ -72,8 +70,8 @@ def _match_by_rounds(pool, cost, labels):
             held = holder[labels - pool.first] <= waiting[:, None]
             best, at = cost[waiting].masked_fill_(held, torch.inf).min(1)
             label = labels[at]
-        best, label = (torch.stack(_gathered(pool, part)) for part in (best, label))
-        picks[waiting] = label.gather(0, best.argmin(0, keepdim=True))[0]
+        both = torch.stack(_gathered(pool, torch.stack([best.double(), label.double()])))  # exact up to 2⁵³
+        picks[waiting] = both[:, 1].gather(0, both[:, 0].argmin(0, keepdim=True))[0].long()
         # Who wants what an earlier one wants too goes on looking.
         by_pick = picks.argsort(stable=True)
         first = torch.ones_like(by_pick, dtype=torch.bool)
@@ -85,27 +83,22 @@ def _match_by_rounds(pool, cost, labels):
     return picks
 
 
-def _hand_out(pool, labels, now, sizes) -> Tensor:
-    """Send the noises picked to the ranks of their samples → those for our samples, in order."""
-    owner = (labels // pool.rows).tolist()
-    bounds = [sum(sizes[:rank]) for rank in range(pool.ranks + 1)]
-    receiver = [next(rank for rank in range(pool.ranks) if i < bounds[rank + 1]) for i in now]
-    ours = [i for i, rank in enumerate(owner) if rank == pool.rank]  # in order of the samples, so of the receivers
+def _hand_out(pool, labels, receiver) -> tuple[Tensor, list[int]]:
+    """Send the noises picked to the ranks of their samples → those for our samples, in order; what each rank gave."""
+    owner = labels // pool.rows
+    sent = torch.bincount(owner * pool.ranks + receiver, minlength=pool.ranks**2).view(pool.ranks, -1).tolist()
     where = torch.full((pool.rows,), -1, device=labels.device)
     where[pool.index[: pool.left].long()] = torch.arange(pool.left, device=labels.device)
-    picks = where[labels[ours] - pool.first]
-    sent = pool.noise[picks]
+    picks = where[labels[owner == pool.rank] - pool.first]  # in order of the samples, and so of their ranks
+    noise = pool.noise[picks]
     pool._fill_gaps(picks)
-    wanted = [i for i, rank in enumerate(receiver) if rank == pool.rank]
-    from_each = [sum(owner[i] == rank for i in wanted) for rank in range(pool.ranks)]
-    to_each = [sum(receiver[i] == rank for i in ours) for rank in range(pool.ranks)]
-    received = sent.new_empty(len(wanted), sent.shape[1])
-    group.all_to_all_single(received, sent, from_each, to_each)
-    pool.received += (len(wanted) - from_each[pool.rank]) * sent.shape[1] * sent.element_size()
-    by_owner = sorted(range(len(wanted)), key=lambda i: owner[wanted[i]])  # stable: the order in which they came
-    noise = torch.empty_like(received)
-    noise[by_owner] = received
-    return noise
+    to_each, from_each = sent[pool.rank], [of_rank[pool.rank] for of_rank in sent]
+    received = noise.new_empty(sum(from_each), noise.shape[1])
+    group.all_to_all_single(received, noise, from_each, to_each)
+    pool.received += (sum(from_each) - from_each[pool.rank]) * noise.shape[1] * noise.element_size()
+    z = torch.empty_like(received)
+    z[owner[receiver == pool.rank].argsort(stable=True)] = received  # they came in order of their owners
+    return z, [sum(of_rank) for of_rank in sent]
 
 
 def _gathered(pool, part: Tensor) -> list[Tensor]:

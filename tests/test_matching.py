@@ -353,6 +353,108 @@ def test_whole_numbered_data_is_refused_naming_its_type(dtype, method):
         list(pairs([torch.ones(3, 4).to(dtype)], method, 8))
 
 
+# ------------------------------------------------------------------------------- drawn bit by bit
+
+
+class Chunked(NoisePool):
+    """Small chunks, so that a pool of a few noises has many, and the last one is shorter."""
+
+    drawn_at_once = 12
+
+
+def drawn_in_chunks(seed, number, match_size, dim):
+    rows = 12 // dim
+    parts = torch.empty(match_size, dim).split(rows)
+    return torch.cat([part.normal_(generator=noise_generator(seed, "cpu", number, chunk))
+                      for chunk, part in enumerate(parts)])
+
+
+@pytest.mark.parametrize("batch", [1, 3, 5, 14, 30])
+@pytest.mark.parametrize("match_size", [2, 7, 8, 30])
+def test_a_pool_is_the_same_however_it_is_drawn_and_is_drawn_as_places_get_free(match_size, batch):
+    pool = Chunked(match_size, (3,), seed=4)
+    x = torch.randn(3 * match_size, 3)
+    z = []
+    for part in x.split(batch):
+        z.append(pool(part))
+        free = match_size - pool.left - pool.drawn
+        assert 0 <= free < 4 or pool.drawn == match_size  # never more than the next chunk waits
+    for number, used in enumerate(torch.cat(z).split(match_size), 1):
+        assert rows_in_order(used) == rows_in_order(drawn_in_chunks(4, number, match_size, 3))
+
+
+@pytest.mark.parametrize("served", [0, 1, 4, 11, 20, 29, 30, 31, 47])
+def test_a_saved_pool_of_many_chunks_goes_on_with_the_same_noises(served):
+    x = torch.randn(served + 90, 3)
+    pool = Chunked(30, (3,), seed=7)
+    for part in x[:served].split(4):
+        pool(part)
+    resumed = Chunked(30, (3,), seed=99)
+    resumed.load_state_dict(saved_and_loaded(pool))
+    for part in x[served:].split(7):
+        assert torch.equal(resumed(part), pool(part))
+        assert (resumed.left, resumed.drawn, resumed.number) == (pool.left, pool.drawn, pool.number)
+
+
+@pytest.mark.parametrize("match_size", [30, 200])
+def test_a_batch_is_served_in_slices_as_if_it_were_whole(monkeypatch, match_size):
+    x = torch.randn(130, 3)
+    whole = NoisePool(match_size, (3,), seed=0)(x)
+    monkeypatch.setattr(NoisePool, "served_at_once", 16)
+    assert torch.equal(NoisePool(match_size, (3,), seed=0)(x), whole)
+
+
+def test_settings_of_the_trainer_around_change_no_pick():
+    x = 0.3 * torch.randn(20, 64)
+    expected = NoisePool(200, (64,), seed=0)(x)
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    try:
+        settings.fp32_precision = "tf32"
+        with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+            assert torch.equal(NoisePool(200, (64,), seed=0)(x), expected)
+        assert settings.fp32_precision == "tf32"
+    finally:
+        settings.fp32_precision = before
+    assert torch.equal(NoisePool(200, (64,), seed=0, fast=True)(x), expected)  # a CPU knows no tf32
+
+
+def test_gradients_do_not_flow_through_the_matching():
+    x = torch.randn(5, 3, requires_grad=True)
+    assert not NoisePool(9, (3,), seed=0)(x).requires_grad
+
+
+# ------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("memory", [0.2, 1.0, 3.0])
+def test_memory_gives_the_largest_pool_that_fits(memory, dtype):
+    pool = NoisePool(None, (4, 32, 32), memory=memory, dtype=dtype, seed=0)
+    assert pool._bytes(pool.match_size) <= 1e9 * memory < pool._bytes(pool.match_size + 1)
+    noises = pool.match_size * 4096 * dtype.itemsize
+    assert 0.4 * memory < noises / 1e9 < memory
+    assert pool.noise.numel() == 0  # nothing is taken yet
+
+
+def test_4096_large_latents_fit_into_four_and_a_half_gigabytes():
+    assert NoisePool(4096, (16, 128, 128), memory=4.5, seed=0).match_size == 4096
+    assert NoisePool(None, (16, 128, 128), memory=4.5, seed=0).match_size >= 4096
+
+
+def test_a_pool_that_does_not_fit_says_what_it_needs_and_what_would_fit():
+    fitting = NoisePool(None, (4, 32, 32), memory=2.0, seed=0).match_size
+    with pytest.raises(BadInput, match=rf"is 1,000,000: .*needs 2\d\.\d GB.*2.0 GB; expected at most {fitting:,}"):
+        NoisePool(10**6, (4, 32, 32), memory=2.0)
+    with pytest.raises(BadInput, match=r"match_size is 1,000,000,000: .*needs [\d,.]+ GB and cpu has [\d.]+ GB free"):
+        NoisePool(10**9, (4, 32, 32))
+
+
+def test_nearest_of_a_k_that_does_not_fit_is_refused_naming_it():
+    with pytest.raises(BadInput, match=r"match_size is 10,000,000,000,000.*GB free"):
+        nearest_of_k(torch.zeros(2, 3), 10**13)
+
+
 # ------------------------------------------------------------------------------- saved state
 
 
@@ -428,6 +530,34 @@ def test_a_state_of_another_pool_is_refused_naming_both(other, named):
     with pytest.raises(BadInput, match=named):
         pool.load_state_dict(saved.state_dict())
     assert torch.equal(pool.generator.get_state(), untouched)
+
+
+@pytest.mark.parametrize("state", [{}, None, {"pool": 1}, [1]])
+def test_what_is_no_state_of_a_pool_is_refused(state):
+    with pytest.raises(BadInput, match=r"expected what NoisePool\.state_dict\(\) returned"):
+        NoisePool(10, (3,), seed=0).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        (dict(shape=(4, -8)), r"shape is \(4, -8\)"),
+        (dict(shape=(4, 8.5)), r"shape is \(4, 8.5\)"),
+        (dict(shape="4x8"), r"shape is 4x8"),
+        (dict(seed=-1), r"seed is -1"),
+        (dict(seed=1.5), r"seed is 1.5"),
+        (dict(seed="a"), r"seed is a"),
+    ],
+)
+def test_a_pool_of_an_impossible_shape_or_seed_is_refused_naming_it(wrong, named):
+    with pytest.raises(BadInput, match=named):
+        NoisePool(**dict(match_size=8, shape=(3,), seed=0) | wrong)
+
+
+@pytest.mark.parametrize("shape", [5, (), (2, 3)])
+def test_shapes_of_any_number_of_dimensions(shape):
+    x = torch.randn(6, *((shape,) if shape == 5 else shape))
+    assert NoisePool(8, shape, seed=0)(x).shape == x.shape
 
 
 def test_fresh_noise_drawn_between_is_not_drawn_again_after_a_resume():
@@ -617,6 +747,32 @@ def test_pairs_takes_a_batch_only_when_asked_for_one(method):
 def test_pairs_refuses_at_once_what_it_cannot_do(wrong):
     with pytest.raises(BadInput):
         pairs([torch.zeros(2, 2)], **wrong)  # not only when the first pair is asked for
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_refuses_a_batch_of_another_shape_than_the_first(method):
+    with pytest.raises(BadInput, match=r"\(2, 4\).*\(B, 3\)"):
+        list(pairs([torch.zeros(2, 3), torch.zeros(2, 4)], method, 8))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("batch", [(torch.zeros(2, 3), torch.zeros(2)), np.zeros((2, 3)), None])
+def test_every_method_refuses_what_is_no_tensor(method, batch):
+    """A loader of images and labels, for instance."""
+    with pytest.raises(BadInput, match=rf"the batch is a {type(batch).__name__}: expected a tensor"):
+        list(pairs([batch], method, 8))
+
+
+def test_a_cost_of_another_name_is_refused_wherever_it_is_given():
+    x = torch.zeros(2, 3)
+    for work in (lambda: cost_matrix(x, x, "sqared"), lambda: nearest_of_k(x, 3, "sqared")):
+        with pytest.raises(BadInput, match=r"sqared.*squared, inner"):
+            work()
+
+
+def test_optimal_refuses_more_samples_than_noises_naming_both():
+    with pytest.raises(BadInput, match="9 samples and 7 noises"):
+        optimal(torch.rand(9, 7))
 
 
 @pytest.mark.parametrize("method", METHODS)
