@@ -124,7 +124,7 @@ def cost_matrix(x: Tensor, z: Tensor, cost: str = "squared", z_squared: Tensor |
     products = inner_products(x, z, fast)
     if check_choice("cost", cost, COSTS) == "inner":
         return products.neg_()
-    return products.mul_(-2).add_(squared_norms(z) if z_squared is None else z_squared)
+    return torch.sub(squared_norms(z) if z_squared is None else z_squared, products, alpha=2, out=products)
 
 
 def greedy(cost: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ def greedy(cost: Tensor) -> Tensor:
     samples, noises = cost.shape
     if samples > noises:
         raise BadInput(f"{samples} samples and {noises} noises: expected at least as many noises as samples")
-    return _greedy_in_turn(cost) if noises < 4 * samples else _greedy_by_rounds(cost)
+    return _greedy_in_turn(cost) if noises < max(4 * samples, 1) else _greedy_by_rounds(cost)
 
 
 def _greedy_in_turn(cost: Tensor) -> Tensor:
@@ -160,13 +160,12 @@ def _greedy_by_rounds(cost: Tensor) -> Tensor:
     """
     order = torch.arange(len(cost), device=cost.device)
     holder = torch.full((cost.shape[1],), len(cost), device=cost.device)  # len(cost): held by nobody
-    picks = torch.empty_like(order)
-    waiting = order
+    picks, waiting = cost.argmin(1), order
     while len(waiting):
-        held = holder <= waiting[:, None]
-        picks[waiting] = cost[waiting].masked_fill_(held, torch.inf).argmin(1)
         holder.scatter_reduce_(0, picks[waiting], waiting, "amin")
         waiting = order[holder[picks] != order]
+        held = holder <= waiting[:, None]
+        picks[waiting] = cost[waiting].masked_fill_(held, torch.inf).argmin(1)
     return picks
 
 
@@ -308,7 +307,7 @@ class NoisePool:
             return self.kernels.take(self, x)
         cost = cost_matrix(x, self.noise[: self.left], self.cost, self.squared[: self.left], self.fast)
         order = self.index[: self.left].argsort()  # of equally near noises the one that had the lower place
-        picks = order[greedy(cost[:, order])]
+        picks = order[greedy(cost.index_select(1, order))]
         z = self.noise[picks]
         self._fill_gaps(picks)
         return z
@@ -327,6 +326,10 @@ class NoisePool:
         """Begin the next pool: draw what is not drawn yet."""
         self._allocate()
         self._draw_ahead()
+        self._begin()
+
+    def _begin(self) -> None:
+        """All that is drawn ahead is the pool now."""
         self.number += 1
         self.drawn, self.left = 0, self.rows
         self.index = torch.arange(self.rows, device=self.noise.device, dtype=torch.int32)

@@ -8,6 +8,8 @@ once, counts with the share of one batch.
 from __future__ import annotations
 
 import csv
+import ctypes
+import gc
 import importlib
 import os
 import resource
@@ -174,10 +176,10 @@ def life_of_a_pool(x: Tensor, match_size: int, seed: int, **settings) -> dict:
     _reset_peak(device)
     before = _peak_mb(device)
     pool = dansm.NoisePool(match_size, x.shape[1:], device=device, seed=seed, **settings)
+    pool(x)
     full = []
-    for _ in range(6):
-        pool._forget()
-        pool._refill()
+    for _ in range(15 if pool.noise.nbytes < 1e9 else 5):
+        pool._begin()  # full again, with the noises that it has, whatever moved
         full.append(_milliseconds(lambda: pool(x), device))
     batches = max(5, -(-match_size // len(x)))
     for _ in range(batches if device.type == "cuda" else 0):  # there the first calls compile and load kernels
@@ -187,7 +189,7 @@ def life_of_a_pool(x: Tensor, match_size: int, seed: int, **settings) -> dict:
     seconds = time.perf_counter() - start
     beyond = max(0.0, _peak_mb(device) - before - pool.noise.nbytes / 1e6)  # memory used before may serve again
     often = sorted(times)[int(0.99 * (len(times) - 1))]  # the most holds the machine's own hiccups too
-    return {**_spread(times), "p99_ms": round(often, 4), "full_ms": round(statistics.median(full[1:]), 3),
+    return {**_spread(times), "p99_ms": round(often, 4), "full_ms": round(statistics.median(full), 3),
             "dtype": str(pool.noise.dtype)[6:], "fast": pool.fast, "pool_mb": round(pool.noise.nbytes / 1e6, 1),
             "beyond_mb": round(beyond, 1), "seconds": seconds}
 
@@ -332,7 +334,7 @@ def train_step(batch: int, shape, device: torch.device) -> dict | None:
 def timed(work, device: torch.device, repeats: int) -> dict:
     """Milliseconds of `work` over `repeats` calls, or fewer if they take long, after one that is not counted."""
     first = _milliseconds(work, device) / 1000
-    repeats = max(1, min(repeats, int(PATIENCE / 4 / max(first, 1e-9))))
+    repeats = max(1, min(repeats, int(PATIENCE / max(first, 1e-9))))
     return _spread([_milliseconds(work, device) for _ in range(repeats)])
 
 
@@ -358,8 +360,12 @@ def _reset_peak(device):
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    elif Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak of this process
+    elif Path("/proc/self/clear_refs").exists():  # Linux
+        gc.collect()
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc: give back what is free, lest it serve again
+        if trim:
+            trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak of this process
 
 
 def _peak_mb(device):
