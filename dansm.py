@@ -182,7 +182,7 @@ def optimal(cost: Tensor, gap: float = 1e-3) -> Assignment:
 
     On the CPU exact, by scipy in about M³ operations: 10 ms for 250, a quarter of a second for 1,000, 9 s for
     4,000. On a GPU by `scale.kernels.auction`, until total − bound is at most `gap` of what the pairing wins
-    over a random one.
+    over a random one, or as far as prices in float32 go: compare the two.
     """
     samples, noises = cost.shape
     if samples > noises:
@@ -241,16 +241,21 @@ class NoisePool:
     shape        of one sample, (C, H, W) or any other
     cost         see `cost_matrix`
     dtype        of the noises kept; torch.bfloat16 halves the memory, match_size × D × 4 bytes in float32
-    seed         see `noise_generator`
+    seed         see `noise_generator`; under torch.distributed each rank has noises of its own from the same seed
     fast         multiply float32 in tf32 on a GPU: quicker; one to three samples in a hundred take another noise, as
                  near in the mean (paths differ by less than 3e-5 of their length)
     memory       gigabytes that the pool may use in all; without it, what the device has free
     match_scope  "rank", or "global": under torch.distributed all ranks match their samples against one pool, of
                  which each holds match_size / ranks noises, as one process would with the joined batch
 
-    The pool keeps its free noises in front, `left` of them. When a batch has taken some, the last ones move into
-    their places, and behind them the next pool is drawn bit by bit: no batch pays for taken noises, and none
-    waits for a whole pool (but the very first).
+    The pool keeps its free noises in front. When a batch has taken some, the last ones move into their places, and
+    behind them the next pool is drawn bit by bit, from the end on: no batch pays for taken noises, and none waits for
+    a whole pool (but the very first). A pool of ten, number 1, after a batch of three:
+
+        place   0  1  2  3  4  5  6 │ 7  8  9      left = 7 noises are free
+        index   0  7  2  3  9  5  6 │ next pool    a noise's index is its place when the pool began: ties go by it
+                   ↑        ↑                      1, 4 and 8 were taken; 7 and 9 moved into the gaps
+                                                   drawn = 3 noises of pool number 2 are there already
     Raises BadInput for a negative or fractional match_size, a batch of another shape, NaN or infinite data, and
     for a pool that does not fit, before anything is allocated.
     """
@@ -265,34 +270,41 @@ class NoisePool:
         self.cost = check_choice("cost", cost, COSTS)
         self.seed = torch.randint(2**31, ()).item() if seed is None else check_count("seed", seed, at_least=0)
         self.noise = torch.empty(0, self.shape.numel(), device=device, dtype=check_choice("dtype", dtype, self.dtypes))
-        self.kernels = gpu_kernels(self.noise.device)
+        self.squared = squared_norms(self.noise)
+        kernels = gpu_kernels(self.noise.device)
+        self.kernel_take = kernels and kernels.take
+        self.scratch = None  # what the kernels keep between two batches, so that none waits for memory
         self.check = DataCheck(self.shape, self.noise.device)
         self.fast = fast
-        self.rank, self.ranks = _place_in_group(match_scope, seed)
+        process, self.rank, self.ranks = _place_in_group(match_scope, seed)
+        self.stream = (process,) if process and self.ranks == 1 else ()  # pools of the ranks' own must not be equal
         self.received = 0  # bytes from other ranks
-        self.scratch = None  # what the kernels keep between two batches, so that none waits for memory
         self.match_size = self._fitting(match_size, memory)
         self.rows = self.match_size // self.ranks
-        self.first = self.rank * self.rows  # of the pool's noises the rows from here on are ours
+        self.first = self.rank * self.rows
         self.chunk = max(1, self.drawn_at_once // self.shape.numel())
-        self.generator = noise_generator(self.seed, device, 0, self.rank)  # of `fresh`; a pool's are in `_draw`
+        self.generator = noise_generator(self.seed, device, 0, process)  # of `fresh`; a pool's are in `_draw`
         self._forget()
 
     @torch.no_grad()
+    @torch.inference_mode(False)  # what such a mode makes can never be written to again
     def __call__(self, x: Tensor) -> Tensor:
         """x: (B, *shape), any B, dtype and device → z: the same, z_i matched to x_i."""
-        self.check(x, numbers=self.kernels is None or self.match_size <= 1)
-        if self.match_size <= 1:
-            return self.fresh(x)
-        samples = x.detach().reshape(len(x), self.noise.shape[1]).to(self.noise)
-        if self.ranks > 1:
+        if self.ranks > 1 and self.match_size > 1:
             from scale.spread import serve
 
-            return serve(self, samples).view(x.shape).to(x)
-        at_once = self._slice(self.rows)
+            return serve(self, x).view(x.shape).to(x)
+        self.check(x, numbers=self.kernel_take is None or self.match_size <= 1)
+        if self.match_size <= 1:
+            return self.fresh(x)
+        samples, at_once = self.flat(x), self._samples_at_once(self.rows)
         parts = [samples] if len(samples) <= at_once else samples.split(at_once)
         z = [self._serve(part) for part in parts]
         return (z[0] if len(z) == 1 else torch.cat(z)).view(x.shape).to(x)
+
+    def flat(self, x: Tensor) -> Tensor:
+        """(B, *shape) → (B, D), of the type and on the device of the noises."""
+        return x.detach().reshape(len(x), self.noise.shape[1]).to(self.noise)
 
     def _serve(self, x: Tensor) -> Tensor:
         """Match x: (B, D), from this pool and, where it ends, from the next."""
@@ -304,8 +316,8 @@ class NoisePool:
 
     def _take(self, x: Tensor) -> Tensor:
         """Match x: (B, D), B ≤ left, among the noises left → (B, D)."""
-        if self.kernels and len(x):
-            return self.kernels.take(self, x)
+        if self.kernel_take and len(x):
+            return self.kernel_take(self, x)
         cost = cost_matrix(x, self.noise[: self.left], self.cost, self.squared[: self.left], self.fast)
         order = self.index[: self.left].argsort()  # of equally near noises the one that had the lower place
         picks = order[greedy(cost.index_select(1, order))]
@@ -364,7 +376,7 @@ class NoisePool:
         start, places = chunk * self.chunk - self.first, self._places(chunk)
         rows = min(self.chunk, self.match_size - chunk * self.chunk)
         noise = ours if len(ours) == rows else ours.new_empty(rows, ours.shape[1])
-        noise.normal_(generator=noise_generator(self.seed, ours.device, number, chunk))
+        noise.normal_(generator=noise_generator(self.seed, ours.device, number, chunk, *self.stream))
         return ours if noise is ours else ours.copy_(noise[places.start - start : places.stop - start])
 
     def _places(self, chunk: int) -> slice:
@@ -421,42 +433,55 @@ class NoisePool:
 
     def _fitting(self, match_size, memory) -> int:
         """The match_size asked for if it fits, the largest that does for None."""
+        if memory is not None and not (isinstance(memory, int | float) and 0 < memory < math.inf):
+            raise BadInput(f"memory is {memory}: expected gigabytes, more than 0")
         free = free_memory(self.noise.device) if memory is None else int(1e9 * memory)
+        given = f"{self.noise.device} has {free / 1e9:,.1f} GB free" if memory is None else f"memory is {memory} GB"
         largest = bisect_left(range(2**31), True, key=lambda size: self._bytes(size) > free) - 1
+        if self.ranks > 1:
+            from scale.spread import agree
+
+            largest = agree(self, match_size, largest) // self.ranks * self.ranks
         if match_size is None:
-            match_size = max(0, largest) // self.ranks * self.ranks
+            if largest < 2:
+                raise BadInput(f"match_size is None: a pool of two needs {self._bytes(2) / 1e9:,.2f} GB and {given}; "
+                               "expected more")
+            return largest
         match_size = check_count("match_size", match_size, at_least=0)
         if match_size % self.ranks:
             raise BadInput(f"match_size is {match_size}: expected a multiple of {self.ranks}, the number of ranks")
         if match_size > max(1, largest):
-            given = f"{self.noise.device} has {free / 1e9:,.1f} GB free" if memory is None else f"memory is {memory} GB"
             raise BadInput(f"match_size is {match_size:,}: the pool needs {self._bytes(match_size) / 1e9:,.1f} GB and "
                            f"{given}; expected at most {max(0, largest):,}")
         return match_size
 
     def _bytes(self, match_size: int) -> int:
-        """Of memory that a pool and the matching of one slice of a batch take, at most."""
-        rows = match_size // self.ranks
-        numbers = rows * self.shape.numel() + 2 * max(self.drawn_at_once, self.shape.numel())
-        costs = self._slice(rows) * rows * (4 if self.kernels else 20)
-        return numbers * self.noise.element_size() + costs + 16 * rows
+        """Of memory that a pool and the matching of what it serves at once take, at most, besides a batch itself."""
+        rows, size = match_size // self.ranks, self.noise.element_size()
+        samples = self._samples_at_once(rows) * self.ranks
+        costs = max(size, 4) if self.kernel_take and self.ranks == 1 else 5 * max(size, 4)  # the plain way copies them
+        handed_out = 3 * samples * self.shape.numel() * size  # the samples, their noises, and those that move
+        drawn = 2 * max(self.drawn_at_once, self.shape.numel()) * max(size, 4)
+        return rows * (self.shape.numel() * size + samples * costs + 16) + handed_out + drawn
 
-    def _slice(self, rows: int) -> int:
-        """Samples matched at a time, so that their costs take a gigabyte at most."""
-        return max(1, min(self.served_at_once, 2**28 // max(1, rows)))
+    def _samples_at_once(self, rows: int) -> int:
+        """Of one rank: so many that their costs take a gigabyte at most, and their noises 32 MB."""
+        return max(1, min(self.served_at_once, 2**28 // max(1, rows), 2**23 // self.shape.numel()))
 
 
 def _place_in_group(match_scope, seed):
-    """(rank, number of ranks) that share one pool."""
+    """Of this process: (its rank, its rank and the number of ranks among those that share a pool)."""
     import torch.distributed as group
 
+    there = group.is_available() and group.is_initialized()
+    process = group.get_rank() if there else 0
     if check_choice("match_scope", match_scope, ("rank", "global")) == "rank":
-        return 0, 1
-    if not (group.is_available() and group.is_initialized()):
+        return process, 0, 1
+    if not there:
         raise BadInput("match_scope is global: expected torch.distributed to be set up, as by torchrun")
     if seed is None:
         raise BadInput("match_scope is global and seed is None: expected a seed, the same on every rank")
-    return group.get_rank(), group.get_world_size()
+    return process, process, group.get_world_size()
 
 
 @cache
@@ -537,36 +562,48 @@ class DataCheck:
     """Refuses batches that are of another shape or have no distance: integers, NaN, values beyond 1e15.
 
     A GPU writes what it finds into `found`, which is read when the next batch comes, so that neither waits for the
-    other: what is wrong with one batch is said at one of the next.
+    other: what is wrong with one batch is said at one of the next. (Where the kernels match they find what makes a
+    cost infinite or NaN, which values from about 1e19 on do.)
     """
 
     def __init__(self, shape, device):
-        self.shape = shape
+        self.shape, self.device = shape, device
         gpu = device.type == "cuda"
-        self.found = torch.zeros(1, dtype=torch.int32, pin_memory=gpu)
+        self.found = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=gpu)
         self.ever = torch.zeros(1, dtype=torch.int32, device=device) if gpu else None
+
+    def __reduce__(self):  # a copy needs memory of its own that the GPU can write to
+        return DataCheck, (self.shape, self.device)
 
     def __call__(self, x: Tensor, numbers: bool = True) -> None:
         """`numbers` False: only the form of x, as its matching finds out about the numbers."""
-        check_tensor(x)
-        if x.shape[1:] != self.shape or x.ndim == 0:
-            raise BadInput(f"the pool holds noises of shape {tuple(self.shape)}, the batch is {tuple(x.shape)}: "
-                           f"expected ({', '.join(['B', *map(str, self.shape)])})")
+        self.form(x)
         if self.found[0]:
             if self.ever is not None:
                 torch.cuda.synchronize(self.ever.device)  # nothing more is on its way
                 self.ever.zero_()
             self.found.zero_()
-            raise self._unfit("before this one")
+            raise self.unfit("before this one")
         if numbers and x.numel():
-            fits = torch.linalg.vector_norm(x.detach(), math.inf) < 1e15  # ‖x‖² fits float32; NaN is never less
+            fits = has_distance(x)
             if self.ever is not None and x.is_cuda:
                 self.found.copy_(self.ever.logical_or_(~fits), non_blocking=True)
             elif not fits:
-                raise self._unfit(f"of shape {tuple(x.shape)}")
+                raise self.unfit(f"of shape {tuple(x.shape)}")
 
-    def _unfit(self, which):
+    def form(self, x: Tensor) -> None:
+        check_tensor(x)
+        if x.shape[1:] != self.shape or x.ndim == 0:
+            raise BadInput(f"the pool holds noises of shape {tuple(self.shape)}, the batch is {tuple(x.shape)}: "
+                           f"expected ({', '.join(['B', *map(str, self.shape)])})")
+
+    def unfit(self, which):
         return BadInput(f"the batch {which} holds NaN, infinite or huge values: expected finite data, below 1e15")
+
+
+def has_distance(x: Tensor) -> Tensor:
+    """Whether all of x is below 1e15, as a tensor: ‖x‖² fits float32 then. NaN is not."""
+    return torch.linalg.vector_norm(x.detach(), math.inf) < 1e15
 
 
 def check_tensor(x) -> None:
@@ -1282,7 +1319,7 @@ def make_folder(path: Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
         (path / ".writable").touch()
-        (path / ".writable").unlink()
+        (path / ".writable").unlink(missing_ok=True)  # another rank may have been quicker
     except (FileExistsError, NotADirectoryError) as error:
         file = next(part for part in (path, *path.parents) if part.exists())
         raise BadInput(f"--out is {path}: {file} is a file, expected a folder") from error

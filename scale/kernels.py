@@ -14,6 +14,8 @@ pool.place the place of a label, or −1 once it is taken.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from itertools import product
 from types import SimpleNamespace
 
 import torch
@@ -208,10 +210,20 @@ def _hand_out(z, noise, picks, movers, width, BLOCK: tl.constexpr):
 
 def take(pool: dansm.NoisePool, x: Tensor) -> Tensor:
     """Match x: (B, D) with 1 ≤ B ≤ 256 and B ≤ pool.left → z: (B, D), which leaves the pool."""
+    with _on(x.device):
+        return _take(pool, x)
+
+
+def _on(device):
+    """Triton launches on the current device, which need not be that of the pool."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _take(pool, x):
     samples, width = x.shape
     wide = -(-pool.left // 16) * 16  # the products beyond pool.left are of noises taken, and never looked at
     if pool.scratch is None or len(pool.scratch[0]) < samples * wide:
-        exact = torch.promote_types(x.dtype, torch.float32)
+        exact, pool.scratch = torch.promote_types(x.dtype, torch.float32), None  # None: never two of them at once
         pool.scratch = x.new_empty(samples * wide, dtype=exact), x.new_empty(2 + KEEP, SAMPLES, dtype=torch.int32)
     products, (picks, movers, lists) = pool.scratch[0], pool.scratch[1].split((1, 1, KEEP))
     dansm.inner_products(x, pool.noise[:wide], pool.fast, out=products[: samples * wide].view(samples, wide))
@@ -279,7 +291,7 @@ def _bid(cost, words, samples, noises, epsilon, LANES: tl.constexpr):
                 best_price = tl.where(value < best, price, best_price)
                 best = tl.minimum(best, value)
             least = tl.min(best, 0)
-            named = tl.min(tl.where(best == least, best_noise, NOBODY), 0)
+            named = tl.minimum(tl.min(tl.where(best == least, best_noise, NOBODY), 0), noises - 1)
             price = tl.max(tl.where(best_noise == named, best_price, 0.0), 0)
             least_but_one = tl.min(tl.where(best_noise == named, second, best), 0)
             least_but_one = tl.where(noises > 1, least_but_one, least)
@@ -299,31 +311,38 @@ def auction(cost: Tensor, gap: float) -> tuple[Tensor, float, float]:
     The auction is repeated with an ever smaller epsilon, from the prices of the one before, until it proves itself:
     for any prices p ≥ 0, Σ_i min_j (cost_ij + p_j) − Σ_j p_j is no more than the cost of any pairing.
     """
+    with _on(cost.device):
+        return _auction(cost, gap)
+
+
+def _auction(cost, gap):
     samples, noises = cost.shape
-    least = cost.amin(1, keepdim=True)
-    shifted = (cost - least).float().contiguous()  # a number for each sample changes no pairing; it saves digits
+    least = cost.amin(1, keepdim=True)  # a number for each sample changes no pairing, nor does one for each noise where
+    shifted = cost - least  # all are given out; it saves digits
+    cheapest = shifted.amin(0) if samples == noises else torch.zeros_like(shifted[0])
+    shifted = shifted.sub_(cheapest).float().contiguous()
+    if not shifted.isfinite().all():
+        raise dansm.BadInput(f"the costs of {samples} samples and {noises} noises hold NaN or infinite values: "
+                             "expected finite ones")
+    random = cost.mean(dtype=torch.float64).item() * samples
     words = torch.zeros(noises, dtype=torch.int64, device=cost.device)
-    mean = shifted.mean(dtype=torch.float64).item()
-    epsilon = mean / 4
-    programs = min(noises, PROGRAMS)
+    epsilon = shifted.mean(dtype=torch.float64).item() / 4
     while True:
         words &= -(2**32)
-        _bid[(programs,)](shifted, words, samples, noises, epsilon, min(4096, triton.next_power_of_2(noises)),
-                          num_warps=8)
+        _bid[(min(noises, PROGRAMS),)](shifted, words, samples, noises, epsilon,
+                                       min(4096, triton.next_power_of_2(noises)), num_warps=8)
         holder = (words & (2**32 - 1)) - 1
         prices = (words >> 32).int().view(torch.float32)
         picks = torch.empty(noises, dtype=torch.int64, device=cost.device)
         picks[holder] = torch.arange(noises, device=cost.device)
         total = cost.gather(1, picks[:samples, None]).sum(dtype=torch.float64).item()
-        bound = _bound(cost, prices)
-        won = mean * samples + least.sum(dtype=torch.float64).item() - total  # over a random pairing
-        if total - bound <= gap * won or epsilon <= 2**-20 * prices.max().item() or epsilon == 0:
+        bound = _bound(cost, prices.double() - cheapest)
+        if total - bound <= gap * (random - total) or epsilon <= 2**-20 * prices.max().item() or epsilon == 0:
             return picks[:samples], total, bound
         epsilon /= 5
 
 
 def _bound(cost, prices):
-    prices = prices.double()
     bound = (len(prices) - len(cost)) * prices.min() - prices.sum()  # the first: samples that cost nothing anywhere
     for rows in cost.split(1024):
         bound += (rows + prices).amin(1).sum()
@@ -338,13 +357,19 @@ def _bound(cost, prices):
 def try_out(device: torch.device) -> None:
     """Match a few samples this way and the plain way, on this device; raises where they differ or nothing runs."""
     generator = torch.Generator(device).manual_seed(0)
-    x, noise = torch.randn(16, 8, generator=generator, device=device), torch.empty(FEW + 32, 8, device=device)
-    noise.normal_(generator=generator)
+    x, noise = torch.randn(FEW + 48, 8, generator=generator, device=device).split((16, FEW + 32))
     label = torch.arange(len(noise), dtype=torch.int32, device=device)
     check = dansm.DataCheck((8,), device)
-    for cost, left in (("squared", FEW + 20), ("inner", FEW + 20), ("squared", FEW), ("inner", FEW)):
-        pool = SimpleNamespace(noise=noise.clone(), squared=dansm.squared_norms(noise), index=label.clone(),
-                               place=label.clone(), left=left, cost=cost, fast=False, check=check, scratch=None)
-        plain = noise[dansm.greedy(dansm.cost_matrix(x, noise[:left], cost))]
-        if not torch.equal(take(pool, x), plain):
-            raise RuntimeError("its kernels give other noises than the plain path")
+    ways = ("squared", torch.float32, False), ("inner", torch.float32, False), ("squared", torch.float32, True), (
+        "squared", torch.bfloat16, False), ("squared", torch.float64, False)
+    for (cost, dtype, fast), left in product(ways, (FEW + 20, FEW)):
+        samples, noises = x.to(dtype), noise.to(dtype)
+        norms = dansm.squared_norms(noises)
+        plain = noises[dansm.greedy(dansm.cost_matrix(samples, noises[:left], cost, norms[:left], fast))]
+        for _ in range(2):  # compiled, and launched again
+            pool = SimpleNamespace(noise=noises.clone(), squared=norms.clone(), index=label.clone(),
+                                   place=label.clone(), left=left, cost=cost, fast=fast, check=check, scratch=None)
+            if not torch.equal(take(pool, samples), plain):
+                raise RuntimeError("its kernels give other noises than the plain path")
+    if sorted(auction(x[:8] @ x[8:].T, 1e-3)[0].tolist()) != list(range(8)):
+        raise RuntimeError("its auction gives a noise twice")

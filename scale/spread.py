@@ -22,11 +22,31 @@ from torch import Tensor
 import dansm
 
 
+def agree(pool, match_size, largest: int) -> int:
+    """The largest match_size that fits on every rank; BadInput on all of them if they were made unlike."""
+    made = torch.tensor([-1 if match_size is None else int(match_size), pool.seed, largest], device=pool.noise.device)
+    made = torch.stack(_gathered(pool, made))
+    if (made[:, :2] != made[0, :2]).any():
+        raise dansm.BadInput(f"match_size and seed of the ranks are {made[:, :2].tolist()}: expected the same on all")
+    return made[:, 2].min().item()
+
+
 def serve(pool: dansm.NoisePool, x: Tensor) -> Tensor:
-    """Match x: (B, D), this rank's samples; B may differ between ranks → z: (B, D). All ranks must call it."""
+    """Match x: (B, *shape), this rank's samples; B may differ between ranks → z: (B, D). All ranks must call it, and
+    where the data of one is refused all raise, lest the others wait for it forever."""
+    wrong = None
+    try:
+        pool.check.form(x)
+        if x.numel() and not dansm.has_distance(x):
+            raise pool.check.unfit(f"of shape {tuple(x.shape)}")
+        x = pool.flat(x)
+    except dansm.BadInput as error:
+        wrong, x = error, pool.noise[:0]
     pool._allocate()
-    counts = torch.stack(_gathered(pool, torch.tensor([len(x), pool.left], device=x.device)))
-    sizes, left = counts.T.tolist()
+    counts = torch.stack(_gathered(pool, torch.tensor([len(x), pool.left, wrong is None], device=pool.noise.device)))
+    sizes, left, fine = counts.T.tolist()
+    if not all(fine):
+        raise wrong or dansm.BadInput(f"the batch of rank {fine.index(0)} is refused there: expected what it says")
     samples = _joined(pool, x, sizes)
     receiver = torch.arange(pool.ranks, device=x.device).repeat_interleave(counts[:, 0])
     z, served = [], 0
@@ -34,7 +54,7 @@ def serve(pool: dansm.NoisePool, x: Tensor) -> Tensor:
         if not any(left):
             pool._refill()
             left = [pool.rows] * pool.ranks
-        now = slice(served, served + min(sum(left), pool.ranks * pool._slice(pool.rows)))
+        now = slice(served, served + min(sum(left), pool.ranks * pool._samples_at_once(pool.rows)))
         labels = _match(pool, samples[now], left)
         noise, taken = _hand_out(pool, labels, receiver[now])
         left = [had - gone for had, gone in zip(left, taken, strict=True)]

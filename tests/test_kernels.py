@@ -1,6 +1,8 @@
 """The kernels, in Triton's interpreter where there is no GPU: the same picks as the plain path, whatever the data."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -30,13 +32,13 @@ def short_lists(request, monkeypatch):
 
 def pool_of_kernels(*args, change="as drawn", **kwargs):
     pool = ChangedPool(*args, device=DEVICE, **kwargs)
-    pool.change, pool.kernels = CHANGES[change], kernels
+    pool.change, pool.kernel_take = CHANGES[change], kernels.take
     return pool
 
 
 def plain_pool(*args, change="as drawn", **kwargs):
     pool = pool_of_kernels(*args, change=change, **kwargs)
-    pool.kernels = None
+    pool.kernel_take = None
     return pool
 
 
@@ -127,6 +129,20 @@ def test_at_its_own_sizes_too():
         assert torch.equal(first(x), second(x))
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pool: pickle.loads(pickle.dumps(pool))])
+def test_a_copy_of_a_pool_goes_on_with_the_same_noises(copied):
+    x = torch.randn(30, 3, device=DEVICE)
+    pool = NoisePoolOfKernels(20, (3,), seed=0, device=DEVICE)
+    pool(x[:7])
+    assert torch.equal(copied(pool)(x), pool(x))
+
+
+class NoisePoolOfKernels(dansm.NoisePool):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.kernel_take = kernels.take
+
+
 def test_a_gpu_where_triton_fails_is_told_once_and_goes_the_plain_way(monkeypatch):
     def fails(device):
         raise RuntimeError("no compiler")
@@ -174,8 +190,22 @@ def test_the_auction_ends_where_all_pairings_cost_the_same(cost):
     assert bound == pytest.approx(reached, abs=1e-4)
 
 
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_the_auction_refuses_costs_that_are_not_finite(wrong):
+    cost = torch.rand(6, 6, device=DEVICE)
+    cost[2] = wrong
+    with pytest.raises(dansm.BadInput, match="6 samples and 6 noises hold NaN or infinite"):
+        kernels.auction(cost, 1e-3)
+
+
+def test_the_auction_keeps_its_gap_where_some_noises_are_far_from_all():
+    cost = torch.rand(24, 24, device=DEVICE) + 1e4 * torch.rand(24, device=DEVICE)
+    _, reached, bound = kernels.auction(cost, 1e-3)
+    assert reached - bound <= 1e-3 * (24 * cost.double().mean().item() - reached)
+
+
 def test_the_bound_holds_for_any_prices():
     cost = torch.randn(7, 9, dtype=torch.float64)
     rows, columns = linear_sum_assignment(cost.numpy())
     for _ in range(50):
-        assert kernels._bound(cost, torch.rand(9)) <= cost.numpy()[rows, columns].sum() + 1e-9
+        assert kernels._bound(cost, torch.rand(9).double()) <= cost.numpy()[rows, columns].sum() + 1e-9

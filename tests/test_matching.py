@@ -4,6 +4,8 @@ import copy
 import inspect
 import io
 import math
+import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -419,6 +421,33 @@ def test_settings_of_the_trainer_around_change_no_pick():
     assert torch.equal(NoisePool(200, (64,), seed=0, fast=True)(x), expected)  # a CPU knows no tf32
 
 
+def test_a_pool_goes_on_after_a_batch_in_inference_mode():
+    x = torch.randn(30, 3)
+    expected = NoisePool(20, (3,), seed=0)(x)
+    for first in (5, 25):
+        pool = NoisePool(20, (3,), seed=0)
+        z = [pool(x[:3])]
+        with torch.inference_mode():
+            z.append(pool(x[3:first]))
+        z.append(pool(x[first:]))
+        assert torch.equal(torch.cat(z), expected)
+        assert not z[1].is_inference()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pool: pickle.loads(pickle.dumps(pool))])
+def test_a_copy_of_a_pool_goes_on_with_the_same_noises(copied):
+    x = torch.randn(60, 3)
+    pool = NoisePool(20, (3,), seed=0)
+    pool(x[:7])
+    assert torch.equal(copied(pool)(x), pool(x))
+
+
+def test_torchs_default_device_is_not_the_pools():
+    with torch.device("meta"):
+        pool = NoisePool(9, (3,), seed=0)
+    assert torch.equal(pool(torch.ones(4, 3)), NoisePool(9, (3,), seed=0)(torch.ones(4, 3)))
+
+
 def test_gradients_do_not_flow_through_the_matching():
     x = torch.randn(5, 3, requires_grad=True)
     assert not NoisePool(9, (3,), seed=0)(x).requires_grad
@@ -428,7 +457,7 @@ def test_gradients_do_not_flow_through_the_matching():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("memory", [0.2, 1.0, 3.0])
+@pytest.mark.parametrize("memory", [0.5, 1.0, 3.0])
 def test_memory_gives_the_largest_pool_that_fits(memory, dtype):
     pool = NoisePool(None, (4, 32, 32), memory=memory, dtype=dtype, seed=0)
     assert pool._bytes(pool.match_size) <= 1e9 * memory < pool._bytes(pool.match_size + 1)
@@ -448,6 +477,28 @@ def test_a_pool_that_does_not_fit_says_what_it_needs_and_what_would_fit():
         NoisePool(10**6, (4, 32, 32), memory=2.0)
     with pytest.raises(BadInput, match=r"match_size is 1,000,000,000: .*needs [\d,.]+ GB and cpu has [\d.]+ GB free"):
         NoisePool(10**9, (4, 32, 32))
+
+
+@pytest.mark.parametrize("memory", [0, -1.0, math.nan, math.inf, "4 GB", 0.05])
+def test_memory_that_is_none_or_holds_no_pool_is_refused(memory):
+    with pytest.raises(BadInput, match="memory is"):
+        NoisePool(None, (3, 32, 32), memory=memory)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to measure memory")
+@pytest.mark.parametrize(("shape", "batch"), [((16, 64, 64), 250), ((4, 32, 32), 600), ((64,), 100)])
+def test_no_more_memory_is_taken_than_was_set(shape, batch):
+    from scale.bench import _peak_mb, _reset_peak
+
+    x = torch.randn(batch, *shape)
+    z = torch.empty_like(x).fill_(1)  # the batch and its noises are not counted, nor is their joining
+    device = torch.device("cpu")
+    _reset_peak(device)
+    before = _peak_mb(device)
+    pool = NoisePool(None, shape, memory=0.3, seed=0)
+    for _ in range(3):
+        pool(x)
+    assert _peak_mb(device) - before < 300 + 2 * z.nbytes / 1e6
 
 
 def test_nearest_of_a_k_that_does_not_fit_is_refused_naming_it():
@@ -503,13 +554,13 @@ def test_a_state_does_not_change_when_its_pool_goes_on():
 
 
 def test_a_saved_state_is_small():
-    """The pool itself is drawn again: the file holds 9 bytes a noise, two states of a generator of 5 kB each and
-    what the format adds, not match_size × D numbers."""
+    """The pool itself is drawn again: the file holds 4 bytes a noise, the state of a generator of 5 kB and what the
+    format adds, not match_size × D numbers."""
     pool = NoisePool(1000, (512,), seed=0)
     pool(torch.randn(10, 512))
     file = io.BytesIO()
     torch.save(pool.state_dict(), file)
-    assert file.tell() < 1000 * 9 + 15_000
+    assert file.tell() < 990 * 4 + 8_000
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,26 @@ def one_rank(rank, ranks, folder):
             NoisePool(shape=(5,), match_scope="global", **wrong)
         except BadInput as error:
             refused.append(str(error))
-    torch.save((results, refused, NoisePool(0, (4,), seed=1, match_scope="global")(torch.zeros(2, 4))),
+    # What one rank refuses all refuse, and the next batch is served again.
+    pool = NoisePool(8 * ranks, (5,), seed=1, match_scope="global")
+    wrong = {0: torch.full((3, 5), torch.nan), 1: torch.zeros(3, 4)}
+    for bad in wrong:
+        try:
+            pool(wrong[bad] if rank == bad else torch.zeros(3, 5))
+            refused.append("nothing")
+        except BadInput as error:
+            refused.append(str(error))
+    assert pool(torch.zeros(3, 5)).shape == (3, 5)
+    # Ranks that were made unlike are refused on all.
+    try:
+        NoisePool(ranks, (5,), seed=rank, match_scope="global")
+        refused.append("nothing")
+    except BadInput as error:
+        refused.append(str(error))
+    largest = NoisePool(None, (5,), memory=0.5 + 0.1 * rank, seed=0, match_scope="global").match_size
+    refused.append(str(largest))
+    own = NoisePool(8, (4,), seed=1)(torch.zeros(2, 4))  # pools of the ranks' own, from the same seed
+    torch.save((results, refused, own, NoisePool(0, (4,), seed=1, match_scope="global")(torch.zeros(2, 4))),
                f"{folder}/{rank}.pt")
     group.destroy_process_group()
 
@@ -67,13 +86,18 @@ def test_ranks_that_share_a_pool_match_as_one_process_with_the_joined_batch(rank
             alone.chunk = 7
             for number, sizes in enumerate(batches):
                 expected = alone(samples(100 * case + number, kind, sizes[:ranks]))
-                got = torch.cat([results[case, cost][0][number] for results, _, _ in done])
+                got = torch.cat([results[case, cost][0][number] for results, *_ in done])
                 assert torch.equal(got, expected), (case, cost, number)
-            assert all(results[case, cost][1] > 0 for results, _, _ in done)
-    for _, (uneven, unseeded), _ in done:
+            assert all(results[case, cost][1] > 0 for results, *_ in done)
+    for rank, (_, (uneven, unseeded, nan, shape, seeds, largest), _, _) in enumerate(done):
+        assert ("NaN" if rank == 0 else "rank 0 is refused") in nan
+        assert ("(3, 4)" if rank == 1 else "rank 1 is refused") in shape
+        assert "match_size and seed of the ranks" in seeds
+        assert largest == done[0][1][5] and int(largest) > 1e4 and int(largest) % ranks == 0
         assert f"match_size is {ranks + 1}: expected a multiple of {ranks}" in uneven
         assert "expected a seed" in unseeded
-    unmatched = [noise for _, _, noise in done]
+    unmatched, own = [noise for *_, noise in done], [noise for _, _, noise, _ in done]
+    assert not torch.equal(own[0], own[1]) and torch.equal(own[0], NoisePool(8, (4,), seed=1)(torch.zeros(2, 4)))
     assert not torch.equal(unmatched[0], unmatched[1])  # each rank has vanilla noise of its own
 
 
