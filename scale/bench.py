@@ -36,7 +36,7 @@ LOOP, PRODUCT = "paper's loop", "bare product"
 def bench_match(match_sizes: list[int], batch: int, shape, *, seed: int, device: torch.device, out: Path,
                 console: Console) -> list[dict]:
     """Time one batch for each way and match_size; prints a table, writes match.json, match.csv and match.png."""
-    x = image_like(batch, shape, seed).to(device)
+    x = image_like(batch, shape, seed, device)
     bench = {"batch": batch, "shape": list(shape), "hardware": dansm.hardware(device), "rates": rates(device),
              "train_step": train_step(batch, shape, device), "rows": []}
     gone = {}  # by way: the match_size and the seconds of its last call
@@ -143,17 +143,20 @@ def ways(x: Tensor, match_size: int, seed: int) -> Iterator[tuple[str, float, Ca
             yield name, 3, lambda solve=solve: assignment(x, match_size, solve, seed)
 
 
-def image_like(count: int, shape, seed: int) -> Tensor:
+def image_like(count: int, shape, seed: int, device) -> Tensor:
     """Samples in [−1, 1] that are smooth and of unequal contrast and brightness, as photographs are: they like the same
     noises, which is harder to match than random numbers."""
     generator = torch.Generator().manual_seed(seed)
     if len(shape) != 3:
-        return 0.5 * torch.randn(count, *shape, generator=generator)
+        return 0.5 * torch.randn(count, *shape, generator=generator).to(device)
     coarse = torch.randn(count, shape[0], 4, 4, generator=generator)
-    smooth = torch.nn.functional.interpolate(coarse, size=tuple(shape[1:]), mode="bilinear")
     contrast = torch.rand(count, 1, 1, 1, generator=generator)
     brightness = 0.4 * torch.randn(count, 1, 1, 1, generator=generator)
-    return (contrast * smooth + brightness).clamp(-1, 1)
+    samples = torch.empty(count, *shape, device=device)
+    for some in torch.arange(count).split(256):
+        smooth = (contrast[some] * coarse[some] + brightness[some]).to(device)
+        samples[some] = torch.nn.functional.interpolate(smooth, size=tuple(shape[1:]), mode="bilinear")
+    return samples.clamp_(-1, 1)
 
 
 def paper_loop(x: Tensor, noises: Tensor, cost: str = "squared") -> Tensor:
@@ -195,7 +198,7 @@ def life_of_a_pool(x: Tensor, match_size: int, seed: int, **settings) -> dict:
         pool._begin()  # full again, with the noises that it has, whatever moved
         full.append(_milliseconds(lambda: pool(x), device))
     batches = max(5, -(-match_size // len(x)))
-    several = [image_like(len(x), x.shape[1:], seed + number).to(device) for number in range(min(batches, 16))]
+    several = [image_like(len(x), x.shape[1:], seed + number, device) for number in range(min(batches, 16))]
     for _ in range(batches if device.type == "cuda" else 0):  # there the first calls compile and load kernels
         pool(x)
     while pool.left:
@@ -226,7 +229,7 @@ def fast_life(x: Tensor, match_size: int, seed: int, **settings) -> dict:
         quick = dansm.NoisePool(match_size, x.shape[1:], device=x.device, seed=seed, **settings)
         lengths, other = torch.zeros(2, dtype=torch.float64), 0
         for start in range(0, match_size, len(x)):
-            samples = image_like(len(x), x.shape[1:], seed + start).to(x)[: match_size - start]
+            samples = image_like(len(x), x.shape[1:], seed + start, x.device)[: match_size - start]
             z = exact(samples), quick(samples)
             lengths += torch.tensor([dansm.path_length(samples, z_) * len(samples) for z_ in z])
             other += ((z[0] - z[1]).flatten(1).norm(dim=1) > 0.1 * z[0].flatten(1).norm(dim=1)).sum().item()
@@ -240,7 +243,7 @@ def unlike_float64(x: Tensor, match_size: int, seed: int, cost: str) -> dict:
     pool._refill()
     noise, other, samples = pool.noise[:match_size].double(), 0, 0
     for number in range(min(8, match_size // len(x))):
-        batch = image_like(len(x), x.shape[1:], seed + number).to(x)
+        batch = image_like(len(x), x.shape[1:], seed + number, x.device)
         picks = paper_loop(batch.flatten(1).double(), noise, cost)
         other += (pool(batch).flatten(1) != noise[picks].float()).any(1).sum().item()
         samples += len(batch)
@@ -269,7 +272,7 @@ def assignments(device) -> dict:
 
 def assignment(x: Tensor, match_size: int, solve, seed: int) -> dict:
     """match_size samples to as many noises, the costs known already; the time of a batch is its share of the whole."""
-    samples = image_like(match_size, x.shape[1:], seed).to(x)
+    samples = image_like(match_size, x.shape[1:], seed, x.device)
     noise = torch.randn(samples.shape, device=x.device, generator=torch.Generator(x.device).manual_seed(seed))
     cost = dansm.squared_distances(samples, noise)
     del samples, noise
