@@ -103,6 +103,7 @@ def spread_life(batch: int, **settings) -> dict:
 def unlike_one_process(batch: int, **settings) -> dict:
     """How many samples of one pool get another noise than in one process that has the joined batch."""
     pool, alone = dansm.NoisePool(match_scope="global", **settings), dansm.NoisePool(**settings)
+    alone.stream = ()  # it stands for one process, with the noises that one process has
     generator = torch.Generator(alone.noise.device).manual_seed(0)
     other, batches = 0, -(-pool.match_size // (batch * pool.ranks))
     for _ in range(batches):
