@@ -21,6 +21,7 @@ from dansm import (
     _greedy_in_turn,
     cost_matrix,
     greedy,
+    inner_products,
     nearest_of_k,
     noise_generator,
     optimal,
@@ -167,6 +168,16 @@ def test_greedy_refuses_more_samples_than_noises_naming_both(infinite):
 @pytest.mark.parametrize("match", GREEDY)
 def test_no_samples_take_no_noise(match):
     assert match(torch.empty(0, 5)).tolist() == optimal(torch.empty(0, 5)).picks.tolist() == []
+
+
+@pytest.mark.parametrize("samples", [1, 40])
+def test_large_products_are_as_exact_as_small_ones(samples):
+    z = torch.randn(2**28 // 1024 // samples + 1, 1024)
+    x = torch.randn(samples, 1024)
+    found = inner_products(x, z)
+    assert found.is_contiguous() and found.dtype == torch.float32
+    some = torch.arange(0, len(z), 97)
+    torch.testing.assert_close(found[:, some].double(), x.double() @ z[some].double().T, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("shape", [(2,), (3, 2, 2), (200,)])
