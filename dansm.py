@@ -86,8 +86,8 @@ def inner_products(x: Tensor, z: Tensor, fast: bool = False, out: Tensor | None 
 
 
 def _suits_onednn(x, z):
-    """Whether torch's other library for CPUs is worth its preparations: for large float32 products, where it is as exact
-    and on an AMD EPYC 1.6 times as fast as torch.mm."""
+    """Whether torch's other library for CPUs is worth its preparations: for large float32 products, on an AMD EPYC 1.6
+    times as fast as torch.mm, and as exact."""
     large = x.device.type == "cpu" and x.dtype == z.dtype == torch.float32 and x.numel() * len(z) > 2**28
     return large and torch.backends.mkldnn.is_available() and not x.requires_grad
 
