@@ -251,8 +251,8 @@ class NoisePool:
     cost         see `cost_matrix`
     dtype        of the noises kept; torch.bfloat16 halves the memory, match_size × D × 4 bytes in float32
     seed         see `noise_generator`; under torch.distributed each rank has noises of its own from the same seed
-    fast         multiply float32 in tf32 on a GPU: quicker; one to three samples in a hundred take another noise, as
-                 near in the mean (paths differ by less than 3e-5 of their length)
+    fast         multiply float32 in tf32 on a GPU: quicker; up to three samples in a hundred take another noise, as
+                 near in the mean (paths change by less than 3e-5 of their length)
     memory       gigabytes that the pool may use in all; without it, what the device has free
     match_scope  "rank", or "global": under torch.distributed all ranks match their samples against one pool, of
                  which each holds match_size / ranks noises, as one process would with the joined batch
