@@ -265,6 +265,7 @@ class NoisePool:
         index   0  7  2  3  9  5  6 │ next pool    a noise's index is its place when the pool began: ties go by it
                    ↑        ↑                      1, 4 and 8 were taken; 7 and 9 moved into the gaps
                                                    drawn = 3 noises of pool number 2 are there already
+
     Raises BadInput for a negative or fractional match_size, a batch of another shape, NaN or infinite data, and
     for a pool that does not fit, before anything is allocated.
     """
@@ -287,10 +288,10 @@ class NoisePool:
         self.fast = fast
         process, self.rank, self.ranks = _place_in_group(match_scope, seed)
         self.stream = (process,) if process and self.ranks == 1 else ()  # pools of the ranks' own must not be equal
-        self.received = 0  # bytes from other ranks
+        self.received = 0  # bytes, from the other ranks of a pool that is spread
         self.match_size = self._fitting(match_size, memory)
-        self.rows = self.match_size // self.ranks
-        self.first = self.rank * self.rows
+        self.rows = self.match_size // self.ranks  # of the pool's noises, those that are ours:
+        self.first = self.rank * self.rows  # from this one on
         self.chunk = max(1, self.drawn_at_once // self.shape.numel())
         self.generator = noise_generator(self.seed, device, 0, process)  # of `fresh`; a pool's are in `_draw`
         self._forget()
