@@ -33,7 +33,7 @@ test: $(READY)  ## all tests (under five minutes)
 lint: $(READY)  ## ruff over everything
 	$(PYTHON) -m ruff check .
 
-bench: $(READY)  ## what matching costs: the paper's loop against ours, in runs/bench
+bench: $(READY)  ## what matching costs here: the paper's loop, other libraries, ours, in runs/bench (a minute or two)
 	$(DANSM) bench match
 
 clean:  ## remove the environment and the caches; runs and data stay
