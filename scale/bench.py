@@ -36,6 +36,9 @@ LOOP, PRODUCT = "paper's loop", "bare product"
 def bench_match(match_sizes: list[int], batch: int, shape, *, seed: int, device: torch.device, out: Path,
                 console: Console) -> list[dict]:
     """Time one batch for each way and match_size; prints a table, writes match.json, match.csv and match.png."""
+    for match_size in match_sizes:  # what does not fit is said before anything is measured
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        dansm.NoisePool(match_size, shape, device=device, dtype=dtype)
     x = image_like(batch, shape, seed, device)
     bench = {"batch": batch, "shape": list(shape), "hardware": dansm.hardware(device), "rates": rates(device),
              "train_step": train_step(batch, shape, device), "rows": []}
@@ -71,6 +74,13 @@ def bench_spread(match_sizes: list[int], batch: int, shape, *, seed: int, device
         group.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
     else:
         group.init_process_group("gloo")
+    try:
+        return _bench_spread(match_sizes, batch, shape, seed, device, out, console)
+    finally:
+        group.destroy_process_group()
+
+
+def _bench_spread(match_sizes, batch, shape, seed, device, out, console):
     rows = []
     for match_size in match_sizes:
         settings = dict(match_size=match_size, shape=shape, device=device, seed=seed)
@@ -82,7 +92,6 @@ def bench_spread(match_sizes: list[int], batch: int, shape, *, seed: int, device
                                                    "rows": rows})
     if group.get_rank() == 0:
         dansm.say_files(out, "spread.json")
-    group.destroy_process_group()
     return rows
 
 

@@ -46,7 +46,7 @@ def serve(pool: dansm.NoisePool, x: Tensor) -> Tensor:
     counts = torch.stack(_gathered(pool, torch.tensor([len(x), pool.left, wrong is None], device=pool.noise.device)))
     sizes, left, fine = counts.T.tolist()
     if not all(fine):
-        raise wrong or dansm.BadInput(f"the batch of rank {fine.index(0)} is refused there: expected what it says")
+        raise wrong or dansm.BadInput(f"the batch of rank {fine.index(0)} is refused: its own message says why")
     samples = _joined(pool, x, sizes)
     receiver = torch.arange(pool.ranks, device=x.device).repeat_interleave(counts[:, 0])
     z, served = [], 0

@@ -461,6 +461,11 @@ def test_bench_leaves_out_what_would_take_too_long(run, tmp_path, monkeypatch):
     assert {row["match_size"] for row in rows} == {16}
 
 
+def test_bench_refuses_a_pool_that_does_not_fit_before_it_measures(run, tmp_path):
+    code, _, err = run("bench", "match", "--match-size", 10**10, "--shape", "4x8x8", "--out", tmp_path)
+    assert code == 2 and "match_size is 10,000,000,000: the pool needs" in err and files_of(tmp_path) == []
+
+
 def test_bench_of_a_spread_pool(run, tmp_path, monkeypatch):
     """A group of one: the whole way, which several ranks take in tests/test_spread.py."""
     command = ["bench", "spread", "--batch", 8, "--match-size", 16, "--shape", "1x4x4", "--out", tmp_path]

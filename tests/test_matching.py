@@ -158,6 +158,28 @@ def test_greedy_never_takes_a_noise_that_is_taken(match):
     assert sorted(picks) == sorted(set(range(30)) - set(taken.tolist()))
 
 
+@pytest.mark.parametrize("match", GREEDY)
+@pytest.mark.parametrize("noises", [6, 30])
+@pytest.mark.parametrize("wrong", [torch.inf, torch.nan])
+def test_greedy_refuses_a_sample_that_can_have_no_noise(match, noises, wrong):
+    cost = torch.rand(3, noises)
+    cost[1:] = wrong
+    cost[1:, 4] = 0.5  # for two samples one noise
+    with pytest.raises(BadInput, match="NaN, or infinite for every noise that is left"):
+        match(cost)
+    with pytest.raises(BadInput, match="NaN or infinite"):
+        optimal(cost)
+
+
+@pytest.mark.parametrize("noises", [6, 30])
+def test_costs_in_half_precision_or_with_gradients_are_matched(noises):
+    cost = torch.randint(0, 99, (5, noises)).float()
+    for match in (greedy, lambda cost: optimal(cost).picks):
+        expected = match(cost).tolist()
+        assert match(cost.bfloat16()).tolist() == expected
+        assert match(cost.clone().requires_grad_()).tolist() == expected
+
+
 @pytest.mark.parametrize("infinite", [False, True])
 def test_greedy_refuses_more_samples_than_noises_naming_both(infinite):
     cost = torch.full((9, 7), torch.inf) if infinite else torch.rand(9, 7)
