@@ -357,7 +357,8 @@ def _bound(cost, prices):
 def try_out(device: torch.device) -> None:
     """Match a few samples this way and the plain way, on this device; raises where they differ or nothing runs."""
     generator = torch.Generator(device).manual_seed(0)
-    x, noise = torch.randn(FEW + 48, 8, generator=generator, device=device).split((16, FEW + 32))
+    # Whole numbers: every precision multiplies them exactly, and of many equal costs the first must win.
+    x, noise = torch.randn(FEW + 48, 8, generator=generator, device=device).mul(2).round().split((16, FEW + 32))
     label = torch.arange(len(noise), dtype=torch.int32, device=device)
     check = dansm.DataCheck((8,), device)
     ways = ("squared", torch.float32, False), ("inner", torch.float32, False), ("squared", torch.float32, True), (
