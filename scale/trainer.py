@@ -173,17 +173,13 @@ def _resume(path, recipe, run, pool, device) -> float:
 
 def _take_up_random_numbers(path, state, pool, device):
     """The pool's and torch's own. Each kind of device has its own generator, whose state no other can take."""
-    try:
-        pool.load_state_dict(state["pool"])
-        torch.set_rng_state(state["random"]["cpu"])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(state["random"]["cuda"], device)
-    except RuntimeError as error:
-        if "RNG state" not in str(error):
-            raise
+    if state["pool"]["made_for"]["device"] != device.type:
         raise dansm.BadInput(f"{path} was not begun on --device {device.type}: a run goes on only on the kind of "
-                             "device it was begun on; expected that one, another --out, or --fresh to begin anew"
-                             ) from error
+                             "device it was begun on; expected that one, another --out, or --fresh to begin anew")
+    pool.load_state_dict(state["pool"])
+    torch.set_rng_state(state["random"]["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["random"]["cuda"], device)
 
 
 def _forget_after(log, step):

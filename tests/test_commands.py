@@ -880,8 +880,8 @@ def test_a_checkpoint_with_wrong_parts_is_not_gone_on_from(refused, run, images,
 def test_going_on_on_another_kind_of_device_is_refused(refused, run, images, tmp_path):
     out = tmp_path / "out"
     run("train", images, "--steps", 1, "--out", out, *FAST)
-    for key in ("generator", "drawn_from"):  # of CUDA's generator: a seed and an offset
-        change(out / "checkpoint.pt", "pool", key, to=torch.zeros(16, dtype=torch.uint8))
+    change(out / "checkpoint.pt", "pool", "made_for", "device", to="cuda")
+    change(out / "checkpoint.pt", "pool", "generator", to=torch.zeros(16, dtype=torch.uint8))  # as CUDA's is
     said = refused("train", images, "--steps", 2, "--out", out, *FAST)
     assert f"{out / 'checkpoint.pt'} was not begun on --device cpu" in said and "the kind of device" in said
 
