@@ -13,7 +13,8 @@ Read top to bottom:
     3 network     UNet: the paper's two networks, by their settings
     4 training    train: the plain loop
     5 measuring   path length, crossing, straightness, inter-path distance, Fréchet distance
-    6 commands    toy, digits, train, sample, bench
+    6 refusing    what a batch, a count or a pool cannot be, said in one line
+    7 commands    toy, digits, train, sample, bench
 
 Names used throughout: x is data, z is noise, both (B, C, H, W) or any (B, ...); t runs from noise (0) to
 data (1); B is the batch, M the pool's match_size, D the count of numbers in one sample.
@@ -211,11 +212,9 @@ def optimal(cost: Tensor, gap: float = 1e-3) -> Assignment:
     if samples > noises:
         raise BadInput(f"{samples} samples and {noises} noises: expected at least as many noises as samples")
     cost = _exact(cost.detach())
-    if not cost.isfinite().all():
-        raise BadInput(f"the costs of {samples} samples and {noises} noises hold NaN or infinite values: expected "
-                       "finite ones")
     if len(cost) and (kernels := gpu_kernels(cost.device)):
         return Assignment(*kernels.auction(cost, gap))
+    check_costs(cost)
     from scipy.optimize import linear_sum_assignment
 
     _, picks = linear_sum_assignment(cost.cpu().numpy())
@@ -586,106 +585,6 @@ def path_noise(images: Iterable[int], shape, seed: int = 0, device="cpu") -> Ten
     """The noise each image starts from, (len(images), *shape): image 17 is the same in any batch, on any device."""
     draws = [np.random.default_rng([seed, int(image)]).standard_normal(tuple(shape), np.float32) for image in images]
     return torch.from_numpy(np.array(draws, np.float32).reshape(-1, *shape)).to(device)
-
-
-class DataCheck:
-    """Refuses batches that are of another shape or have no distance: integers, NaN, values beyond 1e15.
-
-    A GPU writes what it finds into `found`, which is read when the next batch comes, so that neither waits for the
-    other: what is wrong with one batch is said at one of the next. (Where the kernels match they find what makes a
-    cost infinite or NaN, which values from about 1e19 on do.)
-    """
-
-    def __init__(self, shape, device):
-        self.shape, self.device = shape, device
-        gpu = device.type == "cuda"
-        self.found = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=gpu)
-        self.ever = torch.zeros(1, dtype=torch.int32, device=device) if gpu else None
-
-    def __reduce__(self):  # a copy needs memory of its own that the GPU can write to
-        return DataCheck, (self.shape, self.device)
-
-    def __call__(self, x: Tensor, numbers: bool = True) -> None:
-        """`numbers` False: only the form of x, as its matching finds out about the numbers."""
-        self.form(x)
-        if self.found[0]:
-            if self.ever is not None:
-                torch.cuda.synchronize(self.ever.device)  # nothing more is on its way
-                self.ever.zero_()
-            self.found.zero_()
-            raise self.unfit("before this one")
-        if numbers and x.numel():
-            fits = has_distance(x)
-            if self.ever is not None and x.is_cuda:
-                self.found.copy_(self.ever.logical_or_(~fits), non_blocking=True)
-            elif not fits:
-                raise self.unfit(f"of shape {tuple(x.shape)}")
-
-    def form(self, x: Tensor) -> None:
-        check_tensor(x)
-        if x.shape[1:] != self.shape or x.ndim == 0:
-            raise BadInput(f"the pool holds noises of shape {tuple(self.shape)}, the batch is {tuple(x.shape)}: "
-                           f"expected ({', '.join(['B', *map(str, self.shape)])})")
-
-    def unfit(self, which):
-        return BadInput(f"the batch {which} holds NaN, infinite or huge values: expected finite data, below 1e15")
-
-
-def has_distance(x: Tensor) -> Tensor:
-    """Whether all of x is below 1e15, as a tensor: ‖x‖² fits float32 then. NaN is not."""
-    return torch.linalg.vector_norm(x.detach(), math.inf) < 1e15
-
-
-def check_tensor(x) -> None:
-    if not isinstance(x, Tensor):
-        raise BadInput(f"the batch is a {type(x).__name__}: expected a tensor of the samples alone, without labels")
-    if not x.is_floating_point():
-        raise BadInput(f"the batch is of {x.dtype}: expected floating point data, images in [−1, 1] for instance")
-
-
-def check_shape(shape) -> torch.Size:
-    """`shape` as a torch.Size, or BadInput if it is not one or several whole numbers."""
-    sizes = (shape,) if isinstance(shape, int) else shape
-    try:
-        return torch.Size([check_count("shape", size) for size in sizes])
-    except (TypeError, BadInput) as error:
-        raise BadInput(f"shape is {shape}: expected whole numbers from 1 on, as in (3, 32, 32)") from error
-
-
-def free_memory(device) -> int:
-    """Bytes that could be allocated on the device."""
-    if torch.device(device).type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
-    known = Path("/proc/meminfo")
-    if known.exists() and "MemAvailable" in (text := known.read_text()):
-        return 1024 * int(text.split("MemAvailable:")[1].split()[0])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**62
-
-
-def check_memory(what: str, needed: int, device) -> None:
-    """BadInput if the device has not so many bytes free."""
-    if needed > (free := free_memory(device)):
-        raise BadInput(f"{what}: that needs {needed / 1e9:,.1f} GB, {device} has {free / 1e9:,.1f} GB free; expected a "
-                       "smaller one")
-
-
-def check_count(name: str, value, at_least: int = 1) -> int:
-    """`value` as an int, or BadInput if it is not a whole number from `at_least` on."""
-    try:
-        whole = not isinstance(value, bool | np.bool_) and int(value) == value and value >= at_least
-    except (TypeError, ValueError, OverflowError):
-        whole = False
-    if not whole:
-        raise BadInput(f"{name} is {value}: expected a whole number of at least {at_least}")
-    return int(value)
-
-
-def check_choice(name: str, value, choices):
-    """`value`, or BadInput if it is none of `choices`."""
-    if value not in choices:
-        raise BadInput(f"{name} is {value!r}: expected one of {', '.join(map(str, choices))}")
-    return value
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1123,7 +1022,119 @@ def _root_of_covariance(features):
 
 
 # ---------------------------------------------------------------------------------------------------
-# 6  Commands
+# 6  Refusing
+# ---------------------------------------------------------------------------------------------------
+
+
+class DataCheck:
+    """Refuses batches that are of another shape or have no distance: integers, NaN, values beyond 1e15.
+
+    A GPU writes what it finds into `found`, which is read when the next batch comes, so that neither waits for the
+    other: what is wrong with one batch is said at one of the next. (Where the kernels match they find what makes a
+    cost infinite or NaN, which values from about 1e19 on do.)
+    """
+
+    def __init__(self, shape, device):
+        self.shape, self.device = shape, device
+        gpu = device.type == "cuda"
+        self.found = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=gpu)
+        self.ever = torch.zeros(1, dtype=torch.int32, device=device) if gpu else None
+
+    def __reduce__(self):  # a copy needs memory of its own that the GPU can write to
+        return DataCheck, (self.shape, self.device)
+
+    def __call__(self, x: Tensor, numbers: bool = True) -> None:
+        """`numbers` False: only the form of x, as its matching finds out about the numbers."""
+        self.form(x)
+        if self.found[0]:
+            if self.ever is not None:
+                torch.cuda.synchronize(self.ever.device)  # nothing more is on its way
+                self.ever.zero_()
+            self.found.zero_()
+            raise self.unfit("before this one")
+        if numbers and x.numel():
+            fits = has_distance(x)
+            if self.ever is not None and x.is_cuda:
+                self.found.copy_(self.ever.logical_or_(~fits), non_blocking=True)
+            elif not fits:
+                raise self.unfit(f"of shape {tuple(x.shape)}")
+
+    def form(self, x: Tensor) -> None:
+        check_tensor(x)
+        if x.shape[1:] != self.shape or x.ndim == 0:
+            raise BadInput(f"the pool holds noises of shape {tuple(self.shape)}, the batch is {tuple(x.shape)}: "
+                           f"expected ({', '.join(['B', *map(str, self.shape)])})")
+
+    def unfit(self, which):
+        return BadInput(f"the batch {which} holds NaN, infinite or huge values: expected finite data, below 1e15")
+
+
+def has_distance(x: Tensor) -> Tensor:
+    """Whether all of x is below 1e15, as a tensor: ‖x‖² fits float32 then. NaN is not."""
+    return torch.linalg.vector_norm(x.detach(), math.inf) < 1e15
+
+
+def check_tensor(x) -> None:
+    if not isinstance(x, Tensor):
+        raise BadInput(f"the batch is a {type(x).__name__}: expected a tensor of the samples alone, without labels")
+    if not x.is_floating_point():
+        raise BadInput(f"the batch is of {x.dtype}: expected floating point data, images in [−1, 1] for instance")
+
+
+def check_costs(cost: Tensor) -> None:
+    if not cost.isfinite().all():
+        samples, noises = cost.shape
+        raise BadInput(f"the costs of {samples} samples and {noises} noises hold NaN or infinite values: expected "
+                       "finite ones")
+
+
+def check_shape(shape) -> torch.Size:
+    """`shape` as a torch.Size, or BadInput if it is not one or several whole numbers."""
+    sizes = (shape,) if isinstance(shape, int) else shape
+    try:
+        return torch.Size([check_count("shape", size) for size in sizes])
+    except (TypeError, BadInput) as error:
+        raise BadInput(f"shape is {shape}: expected whole numbers from 1 on, as in (3, 32, 32)") from error
+
+
+def free_memory(device) -> int:
+    """Bytes that could be allocated on the device."""
+    if torch.device(device).type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    known = Path("/proc/meminfo")
+    if known.exists() and "MemAvailable" in (text := known.read_text()):
+        return 1024 * int(text.split("MemAvailable:")[1].split()[0])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**62
+
+
+def check_memory(what: str, needed: int, device) -> None:
+    """BadInput if the device has not so many bytes free."""
+    if needed > (free := free_memory(device)):
+        raise BadInput(f"{what}: that needs {needed / 1e9:,.1f} GB, {device} has {free / 1e9:,.1f} GB free; expected a "
+                       "smaller one")
+
+
+def check_count(name: str, value, at_least: int = 1) -> int:
+    """`value` as an int, or BadInput if it is not a whole number from `at_least` on."""
+    try:
+        whole = not isinstance(value, bool | np.bool_) and int(value) == value and value >= at_least
+    except (TypeError, ValueError, OverflowError):
+        whole = False
+    if not whole:
+        raise BadInput(f"{name} is {value}: expected a whole number of at least {at_least}")
+    return int(value)
+
+
+def check_choice(name: str, value, choices):
+    """`value`, or BadInput if it is none of `choices`."""
+    if value not in choices:
+        raise BadInput(f"{name} is {value!r}: expected one of {', '.join(map(str, choices))}")
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------
+# 7  Commands
 # ---------------------------------------------------------------------------------------------------
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,

@@ -311,6 +311,7 @@ def auction(cost: Tensor, gap: float) -> tuple[Tensor, float, float]:
     The auction is repeated with an ever smaller epsilon, from the prices of the one before, until it proves itself:
     for any prices p ≥ 0, Σ_i min_j (cost_ij + p_j) − Σ_j p_j is no more than the cost of any pairing.
     """
+    dansm.check_costs(cost)  # a sample without a nearest noise would bid for none for ever
     with _on(cost.device):
         return _auction(cost, gap)
 
@@ -321,9 +322,6 @@ def _auction(cost, gap):
     shifted = cost - least  # all are given out; it saves digits
     cheapest = shifted.amin(0) if samples == noises else torch.zeros_like(shifted[0])
     shifted = shifted.sub_(cheapest).float().contiguous()
-    if not shifted.isfinite().all():
-        raise dansm.BadInput(f"the costs of {samples} samples and {noises} noises hold NaN or infinite values: "
-                             "expected finite ones")
     random = cost.mean(dtype=torch.float64).item() * samples
     words = torch.zeros(noises, dtype=torch.int64, device=cost.device)
     epsilon = shifted.mean(dtype=torch.float64).item() / 4
