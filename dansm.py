@@ -706,9 +706,18 @@ def _end(path: Iterator[Tensor]) -> Tensor:
 # ---------------------------------------------------------------------------------------------------
 
 
-def norm(channels: int) -> nn.GroupNorm:
-    """At most 32 groups, of at least 4 channels where `channels` can be divided so."""
-    return nn.GroupNorm(math.gcd(channels, min(channels // 4, 32)), channels, eps=1e-6)
+class Norm(nn.GroupNorm):
+    """Group norm, SiLU if `silu`, dropout: what stands before a convolution. (B, C, H, W) → the same. At most 32
+    groups, of at least 4 channels where `channels` can be divided so."""
+
+    def __init__(self, channels: int, silu: bool = True, dropout: float = 0.0):
+        super().__init__(math.gcd(channels, min(channels // 4, 32)), channels, eps=1e-6)
+        self.silu, self.dropout = silu, dropout
+
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        """`shift`: (B, C), added to every pixel first."""
+        h = super().forward(x if shift is None else x + shift[:, :, None, None])
+        return F.dropout(F.silu(h) if self.silu else h, self.dropout, self.training)
 
 
 def conv(c_in: int, c_out: int, size: int, stride: int = 1) -> nn.Conv2d:
@@ -728,18 +737,19 @@ class ResBlock(nn.Module):
     def __init__(self, c_in: int, c_out: int, c_time: int, dropout: float, scale: float = 1.0, resample: str = ""):
         super().__init__()
         self.scale = scale
-        self.norm1, self.conv1 = norm(c_in), conv(c_in, c_out, 3)
+        self.norm1, self.conv1 = Norm(c_in), conv(c_in, c_out, 3)
         self.time = nn.Linear(c_time, c_out)
-        self.norm2, self.conv2 = norm(c_out), zero(conv(c_out, c_out, 3))
-        self.dropout = nn.Dropout(dropout)
+        self.norm2, self.conv2 = Norm(c_out, dropout=dropout), zero(conv(c_out, c_out, 3))
         self.skip = conv(c_in, c_out, 1) if c_in != c_out or resample else nn.Identity()
         self.resample = {"": nn.Identity(), "up": nn.Upsample(scale_factor=2), "down": nn.AvgPool2d(2)}[resample]
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        h = self.conv1(self.resample(F.silu(self.norm1(x))))
-        h = h + self.time(F.silu(time))[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return (self.skip(self.resample(x)) + h) * self.scale
+        h = self.conv1(self.resample(self.norm1(x)))
+        h = self.conv2(self.norm2(h, shift=self.time(time)))
+        return self.sum(self.skip(self.resample(x)), h)
+
+    def sum(self, x: Tensor, h: Tensor) -> Tensor:
+        return (x + h) * self.scale
 
 
 class Attention(nn.Module):
@@ -748,13 +758,15 @@ class Attention(nn.Module):
     def __init__(self, channels: int, scale: float = 1.0):
         super().__init__()
         self.scale = scale
-        self.norm = norm(channels)
+        self.norm = Norm(channels, silu=False)
         self.qkv, self.out = conv(channels, 3 * channels, 1), zero(conv(channels, channels, 1))
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         q, k, v = rearrange(self.qkv(self.norm(x)), "b (qkv c) h w -> qkv b 1 (h w) c", qkv=3)
         h = rearrange(F.scaled_dot_product_attention(q, k, v), "b 1 (h w) c -> b c h w", h=x.shape[2])
-        return (x + self.out(h)) * self.scale
+        return self.sum(x, self.out(h))
+
+    sum = ResBlock.sum
 
 
 class Resample(nn.Module):
@@ -838,7 +850,7 @@ class UNet(nn.Module):
             if level > 0:
                 self.up[-1].append(resample(c, "up"))
                 size *= 2
-        self.last = nn.Sequential(norm(c), nn.SiLU(), zero(conv(c, channels, 3)))
+        self.last = nn.Sequential(Norm(c), zero(conv(c, channels, 3)))
         self.apply(self._start)
 
     @staticmethod
@@ -851,7 +863,7 @@ class UNet(nn.Module):
             nn.init.zeros_(layer.weight)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        time = self.time(self._waves(t).to(self.first.weight.dtype))
+        time = F.silu(self.time(self._waves(t).to(self.first.weight.dtype)))
         skips = [h := self.first(x)]
         for layer in self.down:
             skips.append(h := layer(h, time))

@@ -25,7 +25,8 @@ from torch import Tensor
 
 import dansm
 
-KEEP = 64  # noises on a short list: photographs like the same ones, and with 16 some of their batches took 5 ms
+KEEP = 64, 128  # noises on a short list: photographs like the same ones, and where a list ends a whole row is read; of a
+MANY = 2**16  # pool of so many noises that took 1.5 ms a time, and longer lists are worth their making
 LANES = 1024  # noises looked at together
 PROGRAMS = 528  # bidding at once: four for each of an H100's multiprocessors
 SAMPLES = dansm.NoisePool.served_at_once
@@ -224,16 +225,16 @@ def _take(pool, x):
     wide = -(-pool.left // 16) * 16  # the products beyond pool.left are of noises taken, and never looked at
     if pool.scratch is None or len(pool.scratch[0]) < samples * wide:
         exact, pool.scratch = torch.promote_types(x.dtype, torch.float32), None  # None: never two of them at once
-        pool.scratch = x.new_empty(samples * wide, dtype=exact), x.new_empty(2 + KEEP, SAMPLES, dtype=torch.int32)
-    products, (picks, movers, lists) = pool.scratch[0], pool.scratch[1].split((1, 1, KEEP))
+        pool.scratch = x.new_empty(samples * wide, dtype=exact), x.new_empty(2 + KEEP[1], SAMPLES, dtype=torch.int32)
+    products, (picks, movers, lists) = pool.scratch[0], pool.scratch[1].split((1, 1, KEEP[1]))
     dansm.inner_products(x, pool.noise[:wide], pool.fast, out=products[: samples * wide].view(samples, wide))
     z = torch.empty_like(x)
     row = pool.check.found, products, pool.squared, pool.index
-    squared, in_turn = pool.cost == "squared", pool.left <= FEW
+    squared, in_turn, keep = pool.cost == "squared", pool.left <= FEW, KEEP[pool.left > MANY]
     if not in_turn:
-        _launch(_shortlist, (samples, 1, 1), x, (lists, *row, pool.left, wide), (squared, KEEP, LANES), warps=8)
+        _launch(_shortlist, (samples, 1, 1), x, (lists, *row, pool.left, wide), (squared, keep, LANES), warps=8)
     _launch(_choose, (1, 1, 1), x, (picks, movers, lists, *row, pool.place, pool.left, wide, samples),
-            (squared, KEEP, FEW if in_turn else LANES, SAMPLES, in_turn), warps=4 if in_turn else 8)
+            (squared, keep, FEW if in_turn else LANES, SAMPLES, in_turn), warps=4 if in_turn else 8)
     block = min(4096, triton.next_power_of_2(width))
     grid = samples, triton.cdiv(width, block), 1
     _launch(_hand_out, grid, x, (z, pool.noise, picks, movers, width), (block,), warps=4)
@@ -311,7 +312,6 @@ def auction(cost: Tensor, gap: float) -> tuple[Tensor, float, float]:
     The auction is repeated with an ever smaller epsilon, from the prices of the one before, until it proves itself:
     for any prices p ≥ 0, Σ_i min_j (cost_ij + p_j) − Σ_j p_j is no more than the cost of any pairing.
     """
-    dansm.check_costs(cost)  # a sample without a nearest noise would bid for none for ever
     with _on(cost.device):
         return _auction(cost, gap)
 
@@ -322,6 +322,7 @@ def _auction(cost, gap):
     shifted = cost - least  # all are given out; it saves digits
     cheapest = shifted.amin(0) if samples == noises else torch.zeros_like(shifted[0])
     shifted = shifted.sub_(cheapest).float().contiguous()
+    dansm.check_costs(shifted)  # a sample without a nearest noise would bid for none for ever
     random = cost.mean(dtype=torch.float64).item() * samples
     words = torch.zeros(noises, dtype=torch.int64, device=cost.device)
     epsilon = shifted.mean(dtype=torch.float64).item() / 4

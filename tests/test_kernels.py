@@ -19,7 +19,7 @@ from scale import kernels
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-SHORT = dict(KEEP=4, LANES=16, FEW=16, SAMPLES=32)  # lists end again and again, lanes meet more than they remember
+SHORT = dict(KEEP=(4, 8), MANY=30, LANES=16, FEW=16, SAMPLES=32)  # lists end again and again, lanes meet more than they remember
 
 
 @pytest.fixture(autouse=True)

@@ -139,7 +139,7 @@ def test_attention_is_the_softmax_of_scaled_products():
 
 @pytest.mark.parametrize("resample", ["", "up", "down"])
 def test_a_residual_block_is_its_formula(resample):
-    """Resampled on both branches, after the first norm; the time is added between the convolutions."""
+    """Resampled on both branches, after the first norm; the time, through SiLU already, is added between."""
     layer = awake(ResBlock(8, 12, 5, dropout=0.0, scale=0.5, resample=resample))
     x, time = torch.randn(2, 8, 4, 6), torch.randn(2, 5)
 
@@ -157,7 +157,7 @@ def test_a_residual_block_is_its_formula(resample):
         return h / (1 + (-h).exp())
 
     h = nn.functional.conv2d(resized(swish(normed(x, layer.norm1))), layer.conv1.weight, layer.conv1.bias, padding=1)
-    h = h + (swish(time) @ layer.time.weight.T + layer.time.bias)[:, :, None, None]
+    h = h + (time @ layer.time.weight.T + layer.time.bias)[:, :, None, None]
     h = nn.functional.conv2d(swish(normed(h, layer.norm2)), layer.conv2.weight, layer.conv2.bias, padding=1)
     skip = torch.einsum("oc,bchw->bohw", layer.skip.weight[:, :, 0, 0], resized(x)) + layer.skip.bias[:, None, None]
     torch.testing.assert_close(layer(x, time), (skip + h) * 0.5, rtol=1e-4, atol=1e-4)
