@@ -28,7 +28,6 @@ import math
 import os
 import platform
 import re
-import shlex
 import sys
 import time
 import warnings
@@ -1196,65 +1195,13 @@ def digits_command(
     run(match_size=match_size, steps=steps, seeds=seeds, seed=seed, device=pick_device(device), out=make_folder(out))
 
 
-@app.command("train")
-def train_command(
-    data: Annotated[str, typer.Argument(help="a folder of images (with subfolders), or cifar10 to download it")],
-    network: Annotated[Literal[tuple(NETWORKS)], typer.Option(help="ncsnpp and ddpm are the paper's")] = "ncsnpp",
-    flow: Annotated[Literal[tuple(FLOWS)], typer.Option(help="what the network learns")] = "rectified",
-    times: Annotated[Literal[TIMES], typer.Option(help="how the times to train at are drawn")] = "uniform",
-    method: Method = "greedy",
-    match_size: MatchSize = 10_000,
-    cost: Cost = "squared",
-    batch: Annotated[int, typer.Option(min=1, help="samples a step")] = 128,
-    steps: Annotated[int, typer.Option(min=1, help="training steps in all")] = 100_000,
-    minutes: Annotated[float, typer.Option(min=0, help="stop after so many minutes; 0 for no limit")] = 0.0,
-    lr: Annotated[float, typer.Option(min=1e-9, max=1e30, help="learning rate of Adam")] = 2e-4,
-    decay: Annotated[float, typer.Option(min=0, max=1, help="of the moving average that is sampled from")] = 0.9999,
-    flip: Annotated[bool, typer.Option(help="mirror half of the images, anew each epoch")] = True,
-    size: Annotated[int, typer.Option(min=0, max=4096, help="make images squares of so many pixels; 0: as is")] = 0,
-    skip_unreadable: Annotated[bool, typer.Option(help="leave out images that cannot be read")] = False,
-    fresh: Annotated[bool, typer.Option(help="begin anew where --out holds a run already")] = False,
-    sample_steps: Annotated[int, typer.Option(min=1, help="steps for the grid of samples at the end")] = 20,
-    seed: Seed = 0,
-    device: Device = "auto",
-    out: Out = Path("runs/train"),
-) -> None:
-    """Train on images with the plain loop. Ctrl-C saves; the same command goes on from there.
+@app.command("train", add_help_option=False,
+             context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train_command(context: typer.Context) -> None:
+    """Train on images by a recipe. Ctrl-C saves; the same command goes on from there."""
+    from scale.command import train
 
-    Writes checkpoint.pt, log.jsonl, train.json and samples.png into --out.
-    """
-    from scale.data import check_out, load_images
-    from scale.trainer import fit
-
-    recipe = dict(network=network, flow=flow, times=times, method=method, match_size=match_size, cost=cost, batch=batch,
-                  lr=lr, decay=decay, flip=flip, size=size, seed=seed)
-    check_steps("--sample-steps", sample_steps, FLOWS[flow])
-    check_out(data, out)
-    device, out, left_out = pick_device(device), make_folder(out), []
-    images = load_images(data, size=size or None, skip_unreadable=skip_unreadable, left_out=left_out,
-                         track=lambda paths, total: track(paths, "reading images", total=total, console=console))
-    if left_out:
-        say(f"left out {len(left_out):,} of {counted(len(images) + len(left_out), 'image')}, not readable:",
-            ", ".join(map(str, left_out[:3])) + ", …" * (len(left_out) > 3))
-    recipe["images"] = len(images)
-    summary, net, flow = fit(images, recipe, steps=steps, minutes=minutes, out=out, fresh=fresh, device=device,
-                             console=console)
-    saved, grid = out / "checkpoint.pt", out / "samples.png"
-    if summary["this_call"]["steps"]:
-        write_json(out / "train.json", {"data": data, "data_images": len(images), "unreadable_images": len(left_out),
-                                        "hardware": hardware(device), **summary})
-        say(f"{counted(summary['images'], 'image')} in {counted(summary['steps'], 'step')},",
-            f"{summary['this_call']['images_per_second']:,} a second")
-    else:
-        say(f"already at step {summary['steps']:,} of --steps {steps:,}: nothing to do; a larger --steps goes on")
-    if summary["stopped_early"]:
-        say(f"stopped at step {summary['steps']:,} of {steps:,}, saved;",
-            f"the same command{' without --fresh' * fresh} goes on")
-        say_files(out, "checkpoint.pt", "log.jsonl", "train.json")
-    elif not grid.exists() or grid.stat().st_mtime < saved.stat().st_mtime:  # else it is this checkpoint's already
-        draw_grid(net, flow, images.shape[1:], sample_steps, seed, device, saved, grid)
-        say_files(out, "samples.png", "checkpoint.pt", "log.jsonl", "train.json")
-    say("images from it: dansm sample", shlex.quote(str(saved)))
+    train(context.args, context.command_path)
 
 
 def draw_grid(net: nn.Module, flow, shape, steps: int, seed: int, device, saved: Path, path: Path) -> None:

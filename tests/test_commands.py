@@ -103,7 +103,7 @@ def test_train_writes_what_it_says(run, images, tmp_path, flow, method):
     out = tmp_path / "out" / "deep"
     code, said, err = run("train", images, "--flow", flow, "--method", method, "--steps", 4, "--out", out, *FAST)
     assert (code, err) == (0, "")
-    names = ["checkpoint.pt", "log.jsonl", "samples.png", "train.json"]
+    names = ["checkpoint.pt", "log.jsonl", "recipe.toml", "samples.png", "train.json"]
     assert files_of(out) == names
     assert all(str(out / name) in said for name in names)
     assert Image.open(out / "samples.png").size == (8 * 34 + 2, 8 * 34 + 2)  # 64 of 16 pixels, each two wide
@@ -315,7 +315,8 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(images, tmp_path, run):
     assert stopped["stopped_early"]
     assert f"stopped at step {steps:,} of 1,000,000, saved; the same command goes on" in said
     assert f"dansm sample {out / 'checkpoint.pt'}" in said
-    assert files_of(out) == ["checkpoint.pt", "log.jsonl", "train.json"]  # images take long: who stops does not wait
+    names = ["checkpoint.pt", "log.jsonl", "recipe.toml", "train.json"]
+    assert files_of(out) == names  # images take long: who stops does not wait
     assert log_of(out)[-1]["step"] == steps == checkpoint.load(out / "checkpoint.pt")["training"]["step"] < 10**6
     code, said, _ = run("train", images, "--out", out, "--steps", steps + 2, *FAST)
     assert code == 0 and f"going on from step {steps:,}" in said
@@ -588,7 +589,7 @@ BAD_OPTIONS = [
     (("train", "x", "--minutes", "-1"), "--minutes", "-1"),
     (("train", "x", "--device", "tpu"), "--device", "tpu"),
     (("train", "x", "--colour", "red"), "--colour", ""),
-    (("train",), "data", ""),
+    (("train",), "RECIPE", ""),
     (("sample", "x", "--count", "0"), "--count", "0"),
     (("sample", "x", "--steps", "0"), "--steps", "0"),
     (("sample", "x", "--solver", "rk4"), "--solver", "rk4"),
@@ -612,9 +613,9 @@ def test_a_bad_option_is_named_with_its_value_and_nothing_is_written(refused, tm
 
 
 WORDS = [
-    (("train", "x", "--method", "magic"), "--method.*magic.*nearest'$"),
+    (("train", "x", "--method", "magic"), "--method.*magic.*nearest$"),
     (("train", "x", "--match-size", "1.5"), "--match-size.*(whole number|integer)"),
-    (("train",), "'?data'?: expected a folder of images .*cifar10"),
+    (("train",), "'?RECIPE'?: expected a recipe.*a folder of images .*cifar10"),
     (("sample",), "'?checkpoint'?: expected a checkpoint.pt"),
 ]
 

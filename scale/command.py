@@ -1,0 +1,152 @@
+"""`dansm train`: one option for each setting of a recipe, and what is said before and after the run."""
+
+from __future__ import annotations
+
+import inspect
+import shlex
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import typer
+from rich.markup import escape
+from rich.progress import track
+
+import dansm
+from dansm import BadInput, counted, say
+from scale import data, trainer
+from scale.recipe import SETTINGS, Recipe, kind_of, load, names, shown, write
+
+WORDS = {int: "N", float: "X", str: "NAME"}  # that stand in the help for a value
+
+
+def train(arguments: list[str], called: str = "dansm train") -> None:
+    """Train as the command line says; `called` is what the help names the command."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+    app.command(help=_help())(_with_options(_train))
+    typer.main.get_command(app)(arguments, standalone_mode=False, prog_name=called)
+
+
+def _help() -> str:
+    known = names()
+    width = max(map(len, known))
+    lines = "\n".join(f"  {name:{width}}  {says}" for name, says in known.items())
+    return (f"{dansm.train_command.__doc__}\n\n"
+            "Writes checkpoint.pt, log.jsonl, train.json, recipe.toml and samples.png into --out.\n\n"
+            "An option given here goes before what the recipe says. In brackets: what holds where neither says "
+            "anything. Several numbers are parted by commas, as in --decay 0.9999,0.999.\n\n"
+            f"Recipes:\n\n\b\n{escape(lines)}")
+
+
+def _with_options(function):
+    """`function` with a parameter for each setting, None where it is not given: what Typer makes the options of."""
+    text = "a recipe's name, a .toml file of your own, or data: a folder of images (with subfolders), or cifar10"
+    source = Annotated[str, typer.Argument(help=text, metavar="RECIPE", show_default=False)]
+    device = Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(
+        help="auto takes the fastest there is", metavar="NAME", rich_help_panel="Where")]
+    out = Annotated[Path | None, typer.Option(
+        help="folder for the results, made if missing " + escape("[runs/RECIPE]"), metavar="PATH",
+        rich_help_panel="Where")]
+    fresh = Annotated[bool, typer.Option("--fresh", rich_help_panel="Where",
+                                         help="begin anew where --out holds a run already")]
+    taken = {"recipe": (source, inspect.Parameter.empty)} | {name: (_option(name), None) for name in SETTINGS}
+    taken |= {"out": (out, None), "device": (device, "auto"), "fresh": (fresh, False)}
+
+    def command(**given):
+        function(**given)
+
+    command.__signature__ = inspect.Signature([
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+        for name, (annotation, default) in taken.items()])
+    return command
+
+
+def _option(name: str):
+    """The option of a setting. All but the switches are taken as text, for the recipe to check as it checks files."""
+    field, kind, option = SETTINGS[name], kind_of(name), "--" + name.replace("_", "-")
+    rules, switch = field.metadata, kind.type is bool
+    text = rules["text"] + (": " + ", ".join(rules["choices"]) if rules["choices"] else "")
+    if not kind.optional and name != "data":
+        text += f" [{('yes' if field.default else 'no') if switch else shown(field.default)}]"
+    word = "" if switch else WORDS[kind.type] + ",…" * kind.several
+    return Annotated[(bool if switch else str) | None, typer.Option(
+        f"{option}/--no-{option[2:]}" if switch else option, help=escape(text), metavar=word,
+        rich_help_panel=rules["part"])]
+
+
+def _train(recipe: str, out: Path | None, device: str, fresh: bool, **given) -> None:
+    """Read the recipe and train by it. `given`: the settings of the command line, None where it says nothing."""
+    overrides = {name: parse(name, value) for name, value in given.items() if value is not None}
+    device = dansm.pick_device(device)
+    run(load(recipe, overrides), out or Path("runs") / name_of_run(recipe), device, fresh)
+
+
+def parse(name: str, text: str | bool):
+    """The value that `text` is for a setting; or `text` itself if it is none, which the recipe then refuses."""
+    kind = kind_of(name)
+    if kind.type in (str, bool):
+        return text
+    try:
+        return [kind.type(one) for one in text.split(",") if text] if kind.several else kind.type(text)
+    except ValueError:
+        return text
+
+
+def name_of_run(source: str) -> str:
+    """The recipe's name; "train" where a run is of data with no recipe."""
+    return source if source in names() else Path(source).stem if source.endswith(".toml") else "train"
+
+
+def run(recipe: Recipe, out: Path, device: torch.device, fresh: bool) -> None:
+    """Read the data, train, write what the run was and a grid of samples, and say where they are."""
+    dansm.check_steps("--sample-steps", recipe.sample_steps, dansm.FLOWS[recipe.flow])
+    data.check_out(recipe.data, out)
+    out, left_out = dansm.make_folder(out), []
+    images = data.load_images(recipe.data, size=recipe.size or None, skip_unreadable=recipe.skip_unreadable,
+                              left_out=left_out, track=_track_reading)
+    if left_out:
+        say(f"left out {len(left_out):,} of {counted(len(images) + len(left_out), 'image')}, not readable:",
+            ", ".join(map(str, left_out[:3])) + ", …" * (len(left_out) > 3))
+    summary, net, flow = _fit(images, recipe, out, device, fresh)
+    saved, grid, files = out / "checkpoint.pt", out / "samples.png", ("log.jsonl", "train.json", "recipe.toml")
+    if summary["this_call"]["steps"]:
+        write(recipe, out / "recipe.toml")
+        dansm.write_json(out / "train.json", {
+            "data": recipe.data, "data_images": len(images), "unreadable_images": len(left_out),
+            "hardware": dansm.hardware(device), **summary})
+        say(f"{counted(summary['images'], 'image')} in {counted(summary['steps'], 'step')},",
+            f"{summary['this_call']['images_per_second']:,} a second")
+    else:
+        say(f"already at step {summary['steps']:,} of --steps {recipe.steps:,}: nothing to do; a larger --steps",
+            "goes on")
+    if summary["stopped_early"]:
+        say(f"stopped at step {summary['steps']:,} of {recipe.steps:,}, saved;",
+            f"the same command{' without --fresh' * fresh} goes on")
+        dansm.say_files(out, "checkpoint.pt", *files)
+    elif not grid.exists() or grid.stat().st_mtime < saved.stat().st_mtime:  # else it is this checkpoint's already
+        dansm.draw_grid(net, flow, images.shape[1:], recipe.sample_steps, recipe.seed, device, saved, grid)
+        dansm.say_files(out, "samples.png", "checkpoint.pt", *files)
+    say("images from it: dansm sample", shlex.quote(str(saved)))
+
+
+def _track_reading(paths, total):
+    return track(paths, "reading images", total=total, console=dansm.console)
+
+
+# of a recipe, what the trainer does not do
+LATER = ("width", "multipliers", "blocks", "attention_at", "dropout", "match_scope", "fast", "accumulate", "warmup",
+         "clip", "precision", "deterministic", "save_minutes", "keep", "log_steps")
+
+
+def _fit(images, recipe, out, device, fresh):
+    """The trainer's own settings from the recipe. What it cannot do is refused, lest a run be not what it says."""
+    for name in LATER:
+        if getattr(recipe, name) != SETTINGS[name].default:
+            raise BadInput(f"{name} is {shown(getattr(recipe, name))}: this trainer cannot do that, expected "
+                           f"{shown(SETTINGS[name].default)}")
+    if len(recipe.decay) > 1:
+        raise BadInput(f"decay is {shown(recipe.decay)}: this trainer keeps one moving average, expected one number")
+    kept = ("network", "flow", "times", "method", "match_size", "cost", "batch", "lr", "flip", "size", "seed")
+    settings = {name: getattr(recipe, name) for name in kept} | {"decay": recipe.decay[0], "images": len(images)}
+    return trainer.fit(images, settings, steps=recipe.steps, minutes=recipe.minutes, out=out, fresh=fresh,
+                       device=device, console=dansm.console)
