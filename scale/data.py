@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from functools import partial
 from itertools import count
@@ -18,14 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 from dansm import BadInput, check_count, free_memory
-from scale.read import Source, Unreadable, ahead, check_finite, files_of, open_latents, opened, square
+from scale.cache import cached
+from scale.read import Source, Unreadable, check_finite, files_of, open_latents, opened, square
 
-try:
-    import fcntl
-except ImportError:  # not on Windows, where two runs must not decode into one cache at once
-    fcntl = None
-
-VERSION = 1  # of what a cache holds; another one is decoded anew
 RESIDENT = 1 / 4  # of the device's free memory may be taken by the data: the rest is for training
 AHEAD, READERS = 4, 2  # batches read before they are asked for, and threads that do
 
@@ -47,8 +42,8 @@ def load_images(source: str, *, size: int | None = None, skip_unreadable: bool =
 
     A tensor in memory, or an np.memmap where a cache or a .npy file holds it; `batches` takes either. Raises BadInput
     for a source that is missing, empty, damaged, encrypted or unsafe, for an unreadable file (named; left out if
-    `skip_unreadable`), for unequal sizes (two files named), for latents that are not finite, and if the array would
-    take more than half of the free memory, or of the disk, and there is no cache.
+    `skip_unreadable`), for unequal sizes (two files named), for latents that are not finite, for an array of more than
+    half of the free memory where there is no cache, and for a cache on a full disk.
     """
     if not str(source):
         raise BadInput("the folder of images is '': expected a path, or cifar10")
@@ -60,7 +55,9 @@ def load_images(source: str, *, size: int | None = None, skip_unreadable: bool =
         return _one_file_of_latents(source, size, track)
     if cache is None:
         return torch.from_numpy(_decode(source, files, size, skip_unreadable, track, left_out, _in_memory))
-    return _cached(cache, source, files, size, skip_unreadable, track, left_out)
+    _check_outside("--cache", source, cache)
+    return cached(cache, source, files, size, skip_unreadable, left_out,
+                  partial(_decode, source, files, size, skip_unreadable, track))
 
 
 def check_out(source: str, out: Path) -> None:
@@ -165,91 +162,21 @@ def _in_memory(source: Path, shape: tuple[int, ...], dtype) -> np.ndarray:
     return np.empty(shape, dtype)
 
 
-# ------------------------------------------------------------------------------- the cache
+def ahead(work: Callable, items: Iterable, *, threads: int, depth: int) -> Iterator:
+    """work(item) of each item in turn, in threads, begun up to `depth` items before it is asked for.
 
-
-def _cached(cache: Path, source, files, size, skip_unreadable, track, left_out) -> np.ndarray:
-    """What the cache holds of these very files, decoded into it first if it does not."""
-    _check_outside("--cache", source, cache)
-    key = hashlib.blake2b(f"{source.resolve()} {size}".encode(errors="surrogateescape"), digest_size=4).hexdigest()
-    kept, digest = cache / f"{source.name}-{size or 'whole'}-{key}.npy", _digest(files, size)
+    What it raises is raised here in its turn. Closed, it drops what has not begun and waits for what has.
+    """
+    pool, waiting = ThreadPoolExecutor(threads), deque()
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with _alone(kept.with_suffix(".lock")):
-            if (found := _look_up(kept, digest, skip_unreadable, left_out)) is None:
-                _decode_to(kept, digest, source, files, size, skip_unreadable, track, left_out)
-                found = _look_up(kept, digest, skip_unreadable, [])
-        return found
-    except OSError as error:
-        raise BadInput(f"--cache is {cache}, which cannot be used: {error.strerror}; expected a folder that can be "
-                       "written to, on a disk with room") from error
-
-
-def _digest(files: list[Path], size: int | None) -> str:
-    """Another one as soon as a file is added, removed, renamed or written to."""
-    digest = hashlib.blake2b(f"{VERSION} {size}".encode(), digest_size=16)
-    for path in files:
-        known = path.stat()
-        digest.update(f"{path}\0{known.st_size}\0{known.st_mtime_ns}\0".encode(errors="surrogateescape"))
-    return digest.hexdigest()
-
-
-@contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """One process at a time. The lock goes with the process that holds it, however that ends."""
-    with open(lock, "w") as file:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _look_up(kept: Path, digest, skip_unreadable, left_out) -> np.ndarray | None:
-    """The array of an earlier call, or None if it is of other files or not whole."""
-    try:
-        index = json.loads(kept.with_suffix(".json").read_text())
-        array = np.load(kept, mmap_mode="c", allow_pickle=False)
-        if index["digest"] != digest or (index["left_out"] and not skip_unreadable):
-            return None
-        if [*array.shape] != index["shape"] or str(array.dtype) != index["dtype"]:
-            return None
-        left_out += [Path(path) for path in index["left_out"]]
-        return array[: index["count"]]
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-
-
-def _decode_to(kept: Path, digest, source, files, size, skip_unreadable, track, left_out) -> None:
-    """Decode into a file beside `kept`, then rename it; the index is written last, so that a kill leaves none."""
-    partly, index, missing = kept.with_suffix(".partial"), kept.with_suffix(".json"), []
-    try:
-        array = _decode(source, files, size, skip_unreadable, track, missing,
-                        lambda _, shape, dtype: _on_disk(partly, shape, dtype))
-        array.flush()
-        whole = np.load(partly, mmap_mode="r")
-        index.unlink(missing_ok=True)
-        os.replace(partly, kept)
-        partly.write_text(json.dumps({
-            "digest": digest, "source": str(source), "size": size, "files": len(files), "count": len(array),
-            "shape": whole.shape, "dtype": str(whole.dtype), "left_out": [str(path) for path in missing]}))
-        os.replace(partly, index)
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
     finally:
-        partly.unlink(missing_ok=True)
-    left_out += missing
-
-
-def _on_disk(path: Path, shape: tuple[int, ...], dtype) -> np.memmap:
-    """A memory-mapped array with all its room taken at once: a disk that fills up under a map ends the process."""
-    with open(path, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, {
-            "descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape})
-        needed = int(np.prod(shape)) * dtype.itemsize
-        if hasattr(os, "posix_fallocate"):
-            file.flush()
-            os.posix_fallocate(file.fileno(), 0, file.tell() + needed)
-        else:
-            for start in range(0, needed, 2**24):
-                file.write(bytes(min(2**24, needed - start)))
-    return np.load(path, mmap_mode="r+")
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 # ------------------------------------------------------------------------------- to the device

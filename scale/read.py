@@ -6,9 +6,7 @@ import os
 import stat
 import tarfile
 import zipfile
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from functools import partial
 from io import BytesIO
@@ -335,23 +333,3 @@ def _latent_files(files: list[Path], size: int | None) -> Source:
         return array
 
     return Source(places[-1], len(files), zip(places, files, files, strict=False), decode)
-
-
-# ------------------------------------------------------------------------------- in parallel
-
-
-def ahead(work: Callable, items: Iterable, *, threads: int, depth: int) -> Iterator:
-    """work(item) of each item in turn, in threads, begun up to `depth` items before it is asked for.
-
-    What it raises is raised here in its turn. Closed, it drops what has not begun and waits for what has.
-    """
-    pool, waiting = ThreadPoolExecutor(threads), deque()
-    try:
-        for item in items:
-            waiting.append(pool.submit(work, item))
-            if len(waiting) > depth:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)

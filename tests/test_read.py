@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dansm import BadInput
+from scale import cache as cache_module
 from scale import data, read
 from scale.data import load_images
 
@@ -447,6 +448,16 @@ def test_the_second_call_finds_what_the_first_decoded(tmp_path, decodes, source)
     assert (index["source"], index["count"], index["size"]) == (source, len(expected), None)
 
 
+def test_a_source_named_otherwise_is_found_too(tmp_path, decodes, monkeypatch):
+    source, cache = as_folder(tmp_path / "folder", PICTURES), tmp_path / "cache"
+    load_images(str(source), cache=cache)
+    del decodes[:]
+    monkeypatch.chdir(tmp_path)
+    for name in ("folder", "./folder/", "../" + tmp_path.name + "/folder"):
+        load_images(name, cache=Path("cache"))
+    assert not decodes
+
+
 def test_another_size_is_kept_beside(tmp_path, decodes):
     source, cache = str(as_folder(tmp_path / "folder", PICTURES)), tmp_path / "cache"
     whole, small = load_images(source, cache=cache), load_images(source, cache=cache, size=2)
@@ -556,7 +567,7 @@ def test_a_decode_that_is_killed_is_begun_anew(tmp_path, decodes, moment):
     assert sorted(path.suffix for path in cache.iterdir()) == [".json", ".lock", ".npy"]
 
 
-@pytest.mark.skipif(data.fcntl is None, reason="no locks between processes")
+@pytest.mark.skipif(cache_module.fcntl is None, reason="no locks between processes")
 def test_of_several_at_once_one_decodes(tmp_path, decodes):
     folder, cache, found = as_folder(tmp_path / "folder", PICTURES), tmp_path / "cache", []
 
