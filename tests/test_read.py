@@ -107,6 +107,12 @@ def test_an_unreadable_image_of_an_archive_is_named_or_left_out(tmp_path, expect
     assert torch.equal(rest, expected[[0, 1, *range(3, len(expected))]]) and left_out == [archive / broken]
 
 
+def test_what_is_left_out_of_a_tar_is_told_in_the_order_of_the_names(tmp_path):
+    archive, left_out = packed(tmp_path / "a.tar", {"c.png": b"", "b.png": PICTURES["b.png"], "a.png": b""}), []
+    load_images(str(archive), skip_unreadable=True, left_out=left_out)
+    assert left_out == [archive / "a.png", archive / "c.png"]
+
+
 def test_a_damaged_byte_in_a_zip_is_told_by_its_checksum(tmp_path):
     archive = packed(tmp_path / "a.zip", {"a.bmp": picture(0, ".bmp"), "b.bmp": picture(1, ".bmp")})
     content = bytearray(archive.read_bytes())
@@ -158,7 +164,8 @@ def test_a_file_that_is_no_lmdb_and_an_empty_lmdb_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
-@pytest.mark.parametrize("name", ["../a.png", "/a.png", "sub/../../a.png", "C:\\a.png", "..\\a.png", "\\a.png", "../b"])
+@pytest.mark.parametrize("name", ["../a.png", "/a.png", "sub/../../a.png", "C:\\a.png", "C:a.png", "..\\a.png",
+                                  "\\a.png", "../b"])
 def test_an_archive_that_points_outside_is_refused(tmp_path, packing, name):
     archive = packed(tmp_path / f"images{packing}", {"b.png": PICTURES["b.png"], name: PICTURES["b.png"]})
     with pytest.raises(BadInput, match=rf"{archive} points outside of itself") as refused:
@@ -565,6 +572,26 @@ def test_a_decode_that_is_killed_is_begun_anew(tmp_path, decodes, moment):
     assert torch.equal(torch.from_numpy(load_images(str(folder), cache=cache)), expected)
     assert len(decodes) == len(PICTURES)
     assert sorted(path.suffix for path in cache.iterdir()) == [".json", ".lock", ".npy"]
+
+
+def test_a_kill_between_array_and_index_leaves_no_index_of_another_array(tmp_path, monkeypatch):
+    folder, cache, replace, calls = as_folder(tmp_path / "folder", PICTURES), tmp_path / "cache", os.replace, []
+    before = load_images(str(folder), cache=cache).copy()
+    was = (folder / "b.png").stat()
+
+    def killed_the_second_time(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise SystemExit("killed")
+        replace(*arguments)
+
+    (folder / "b.png").write_bytes(picture(99))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(os, "replace", killed_the_second_time)
+        load_images(str(folder), cache=cache)
+    (folder / "b.png").write_bytes(PICTURES["b.png"])
+    os.utime(folder / "b.png", ns=(was.st_atime_ns, was.st_mtime_ns))
+    assert (load_images(str(folder), cache=cache) == before).all()
 
 
 @pytest.mark.skipif(cache_module.fcntl is None, reason="no locks between processes")
