@@ -1,135 +1,74 @@
-"""Images from files to the device: decoded once, kept as one uint8 array, shuffled and flipped there."""
+"""Images from files to the device: decoded once, kept as one array, shuffled and flipped there."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from contextlib import closing, contextmanager
+from functools import partial
 from itertools import count
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from dansm import BadInput
+from dansm import BadInput, check_count, free_memory
+from scale.cache import cached
+from scale.read import Source, Unreadable, check_finite, files_of, open_latents, opened, square
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+RESIDENT = 1 / 4  # of the device's free memory may be taken by the data: the rest is for training
+AHEAD, READERS = 4, 2  # batches read before they are asked for, and threads that do
 
 
 def load_images(source: str, *, size: int | None = None, skip_unreadable: bool = False, root: str = "data",
-                track=lambda paths, total: paths, left_out: list[Path] | None = None) -> Tensor:
-    """All images of `source` as one uint8 array (N, 3, H, W).
+                track=lambda images, total: images, left_out: list[Path] | None = None,
+                cache: Path | None = None) -> Tensor | np.ndarray:
+    """All of `source` as one array (N, C, H, W): uint8 for images, float16 or float32 for latents.
 
-    source  a folder, read with its subfolders in the order of their names; or "cifar10", which torchvision
-            downloads into `root` at first use.
+    source  images: a folder, read with its subfolders in the order of their names; a .zip, .tar, .tar.gz, .tar.bz2 or
+            .tar.xz of them (.tar.zst from Python 3.14 on), read without unpacking; an LSUN lmdb, a folder with
+            data.mdb; or "cifar10", which torchvision downloads into `root` at first use.
+            Latents: a .npy file (N, C, H, W), or a folder of .npy files, all (C, H, W) or all (n, C, H, W).
     size    shorter side to this many pixels, then the centre square; None takes the images as they are.
-    track   wraps the files while they are read, to show progress: track(paths, total) yields the paths.
-    left_out  gets the paths of the images that `skip_unreadable` left out.
-    Raises BadInput for a folder that is missing, empty or unreadable, for an unreadable image (named; left
-    out if `skip_unreadable`), and for images of unequal size (two of them named).
+    track   wraps what is read while it is read, to show progress: track(images, total) yields what it is given.
+    left_out  gets the paths of the files that `skip_unreadable` left out.
+    cache   a folder that keeps what was decoded: the array stays on the disk, memory-mapped, and the next call for
+            the same files decodes nothing. Of several processes one decodes and the others wait for it.
+
+    A tensor in memory, or an np.memmap where a cache or a .npy file holds it; `batches` takes either. Raises BadInput
+    for a source that is missing, empty, damaged, encrypted or unsafe, for an unreadable file (named; left out if
+    `skip_unreadable`), for unequal sizes (two files named), for latents that are not finite, for an array of more than
+    half of the free memory where there is no cache, and for a cache on a full disk.
     """
     if not str(source):
         raise BadInput("the folder of images is '': expected a path, or cifar10")
     if source == "cifar10" and not Path(source).exists():
         return _cifar10(root, size)
-    paths = find_images(Path(source))
-    images, first, found = None, None, 0
-    left_out = [] if left_out is None else left_out
-    readers = ThreadPoolExecutor(os.cpu_count())  # decoding leaves Python's lock, so threads do
-    try:
-        decoded = readers.map(lambda path: read_image(path, size, skip_unreadable), paths)
-        for path in track(paths, len(paths)):
-            image = next(decoded)
-            if image is None:
-                left_out.append(path)
-                continue
-            if images is None:
-                images, first = np.empty((len(paths), *image.shape), np.uint8), path
-            if image.shape != images.shape[1:]:
-                raise BadInput(f"{path} is {_pixels(image)}, {first} is {_pixels(images[0])}: expected images of "
-                               "equal size; --size N makes them N pixels square")
-            images[found] = image
-            found += 1
-    finally:
-        readers.shutdown(wait=False, cancel_futures=True)
-    if images is None:
-        raise BadInput(f"{source} holds {len(paths)} image files, none of them readable")
-    return torch.from_numpy(images[:found]).permute(0, 3, 1, 2).contiguous()
+    source, left_out = Path(source), [] if left_out is None else left_out
+    files = files_of(source)
+    if files[0] == source and source.suffix.lower() == ".npy":
+        return _one_file_of_latents(source, size, track)
+    if cache is None:
+        return torch.from_numpy(_decode(source, files, size, skip_unreadable, track, left_out, _in_memory))
+    _check_outside("--cache", source, cache)
+    return cached(cache, source, files, size, skip_unreadable, left_out,
+                  partial(_decode, source, files, size, skip_unreadable, track))
 
 
 def check_out(source: str, out: Path) -> None:
     """BadInput if results in `out` would lie in the folder of images: the next run would read samples.png as one."""
-    if str(source) and Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
-        raise BadInput(f"--out is {out}, inside {source}, whose images are read with all its subfolders: expected a "
-                       "folder outside of it")
+    _check_outside("--out", source, out)
 
 
-def find_images(folder: Path) -> list[Path]:
-    """Every image file below `folder`, in the order of their names."""
-    if not folder.exists():
-        raise BadInput(f"{folder} does not exist: expected a folder of images, or cifar10")
-    if not folder.is_dir():
-        raise BadInput(f"{folder} is a file: expected a folder of images")
-
-    def unreadable(error: OSError):
-        raise BadInput(f"{error.filename} cannot be read: {error.strerror}")
-
-    paths = [Path(parent) / name for parent, _, names in os.walk(folder, onerror=unreadable, followlinks=True)
-             for name in names if Path(name).suffix.lower() in SUFFIXES]
-    if not paths:
-        raise BadInput(f"{folder} holds no images: expected files ending in {' '.join(sorted(SUFFIXES))}")
-    return sorted(paths)
-
-
-def read_image(path: Path, size: int | None = None, skip_unreadable: bool = False) -> np.ndarray | None:
-    """One image as (H, W, 3) uint8; None for an unreadable one if it may be skipped, else BadInput naming it."""
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):  # more than 8 bits a pixel, which convert would cut off at 255
-                image = Image.fromarray(_from_16_bits(np.asarray(image)))
-            return _square(image.convert("RGB"), size)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises
-        if skip_unreadable:
-            return None
-        raise BadInput(f"{path} cannot be read as an image; --skip-unreadable leaves such files out") from error
-
-
-def batches(images: Tensor, batch: int, *, seed: int = 0, flip: bool = True, start: int = 0) -> Iterator[Tensor]:
-    """Endless batches (batch, C, H, W) in [−1, 1] from uint8 images (N, C, H, W), on the images' device.
-
-    Each epoch is a permutation, with its own mirrored half, that depends on seed and epoch alone: batch
-    number `start` is the same for a run that is resumed there. A batch may end one epoch and begin the next.
-    """
-
-    @lru_cache(maxsize=2)
-    def shuffled(epoch):
-        draw = np.random.default_rng([seed, epoch])
-        return draw.permutation(len(images)), draw.random(len(images)) < (0.5 if flip else 0)
-
-    for number in count(start):
-        epoch, place = np.divmod(np.arange(number * batch, (number + 1) * batch), len(images))
-        rows = np.concatenate([shuffled(e)[0][place[epoch == e]] for e in np.unique(epoch)])
-        mirrored = np.concatenate([shuffled(e)[1][place[epoch == e]] for e in np.unique(epoch)])
-        x = images[torch.from_numpy(rows).to(images.device)]
-        mirrored = torch.from_numpy(mirrored).to(images.device)[:, None, None, None]
-        yield torch.where(mirrored, x.flip(3), x).float() / 127.5 - 1
-
-
-def _from_16_bits(pixels: np.ndarray) -> np.ndarray:
-    if pixels.dtype.kind == "f" or pixels.min() < 0 or pixels.max() > 65535:
-        raise ValueError("neither 8 nor 16 bits a pixel: what is white is not known")
-    return (pixels // 257).astype(np.uint8)
-
-
-def _square(image: Image.Image, size: int | None) -> np.ndarray:
-    return np.asarray(image if size is None else ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
-
-
-def _pixels(image: np.ndarray) -> str:
-    return f"{image.shape[1]}×{image.shape[0]}"
+def _check_outside(option, source, folder):
+    if str(source) and Path(source).is_dir() and folder.resolve().is_relative_to(Path(source).resolve()):
+        raise BadInput(f"{option} is {folder}, inside {source}, whose images are read with all its subfolders: "
+                       "expected a folder outside of it")
 
 
 def _cifar10(root: str, size: int | None) -> Tensor:
@@ -140,5 +79,223 @@ def _cifar10(root: str, size: int | None) -> Tensor:
     except (OSError, RuntimeError) as error:
         raise BadInput(f"CIFAR-10 is not in {root} and could not be downloaded ({error}): expected a network, or "
                        "the path of a folder of images") from error
-    images = images if size is None else np.stack([_square(Image.fromarray(image), size) for image in images])
+    images = images if size is None else np.stack([square(Image.fromarray(image), size) for image in images])
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
+def _one_file_of_latents(path: Path, size: int | None, track) -> np.ndarray:
+    if size is not None:
+        raise BadInput(f"--size is {size}, and {path} holds latents, which are taken as they are: expected none")
+    latents = open_latents(path)
+    parts = np.array_split(latents, max(1, latents.nbytes // 2**26))
+    with closing(ahead(partial(check_finite, path), parts, threads=os.cpu_count(), depth=os.cpu_count())) as checked:
+        for _ in track(checked, len(parts)):
+            pass
+    return latents
+
+
+# ------------------------------------------------------------------------------- decoding
+
+
+def _decode(source, files, size, skip_unreadable, track, left_out, make_array) -> np.ndarray:
+    """Every file of `source` in one array, which make_array(source, shape, dtype) makes once their shape is known."""
+    with opened(source, files, size) as read, _bombs_refused():
+        array, first, kept, missing = None, None, np.zeros(read.count, bool), []
+        threads = os.cpu_count()  # decoding leaves Python's lock, so threads do
+        work = partial(_decode_one, read, skip_unreadable)
+        with closing(ahead(work, read.entries, threads=threads, depth=4 * threads)) as decoded:
+            for place, path, part in track(decoded, read.parts):
+                if part is None:
+                    missing.append((place, path))
+                    continue
+                if array is None:
+                    array, first = make_array(source, (read.count, *part.shape[1:]), part.dtype), path
+                if part.shape[1:] != array.shape[1:] or part.dtype != array.dtype:
+                    raise _unequal(path, part, first, array)
+                array[place : place + len(part)] = part
+                kept[place : place + len(part)] = True
+    if array is None:
+        kind = "latent" if files[0].suffix == ".npy" else "image"
+        raise BadInput(f"{source} holds {len(missing)} {kind} files, none of them readable")
+    left_out += [path for _, path in sorted(missing)]
+    if missing:
+        for to, place in enumerate(np.flatnonzero(kept)):
+            array[to] = array[place]
+    return array[: kept.sum()]
+
+
+def _decode_one(read: Source, skip_unreadable, entry):
+    place, path, payload = entry
+    try:
+        return place, path, read.decode(path, payload)
+    except Unreadable:
+        if skip_unreadable:
+            return place, path, None
+        raise
+
+
+@contextmanager
+def _bombs_refused():
+    """Pillow only warns of an image up to twice its limit."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
+def _unequal(path, part, first, array) -> BadInput:
+    if array.dtype == np.uint8:
+        return BadInput(f"{path} is {_pixels(part)}, {first} is {_pixels(array)}: expected images of equal size; "
+                        "--size N makes them N pixels square")
+    return BadInput(f"{path} holds {part.dtype} {part.shape[1:]}, {first} {array.dtype} {array.shape[1:]}: expected "
+                    "latents of equal shape and type")
+
+
+def _pixels(images: np.ndarray) -> str:
+    return f"{images.shape[3]}×{images.shape[2]}"
+
+
+def _in_memory(source: Path, shape: tuple[int, ...], dtype) -> np.ndarray:
+    needed, free = int(np.prod(shape)) * dtype.itemsize, free_memory("cpu")
+    if needed > free / 2:
+        raise BadInput(f"{source} takes {needed / 1e9:,.1f} GB decoded, and half of the free memory is "
+                       f"{free / 2e9:,.1f} GB: expected smaller images (--size), or a folder to keep them in (--cache)")
+    return np.empty(shape, dtype)
+
+
+def ahead(work: Callable, items: Iterable, *, threads: int, depth: int) -> Iterator:
+    """work(item) of each item in turn, in threads, begun up to `depth` items before it is asked for.
+
+    What it raises is raised here in its turn. Closed, it drops what has not begun and waits for what has.
+    """
+    pool, waiting = ThreadPoolExecutor(threads), deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+# ------------------------------------------------------------------------------- to the device
+
+
+def batches(images: Tensor | np.ndarray, batch: int, *, seed: int = 0, flip: bool = True, start: int = 0,
+            rank: int = 0, ranks: int = 1, device=None, resident: bool | None = None) -> Iterator[Tensor]:
+    """Endless batches (batch / ranks, C, H, W) float32 on `device`, by default where the images are.
+
+    images    (N, C, H, W) uint8, served in [−1, 1], or float16 or float32 latents, served as they are.
+    rank      of `ranks` gets its part of each batch: the parts joined in their order are the batch of one process.
+    resident  whether the images live on the device; None: if they take up to a quarter of its free memory. Those
+              that do not are read by threads a few batches ahead. The batches are the same to the last bit.
+
+    Each epoch is a permutation, with its own mirrored half, that depends on seed and epoch alone: batch
+    number `start` is the same for a run that is resumed there. A batch may end one epoch and begin the next.
+    Raises BadInput for images of another type, and for a batch that `ranks` does not divide.
+    """
+    if images.ndim != 4 or 0 in images.shape or str(images.dtype).split(".")[-1] not in ("uint8", "float16", "float32"):
+        raise BadInput(f"the images are {images.dtype} {tuple(images.shape)}: expected uint8, float16 or float32 "
+                       "(N, C, H, W)")
+    batch, ranks = check_count("batch", batch), check_count("ranks", ranks)
+    start, rank = check_count("start", start, 0), check_count("rank", rank, 0)
+    if batch % ranks or rank >= ranks:
+        raise BadInput(f"batch is {batch}, for rank {rank} of {ranks}: expected a batch that {ranks} divides, and a "
+                       f"rank below {ranks}")
+    if device is None:
+        device = images.device if isinstance(images, Tensor) else "cpu"
+    device = torch.device(device)
+    side = torch.cuda.Stream(device) if device.type == "cuda" else None
+    device = side.device if side else device  # cuda:0 for cuda, as the threads know no current device
+    if resident is None:
+        resident = _may_live_on(device, images)
+    shares = partial(_shares, len(images), batch, seed, flip, start, rank, ranks)
+    if resident:
+        return _served_there(_tensor(images).to(device), shares(device, side))
+    images = images.cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)
+    return _read_ahead(images, shares(torch.device("cpu"), None), device, side)
+
+
+def _may_live_on(device: torch.device, images) -> bool:
+    if isinstance(images, Tensor) and images.device == device:
+        return True
+    if device.type == "cpu":
+        return not isinstance(images, np.memmap)
+    return images.nbytes <= RESIDENT * free_memory(device)
+
+
+def _tensor(images: Tensor | np.ndarray) -> Tensor:
+    if isinstance(images, Tensor):
+        return images
+    return torch.from_numpy(images if images.flags.writeable else images.copy())  # torch warns of what is read-only
+
+
+def _served_there(images: Tensor, shares) -> Iterator[Tensor]:
+    with closing(shares):
+        for rows, mirrored in shares:
+            yield _finished(images.index_select(0, rows), mirrored)
+
+
+def _read_ahead(images: np.ndarray, shares, device, side) -> Iterator[Tensor]:
+    def gather(share):
+        rows, mirrored = share
+        by_place = np.argsort(rows.numpy())  # in the order of the file: fewer, longer reads
+        sorted_rows = np.take(images, rows.numpy()[by_place], axis=0)
+        x = torch.empty(sorted_rows.shape, dtype=getattr(torch, str(images.dtype)), pin_memory=side is not None)
+        np.take(sorted_rows, np.argsort(by_place), axis=0, out=x.numpy(), mode="clip")  # as raise would copy
+        return _send((x, mirrored), device, side)
+
+    with closing(shares), closing(ahead(gather, shares, threads=READERS, depth=AHEAD)) as gathered:
+        for sent in gathered:
+            yield _finished(*_received(*sent))
+
+
+def _finished(x: Tensor, mirrored: Tensor) -> Tensor:
+    x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
+    return x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x.float()
+
+
+def _shares(length, batch, seed, flip, start, rank, ranks, device, side) -> Iterator[list[Tensor]]:
+    """One rank's part of each batch: rows (batch / ranks,) int64 and whether each is mirrored, on `device`.
+
+    The next epoch is drawn in a thread while this one is served: three million images take a quarter of a second.
+    """
+
+    def draw(epoch):
+        numbers = np.random.default_rng([seed, epoch])
+        rows, mirrored = numbers.permutation(length), numbers.random(length) < (0.5 if flip else 0)
+        return _send((torch.from_numpy(rows), torch.from_numpy(mirrored)), device, side)
+
+    share = batch // ranks
+    first = start * batch + rank * share
+    epoch, order = first // length - 1, None
+    with closing(ahead(draw, count(epoch + 1), threads=1, depth=1)) as epochs:
+        for place in count(first, batch):
+            parts, end = [], place + share
+            while place < end:
+                while epoch < place // length:
+                    epoch, order = epoch + 1, _received(*next(epochs))
+                begin = place % length
+                taken = min(length - begin, end - place)
+                parts.append([part[begin : begin + taken] for part in order])
+                place += taken
+            yield parts[0] if len(parts) == 1 else [torch.cat(part) for part in zip(*parts, strict=True)]
+
+
+def _send(tensors, device, side):
+    """The tensors on `device`, on a GPU by a stream of its own, and the event that tells when they are there."""
+    if side is None:
+        return [tensor.to(device) for tensor in tensors], None
+    with torch.cuda.stream(side):
+        return [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors], side.record_event()
+
+
+def _received(tensors, sent) -> list[Tensor]:
+    """What `_send` gave, safe to use on the stream at work here: the GPU waits, the thread does not."""
+    if sent is not None:
+        current = torch.cuda.current_stream(tensors[0].device)
+        current.wait_event(sent)
+        for tensor in tensors:
+            tensor.record_stream(current)
+    return tensors

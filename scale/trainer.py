@@ -61,7 +61,8 @@ def fit(images: Tensor, recipe: dict, *, steps: int, minutes: float, out: Path, 
             os.replace(aside, log)
             keeps_other = False
 
-    batches = data.batches(images.to(device), recipe["batch"], seed=recipe["seed"], flip=recipe["flip"], start=run.step)
+    batches = data.batches(images, recipe["batch"], seed=recipe["seed"], flip=recipe["flip"], start=run.step,
+                           device=device)
     paired = _Latest(dansm.pairs(batches, recipe["method"], recipe["match_size"], cost=recipe["cost"], pool=pool))
     first_step, begin = run.step, time.monotonic()
     last_save = begin

@@ -2,17 +2,22 @@
 
 import pickle
 import random
+import threading
+import warnings
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 import dansm
 from dansm import BadInput
-from scale import checkpoint
-from scale.data import batches, find_images, load_images
+from scale import checkpoint, data
+from scale.data import batches, load_images
+from scale.read import find_files
 
 
 def noise_image(width, height, seed=0, mode="RGB"):
@@ -40,7 +45,7 @@ def folder(tmp_path):
 
 
 def test_images_come_in_the_order_of_their_names_with_the_subfolders(folder):
-    names = [path.relative_to(folder).as_posix() for path in find_images(folder)]
+    names = [path.relative_to(folder).as_posix() for path in find_files(folder)]
     assert names == ["Z.PNG", "a10.png", "a9.png", "b.png", "sub/c.png", "sub/deeper/0.bmp"]
     images = load_images(str(folder))
     for name, image in zip(names, images, strict=True):
@@ -140,13 +145,13 @@ def test_a_folder_of_unreadable_images_only_is_refused(tmp_path):
 def test_progress_is_told_of_every_file(folder):
     seen = []
 
-    def track(paths, total):
-        for path in paths:
-            seen.append((path.name, total))
-            yield path
+    def track(images, total):
+        for image in images:
+            seen.append(total)
+            yield image
 
     load_images(str(folder), track=track)
-    assert seen == [(path.name, 6) for path in find_images(folder)]
+    assert seen == [6] * 6
 
 
 # ------------------------------------------------------------------------------- batches
@@ -234,6 +239,162 @@ def test_batches_leave_the_images_as_they_are():
     before = images.clone()
     stream(images, 3, 4)
     assert torch.equal(images, before)
+
+
+def by_the_rule(images, batch, *, seed, number, flip=True):
+    """Batch `number` of the endless row of epochs, one sample after the other."""
+    x = []
+    for place in range(number * batch, (number + 1) * batch):
+        draw = np.random.default_rng([seed, place // len(images)])
+        row = draw.permutation(len(images))[place % len(images)]
+        mirrored = flip and draw.random(len(images))[place % len(images)] < 0.5
+        image = torch.as_tensor(images[row])
+        image = image.flip(2) if mirrored else image
+        x.append(image.float() / 127.5 - 1 if image.dtype == torch.uint8 else image.float())
+    return torch.stack(x)
+
+
+sizes = st.integers(1, 30)
+
+
+@given(count=sizes, share=st.integers(1, 12), ranks=st.integers(1, 4), start=st.integers(0, 20), seed=sizes,
+       flip=st.booleans(), resident=st.booleans(), kind=st.sampled_from(["uint8", "float16", "float32"]))
+def test_the_parts_of_all_ranks_joined_are_the_batches_by_the_rule(count, share, ranks, start, seed, flip, resident,
+                                                                   kind):
+    images = (255 * np.random.default_rng(0).random((count, 2, 2, 3))).astype(kind)
+    parts = [batches(images, share * ranks, seed=seed, flip=flip, start=start, rank=rank, ranks=ranks,
+                     resident=resident) for rank in range(ranks)]
+    for number in range(start, start + 4):
+        x = torch.cat([next(part) for part in parts])
+        assert torch.equal(x, by_the_rule(images, share * ranks, seed=seed, number=number, flip=flip))
+    for part in parts:
+        part.close()
+
+
+@pytest.mark.parametrize("resident", [None, True, False])
+def test_images_on_the_disk_give_the_batches_of_those_in_memory(tmp_path, resident):
+    images = np.random.default_rng(0).integers(0, 256, (50, 3, 4, 4), np.uint8)
+    np.save(tmp_path / "a.npy", images)
+    mapped = [np.load(tmp_path / "a.npy", mmap_mode=mode) for mode in ("r", "c")]
+    expected = stream(torch.from_numpy(images), 12, 20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for disk in mapped:
+            assert torch.equal(stream(disk, 12, 20, resident=resident), expected)
+    assert (mapped[1] == images).all()
+
+
+def test_latents_are_served_as_they_are_and_mirrored():
+    latents = torch.randn(40, 4, 3, 5).half()
+    x = stream(latents, 40, 1)
+    assert x.dtype == torch.float32
+    known = {tuple(latent.flatten().tolist()) for latent in latents.float()}
+    turned = {tuple(latent.flatten().tolist()) for latent in latents.float().flip(3)}
+    shown = [tuple(latent.flatten().tolist()) for latent in x]
+    assert set(shown) <= known | turned and 8 < sum(latent in turned for latent in shown) < 32
+    assert {tuple(latent.flatten().tolist()) for latent in stream(latents, 40, 1, flip=False)} == known
+
+
+@pytest.mark.parametrize("settings", [{"ranks": 3}, {"ranks": 2, "rank": 2}, {"rank": -1}, {"ranks": 0}, {"start": -1}])
+def test_ranks_that_do_not_share_a_batch_are_refused_at_once(settings):
+    with pytest.raises(BadInput, match="expected"):
+        batches(numbered(10), 8, **settings)
+
+
+@pytest.mark.parametrize("images", [torch.zeros(4, 3, 2, 2, dtype=torch.int64), torch.zeros(4, 3, 2),
+                                    np.zeros((0, 3, 2, 2), np.uint8), np.zeros((4, 3, 2, 2), ">f4"),
+                                    np.zeros((4, 3, 2, 2))])
+def test_what_is_no_array_of_images_is_refused_at_once(images):
+    with pytest.raises(BadInput, match=r"expected uint8, float16 or float32 \(N, C, H, W\)"):
+        batches(images, 2)
+
+
+def on_disk(folder, count=30):
+    np.save(folder / "a.npy", numbered(count).numpy())
+    return np.load(folder / "a.npy", mmap_mode="c")
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_the_threads_end_with_the_batches(tmp_path, resident):
+    before = set(threading.enumerate())
+    row = batches(on_disk(tmp_path), 4, resident=resident)
+    next(row)
+    assert set(threading.enumerate()) - before
+    row.close()
+    assert not set(threading.enumerate()) - before
+
+
+def test_what_goes_wrong_in_a_thread_is_raised_where_the_batch_is_asked_for(tmp_path, monkeypatch):
+    row, take, before = batches(on_disk(tmp_path), 4), np.take, set(threading.enumerate())
+    reads = iter(range(100))
+
+    def failing(*arguments, **settings):
+        if next(reads) >= 8:
+            raise OSError(5, "Input/output error")
+        return take(*arguments, **settings)
+
+    monkeypatch.setattr(np, "take", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        for _ in range(10):
+            next(row)
+    assert not set(threading.enumerate()) - before
+    with pytest.raises(StopIteration):
+        next(row)
+
+
+def test_no_more_than_a_few_batches_are_read_ahead(tmp_path, monkeypatch):
+    row, gathered, take = batches(on_disk(tmp_path), 4), [], np.take
+    monkeypatch.setattr(np, "take", lambda *arguments, **settings: gathered.append(0) or take(*arguments, **settings))
+    for taken in range(1, 20):
+        next(row)
+        assert len(gathered) <= 2 * (taken + data.AHEAD)
+    row.close()
+    assert len(gathered) >= 2 * 19
+
+
+def test_the_next_epoch_is_drawn_in_time_by_another_thread(monkeypatch):
+    drawn, draw = {}, np.random.default_rng
+
+    def watched(seed):
+        drawn.setdefault(seed[1], threading.Event()).set()
+        assert threading.current_thread() is not threading.main_thread()
+        return draw(seed)
+
+    monkeypatch.setattr(np.random, "default_rng", watched)
+    row = batches(numbered(10), 2)
+    for number in range(25):
+        next(row)
+        assert drawn.setdefault(number // 5 + 1, threading.Event()).wait(60)
+        assert number // 5 + 2 not in drawn
+    row.close()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU's")
+@pytest.mark.parametrize("kind", ["uint8", "float16", "float32"])
+def test_a_gpu_gets_the_same_batches_whether_the_images_live_there_or_not(tmp_path, kind):
+    images = (255 * np.random.default_rng(0).random((1000, 3, 8, 8))).astype(kind)
+    np.save(tmp_path / "a.npy", images)
+    mapped = np.load(tmp_path / "a.npy", mmap_mode="c")
+    rows = [batches(mapped, 96, device="cuda", resident=resident) for resident in (None, True, False)]
+    rows += [batches(torch.from_numpy(images), 96, device="cuda", resident=False)]
+    here = batches(images, 96)
+    busy = torch.randn(2000, 2000, device="cuda")
+    for _ in range(100):
+        xs = [next(row) for row in rows]
+        for _ in range(5):
+            busy = (busy @ busy).tanh()  # so that the copies are far ahead of what uses them
+        assert xs[0].device.type == "cuda" and all(torch.equal(xs[0], x) for x in xs[1:])
+        assert torch.allclose(xs[0].cpu(), next(here), atol=1e-6, rtol=0)
+    for row in rows:
+        row.close()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU's")
+def test_what_takes_more_than_a_quarter_of_a_gpu_does_not_live_there(monkeypatch):
+    images = numbered(64)
+    for free, there in ((4 * images.nbytes, True), (4 * images.nbytes - 1, False)):
+        monkeypatch.setattr(data, "free_memory", lambda _, free=free: free)
+        assert data._may_live_on(torch.device("cuda"), images) is there
 
 
 # ------------------------------------------------------------------------------- checkpoints

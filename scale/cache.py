@@ -1,0 +1,111 @@
+"""What was decoded, kept on the disk: an array that is memory-mapped, beside an index of what it was made from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from dansm import BadInput
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where two runs must not decode into one cache at once
+    fcntl = None
+
+VERSION = 1  # of what a cache holds; another one is decoded anew
+
+
+def cached(cache: Path, source: Path, files: list[Path], size: int | None, skip_unreadable: bool,
+           left_out: list[Path], decode: Callable) -> np.ndarray:
+    """What the folder `cache` holds of these very files, memory-mapped; decoded into it first if it does not.
+
+    decode(left_out, make_array) decodes them into the array (N, C, H, W) that make_array(source, shape, dtype) makes,
+    returns its part that is filled and adds to left_out the files it left out. Raises BadInput for a folder that
+    cannot be written to, and for a full disk.
+    """
+    key = hashlib.blake2b(f"{source.resolve()} {size}".encode(errors="surrogateescape"), digest_size=4).hexdigest()
+    kept, digest = cache / f"{source.name}-{size or 'whole'}-{key}.npy", _digest(source, files, size)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with _alone(kept.with_suffix(".lock")):
+            if (found := _look_up(kept, digest, skip_unreadable, left_out)) is None:
+                made_from = {"digest": digest, "source": str(source), "size": size, "files": len(files)}
+                _keep(kept, made_from, left_out, decode)
+                found = _look_up(kept, digest, skip_unreadable, [])
+        return found
+    except OSError as error:
+        raise BadInput(f"--cache is {cache}, which cannot be used: {error.strerror}; expected a folder that can be "
+                       "written to, on a disk with room") from error
+
+
+def _digest(source: Path, files: list[Path], size: int | None) -> str:
+    """Another one as soon as a file is added, removed, renamed or written to."""
+    digest = hashlib.blake2b(f"{VERSION} {size}".encode(), digest_size=16)
+    for path in files:
+        known = path.stat()
+        name = str(path)[len(str(source)):]  # the same however the source was named
+        digest.update(f"{name}\0{known.st_size}\0{known.st_mtime_ns}\0".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """One process at a time. The lock goes with the process that holds it, however that ends."""
+    with open(lock, "w") as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _look_up(kept: Path, digest, skip_unreadable, left_out) -> np.ndarray | None:
+    """The array of an earlier call, or None if it is of other files or not whole."""
+    try:
+        index = json.loads(kept.with_suffix(".json").read_text())
+        array = np.load(kept, mmap_mode="c", allow_pickle=False)
+        if index["digest"] != digest or (index["left_out"] and not skip_unreadable):
+            return None
+        if [*array.shape] != index["shape"] or str(array.dtype) != index["dtype"]:
+            return None
+        left_out += [Path(path) for path in index["left_out"]]
+        return array[: index["count"]]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _keep(kept: Path, made_from: dict, left_out, decode) -> None:
+    """Decode into a file beside `kept`, then rename it; the index is written last, so that a kill leaves none."""
+    partly, index, missing = kept.with_suffix(".partial"), kept.with_suffix(".json"), []
+    try:
+        array = decode(missing, lambda _, shape, dtype: _on_disk(partly, shape, dtype))
+        array.flush()
+        whole = np.load(partly, mmap_mode="r")
+        index.unlink(missing_ok=True)
+        os.replace(partly, kept)
+        partly.write_text(json.dumps({
+            **made_from, "count": len(array), "shape": whole.shape, "dtype": str(whole.dtype),
+            "left_out": [str(path) for path in missing]}))
+        os.replace(partly, index)
+    finally:
+        partly.unlink(missing_ok=True)
+    left_out += missing
+
+
+def _on_disk(path: Path, shape: tuple[int, ...], dtype) -> np.memmap:
+    """A memory-mapped array with all its room taken at once: a disk that fills up under a map ends the process."""
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {
+            "descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape})
+        needed = int(np.prod(shape)) * dtype.itemsize
+        if hasattr(os, "posix_fallocate"):
+            file.flush()
+            os.posix_fallocate(file.fileno(), 0, file.tell() + needed)
+        else:
+            for start in range(0, needed, 2**24):
+                file.write(bytes(min(2**24, needed - start)))
+    return np.load(path, mmap_mode="r+")
