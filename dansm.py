@@ -14,7 +14,7 @@ Read top to bottom:
     4 training    train: the plain loop
     5 measuring   path length, crossing, straightness, inter-path distance, Fréchet distance
     6 refusing    what a batch, a count or a pool cannot be, said in one line
-    7 commands    toy, digits, train, sample, bench
+    7 commands    toy, digits, train, export, sample, bench
 
 Names used throughout: x is data, z is noise, both (B, C, H, W) or any (B, ...); t runs from noise (0) to
 data (1); B is the batch, M the pool's match_size, D the count of numbers in one sample.
@@ -1186,6 +1186,7 @@ def digits_command(
 
 @app.command("train")
 def train_command(
+    context: typer.Context,
     data: Annotated[str, typer.Argument(help="a folder of images (with subfolders), or cifar10 to download it")],
     network: Annotated[Literal[tuple(NETWORKS)], typer.Option(help="ncsnpp and ddpm are the paper's")] = "ncsnpp",
     flow: Annotated[Literal[tuple(FLOWS)], typer.Option(help="what the network learns")] = "rectified",
@@ -1196,6 +1197,7 @@ def train_command(
     batch: Annotated[int, typer.Option(min=1, help="samples a step")] = 128,
     steps: Annotated[int, typer.Option(min=1, help="training steps in all")] = 100_000,
     minutes: Annotated[float, typer.Option(min=0, help="stop after so many minutes; 0 for no limit")] = 0.0,
+    save_minutes: Annotated[float, typer.Option(min=0, help="save after so many minutes, again and again")] = 5.0,
     lr: Annotated[float, typer.Option(min=1e-9, max=1e30, help="learning rate of Adam")] = 2e-4,
     decay: Annotated[float, typer.Option(min=0, max=1, help="of the moving average that is sampled from")] = 0.9999,
     flip: Annotated[bool, typer.Option(help="mirror half of the images, anew each epoch")] = True,
@@ -1209,8 +1211,9 @@ def train_command(
 ) -> None:
     """Train on images with the plain loop. Ctrl-C saves; the same command goes on from there.
 
-    Writes checkpoint.pt, log.jsonl, train.json and samples.png into --out.
+    Writes checkpoint-00001200.pt (its step; the last three are kept), log.jsonl, train.json and samples.png into --out.
     """
+    from scale.checkpoint import lock, newest
     from scale.data import check_out, load_images
     from scale.trainer import fit
 
@@ -1219,6 +1222,7 @@ def train_command(
     check_steps("--sample-steps", sample_steps, FLOWS[flow])
     check_out(data, out)
     device, out, left_out = pick_device(device), make_folder(out), []
+    context.with_resource(lock(out))  # until the command ends, in whatever way
     images = load_images(data, size=size or None, skip_unreadable=skip_unreadable, left_out=left_out,
                          track=lambda paths, total: track(paths, "reading images", total=total, console=console))
     if left_out:
@@ -1226,8 +1230,8 @@ def train_command(
             ", ".join(map(str, left_out[:3])) + ", …" * (len(left_out) > 3))
     recipe["images"] = len(images)
     summary, net, flow = fit(images, recipe, steps=steps, minutes=minutes, out=out, fresh=fresh, device=device,
-                             console=console)
-    saved, grid = out / "checkpoint.pt", out / "samples.png"
+                             console=console, save_minutes=save_minutes, source=data)
+    saved, grid = newest(out), out / "samples.png"
     if summary["this_call"]["steps"]:
         write_json(out / "train.json", {"data": data, "data_images": len(images), "unreadable_images": len(left_out),
                                         "hardware": hardware(device), **summary})
@@ -1238,11 +1242,11 @@ def train_command(
     if summary["stopped_early"]:
         say(f"stopped at step {summary['steps']:,} of {steps:,}, saved;",
             f"the same command{' without --fresh' * fresh} goes on")
-        say_files(out, "checkpoint.pt", "log.jsonl", "train.json")
+        say_files(out, saved.name, "log.jsonl", "train.json")
     elif not grid.exists() or grid.stat().st_mtime < saved.stat().st_mtime:  # else it is this checkpoint's already
         draw_grid(net, flow, images.shape[1:], sample_steps, seed, device, saved, grid)
-        say_files(out, "samples.png", "checkpoint.pt", "log.jsonl", "train.json")
-    say("images from it: dansm sample", shlex.quote(str(saved)))
+        say_files(out, "samples.png", saved.name, "log.jsonl", "train.json")
+    say("images from it: dansm sample", shlex.quote(str(out)))
 
 
 def draw_grid(net: nn.Module, flow, shape, steps: int, seed: int, device, saved: Path, path: Path) -> None:
@@ -1254,9 +1258,23 @@ def draw_grid(net: nn.Module, flow, shape, steps: int, seed: int, device, saved:
         raise Stopped(f"stopped; the run is saved in {saved}") from stop
 
 
+@app.command("export")
+def export_command(
+    run: Annotated[Path, typer.Argument(help="the folder of a dansm train, or one of its checkpoints")],
+    average: Annotated[int, typer.Option(min=0, help="which moving average, where a run keeps several")] = 0,
+    out: Annotated[Path, typer.Option(help="file to write")] = Path("weights.safetensors"),
+) -> None:
+    """Write the averaged weights alone, as safetensors, with what it takes to sample from them."""
+    from scale.checkpoint import export
+
+    about = export(run, out, average, say)
+    say(f"step {about['step']:,} of {about['file']}, average of decay {about['decay']}")
+    say_files(out.parent, out.name)
+
+
 @app.command("sample")
 def sample_command(
-    checkpoint: Annotated[Path, typer.Argument(help="a checkpoint.pt that dansm train wrote")],
+    model: Annotated[Path, typer.Argument(help="the folder of a dansm train, one of its checkpoints, or an export")],
     count: Annotated[int, typer.Option(min=1, help="how many images")] = 64,
     steps: Annotated[int, typer.Option(min=1, help="steps from noise to image; more is better and slower")] = 20,
     solver: Annotated[Literal["euler", "heun"], typer.Option(help="heun takes two evaluations a step")] = "euler",
@@ -1266,11 +1284,11 @@ def sample_command(
     device: Device = "auto",
     out: Out = Path("runs/sample"),
 ) -> None:
-    """Draw images from a checkpoint. Image 17 of a seed is the same whatever --count and --batch."""
+    """Draw images from a trained network. Image 17 of a seed is the same whatever --count and --batch."""
     from scale.checkpoint import load_model
 
     device = pick_device(device)
-    net, flow, state = load_model(checkpoint, device, solver)
+    net, flow, about = load_model(model, device, solver, say=say)
     check_steps("--steps", steps, type(flow))
     out = make_folder(out)
     shape = (net.settings["channels"], net.settings["size"], net.settings["size"])
@@ -1287,7 +1305,7 @@ def sample_command(
     seconds = time.perf_counter() - start
     save_grid(torch.stack(images[:400]), out / "samples.png")
     write_json(out / "sample.json", {
-        "checkpoint": str(checkpoint), "trained_steps": state["training"]["step"], "recipe": state["recipe"],
+        "checkpoint": str(about["file"]), "trained_steps": about["step"], "recipe": about["recipe"],
         "count": len(images), "steps": steps, "solver": solver, "seed": seed, "seconds": round(seconds, 2),
         "hardware": hardware(device)})
     say(f"{counted(len(images), 'image')} in {counted(steps, 'step')} each: {seconds:.1f} s")
