@@ -93,11 +93,18 @@ def _written(path: Path) -> Iterator[Path]:
         _sync_folder(path.parent)
     except BaseException as error:
         partial.unlink(missing_ok=True)
-        failed = isinstance(error, OSError) or "inline_container" in str(error)  # where torch's own writer stands
-        if not failed:
+        refusal = _of_the_disk(error)
+        if not refusal:
             raise
-        reason = getattr(error, "strerror", None) or "the disk took only a part of it"
-        raise BadInput(f"{path} cannot be written: {reason}; what was saved before it is untouched") from error
+        raise BadInput(f"{path} cannot be written: {refusal.strerror or refusal}; what was saved before it is "
+                       "untouched") from error
+
+
+def _of_the_disk(error) -> OSError | None:
+    """The disk's own word: where a write fails, torch goes on and then raises a RuntimeError of its own over it."""
+    if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+        return error.__context__
+    return error if isinstance(error, OSError) else None
 
 
 def _sync_folder(folder):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import types
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,7 @@ def saved(out, *steps):
 
 
 def same(a, b):
+    """Equal to the last bit, whatever it is made of."""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
@@ -167,22 +169,41 @@ def test_the_older_go_only_after_the_new_one_has_its_name_and_is_on_the_disk(tmp
     assert steps == ["fsync", "replace", "fsync", "unlink", "unlink"]
 
 
-@pytest.mark.parametrize("size", [0, 1, 500, 20_000, 60_000])
-def test_a_disk_that_takes_only_a_part_is_said_in_one_line(tmp_path, size):
-    """A real limit on the size of files, as torch's own writer meets it."""
-    before = checkpoint.save(tmp_path, trained(step=1)[0]).read_bytes()
+@contextmanager
+def limited_files(size):
+    """No file may grow beyond so many bytes, as on a disk that is nearly full."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
-        with pytest.raises(BadInput, match=r"checkpoint-00000002\.pt cannot be written: .*untouched") as error:
-            checkpoint.save(tmp_path, trained(step=2)[0])
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("size", [0, 1, 500, 20_000, 60_000])
+def test_a_disk_that_takes_only_a_part_is_said_in_one_line(tmp_path, size):
+    """A real limit on the size of files, as torch's own writer meets it."""
+    before = checkpoint.save(tmp_path, trained(step=1)[0]).read_bytes()
+    message = r"checkpoint-00000002\.pt cannot be written: File too large; .*untouched"
+    with limited_files(size), pytest.raises(BadInput, match=message) as error:
+        checkpoint.save(tmp_path, trained(step=2)[0])
     assert "\n" not in str(error.value)
     assert names_of(tmp_path) == ["checkpoint-00000001.pt"]
     assert (tmp_path / "checkpoint-00000001.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("share", [0.1, 0.9])
+def test_a_disk_that_is_full_in_the_middle_of_a_tensor_is_named_not_torchs_own_word_for_it(tmp_path, share):
+    """As a large tensor meets it, which goes to the disk at once, past Python's buffer."""
+    state, _ = trained(step=2)
+    state["training"]["net"]["large"] = torch.zeros(1_000_000)
+    saved(tmp_path, 1)
+    with limited_files(int(share * 4_000_000)), pytest.raises(BadInput) as error:
+        checkpoint.save(tmp_path, state)
+    assert "checkpoint-00000002.pt cannot be written: File too large; what was saved" in str(error.value)
+    assert names_of(tmp_path) == ["checkpoint-00000001.pt"]
 
 
 def test_another_error_of_torch_is_not_taken_for_the_disks(tmp_path, monkeypatch):
@@ -484,15 +505,9 @@ def test_an_export_onto_a_full_disk_leaves_the_one_before(tmp_path):
     out = tmp_path / "weights.safetensors"
     checkpoint.save(tmp_path, trained()[0])
     checkpoint.export(tmp_path, out)
-    before, limits = out.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    try:
-        with pytest.raises(BadInput, match=r"weights\.safetensors cannot be written"):
-            checkpoint.export(tmp_path, out)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
+    before = out.read_bytes()
+    with limited_files(1000), pytest.raises(BadInput, match=r"weights\.safetensors cannot be written: .*too large"):
+        checkpoint.export(tmp_path, out)
     assert out.read_bytes() == before and not list(tmp_path.glob("*.partial"))
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_checkpoint import broken_checkpoints
+from test_checkpoint import broken_checkpoints, same
 from test_data import noise_image
 
 import dansm
@@ -89,17 +89,6 @@ def files_of(folder):
 def state_of(out):
     """The newest checkpoint of a run's folder."""
     return checkpoint.load(checkpoint.newest(out))
-
-
-def same(a, b):
-    """Equal to the last bit, whatever it is made of."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 # ------------------------------------------------------------------------------- train
