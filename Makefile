@@ -11,7 +11,7 @@ CIFAR10 ?= cifar10
 DANSM = $(PYTHON) dansm.py
 
 .DEFAULT_GOAL = help
-.PHONY: help toy digits cifar10 test lint bench clean
+.PHONY: help toy digits cifar10 test soak lint bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | awk -F'\t' '{printf "  make %-10s%s\n", $$1, $$2}'
@@ -29,6 +29,9 @@ cifar10: $(READY)  ## train on CIFAR-10 for eight minutes (on a GPU), samples in
 
 test: $(READY)  ## all tests (under five minutes)
 	$(PYTHON) -m pytest -q
+
+soak: $(READY)  ## kill -9 a run at 50 random moments and resume it, record in results/soak (about ten minutes)
+	PYTHONPATH=. $(PYTHON) tests/soak.py
 
 lint: $(READY)  ## ruff over everything
 	$(PYTHON) -m ruff check .

@@ -14,7 +14,7 @@ Read top to bottom:
     4 training    train: the plain loop
     5 measuring   path length, crossing, straightness, inter-path distance, Fréchet distance
     6 refusing    what a batch, a count or a pool cannot be, said in one line
-    7 commands    toy, digits, train, sample, bench
+    7 commands    toy, digits, train, export, sample, bench
 
 Names used throughout: x is data, z is noise, both (B, C, H, W) or any (B, ...); t runs from noise (0) to
 data (1); B is the batch, M the pool's match_size, D the count of numbers in one sample.
@@ -1213,9 +1213,23 @@ def draw_grid(net: nn.Module, flow, shape, steps: int, seed: int, device, saved:
         raise Stopped(f"stopped; the run is saved in {saved}") from stop
 
 
+@app.command("export")
+def export_command(
+    run: Annotated[Path, typer.Argument(help="the folder of a dansm train, or one of its checkpoints")],
+    average: Annotated[int, typer.Option(min=0, help="which moving average, where a run keeps several")] = 0,
+    out: Annotated[Path, typer.Option(help="file to write")] = Path("weights.safetensors"),
+) -> None:
+    """Write the averaged weights alone, as safetensors, with what it takes to sample from them."""
+    from scale.checkpoint import export
+
+    about = export(run, out, average, say)
+    say(f"step {about['step']:,} of {about['file']}, average of decay {about['decay']}")
+    say_files(out.parent, out.name)
+
+
 @app.command("sample")
 def sample_command(
-    checkpoint: Annotated[Path, typer.Argument(help="a checkpoint.pt that dansm train wrote")],
+    model: Annotated[Path, typer.Argument(help="the folder of a dansm train, one of its checkpoints, or an export")],
     count: Annotated[int, typer.Option(min=1, help="how many images")] = 64,
     steps: Annotated[int, typer.Option(min=1, help="steps from noise to image; more is better and slower")] = 20,
     solver: Annotated[Literal["euler", "heun"], typer.Option(help="heun takes two evaluations a step")] = "euler",
@@ -1225,11 +1239,11 @@ def sample_command(
     device: Device = "auto",
     out: Out = Path("runs/sample"),
 ) -> None:
-    """Draw images from a checkpoint. Image 17 of a seed is the same whatever --count and --batch."""
+    """Draw images from a trained network. Image 17 of a seed is the same whatever --count and --batch."""
     from scale.checkpoint import load_model
 
     device = pick_device(device)
-    net, flow, state = load_model(checkpoint, device, solver)
+    net, flow, about = load_model(model, device, solver, say=say)
     check_steps("--steps", steps, type(flow))
     out = make_folder(out)
     shape = (net.settings["channels"], net.settings["size"], net.settings["size"])
@@ -1246,7 +1260,7 @@ def sample_command(
     seconds = time.perf_counter() - start
     save_grid(torch.stack(images[:400]), out / "samples.png")
     write_json(out / "sample.json", {
-        "checkpoint": str(checkpoint), "trained_steps": state["training"]["step"], "recipe": state["recipe"],
+        "checkpoint": str(about["file"]), "trained_steps": about["step"], "recipe": about["recipe"],
         "count": len(images), "steps": steps, "solver": solver, "seed": seed, "seconds": round(seconds, 2),
         "hardware": hardware(device)})
     say(f"{counted(len(images), 'image')} in {counted(steps, 'step')} each: {seconds:.1f} s")

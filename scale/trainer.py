@@ -19,15 +19,15 @@ import dansm
 from scale import checkpoint, data
 
 LOG_EVERY = 50  # steps between two lines of the log: rare enough that reading the loss costs nothing
-SAVE_EVERY = 300  # seconds between two checkpoints
 
 
 def fit(images: Tensor, recipe: dict, *, steps: int, minutes: float, out: Path, fresh: bool, device: torch.device,
-        console: Console) -> tuple:
+        console: Console, save_minutes: float = 5.0, source: str = "") -> tuple:
     """Train a network on images (N, C, H, W) uint8 by `recipe`; returns a summary, the averaged network, the flow.
 
-    `out` gets checkpoint.pt and log.jsonl. A run that it holds already goes on, with the same noises and the same
-    order of images, as if never stopped (method "optimal" begins a new group of samples).
+    `out` gets a checkpoint every `save_minutes`, of which the last few are kept, and log.jsonl. A run that it holds
+    already goes on, with the same noises and the same order of images, as if never stopped (method "optimal" begins a
+    new group of samples). `source` names the images, for those who find the checkpoint.
 
     Stops after `steps` in all, after `minutes` of this call if not 0, or at Ctrl-C; each saves first. A run that has
     made its steps already is left as it is.
@@ -38,10 +38,15 @@ def fit(images: Tensor, recipe: dict, *, steps: int, minutes: float, out: Path, 
     run = dansm.Training(net, recipe["lr"])
     pool = dansm.NoisePool(recipe["match_size"], images.shape[1:], cost=recipe["cost"], device=device,
                            seed=recipe["seed"])
-    saved, log, aside = out / "checkpoint.pt", out / "log.jsonl", out / "log.partial"
-    earlier, keeps_other = 0.0, saved.exists() and fresh  # the run that was here before, until this one is saved
-    if saved.exists() and not fresh:
-        earlier = _resume(saved, recipe, run, pool, device)
+    log, aside = out / "log.jsonl", out / "log.partial"
+    found = None if fresh else checkpoint.load_newest(out, lambda line: console.print(line, soft_wrap=True,
+                                                                                      markup=False))
+    earlier, strange = 0.0, checkpoint.checkpoints(out)  # of the run that was here, until this one is saved
+    keeps_other = fresh and bool(strange)
+    if found:
+        saved, state = found
+        strange = strange[: strange.index(saved)]  # newer, but not to be read
+        earlier = _resume(saved, state, recipe, run, pool, device)
         _forget_after(log, run.step)
         if run.step < steps:
             console.print(f"going on from step {run.step:,} of {saved}", soft_wrap=True, markup=False)
@@ -50,13 +55,15 @@ def fit(images: Tensor, recipe: dict, *, steps: int, minutes: float, out: Path, 
     aside.unlink(missing_ok=True)  # of a --fresh that was killed: no run goes on from it
 
     def save():
-        nonlocal keeps_other
+        nonlocal keeps_other, strange
         if not all(weight.isfinite().all() for weight in net.parameters()):
             raise dansm.BadInput(f"--lr is {recipe['lr']}: the weights became infinite at step {run.step}, expected a "
-                                 f"smaller one; what {saved} held before is untouched")
-        checkpoint.save(saved, {"network": net.settings, "recipe": recipe, "training": run.state_dict(),
-                                "pool": pool.state_dict(), "random": _random_state(device),
-                                "seconds": earlier + time.monotonic() - begin})
+                                 f"smaller one; the checkpoints in {out} are untouched")
+        checkpoint.save(out, {"network": net.settings, "recipe": recipe, "data": source,
+                              "training": _training_state(run, recipe["decay"]),
+                              "ranks": [{"pool": pool.state_dict(), "random": _random_state(device)}],
+                              "seconds": earlier + time.monotonic() - begin}, drop=strange)
+        strange = []
         if keeps_other:
             os.replace(aside, log)
             keeps_other = False
@@ -74,7 +81,7 @@ def fit(images: Tensor, recipe: dict, *, steps: int, minutes: float, out: Path, 
         for loss in dansm.train(run, flow, paired, decay=recipe["decay"]) if run.step < steps else ():
             now = time.monotonic()
             last = run.step >= steps or (minutes and now - begin > 60 * minutes) or interrupt
-            save_now = now - last_save > SAVE_EVERY
+            save_now = now - last_save > 60 * save_minutes
             if run.step % LOG_EVERY == 0 or save_now or last:
                 rate = (run.step - first_step) * recipe["batch"] / (now - begin)
                 line = {"step": run.step, "images": run.step * recipe["batch"],
@@ -82,7 +89,7 @@ def fit(images: Tensor, recipe: dict, *, steps: int, minutes: float, out: Path, 
                         "images_per_second": round(rate, 1), **paired.distances()}
                 if not math.isfinite(line["loss"]):
                     raise dansm.BadInput(f"--lr is {recipe['lr']}: the loss became {line['loss']} at step {run.step}, "
-                                         f"expected a smaller one; what {saved} held before is untouched")
+                                         f"expected a smaller one; the checkpoints in {out} are untouched")
                 lines.write(json.dumps(line) + "\n")
                 lines.flush()
                 part = max(run.step / steps, (now - begin) / (60 * minutes) if minutes else 0)
@@ -156,9 +163,15 @@ def _network(images, name):
         raise dansm.BadInput(f"{error}; --size N makes them N pixels square") from error
 
 
-def _resume(path, recipe, run, pool, device) -> float:
-    """Take up the run in `path`; returns the seconds that it has trained."""
-    state = checkpoint.load(path)
+def _training_state(run, decay) -> dict:
+    """The run's state with its one average among the averages that a checkpoint may hold."""
+    state = run.state_dict()
+    average = state.pop("average")
+    return {**state, "averages": [{"decay": decay, "weights": average}]}
+
+
+def _resume(path, state, recipe, run, pool, device) -> float:
+    """Take up the run of that state, read from `path`; returns the seconds that it has trained."""
     with checkpoint.reading(path):
         changed = [f"{key} {state['recipe'].get(key)} → {value}" for key, value in recipe.items()
                    if state["recipe"].get(key) != value]
@@ -167,8 +180,8 @@ def _resume(path, recipe, run, pool, device) -> float:
         if changed:
             raise dansm.BadInput(f"{path} is of another run ({', '.join(changed)}): expected the same settings, "
                                  "another --out, or --fresh to begin anew")
-        run.load_state_dict(state["training"])
-        _take_up_random_numbers(path, state, pool, device)
+        run.load_state_dict({**state["training"], "average": state["training"]["averages"][0]["weights"]})
+        _take_up_random_numbers(path, state["ranks"][0], pool, device)
         return float(state.get("seconds", 0))  # a checkpoint of before they were kept has none
 
 

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_data import broken_checkpoints, noise_image
+from test_checkpoint import broken_checkpoints, same
+from test_data import noise_image
 
 import dansm
 from scale import checkpoint, trainer
@@ -80,18 +81,14 @@ def log_of(out):
 
 
 def files_of(folder):
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*")) if folder.exists() else []
+    """Without the lock, which stays in a run's folder and says nothing."""
+    found = folder.rglob("*") if folder.exists() else ()
+    return sorted(path.relative_to(folder).as_posix() for path in found if path.name != ".lock")
 
 
-def same(a, b):
-    """Equal to the last bit, whatever it is made of."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
+def state_of(out):
+    """The newest checkpoint of a run's folder."""
+    return checkpoint.load(checkpoint.newest(out))
 
 
 # ------------------------------------------------------------------------------- train
@@ -103,7 +100,7 @@ def test_train_writes_what_it_says(run, images, tmp_path, flow, method):
     out = tmp_path / "out" / "deep"
     code, said, err = run("train", images, "--flow", flow, "--method", method, "--steps", 4, "--out", out, *FAST)
     assert (code, err) == (0, "")
-    names = ["checkpoint.pt", "log.jsonl", "recipe.toml", "samples.png", "train.json"]
+    names = ["checkpoint-00000004.pt", "log.jsonl", "recipe.toml", "samples.png", "train.json"]
     assert files_of(out) == names
     assert all(str(out / name) in said for name in names)
     assert Image.open(out / "samples.png").size == (8 * 34 + 2, 8 * 34 + 2)  # 64 of 16 pixels, each two wide
@@ -112,7 +109,7 @@ def test_train_writes_what_it_says(run, images, tmp_path, flow, method):
     assert (described["steps"], described["images"], described["stopped_early"]) == (4, 32, False)
     assert described["hardware"]["device"] == "cpu" and described["parameters"] > 1000
     assert described["unreadable_images"] == 0 and described["this_call"]["images_per_second"] > 0
-    assert f"dansm sample {out / 'checkpoint.pt'}" in said
+    assert f"dansm sample {out}\n" in said
     recipe = dict(network="small", flow=flow, times="uniform", method=method, match_size=10, cost="squared", batch=8)
     recipe |= {"lr": 2e-4, "decay": 0.9999, "flip": True, "size": 0, "seed": 0, "images": 24}
     assert described["recipe"] == recipe
@@ -120,7 +117,8 @@ def test_train_writes_what_it_says(run, images, tmp_path, flow, method):
     assert (line["step"], line["images"]) == (4, 32)
     assert line["distance"] > 0 and 0.5 < line["loss"] < 5
     assert method == "random" or line["distance"] < 0.995 * line["distance_unmatched"]
-    state = checkpoint.load(out / "checkpoint.pt")
+    state = state_of(out)
+    assert (state["data"], state["training"]["averages"][0]["decay"]) == (str(images), 0.9999)
     assert state["training"]["step"] == 4 and state["recipe"] == described["recipe"]
     moved = [w for w in state["training"]["net"].values() if w.ndim > 1]
     assert all(weight.isfinite().all() and weight.any() for weight in moved)
@@ -143,7 +141,7 @@ def test_size_trains_on_images_of_unequal_size(run, refused, images, tmp_path):
     assert "other.png is 17×20" in said and "00.png is 16×16" in said and "--size" in said
     assert files_of(tmp_path / "out") == []
     code, _, _ = run("train", images, "--size", 8, "--steps", 1, "--out", tmp_path / "out", *FAST)
-    assert code == 0 and checkpoint.load(tmp_path / "out" / "checkpoint.pt")["network"]["size"] == 8
+    assert code == 0 and state_of(tmp_path / "out")["network"]["size"] == 8
 
 
 # ------------------------------------------------------------------------------- going on
@@ -161,10 +159,10 @@ def test_a_run_resumed_in_the_middle_is_the_run_that_never_stopped(run, images, 
     once, twice = tmp_path / "once", tmp_path / "twice"
     run(*command, "--steps", 12, "--out", once)
     run(*command, "--steps", 5, "--out", twice)
-    halfway = checkpoint.load(twice / "checkpoint.pt")
+    halfway = state_of(twice)
     code, said, _ = run(*command, "--steps", 12, "--out", twice)
     assert code == 0 and "going on from step 5" in said
-    whole, resumed = (checkpoint.load(out / "checkpoint.pt") for out in (once, twice))
+    whole, resumed = (state_of(out) for out in (once, twice))
     assert whole.pop("seconds") != resumed.pop("seconds")  # the one thing that may differ
     assert same(whole, resumed) and not same(whole, halfway)
     told = [[(line["step"], line["loss"], line["distance"], line["distance_unmatched"]) for line in log_of(out)]
@@ -187,7 +185,7 @@ def test_a_run_that_is_done_is_left_as_it_is(run, images, tmp_path):
 def test_a_run_that_is_done_gets_the_samples_that_it_lacks(run, images, tmp_path):
     command = ["train", images, "--steps", 2, "--out", tmp_path / "out", *FAST]
     run(*command)
-    grid, saved = tmp_path / "out" / "samples.png", tmp_path / "out" / "checkpoint.pt"
+    grid, saved = tmp_path / "out" / "samples.png", checkpoint.newest(tmp_path / "out")
     drawn = grid.read_bytes()
     grid.unlink()
     assert run(*command)[0] == 0 and grid.read_bytes() == drawn
@@ -199,16 +197,18 @@ def test_a_run_that_is_done_gets_the_samples_that_it_lacks(run, images, tmp_path
 def test_seconds_are_those_of_all_calls(run, images, tmp_path):
     out, command = tmp_path / "out", ["train", images, "--out", tmp_path / "out", *FAST]
     run(*command, "--steps", 2)
-    state = checkpoint.load(out / "checkpoint.pt")
+    state = state_of(out)
     assert 0 < state["seconds"] < 60
-    checkpoint.save(out / "checkpoint.pt", state | {"seconds": 1000.0})
+    checkpoint.save(out, state | {"seconds": 1000.0})
     run(*command, "--steps", 5)
     described = json.loads((out / "train.json").read_text())
     assert 1000 < described["seconds"] < 1060 and 1000 < log_of(out)[-1]["seconds"] < 1060
     assert described["this_call"]["steps"] == 3 and described["this_call"]["seconds"] < 60
-    assert 1000 < checkpoint.load(out / "checkpoint.pt")["seconds"] < 1060
+    assert 1000 < state_of(out)["seconds"] < 1060
+    for saved in checkpoint.checkpoints(out):
+        saved.unlink()
     del state["seconds"]  # as checkpoints were
-    checkpoint.save(out / "checkpoint.pt", state)
+    checkpoint.save(out, state)
     assert run(*command, "--steps", 5)[0] == 0
     assert json.loads((out / "train.json").read_text())["seconds"] < 60
 
@@ -225,12 +225,20 @@ def test_what_a_failed_fresh_run_left_is_not_taken_for_the_log(run, refused, ima
 def test_fresh_begins_anew(run, images, tmp_path):
     command = ["train", images, "--steps", 2, "--out", tmp_path / "out", *FAST]
     run(*command)
-    before = checkpoint.load(tmp_path / "out" / "checkpoint.pt")
+    before = state_of(tmp_path / "out")
     code, said, _ = run(*command, "--fresh", "--seed", 1)
-    after = checkpoint.load(tmp_path / "out" / "checkpoint.pt")
+    after = state_of(tmp_path / "out")
     assert code == 0 and "going on" not in said
     assert after["training"]["step"] == 2 and not same(before["training"]["net"], after["training"]["net"])
     assert [line["step"] for line in log_of(tmp_path / "out")] == [2]
+    assert len(checkpoint.checkpoints(tmp_path / "out")) == 1
+
+
+def test_a_fresh_run_of_fewer_steps_leaves_no_checkpoint_of_the_one_before(run, images, tmp_path):
+    command = ["train", images, "--save-minutes", 0, "--out", tmp_path / "out", *FAST]
+    run(*command, "--steps", 5)
+    run(*command, "--steps", 2, "--fresh")
+    assert [path.name[-4:] for path in checkpoint.checkpoints(tmp_path / "out")] == ["2.pt", "1.pt"]
 
 
 def test_lines_that_a_killed_run_wrote_after_its_last_checkpoint_are_dropped(run, images, tmp_path):
@@ -263,7 +271,7 @@ def test_going_on_with_another_setting_is_refused_naming_both_values(run, refuse
     for name, old, new in CHANGES:
         option = "--" + name.replace("_", "-")
         said = refused("train", images, "--steps", 4, "--out", out, *FAST, option, new)
-        assert f"{name} {old} → {new}" in said and str(out / "checkpoint.pt") in said and "--fresh" in said
+        assert f"{name} {old} → {new}" in said and str(checkpoint.newest(out)) in said and "--fresh" in said
     said = refused("train", images, "--steps", 4, "--out", out, *FAST, "--no-flip")
     assert "flip True → False" in said
     assert {name: (out / name).read_bytes() for name in files_of(out)} == before
@@ -283,7 +291,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole_and_is_said_in_one_line(
 ):
     out = tmp_path / "out"
     run("train", images, "--steps", 2, "--out", out, *FAST)
-    before = checkpoint.load(out / "checkpoint.pt")
+    before = state_of(out)
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -291,10 +299,10 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole_and_is_said_in_one_line(
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.os, "fsync", full)
         said = refused("train", images, "--steps", 4, "--out", out, *FAST)
-    assert "checkpoint.pt" in said and "No space left on device" in said
-    assert same(checkpoint.load(out / "checkpoint.pt"), before) and "checkpoint.partial" not in files_of(out)
+    assert "checkpoint-00000004.pt" in said and "No space left on device" in said
+    assert same(state_of(out), before) and not list(out.glob("*.partial"))
     assert run("train", images, "--steps", 4, "--out", out, *FAST)[0] == 0
-    assert checkpoint.load(out / "checkpoint.pt")["training"]["step"] == 4
+    assert state_of(out)["training"]["step"] == 4
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(images, tmp_path, run):
@@ -314,13 +322,13 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(images, tmp_path, run):
     steps = stopped["steps"]
     assert stopped["stopped_early"]
     assert f"stopped at step {steps:,} of 1,000,000, saved; the same command goes on" in said
-    assert f"dansm sample {out / 'checkpoint.pt'}" in said
-    names = ["checkpoint.pt", "log.jsonl", "recipe.toml", "train.json"]
+    assert f"dansm sample {out}\n" in said
+    names = [f"checkpoint-{steps:08d}.pt", "log.jsonl", "recipe.toml", "train.json"]
     assert files_of(out) == names  # images take long: who stops does not wait
-    assert log_of(out)[-1]["step"] == steps == checkpoint.load(out / "checkpoint.pt")["training"]["step"] < 10**6
+    assert log_of(out)[-1]["step"] == steps == state_of(out)["training"]["step"] < 10**6
     code, said, _ = run("train", images, "--out", out, "--steps", steps + 2, *FAST)
     assert code == 0 and f"going on from step {steps:,}" in said
-    assert checkpoint.load(out / "checkpoint.pt")["training"]["step"] == steps + 2
+    assert state_of(out)["training"]["step"] == steps + 2
 
 
 def test_a_second_ctrl_c_stops_at_once_with_exit_code_130_and_what_was_saved(run, images, tmp_path, monkeypatch):
@@ -329,9 +337,9 @@ def test_a_second_ctrl_c_stops_at_once_with_exit_code_130_and_what_was_saved(run
 
     monkeypatch.setattr(dansm, "sample_images", stop)  # the grid of samples comes after the last save
     code, _, err = run("train", images, "--out", tmp_path / "out", "--steps", 2, *FAST)
-    assert (code, err) == (130, f"dansm: stopped; the run is saved in {tmp_path / 'out' / 'checkpoint.pt'}\n")
+    assert (code, err) == (130, f"dansm: stopped; the run is saved in {checkpoint.newest(tmp_path / 'out')}\n")
     assert json.loads((tmp_path / "out" / "train.json").read_text())["steps"] == 2
-    assert checkpoint.load(tmp_path / "out" / "checkpoint.pt")["training"]["step"] == 2
+    assert state_of(tmp_path / "out")["training"]["step"] == 2
 
 
 def test_ctrl_c_is_answered_before_the_step_ends():
@@ -371,7 +379,7 @@ def wait_for(condition, process, seconds=60):
 def trained(run, images, tmp_path):
     """Of a network that does something: after three steps at this rate, samples are not the noise alone."""
     run("train", images, "--steps", 3, "--lr", 0.05, "--decay", 0, "--out", tmp_path / "train", *FAST)
-    return tmp_path / "train" / "checkpoint.pt"
+    return checkpoint.newest(tmp_path / "train")
 
 
 def test_image_7_is_the_same_whatever_the_count_and_the_batch(run, trained, tmp_path):
@@ -412,6 +420,30 @@ def test_another_seed_gives_other_images_and_the_same_seed_the_same(run, trained
         run("sample", trained, "--count", 4, "--steps", 2, "--seed", seed, "--out", tmp_path / name)
         pictures.append((tmp_path / name / "samples.png").read_bytes())
     assert pictures[0] == pictures[1] != pictures[2]
+
+
+def test_a_folder_a_checkpoint_and_an_export_give_the_same_images(run, trained, tmp_path):
+    weights = tmp_path / "weights.safetensors"
+    code, said, err = run("export", trained.parent, "--out", weights)
+    assert (code, err) == (0, "") and f"written: {weights}" in said
+    assert f"step 3 of {trained}, average of decay 0" in said
+    pictures = []
+    for number, model in enumerate((trained, trained.parent, weights)):
+        out = tmp_path / str(number)
+        assert run("sample", model, "--count", 2, "--steps", 2, "--device", "cpu", "--out", out)[0] == 0
+        pictures.append((out / "samples.png").read_bytes())
+        described = json.loads((out / "sample.json").read_text())
+        assert described["checkpoint"] == str(weights if model == weights else trained)
+        assert described["trained_steps"] == 3 and described["recipe"]["method"] == "greedy"
+    assert pictures[0] == pictures[1] == pictures[2]
+
+
+def test_an_export_that_cannot_be_is_refused(refused, trained, tmp_path):
+    weights = tmp_path / "weights.safetensors"
+    assert "--average is 1" in refused("export", trained, "--average", 1, "--out", weights)
+    assert "expected a name that ends in .safetensors" in refused("export", trained, "--out", tmp_path / "weights")
+    assert "missing is not a file" in refused("export", tmp_path / "missing", "--out", weights)
+    assert not weights.exists()
 
 
 def test_sampling_stopped_by_ctrl_c_keeps_what_is_drawn(run, trained, tmp_path, monkeypatch):
@@ -524,8 +556,10 @@ def test_digits_runs(run, tmp_path, monkeypatch):
 OPTIONS = {
     "toy": ["--shape", "--match-size", "--steps", "--seeds", "--seed", "--device", "--out"],
     "digits": ["--match-size", "--steps", "--seeds", "--seed", "--device", "--out"],
-    "train": ["--network", "--flow", "--method", "--match-size", "--cost", "--batch", "--steps", "--minutes", "--lr",
-              "--decay", "--no-flip", "--size", "--skip-unreadable", "--fresh", "--seed", "--device", "--out"],
+    "train": ["--network", "--flow", "--method", "--match-size", "--cost", "--batch", "--steps", "--minutes",
+              "--save-minutes", "--lr", "--decay", "--no-flip", "--size", "--skip-unreadable", "--fresh", "--seed",
+              "--device", "--out"],
+    "export": ["--average", "--out"],
     "sample": ["--count", "--steps", "--solver", "--batch", "--files", "--seed", "--device", "--out"],
     "bench": ["--match-size", "--batch", "--shape", "--seed", "--device", "--out"],
 }
@@ -616,7 +650,7 @@ WORDS = [
     (("train", "x", "--method", "magic"), "--method.*magic.*nearest$"),
     (("train", "x", "--match-size", "1.5"), "--match-size.*(whole number|integer)"),
     (("train",), "'?RECIPE'?: expected a recipe.*a folder of images .*cifar10"),
-    (("sample",), "'?checkpoint'?: expected a checkpoint.pt"),
+    (("sample",), "'?model'?: expected the folder of a dansm train, one of its checkpoints, or an export"),
 ]
 
 
@@ -828,7 +862,7 @@ def test_cifar10_without_a_network_is_refused(refused, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------- bad checkpoints, bad training
 
 
-@pytest.mark.parametrize("i", range(11))
+@pytest.mark.parametrize("i", range(12))
 def test_what_is_no_checkpoint_is_refused_by_name_and_its_code_not_run(refused, tmp_path, i):
     folder = tmp_path / "broken"
     folder.mkdir()
@@ -849,12 +883,14 @@ def change(path, *keys, to):
     for key in keys[:-1]:
         part = part[key]
     part[keys[-1]] = to
-    checkpoint.save(path, state)
+    checkpoint.write(path, state)
 
 
 WRONG_PARTS = [(("network",), "x"), (("network",), {}), (("network", "colour"), 3), (("network", "width"), 3),
                (("network", "width"), "x"), (("recipe",), {}), (("recipe",), [1]), (("training",), {}),
-               (("training", "average"), {}), (("training", "average"), 3), (("training", "step"), None)]
+               (("training", "averages"), {}), (("training", "averages"), []), (("training", "averages"), [3]),
+               (("training", "averages", 0, "weights"), {}), (("training", "averages", 0, "decay"), None),
+               (("training", "step"), None), (("ranks",), []), (("ranks",), 3)]
 
 
 @pytest.mark.parametrize(("keys", "to"), [*WRONG_PARTS, (("recipe", "flow"), "curved"), (("recipe", "flow"), [1])])
@@ -864,41 +900,77 @@ def test_a_checkpoint_with_wrong_parts_is_not_sampled(refused, trained, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-WRONG_PARTS += [(("training", "optimizer"), {}), (("training", "net"), {}), (("pool",), {}), (("pool", "index"), 3),
-                (("pool", "made_for"), 3), (("random",), {}), (("random", "cpu"), 3), (("seconds",), "x")]
+WRONG_PARTS += [(("training", "optimizer"), {}), (("training", "net"), {}), (("ranks", 0), {}), (("seconds",), "x"),
+                (("ranks", 0, "pool"), {}), (("ranks", 0, "pool", "index"), 3), (("ranks", 0, "pool", "made_for"), 3),
+                (("ranks", 0, "random"), {}), (("ranks", 0, "random", "cpu"), 3)]
 
 
 @pytest.mark.parametrize(("keys", "to"), WRONG_PARTS)
 def test_a_checkpoint_with_wrong_parts_is_not_gone_on_from(refused, run, images, tmp_path, keys, to):
     out = tmp_path / "out"
     run("train", images, "--steps", 1, "--out", out, *FAST)
-    change(out / "checkpoint.pt", *keys, to=to)
+    change(checkpoint.newest(out), *keys, to=to)
     before = {name: (out / name).read_bytes() for name in files_of(out)}
-    assert str(out / "checkpoint.pt") in refused("train", images, "--steps", 2, "--out", out, *FAST)
+    assert str(checkpoint.newest(out)) in refused("train", images, "--steps", 2, "--out", out, *FAST)
     assert {name: (out / name).read_bytes() for name in files_of(out)} == before
 
 
 def test_going_on_on_another_kind_of_device_is_refused(refused, run, images, tmp_path):
     out = tmp_path / "out"
     run("train", images, "--steps", 1, "--out", out, *FAST)
-    change(out / "checkpoint.pt", "pool", "made_for", "device", to="cuda")
-    change(out / "checkpoint.pt", "pool", "generator", to=torch.zeros(16, dtype=torch.uint8))  # as CUDA's is
+    saved = checkpoint.newest(out)
+    change(saved, "ranks", 0, "pool", "made_for", "device", to="cuda")
+    change(saved, "ranks", 0, "pool", "generator", to=torch.zeros(16, dtype=torch.uint8))  # as CUDA's is
     said = refused("train", images, "--steps", 2, "--out", out, *FAST)
-    assert f"{out / 'checkpoint.pt'} was not begun on --device cpu" in said and "the kind of device" in said
+    assert f"{saved} was not begun on --device cpu" in said and "the kind of device" in said
+
+
+def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before_it(run, images, tmp_path):
+    """And comes to the same end, bit for bit, as if nothing had been damaged."""
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    command = ["train", images, *FAST]
+    run(*command, "--steps", 6, "--out", once)
+    run(*command, "--steps", 4, "--save-minutes", 0, "--out", twice)
+    assert [path.name for path in checkpoint.checkpoints(twice)] == [f"checkpoint-0000000{i}.pt" for i in (4, 3, 2)]
+    damaged = checkpoint.newest(twice)
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    code, said, err = run(*command, "--steps", 6, "--out", twice)
+    assert (code, err) == (0, "") and f"going on from step 3 of {twice / 'checkpoint-00000003.pt'}" in said
+    assert f"{damaged} cannot be used: its checksum is another" in said
+    whole, resumed = state_of(once), state_of(twice)
+    assert whole.pop("seconds") and resumed.pop("seconds") and same(whole, resumed)
+    assert not damaged.exists()
+
+
+def test_a_second_run_into_a_folder_is_refused_and_changes_nothing(run, refused, images, tmp_path):
+    out, command = tmp_path / "out", ["train", images, "--out", tmp_path / "out", *FAST]
+    run(*command, "--steps", 2)
+    before = {name: (out / name).read_bytes() for name in files_of(out)}
+    with checkpoint.lock(out):
+        for option in ((), ("--fresh",)):
+            said = refused(*command, "--steps", 4, *option)
+            assert str(out) in said and f"process {os.getpid()} on " in said
+    assert {name: (out / name).read_bytes() for name in files_of(out)} == before
+    assert run(*command, "--steps", 4)[0] == 0  # a command that failed holds no lock either
+    refused(*command, "--steps", 5, "--lr", 1)
+    assert run(*command, "--steps", 5)[0] == 0
 
 
 def test_going_on_from_a_damaged_checkpoint_is_refused_and_leaves_it(refused, run, images, tmp_path):
     out = tmp_path / "out"
     run("train", images, "--steps", 1, "--out", out, *FAST)
-    (out / "checkpoint.pt").write_bytes((out / "checkpoint.pt").read_bytes()[:1000])
+    saved = checkpoint.newest(out)
+    saved.write_bytes(saved.read_bytes()[:1000])
     before = {name: (out / name).read_bytes() for name in files_of(out)}
-    assert str(out / "checkpoint.pt") in refused("train", images, "--steps", 2, "--out", out, *FAST)
+    assert str(saved) in refused("train", images, "--steps", 2, "--out", out, *FAST)
     assert {name: (out / name).read_bytes() for name in files_of(out)} == before
 
 
 def test_a_diffusion_is_not_sampled_by_heun_nor_in_one_step(refused, run, images, tmp_path):
     run("train", images, "--flow", "diffusion", "--steps", 1, "--out", tmp_path / "train", *FAST)
-    saved = tmp_path / "train" / "checkpoint.pt"
+    saved = checkpoint.newest(tmp_path / "train")
     for option, value in (("--solver", "heun"), ("--steps", "1"), ("--steps", "1001")):
         said = refused("sample", saved, option, value, "--device", "cpu", "--out", tmp_path / "out")
         assert f"{option} is {value}" in said
@@ -917,10 +989,10 @@ def test_a_learning_rate_that_makes_the_loss_nan_is_named_and_the_old_checkpoint
 ):
     out = tmp_path / "out"
     run("train", images, "--steps", 2, "--out", out, *FAST)
-    before = (out / "checkpoint.pt").read_bytes()
+    before = checkpoint.newest(out).read_bytes()
     said = refused("train", images, "--steps", 20, "--lr", 1e30, "--fresh", "--out", out, *FAST)
     assert "--lr is 1e+30" in said and "smaller" in said and "untouched" in said
-    assert (out / "checkpoint.pt").read_bytes() == before
+    assert checkpoint.newest(out).read_bytes() == before
 
 
 @pytest.mark.parametrize("lr", ["inf", "1e39"])
@@ -933,11 +1005,10 @@ def test_a_pool_that_no_memory_holds_is_refused(refused, images, tmp_path):
     assert "match_size" in said.replace("-", "_")
 
 
-def test_no_checkpoint_of_nan_is_saved_between_two_lines_of_the_log(refused, images, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "SAVE_EVERY", 0)
-    refused("train", images, "--steps", 20, "--lr", 1e30, "--out", tmp_path / "out", *FAST)
-    saved = tmp_path / "out" / "checkpoint.pt"
-    assert not saved.exists() or all(w.isfinite().all() for w in checkpoint.load(saved)["training"]["net"].values())
+def test_no_checkpoint_of_nan_is_saved_between_two_lines_of_the_log(refused, images, tmp_path):
+    refused("train", images, "--steps", 20, "--lr", 1e30, "--save-minutes", 0, "--out", tmp_path / "out", *FAST)
+    for saved in checkpoint.checkpoints(tmp_path / "out"):
+        assert all(weight.isfinite().all() for weight in checkpoint.load(saved)["training"]["net"].values())
 
 
 def test_fresh_keeps_the_log_as_long_as_the_checkpoint_it_belongs_to(refused, run, images, tmp_path):

@@ -1,6 +1,5 @@
-"""Images from files to batches, and checkpoints there and back."""
+"""Images from files to batches."""
 
-import pickle
 import random
 import threading
 import warnings
@@ -15,7 +14,7 @@ from PIL import Image
 
 import dansm
 from dansm import BadInput
-from scale import checkpoint, data
+from scale import data
 from scale.data import batches, load_images
 from scale.read import find_files
 
@@ -395,134 +394,6 @@ def test_what_takes_more_than_a_quarter_of_a_gpu_does_not_live_there(monkeypatch
     for free, there in ((4 * images.nbytes, True), (4 * images.nbytes - 1, False)):
         monkeypatch.setattr(data, "free_memory", lambda _, free=free: free)
         assert data._may_live_on(torch.device("cuda"), images) is there
-
-
-# ------------------------------------------------------------------------------- checkpoints
-
-TINY = dict(channels=1, size=4, width=4, multipliers=[1], blocks=1, attention_at=[], dropout=0.0)
-
-
-def trained(flow="rectified"):
-    """A state as a training run saves it, and the network whose average it holds."""
-    run = dansm.Training(dansm.UNet(**TINY))
-    for weight in run.average.parameters():
-        torch.nn.init.normal_(weight)
-    run.step = 7
-    pool = dansm.NoisePool(5, (1, 4, 4), seed=0)
-    pool(torch.randn(3, 1, 4, 4))
-    return {"network": run.net.settings, "recipe": {"flow": flow, "times": "uniform"}, "training": run.state_dict(),
-            "pool": pool.state_dict(), "random": {"cpu": torch.get_rng_state()}}, run.average
-
-
-def test_a_checkpoint_gives_back_what_was_saved(tmp_path):
-    state, _ = trained()
-    checkpoint.save(tmp_path / "checkpoint.pt", state)
-    loaded = checkpoint.load(tmp_path / "checkpoint.pt")
-    assert loaded.pop("dansm") == checkpoint.VERSION
-    assert loaded["network"] == state["network"] and loaded["recipe"] == state["recipe"]
-    for part in ("net", "average"):
-        for name, weight in state["training"][part].items():
-            assert torch.equal(loaded["training"][part][name], weight)
-    assert torch.equal(loaded["random"]["cpu"], state["random"]["cpu"])
-    assert len(loaded["pool"]["index"]) == 2 and torch.equal(loaded["pool"]["index"], state["pool"]["index"])
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
-
-
-def test_the_model_of_a_checkpoint_is_the_average_ready_to_sample(tmp_path):
-    state, average = trained()
-    checkpoint.save(tmp_path / "checkpoint.pt", state)
-    net, flow, loaded = checkpoint.load_model(tmp_path / "checkpoint.pt", "cpu", "heun")
-    x, t = torch.randn(2, 1, 4, 4), torch.tensor([3.0, 900.0])
-    assert torch.equal(net(x, t), average(x, t)) and not net.training
-    assert isinstance(flow, dansm.RectifiedFlow) and flow.solver == "heun"
-    assert loaded["training"]["step"] == 7
-
-
-def test_a_diffusion_has_no_solver_to_choose(tmp_path):
-    checkpoint.save(tmp_path / "checkpoint.pt", trained("diffusion")[0])
-    assert isinstance(checkpoint.load_model(tmp_path / "checkpoint.pt", "cpu")[1], dansm.Diffusion)
-    with pytest.raises(BadInput, match=r"--solver is heun.*diffusion"):
-        checkpoint.load_model(tmp_path / "checkpoint.pt", "cpu", "heun")
-
-
-def killed(*_, **__):
-    raise SystemExit("killed")
-
-
-def full(*_, **__):
-    raise OSError(28, "No space left on device")
-
-
-@pytest.mark.parametrize("stop", ["torch.save", "os.fsync", "os.replace"])
-@pytest.mark.parametrize("how", [killed, full])
-def test_a_save_that_is_cut_short_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch, stop, how):
-    path, (state, _) = tmp_path / "checkpoint.pt", trained()
-    checkpoint.save(path, state)
-    before = path.read_bytes()
-    with monkeypatch.context() as patch:
-        patch.setattr(f"scale.checkpoint.{stop}", how)
-        with pytest.raises(SystemExit if how is killed else BadInput) as error:
-            checkpoint.save(path, {**state, "network": {}})
-    assert path.read_bytes() == before
-    assert checkpoint.load(path)["network"] == state["network"]
-    if how is full:
-        assert str(path) in str(error.value) and "No space left on device" in str(error.value)
-        assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint.pt"]
-    checkpoint.save(path, {**state, "network": {}})  # what the killed one left behind is no hindrance
-    assert checkpoint.load(path)["network"] == {}
-
-
-@pytest.mark.parametrize("part", ["network", "recipe", "training", "pool", "random"])
-def test_a_checkpoint_that_lacks_a_part_is_refused(tmp_path, part):
-    state, _ = trained()
-    del state[part]
-    checkpoint.save(tmp_path / "checkpoint.pt", state)
-    with pytest.raises(BadInput, match=r"checkpoint\.pt is no checkpoint"):
-        checkpoint.load(tmp_path / "checkpoint.pt")
-
-
-class Bomb:
-    """Pickled, it is the order to create a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
-def broken_checkpoints(folder):
-    """Files that are no checkpoint of ours, by what they are."""
-    checkpoint.save(folder / "whole.pt", trained()[0])
-    whole = (folder / "whole.pt").read_bytes()
-    (folder / "text.pt").write_text("a text")
-    (folder / "empty.pt").write_bytes(b"")
-    (folder / "truncated.pt").write_bytes(whole[: len(whole) // 2])
-    (folder / "shorter by a byte.pt").write_bytes(whole[:-1])
-    (folder / "pickle.pt").write_bytes(pickle.dumps(Bomb(folder / "bang")))
-    torch.save({"dansm": checkpoint.VERSION, "x": Bomb(folder / "bang")}, folder / "code.pt")
-    torch.save({"weights": torch.zeros(3)}, folder / "other.pt")
-    torch.save(torch.zeros(3), folder / "tensor.pt")
-    torch.save({"dansm": checkpoint.VERSION + 1}, folder / "later.pt")
-    (folder / "folder.pt").mkdir()
-    (folder / "whole.pt").unlink()
-    return [*sorted(folder.iterdir()), folder / "missing.pt"]
-
-
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_what_is_no_checkpoint_is_refused_by_name_and_no_code_in_it_runs(tmp_path):
-    paths = broken_checkpoints(tmp_path)
-    assert len(paths) == 11
-    for path in paths:
-        with pytest.raises(BadInput) as refused:
-            checkpoint.load(path)
-        assert str(path) in str(refused.value) and "expected" in str(refused.value), path
-    assert not (tmp_path / "bang").exists()
-
-
-def test_the_bomb_of_these_tests_would_go_off(tmp_path):
-    pickle.loads(pickle.dumps(Bomb(tmp_path / "bang"))).close()
-    assert (tmp_path / "bang").exists()
 
 
 @pytest.mark.parametrize("pixels", [np.array([[0, 70000]], np.int32), np.array([[0, 0.5]], np.float32)])
