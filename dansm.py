@@ -661,14 +661,21 @@ class Diffusion:
     def __init__(self, times: str = "uniform"):
         self.times = check_choice("times", times, TIMES)
         self.signal = (1 - torch.linspace(1e-4, 0.02, self.levels, dtype=torch.float64)).cumprod(0)  # ᾱ
+        self.there = self.signal
 
     def loss(self, net: nn.Module, x: Tensor, z: Tensor, t: Tensor | None = None) -> Tensor:
         """Mean squared error of the noise at random levels, or at t: (B,) in [0, 1], 0 noise and 1 data. A scalar."""
         if t is None:
             t = draw_times(len(x), self.times, x.device)
         level = ((1 - t) * self.levels).long().clamp_(0, self.levels - 1)
-        signal = over(self.signal.to(x.device, x.dtype)[level], x)
+        signal = over(self.on(x.device)[level].to(x.dtype), x)
         return F.mse_loss(net(signal.sqrt() * x + (1 - signal).sqrt() * z, level.float()), z)
+
+    def on(self, device) -> Tensor:
+        """ᾱ on the device, kept there: copying it anew each step would make the GPU wait."""
+        if self.there.device != device:
+            self.there = self.signal.to(device)
+        return self.there
 
     def path(self, net: nn.Module, z: Tensor, steps: int) -> Iterator[Tensor]:
         """The states from z on, `steps` + 1 of them, the last one x. The levels are those of the paper, from 0 on at
@@ -892,13 +899,33 @@ NETWORKS = {
 
 
 class Training:
-    """What a training run changes: the network, its moving average (the one to sample from), the optimizer."""
+    """What a training run changes: the network, its moving average (the one to sample from), the optimizer. A step of
+    it is `gradients`, then `update`.
 
-    def __init__(self, net: nn.Module, lr: float = 2e-4):
-        self.net = net
+    decay   of the moving average, which warms up as min(decay, (1 + n) / (10 + n))
+    clip    the largest norm of the gradient
+    """
+
+    def __init__(self, net: nn.Module, lr: float = 2e-4, decay: float = 0.9999, clip: float = 1.0):
+        self.net, self.decay, self.clip = net, decay, clip
         self.average = copy.deepcopy(net).eval().requires_grad_(False)
         self.optimizer = torch.optim.Adam(net.parameters(), lr=lr, fused=next(net.parameters()).is_cuda)
         self.step = 0
+
+    def gradients(self, flow, x: Tensor, z: Tensor) -> Tensor:
+        """Of the loss of these pairs, left in the weights. Returns the loss, a tensor on the device: reading it each
+        step would make the GPU wait."""
+        self.optimizer.zero_grad()
+        loss = flow.loss(self.net, x, z)
+        loss.backward()
+        return loss.detach()
+
+    def update(self) -> None:
+        """Move the weights by their gradients, and the average after them."""
+        nn.utils.clip_grad_norm_(self.net.parameters(), self.clip)
+        self.optimizer.step()
+        self.step += 1
+        follow(self.average, self.net, self.decay, self.step)
 
     def state_dict(self) -> dict:
         return {"net": self.net.state_dict(), "average": self.average.state_dict(),
@@ -910,26 +937,23 @@ class Training:
         self.step = state["step"]
 
 
-def train(run: Training, flow, pairs: Iterable[tuple[Tensor, Tensor]], *, decay: float = 0.9999,
-          clip: float = 1.0) -> Iterator[Tensor]:
-    """The plain training loop: one step for each pair (x, z), yielding its loss, for as long as the caller asks.
+@torch.no_grad()
+def follow(average: nn.Module, net: nn.Module, decay: float, step: int) -> None:
+    """Move an average towards the network; after few steps by more, lest it hold on to how they began."""
+    share = 1 - min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), share)
+
+
+def train(run: Training, flow, pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+    """The training loop: one step for each pair (x, z), yielding its loss, for as long as the caller asks.
 
     Logging, checkpoints and when to stop are the caller's; so is the pairing, which comes in with the data.
-    decay: of the moving average, which warms up as min(decay, (1 + n) / (10 + n)).   clip: the largest gradient
-    norm.   The loss is a tensor on the device: reading it each step would make the GPU wait.
     """
     run.net.train()
-    weights, averages = list(run.net.parameters()), list(run.average.parameters())
     for x, z in pairs:
-        loss = flow.loss(run.net, x, z)
-        run.optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(weights, clip)
-        run.optimizer.step()
-        run.step += 1
-        with torch.no_grad():
-            torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + run.step) / (10 + run.step)))
-        yield loss.detach()
+        loss = run.gradients(flow, x, z)
+        run.update()
+        yield loss
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -25,8 +25,9 @@ from torch import Tensor
 
 import dansm
 
-KEEP = 64, 128  # noises on a short list: photographs like the same ones, and where a list ends a whole row is read; of a
-MANY = 2**16  # pool of so many noises that took 1.5 ms a time, and longer lists are worth their making
+# Noises on a short list, and on one of a pool of more than MANY: photographs like the same ones, and where a list ends a
+# whole row is read, which of a million noises takes 1.5 ms a time.
+KEEP, MANY = (64, 128), 2**16
 LANES = 1024  # noises looked at together
 PROGRAMS = 528  # bidding at once: four for each of an H100's multiprocessors
 SAMPLES = dansm.NoisePool.served_at_once

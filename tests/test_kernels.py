@@ -19,7 +19,8 @@ from scale import kernels
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-SHORT = dict(KEEP=(4, 8), MANY=30, LANES=16, FEW=16, SAMPLES=32)  # lists end again and again, lanes meet more than they remember
+# lists end again and again, lanes meet more than they remember
+SHORT = dict(KEEP=(4, 8), MANY=30, LANES=16, FEW=16, SAMPLES=32)
 
 
 @pytest.fixture(autouse=True)

@@ -238,9 +238,9 @@ def test_the_loss_falls():
 
 
 def test_the_average_follows_the_formula_with_its_warm_up():
-    run = Training(Line(), lr=0.05)
+    run = Training(Line(), lr=0.05, decay=0.7)
     average = [weight.detach().clone() for weight in run.net.parameters()]
-    for n, _ in zip(range(1, 41), train(run, RectifiedFlow(), endless_pairs(), decay=0.7), strict=False):
+    for n, _ in zip(range(1, 41), train(run, RectifiedFlow(), endless_pairs()), strict=False):
         decay = min(0.7, (1 + n) / (10 + n))  # reaches 0.7 at n = 20
         for kept, weight, actual in zip(average, run.net.parameters(), run.average.parameters(), strict=True):
             kept.mul_(decay).add_((1 - decay) * weight.detach())
@@ -259,8 +259,8 @@ def test_training_has_its_dropout_whatever_state_the_network_came_in():
 def test_a_step_is_adams_on_the_clipped_gradient():
     """Gradients of norm 1 at most, so the first moment is 0.1 × a vector of norm 1."""
     for clip in (1.0, 0.01):
-        run = Training(Line(), lr=0.05)
-        take(1, train(run, RectifiedFlow(), endless_pairs(), clip=clip))
+        run = Training(Line(), lr=0.05, clip=clip)
+        take(1, train(run, RectifiedFlow(), endless_pairs()))
         moments = [state["exp_avg"] / (1 - 0.9) for state in run.optimizer.state.values()]
         assert torch.cat([m.flatten() for m in moments]).norm().item() == pytest.approx(clip, rel=1e-3)
 

@@ -77,7 +77,7 @@ def train_one(images: Tensor, way: str, match_size: int, steps: int, seed: int,
               report: Callable[[float], None]) -> tuple[torch.nn.Module, float]:
     """One training; returns the averaged network and the mean length of the paths it was trained on."""
     torch.manual_seed(seed)  # equal first weights and training times for every way
-    training = dansm.Training(dansm.UNet(**NETWORK).to(images.device), lr=1e-3)
+    training = dansm.Training(dansm.UNet(**NETWORK).to(images.device), lr=1e-3, decay=0.995)
     lengths = []
 
     def measured(pairs):
@@ -86,7 +86,7 @@ def train_one(images: Tensor, way: str, match_size: int, steps: int, seed: int,
             yield x, z
 
     stream = measured(dansm.pairs(batches(images, seed), way, match_size, seed=seed))
-    for loss in islice(dansm.train(training, dansm.RectifiedFlow(), stream, decay=0.995), steps):
+    for loss in islice(dansm.train(training, dansm.RectifiedFlow(), stream), steps):
         report(loss.item())
     return training.average, statistics.fmean(lengths)
 

@@ -86,8 +86,8 @@ def training_pairs(shape: str, method: str, match_size: int, seed: int, device="
 def train_flow(pairs, steps: int, seed: int, device="cpu", each_step: Callable[[], None] = lambda: None) -> nn.Module:
     """A flow trained on `steps` batches of pairs; its averaged network. `each_step` is called after each of them."""
     torch.manual_seed(seed_for("network and times", seed))
-    training = dansm.Training(MLP().to(device), lr=5e-3)
-    for _ in islice(dansm.train(training, dansm.RectifiedFlow(), pairs, decay=0.998), steps):
+    training = dansm.Training(MLP().to(device), lr=5e-3, decay=0.998)
+    for _ in islice(dansm.train(training, dansm.RectifiedFlow(), pairs), steps):
         each_step()
     return training.average
 
