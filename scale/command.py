@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import shlex
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,9 +14,10 @@ from rich.markup import escape
 from rich.progress import track
 
 import dansm
-from dansm import BadInput, counted, say
-from scale import data, trainer
-from scale.recipe import SETTINGS, Recipe, kind_of, load, names, shown, write
+from dansm import counted, say
+from scale import checkpoint, data, trainer
+from scale.recipe import SETTINGS, Recipe, kind_of, load, names, shown
+from scale.step import processes, ranks
 
 WORDS = {int: "N", float: "X", str: "NAME"}  # that stand in the help for a value
 
@@ -32,7 +34,8 @@ def _help() -> str:
     width = max(map(len, known))
     lines = "\n".join(f"  {name:{width}}  {says}" for name, says in known.items())
     return (f"{dansm.train_command.__doc__}\n\n"
-            "Writes checkpoint.pt, log.jsonl, train.json, recipe.toml and samples.png into --out.\n\n"
+            "Writes checkpoint-00001200.pt (of its step; the last few), metrics.jsonl, train.json, recipe.toml and "
+            "samples.png into --out.\n\n"
             "An option given here goes before what the recipe says. In brackets: what holds where neither says "
             "anything. Several numbers are parted by commas, as in --decay 0.9999,0.999.\n\n"
             f"Recipes:\n\n\b\n{escape(lines)}")
@@ -40,7 +43,8 @@ def _help() -> str:
 
 def _with_options(function):
     """`function` with a parameter for each setting, None where it is not given: what Typer makes the options of."""
-    text = "a recipe's name, a .toml file of your own, or data: a folder of images (with subfolders), or cifar10"
+    text = ("a recipe's name, a .toml file of your own, or data: a folder of images (with subfolders), a zip or tar of "
+            "them, an LSUN lmdb, latents (.npy), or cifar10")
     source = Annotated[str, typer.Argument(help=text, metavar="RECIPE", show_default=False)]
     device = Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(
         help="auto takes the fastest there is", metavar="NAME", rich_help_panel="Where")]
@@ -98,21 +102,26 @@ def name_of_run(source: str) -> str:
 
 
 def run(recipe: Recipe, out: Path, device: torch.device, fresh: bool) -> None:
-    """Read the data, train, write what the run was and a grid of samples, and say where they are."""
+    """Read the data, train, write what the run was and a grid of samples, and say where they are. Under torchrun every
+    process does so, and the first one speaks and writes."""
     dansm.check_steps("--sample-steps", recipe.sample_steps, dansm.FLOWS[recipe.flow])
     data.check_out(recipe.data, out)
-    out, left_out = dansm.make_folder(out), []
-    images = data.load_images(recipe.data, size=recipe.size or None, skip_unreadable=recipe.skip_unreadable,
-                              left_out=left_out, track=_track_reading)
-    if left_out:
-        say(f"left out {len(left_out):,} of {counted(len(images) + len(left_out), 'image')}, not readable:",
-            ", ".join(map(str, left_out[:3])) + ", …" * (len(left_out) > 3))
-    summary, net, flow = _fit(images, recipe, out, device, fresh)
-    saved, grid, files = out / "checkpoint.pt", out / "samples.png", ("log.jsonl", "train.json", "recipe.toml")
+    out = dansm.make_folder(out)
+    with processes(device) as device:
+        first = ranks()[0] == 0
+        with checkpoint.lock(out) if first else nullcontext(), _quiet(not first):
+            _run(recipe, out, device, fresh, first)
+
+
+def _run(recipe, out, device, fresh, first):
+    images, left_out = read(recipe, out)
+    summary, net, flow = trainer.fit(images, recipe, out=out, fresh=fresh, device=device, console=dansm.console)
+    if not first:
+        return
+    saved, grid, files = checkpoint.newest(out), out / "samples.png", ("metrics.jsonl", "train.json", "recipe.toml")
     if summary["this_call"]["steps"]:
-        write(recipe, out / "recipe.toml")
         dansm.write_json(out / "train.json", {
-            "data": recipe.data, "data_images": len(images), "unreadable_images": len(left_out),
+            "data": recipe.data, "data_images": len(images), "unreadable_images": left_out,
             "hardware": dansm.hardware(device), **summary})
         say(f"{counted(summary['images'], 'image')} in {counted(summary['steps'], 'step')},",
             f"{summary['this_call']['images_per_second']:,} a second")
@@ -122,31 +131,38 @@ def run(recipe: Recipe, out: Path, device: torch.device, fresh: bool) -> None:
     if summary["stopped_early"]:
         say(f"stopped at step {summary['steps']:,} of {recipe.steps:,}, saved;",
             f"the same command{' without --fresh' * fresh} goes on")
-        dansm.say_files(out, "checkpoint.pt", *files)
-    elif not grid.exists() or grid.stat().st_mtime < saved.stat().st_mtime:  # else it is this checkpoint's already
-        dansm.draw_grid(net, flow, images.shape[1:], recipe.sample_steps, recipe.seed, device, saved, grid)
-        dansm.say_files(out, "samples.png", "checkpoint.pt", *files)
-    say("images from it: dansm sample", shlex.quote(str(saved)))
+        dansm.say_files(out, saved.name, *files)
+    elif images.shape[1] in (1, 3):
+        if not grid.exists() or grid.stat().st_mtime < saved.stat().st_mtime:  # else it is this checkpoint's already
+            dansm.draw_grid(net, flow, images.shape[1:], recipe.sample_steps, recipe.seed, device, saved, grid)
+        dansm.say_files(out, "samples.png", saved.name, *files)
+    else:
+        dansm.say_files(out, saved.name, *files)  # latents are no pictures
+    say("images from it: dansm sample", shlex.quote(str(out)))
 
 
-def _track_reading(paths, total):
-    return track(paths, "reading images", total=total, console=dansm.console)
+def read(recipe: Recipe, out: Path):
+    """The recipe's data, and how many files were left out. Decoded images are kept in the run's folder where they do
+    not fit into memory."""
+    left_out = []
+    images = data.load_images(recipe.data, size=recipe.size or None, skip_unreadable=recipe.skip_unreadable,
+                              cache=Path(recipe.cache) if recipe.cache else None, left_out=left_out,
+                              track=_track_reading)
+    if left_out:
+        say(f"left out {len(left_out):,} of {counted(len(images) + len(left_out), 'image')}, not readable:",
+            ", ".join(map(str, left_out[:3])) + ", …" * (len(left_out) > 3))
+    return images, len(left_out)
 
 
-# of a recipe, what the trainer does not do
-LATER = ("width", "multipliers", "blocks", "attention_at", "dropout", "match_scope", "fast", "accumulate", "warmup",
-         "clip", "precision", "deterministic", "save_minutes", "keep", "log_steps")
+def _track_reading(parts, total):
+    return track(parts, "reading images", total=total, console=dansm.console)
 
 
-def _fit(images, recipe, out, device, fresh):
-    """The trainer's own settings from the recipe. What it cannot do is refused, lest a run be not what it says."""
-    for name in LATER:
-        if getattr(recipe, name) != SETTINGS[name].default:
-            raise BadInput(f"{name} is {shown(getattr(recipe, name))}: this trainer cannot do that, expected "
-                           f"{shown(SETTINGS[name].default)}")
-    if len(recipe.decay) > 1:
-        raise BadInput(f"decay is {shown(recipe.decay)}: this trainer keeps one moving average, expected one number")
-    kept = ("network", "flow", "times", "method", "match_size", "cost", "batch", "lr", "flip", "size", "seed")
-    settings = {name: getattr(recipe, name) for name in kept} | {"decay": recipe.decay[0], "images": len(images)}
-    return trainer.fit(images, settings, steps=recipe.steps, minutes=recipe.minutes, out=out, fresh=fresh,
-                       device=device, console=dansm.console)
+@contextmanager
+def _quiet(on: bool):
+    """What processes but the first would say, all of them would say again."""
+    before, dansm.console.quiet = dansm.console.quiet, on or dansm.console.quiet
+    try:
+        yield
+    finally:
+        dansm.console.quiet = before

@@ -25,8 +25,8 @@ from torch import Tensor
 
 import dansm
 
-# Noises on a short list, and on one of a pool of more than MANY: photographs like the same ones, and where a list ends a
-# whole row is read, which of a million noises takes 1.5 ms a time.
+# Noises on a short list, and on one of a pool of more than MANY: photographs like the same ones, and where a list ends
+# a whole row is read, which of a million noises takes 1.5 ms a time.
 KEEP, MANY = (64, 128), 2**16
 LANES = 1024  # noises looked at together
 PROGRAMS = 528  # bidding at once: four for each of an H100's multiprocessors

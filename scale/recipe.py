@@ -47,6 +47,8 @@ class Recipe:
     size: int = setting("Data", "make images squares of so many pixels; 0: as is", 0, least=0, most=4096)
     flip: bool = setting("Data", "mirror half of the images, anew each epoch", True)
     skip_unreadable: bool = setting("Data", "leave out images that cannot be read", False)
+    cache: str = setting("Data", "folder that keeps the decoded images, for those that memory does not hold", "",
+                         free=True)
 
     network: str = setting("Network", "ncsnpp and ddpm are the paper's", "ncsnpp", choices=dansm.NETWORKS)
     width: int | None = setting("Network", "channels at the first level", None, least=4, even=True)

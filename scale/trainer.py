@@ -1,188 +1,212 @@
-"""A training run around the plain loop: progress, log, checkpoints, and going on where it stopped."""
+"""A training run: the loop of `dansm.train` with a log, checkpoints, and going on where it stopped."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.distributed as group
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 import dansm
 from scale import checkpoint, data
+from scale.recipe import Recipe, changed, write
+from scale.step import FastTraining, make_deterministic, operations_per_image, peak, ranks
 
-LOG_EVERY = 50  # steps between two lines of the log: rare enough that reading the loss costs nothing
+AGREE = 0.5  # seconds between two moments at which processes agree whether to stop or to save
+GRID_SHARE = 0.1  # of the time between two checkpoints that the grid of samples beside each may take
 
 
-def fit(images: Tensor, recipe: dict, *, steps: int, minutes: float, out: Path, fresh: bool, device: torch.device,
-        console: Console, save_minutes: float = 5.0, source: str = "") -> tuple:
-    """Train a network on images (N, C, H, W) uint8 by `recipe`; returns a summary, the averaged network, the flow.
+def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, device: torch.device,
+        console: Console) -> tuple:
+    """Train a network on images (N, C, H, W) by `recipe`; returns a summary, the averaged network, the flow.
 
-    `out` gets a checkpoint every `save_minutes`, of which the last few are kept, and log.jsonl. A run that it holds
-    already goes on, with the same noises and the same order of images, as if never stopped (method "optimal" begins a
-    new group of samples). `source` names the images, for those who find the checkpoint.
+    `out` gets the checkpoints, metrics.jsonl, recipe.toml and, where they take little time, grids of samples. A run
+    that it holds already goes on, with the same noises and the same order of images, as if never stopped (method
+    "optimal" begins a new group of samples).
 
-    Stops after `steps` in all, after `minutes` of this call if not 0, or at Ctrl-C; each saves first. A run that has
-    made its steps already is left as it is.
+    Stops after the recipe's steps in all, after its minutes of this call if not 0, at Ctrl-C or SIGTERM; each saves
+    first. A run that has made its steps already is left as it is. Under torchrun every process calls it; the first
+    writes.
     """
-    torch.manual_seed(recipe["seed"])
-    net = _network(images, recipe["network"]).to(device)
-    flow = dansm.FLOWS[recipe["flow"]](recipe["times"])
-    run = dansm.Training(net, recipe["lr"])
-    pool = dansm.NoisePool(recipe["match_size"], images.shape[1:], cost=recipe["cost"], device=device,
-                           seed=recipe["seed"])
-    log, aside = out / "log.jsonl", out / "log.partial"
-    found = None if fresh else checkpoint.load_newest(out, lambda line: console.print(line, soft_wrap=True,
-                                                                                      markup=False))
-    earlier, strange = 0.0, checkpoint.checkpoints(out)  # of the run that was here, until this one is saved
-    keeps_other = fresh and bool(strange)
-    if found:
-        saved, state = found
-        strange = strange[: strange.index(saved)]  # newer, but not to be read
-        earlier = _resume(saved, state, recipe, run, pool, device)
-        _forget_after(log, run.step)
-        if run.step < steps:
-            console.print(f"going on from step {run.step:,} of {saved}", soft_wrap=True, markup=False)
-    elif not keeps_other:
-        log.unlink(missing_ok=True)
-    aside.unlink(missing_ok=True)  # of a --fresh that was killed: no run goes on from it
-
-    def save():
-        nonlocal keeps_other, strange
-        if not all(weight.isfinite().all() for weight in net.parameters()):
-            raise dansm.BadInput(f"--lr is {recipe['lr']}: the weights became infinite at step {run.step}, expected a "
-                                 f"smaller one; the checkpoints in {out} are untouched")
-        checkpoint.save(out, {"network": net.settings, "recipe": recipe, "data": source,
-                              "training": _training_state(run, recipe["decay"]),
-                              "ranks": [{"pool": pool.state_dict(), "random": _random_state(device)}],
-                              "seconds": earlier + time.monotonic() - begin}, drop=strange)
-        strange = []
-        if keeps_other:
-            os.replace(aside, log)
-            keeps_other = False
-
-    batches = data.batches(images, recipe["batch"], seed=recipe["seed"], flip=recipe["flip"], start=run.step,
-                           device=device)
-    paired = _Latest(dansm.pairs(batches, recipe["method"], recipe["match_size"], cost=recipe["cost"], pool=pool))
-    first_step, begin = run.step, time.monotonic()
-    last_save = begin
-    bar = Progress(TextColumn("training"), BarColumn(), TextColumn("{task.fields[line]}"), TimeElapsedColumn(),
-                   TimeRemainingColumn(), console=console, disable=run.step >= steps)
-    task = bar.add_task("", total=1.0, completed=run.step / steps, line="")
-    interrupt = Interrupt(lambda: bar.update(task, line="stopping after this step"))
-    with bar, open(aside if keeps_other else log, "a") as lines, interrupt:
-        for loss in dansm.train(run, flow, paired, decay=recipe["decay"]) if run.step < steps else ():
-            now = time.monotonic()
-            last = run.step >= steps or (minutes and now - begin > 60 * minutes) or interrupt
-            save_now = now - last_save > 60 * save_minutes
-            if run.step % LOG_EVERY == 0 or save_now or last:
-                rate = (run.step - first_step) * recipe["batch"] / (now - begin)
-                line = {"step": run.step, "images": run.step * recipe["batch"],
-                        "seconds": round(earlier + now - begin, 2), "loss": round(loss.item(), 5),
-                        "images_per_second": round(rate, 1), **paired.distances()}
-                if not math.isfinite(line["loss"]):
-                    raise dansm.BadInput(f"--lr is {recipe['lr']}: the loss became {line['loss']} at step {run.step}, "
-                                         f"expected a smaller one; the checkpoints in {out} are untouched")
-                lines.write(json.dumps(line) + "\n")
-                lines.flush()
-                part = max(run.step / steps, (now - begin) / (60 * minutes) if minutes else 0)
-                text = f"step {run.step:,}  loss {line['loss']:.4f}  {rate:,.0f} images/s"
-                bar.update(task, completed=part, line=text)
-            if last:
+    rank, processes = ranks()
+    if recipe.batch % (processes * recipe.accumulate):
+        raise dansm.BadInput(f"--batch is {recipe.batch}: expected a multiple of {processes * recipe.accumulate}, the "
+                             f"{processes} processes times accumulate, {recipe.accumulate}")
+    if recipe.deterministic:
+        make_deterministic()
+    torch.backends.cudnn.benchmark = not recipe.deterministic
+    torch.manual_seed(recipe.seed)  # the same weights on all processes
+    run = FastTraining(new_network(images, recipe), recipe, device)
+    torch.manual_seed(recipe.seed if rank == 0 else _seed_of(recipe.seed, rank))
+    flow = dansm.FLOWS[recipe.flow](recipe.times)
+    pool = dansm.NoisePool(recipe.match_size, images.shape[1:], cost=recipe.cost, device=device, seed=recipe.seed,
+                           fast=recipe.fast, match_scope=recipe.match_scope)
+    keeper = Keeper(out, recipe, len(images), fresh, console)
+    keeper.resume(run, pool, device)
+    batches = data.batches(images, recipe.batch, seed=recipe.seed, flip=recipe.flip, start=run.step, rank=rank,
+                           ranks=processes, device=device)
+    watch = Watch(recipe, run, images.shape[1:], device)
+    paired = watch.paired(dansm.pairs(watch.samples(batches), recipe.method, recipe.match_size, cost=recipe.cost,
+                                      pool=pool))
+    with keeper.log(run.step) as log, progress(run, recipe, console, rank) as show, \
+            Interrupt(lambda: show("stopping after this step")) as interrupt:
+        decide = Decide(recipe, run, interrupt)
+        for loss in dansm.train(run, flow, paired) if run.step < recipe.steps else ():
+            watch.losses.append(loss)
+            stop, save = decide()
+            if run.step % recipe.log_steps == 0 or save or stop:
+                line = watch.line(keeper.seconds)
+                log(line)
+                show(watch.text(line))
+            if save and not stop:
+                keeper.save(run, pool, device)
+                if watch.grid_seconds() <= GRID_SHARE * 60 * recipe.save_minutes:
+                    keeper.grid(run, flow, pool.shape, device)
+            if stop:
                 break
-            if save_now:
-                save()
-                last_save = now
-    seconds = time.monotonic() - begin
-    made = run.step - first_step
-    if made:
-        save()
-    return {"recipe": recipe, "steps": run.step, "images": run.step * recipe["batch"],
-            "seconds": round(earlier + seconds, 1),
-            "this_call": {"steps": made, "seconds": round(seconds, 1),  # the machine may be another one each time
-                          "images_per_second": round(made * recipe["batch"] / max(seconds, 1e-9), 1)},
-            "parameters": sum(p.numel() for p in net.parameters()),
-            "stopped_early": bool(interrupt) and run.step < steps}, run.average, flow
+        batches.close()
+    if watch.steps:
+        keeper.save(run, pool, device)
+    return watch.summary(keeper.seconds, bool(interrupt)), run.average, flow
 
 
-class Interrupt:
-    """True once Ctrl-C was pressed: the loop ends after a whole step, so that nothing is saved half done. A second
-    Ctrl-C stops at once. `say` is called at the first, as a step may take a minute."""
-
-    def __init__(self, say: Callable[[], None]):
-        self.pressed, self.say = False, say
-
-    def __bool__(self):
-        return self.pressed
-
-    def __enter__(self):
-        self.before = signal.signal(signal.SIGINT, self._press)
-        return self
-
-    def __exit__(self, *_):
-        signal.signal(signal.SIGINT, self.before)
-
-    def _press(self, *_):
-        self.pressed = True
-        signal.signal(signal.SIGINT, self.before)
-        self.say()
-
-
-class _Latest:
-    """Passes pairs on and keeps the last, so that the log can say how far apart they were."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __iter__(self):
-        for x, z in self.stream:
-            self.x, self.z = x, z
-            yield x, z
-
-    def distances(self) -> dict:
-        """Mean ‖x − z‖ as paired, and as it would be at random: each x with its neighbour's z."""
-        return {"distance": round(dansm.path_length(self.x, self.z), 4),
-                "distance_unmatched": round(dansm.path_length(self.x, self.z.roll(1, 0)), 4)}
-
-
-def _network(images, name):
-    """A new network of that name for such images, or BadInput that names --size, which makes them fit."""
+def new_network(images, recipe: Recipe) -> dansm.UNet:
+    """A new network of the recipe's kind for such images, or BadInput that names --size, which makes them fit."""
     if images.shape[2] != images.shape[3]:
         raise dansm.BadInput(f"the images are {images.shape[3]}×{images.shape[2]} pixels: expected squares; --size N "
                              "makes them N pixels square")
-    try:
-        return dansm.UNet(images.shape[1], images.shape[2], **dansm.NETWORKS[name])
-    except dansm.BadInput as error:
-        raise dansm.BadInput(f"{error}; --size N makes them N pixels square") from error
+    return dansm.UNet(**recipe.network_settings(images.shape[1], images.shape[2]))
 
 
-def _training_state(run, decay) -> dict:
-    """The run's state with its one average among the averages that a checkpoint may hold."""
-    state = run.state_dict()
-    average = state.pop("average")
-    return {**state, "averages": [{"decay": decay, "weights": average}]}
+def _seed_of(seed: int, rank: int) -> int:
+    return int(np.random.SeedSequence([seed, rank]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _resume(path, state, recipe, run, pool, device) -> float:
-    """Take up the run of that state, read from `path`; returns the seconds that it has trained."""
-    with checkpoint.reading(path):
-        changed = [f"{key} {state['recipe'].get(key)} → {value}" for key, value in recipe.items()
-                   if state["recipe"].get(key) != value]
-        if state["network"] != run.net.settings:
-            changed.append(f"images of {state['network']['size']} pixels → {run.net.settings['size']}")
-        if changed:
-            raise dansm.BadInput(f"{path} is of another run ({', '.join(changed)}): expected the same settings, "
+# ---------------------------------------------------------------------------------------------------
+# What is kept
+# ---------------------------------------------------------------------------------------------------
+
+
+class Keeper:
+    """The folder of a run: its checkpoints, its log, the grids beside them. Only the first process writes into it.
+
+    seconds  that the run has trained, in earlier calls and in this one
+    """
+
+    def __init__(self, out: Path, recipe: Recipe, images: int, fresh: bool, console: Console):
+        self.out, self.recipe, self.images, self.console = out, recipe, images, console
+        self.rank, self.processes = ranks()
+        self.metrics, self.aside = out / "metrics.jsonl", out / "metrics.partial"
+        # Checkpoints that lead to another run: with --fresh they are kept until this one is saved.
+        self.others = checkpoint.checkpoints(out) if fresh else []
+        self.fresh, self.keeps_other = fresh, bool(self.others)
+        self.earlier, self.begin = 0.0, time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return self.earlier + time.monotonic() - self.begin
+
+    def resume(self, run: FastTraining, pool: dansm.NoisePool, device) -> None:
+        """Take up the run that the folder holds, if it is not to begin anew."""
+        found = None if self.fresh else checkpoint.load_newest(self.out, self._say)
+        if found is not None:
+            path, state = found
+            self._check(path, state, run)
+            with checkpoint.reading(path):
+                run.load_state_dict(state["training"])
+                _take_up_random_numbers(path, state["ranks"][self.rank], pool, device)
+                self.earlier = float(state["seconds"])
+            self.others = [other for other in checkpoint.checkpoints(self.out) if other.name > path.name]  # damaged
+            if self.rank == 0:
+                _forget_after(self.metrics, run.step)
+            if run.step < self.recipe.steps:
+                self._say(f"going on from step {run.step:,} of {path}")
+        elif self.rank == 0 and not self.keeps_other:
+            self.metrics.unlink(missing_ok=True)
+        if self.rank == 0:
+            self.aside.unlink(missing_ok=True)  # of a --fresh that was killed: no run goes on from it
+        self.begin = time.monotonic()
+
+    def _check(self, path, state, run):
+        """BadInput if the checkpoint is of a run with other settings, images or processes."""
+        with checkpoint.reading(path):
+            differences = changed(state["recipe"], self.recipe)
+            if state["images"] != self.images:
+                differences.append(f"images {state['images']:,} → {self.images:,}")
+            if state["network"] != run.net.settings:
+                differences.append(f"images of {state['network']['size']} pixels → {run.net.settings['size']}")
+            if len(state["ranks"]) != self.processes:
+                differences.append(f"processes {len(state['ranks'])} → {self.processes}")
+        if differences:
+            raise dansm.BadInput(f"{path} is of another run ({', '.join(differences)}): expected the same settings, "
                                  "another --out, or --fresh to begin anew")
-        run.load_state_dict({**state["training"], "average": state["training"]["averages"][0]["weights"]})
-        _take_up_random_numbers(path, state["ranks"][0], pool, device)
-        return float(state.get("seconds", 0))  # a checkpoint of before they were kept has none
+
+    @contextmanager
+    def log(self, step: int) -> Iterator[Callable[[dict], None]]:
+        """What writes a line of metrics.jsonl, and to TensorBoard where it is installed."""
+        if self.rank:
+            yield lambda line: None
+            return
+        board = _tensorboard(self.out, step)
+        with open(self.aside if self.keeps_other else self.metrics, "a") as lines:
+            def write_line(line):
+                lines.write(json.dumps(line) + "\n")
+                lines.flush()
+                for name in line if board else ():
+                    board.add_scalar(name, line[name], line["step"])
+            yield write_line
+        if board:
+            board.close()
+
+    def save(self, run: FastTraining, pool: dansm.NoisePool, device) -> None:
+        """A checkpoint, of what all processes know."""
+        if not all(weight.isfinite().all() for weight in run.net.parameters()):
+            raise dansm.BadInput(f"--lr is {self.recipe.lr}: the weights became infinite at step {run.step}, expected "
+                                 f"a smaller one; what {self.out} held before is untouched")
+        everyones = self._gathered({"pool": pool.state_dict(), "random": _random_state(device)})
+        if self.rank == 0:
+            checkpoint.save(self.out, {
+                "network": run.net.settings, "recipe": dataclasses.asdict(self.recipe), "data": self.recipe.data,
+                "images": self.images, "training": run.state_dict(), "ranks": everyones, "seconds": self.seconds,
+            }, self.recipe.keep, drop=self.others)
+            if self.keeps_other:
+                os.replace(self.aside, self.metrics)
+            self.others, self.keeps_other = [], False
+            write(self.recipe, self.out / "recipe.toml")
+        if self.processes > 1:
+            group.barrier()
+
+    def grid(self, run: FastTraining, flow, shape, device) -> None:
+        """64 images beside the checkpoint, from the noise that is theirs in every grid of this run."""
+        if self.rank or shape[0] not in (1, 3):  # latents are no pictures
+            return
+        with torch.autocast(device.type, run.dtype, enabled=run.dtype != torch.float32):
+            draws = dansm.sample_images(run.average, flow, range(64), shape, self.recipe.sample_steps,
+                                        seed=self.recipe.seed, device=device)
+            dansm.save_grid(torch.cat(list(draws)), self.out / f"samples-{run.step:08d}.png")
+
+    def _gathered(self, ours) -> list | None:
+        if self.processes == 1:
+            return [ours]
+        everyones = [None] * self.processes if self.rank == 0 else None
+        group.gather_object(ours, everyones)
+        return everyones
+
+    def _say(self, line):
+        if self.rank == 0:
+            self.console.print(line, soft_wrap=True, markup=False)
 
 
 def _take_up_random_numbers(path, state, pool, device):
@@ -196,14 +220,19 @@ def _take_up_random_numbers(path, state, pool, device):
         torch.cuda.set_rng_state(state["random"]["cuda"], device)
 
 
-def _forget_after(log, step):
+def _random_state(device):
+    state = {"cpu": torch.get_rng_state()}
+    return {**state, "cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
+
+
+def _forget_after(metrics, step):
     """Drop the lines that a killed run wrote after its last checkpoint, and what a kill or a full disk left of one."""
-    if not log.exists():
+    if not metrics.exists():
         return
-    kept = [line for line in log.read_text(errors="replace").splitlines() if _step_of(line) <= step]
-    beside = log.with_suffix(".part")
+    kept = [line for line in metrics.read_text(errors="replace").splitlines() if _step_of(line) <= step]
+    beside = metrics.with_suffix(".part")
     beside.write_text("".join(line + "\n" for line in kept))
-    os.replace(beside, log)
+    os.replace(beside, metrics)
 
 
 def _step_of(line):
@@ -214,6 +243,179 @@ def _step_of(line):
         return math.inf
 
 
-def _random_state(device):
-    state = {"cpu": torch.get_rng_state()}
-    return {**state, "cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
+def _tensorboard(out, step):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+
+
+# ---------------------------------------------------------------------------------------------------
+# What is seen
+# ---------------------------------------------------------------------------------------------------
+
+
+class Watch:
+    """Measures a run as it goes, without making the GPU wait but for a line of the log: what passes by is kept on the
+    device until then."""
+
+    def __init__(self, recipe: Recipe, run: FastTraining, shape, device: torch.device):
+        self.recipe, self.run, self.device = recipe, run, device
+        self.first, self.begin = run.step, time.monotonic()
+        self.losses, self.clocks, self.last = [], [], (run.step, self.begin)
+        self.peak = peak(device)
+        self.operations = operations_per_image(run.net.settings) if self.peak else None
+
+    @property
+    def steps(self) -> int:
+        """Made in this call."""
+        return self.run.step - self.first
+
+    def samples(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
+        """The batches, each with the moment at which its matching begins."""
+        for x in batches:
+            self.clocks.append([self._now()])
+            yield x
+
+    def paired(self, pairs) -> Iterator[tuple[Tensor, Tensor]]:
+        """The pairs, each with the moment at which its matching ended; the last is kept for the distances."""
+        for x, z in pairs:
+            self.clocks[-1].append(self._now())
+            self.x, self.z = x, z
+            yield x, z
+
+    def _now(self):
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def line(self, seconds: float) -> dict:
+        """Of the steps since the last line. BadInput, with the step, where a loss is not finite.
+
+        loss, loss_mean     of this step, and of those since the last line
+        images_per_second   of all processes together; mfu: the share of the GPU's peak that the network has
+        matching            share of the time
+        distance            mean ‖x − z‖ as paired; distance_unmatched: at random, each x with its neighbour's z
+        """
+        losses = torch.stack(self.losses).float().cpu()
+        if not losses.isfinite().all():
+            bad = self.run.step - len(losses) + 1 + int((~losses.isfinite()).int().argmax())
+            raise dansm.BadInput(f"--lr is {self.recipe.lr}: the loss became {losses[~losses.isfinite()][0].item()} at "
+                                 f"step {bad}, expected a smaller one; what was saved before is untouched")
+        (step, then), now = self.last, time.monotonic()
+        rate = (self.run.step - step) * self.recipe.batch / max(now - then, 1e-9)
+        line = {"step": self.run.step, "images": self.run.step * self.recipe.batch, "seconds": round(seconds, 2),
+                "loss": round(losses[-1].item(), 5), "loss_mean": round(losses.mean().item(), 5),
+                "images_per_second": round(rate, 1),
+                "matching": round(self._matching() / max(now - then, 1e-9), 4),
+                "distance": round(dansm.path_length(self.x, self.z), 4),
+                "distance_unmatched": round(dansm.path_length(self.x, self.z.roll(1, 0)), 4)}
+        if self.peak:
+            line["mfu"] = round(rate * self.operations / (self.peak * ranks()[1]), 4)
+        self.losses, self.clocks, self.last = [], [], (self.run.step, now)
+        return line
+
+    def _matching(self) -> float:
+        """Seconds of the GPU, or of the CPU, between the moments before and after the matchings."""
+        whole = [clock for clock in self.clocks if len(clock) == 2]
+        if self.device.type == "cuda":
+            return sum(before.elapsed_time(after) for before, after in whole) / 1000
+        return sum(after - before for before, after in whole)
+
+    def text(self, line: dict) -> str:
+        mfu = f"  MFU {line['mfu']:.0%}" if "mfu" in line else ""
+        return (f"step {line['step']:,}  loss {line['loss_mean']:.4f}  {line['images_per_second']:,.0f} images/s{mfu}  "
+                f"matching {line['matching']:.1%}  distance {line['distance']:.2f} of {line['distance_unmatched']:.2f}")
+
+    def grid_seconds(self) -> float:
+        """That 64 samples will take: an evaluation is about a third of a step."""
+        seconds = (time.monotonic() - self.begin) / max(1, self.steps)
+        return seconds / 3 * self.recipe.sample_steps * 64 * ranks()[1] / self.recipe.batch
+
+    def summary(self, seconds: float, interrupted: bool) -> dict:
+        here, made = time.monotonic() - self.begin, self.steps
+        return {"recipe": dataclasses.asdict(self.recipe), "steps": self.run.step,
+                "images": self.run.step * self.recipe.batch, "seconds": round(seconds, 1), "processes": ranks()[1],
+                "this_call": {"steps": made, "seconds": round(here, 1),  # the machine may be another one each time
+                              "images_per_second": round(made * self.recipe.batch / max(here, 1e-9), 1)},
+                "precision": str(self.run.dtype)[6:], "compiled": self.run.compiled,
+                "parameters": sum(p.numel() for p in self.run.net.parameters()),
+                "stopped_early": interrupted and self.run.step < self.recipe.steps}
+
+
+@contextmanager
+def progress(run: FastTraining, recipe: Recipe, console: Console, rank: int) -> Iterator[Callable[[str], None]]:
+    """A live line; yields what sets its text."""
+    begin, first = time.monotonic(), run.step
+    bar = Progress(TextColumn("training"), BarColumn(bar_width=16), TextColumn("{task.fields[line]}"),
+                   TimeElapsedColumn(), TimeRemainingColumn(elapsed_when_finished=True), console=console,
+                   disable=rank > 0 or first >= recipe.steps)
+    task = bar.add_task("", total=1.0, completed=first / recipe.steps, line="")
+
+    def show(line):
+        spent = (time.monotonic() - begin) / (60 * recipe.minutes) if recipe.minutes else 0
+        bar.update(task, completed=max(run.step / recipe.steps, spent), line=line)
+
+    with bar:
+        yield show
+
+
+# ---------------------------------------------------------------------------------------------------
+# When to stop
+# ---------------------------------------------------------------------------------------------------
+
+
+class Decide:
+    """After each step: whether to stop and whether to save. Processes agree now and then, on the first one's clock and
+    on anyone's signal, as all must do the same step next."""
+
+    def __init__(self, recipe: Recipe, run: FastTraining, interrupt: Interrupt):
+        self.recipe, self.run, self.interrupt = recipe, run, interrupt
+        self.begin = self.saved = time.monotonic()
+        self.first = self.next = run.step
+
+    def __call__(self) -> tuple[bool, bool]:
+        now, last = time.monotonic(), self.run.step >= self.recipe.steps
+        if self.run.step < self.next and not last:
+            return False, False
+        stop = bool(self.interrupt) or bool(self.recipe.minutes and now - self.begin > 60 * self.recipe.minutes)
+        save = now - self.saved > 60 * self.recipe.save_minutes
+        if ranks()[1] > 1:
+            a_while = max(1, int(AGREE * (self.run.step - self.first) / max(now - self.begin, 1e-9)))
+            stop, save, a_while = self._agreed(stop, save, a_while)
+            self.next = self.run.step + a_while
+        if save:
+            self.saved = now
+        return stop or last, save
+
+    def _agreed(self, stop, save, a_while):
+        told = [None] * ranks()[1]
+        group.all_gather_object(told, (stop, save, a_while))
+        return any(stop for stop, _, _ in told), told[0][1], told[0][2]
+
+
+class Interrupt:
+    """True once Ctrl-C was pressed or SIGTERM came: the loop ends after a whole step, so that nothing is saved half
+    done. A second one stops at once. `say` is called at the first, as a step may take a minute."""
+
+    def __init__(self, say: Callable[[], None]):
+        self.pressed, self.say = False, say
+
+    def __bool__(self):
+        return self.pressed
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self._press) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _press(self, *_):
+        self.pressed = True
+        self.__exit__()
+        self.say()

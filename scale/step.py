@@ -1,0 +1,210 @@
+"""One training step as fast as a GPU goes: mixed precision, kernels of our own, one graph, several processes.
+
+The loop is `dansm.train`; what stands here are the two halves of its step. On a GPU, forward and backward of a 61.8 M
+network are some 2,000 launches, which take Python 120 ms and the GPU 50: so they are captured once as a CUDA graph and
+launched as one from then on.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from contextlib import contextmanager, nullcontext
+
+import torch
+import torch.distributed as group
+from torch import Tensor, nn
+
+import dansm
+from scale.recipe import Recipe
+
+WARM_UP = 3, 11  # calls before a graph is captured, alone and with other processes: torch's advice
+
+
+class FastTraining(dansm.Training):
+    """`dansm.Training` by a recipe: precision, averages, accumulation, warm-up, compilation; on one process of several
+    if torch.distributed is set up.
+
+    averages    one for each decay of the recipe; the first is `average`
+    compiled    whether the network's layers go through kernels of ours, and its step through a graph
+    """
+
+    def __init__(self, net: dansm.UNet, recipe: Recipe, device: torch.device):
+        self.recipe, self.device, self.dtype = recipe, device, number_type(recipe.precision, device)
+        self.compiled = recipe.compile and fused(net.to(device))
+        super().__init__(net.to(memory_format=torch.channels_last) if device.type == "cuda" else net,
+                         recipe.lr, recipe.decay[0], recipe.clip)
+        self.averages = [self.average, *(copy.deepcopy(self.average) for _ in recipe.decay[1:])]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.parallel = spread(net, device)
+        self.graph = None
+
+    def gradients(self, flow, x: Tensor, z: Tensor) -> Tensor:
+        if not self.compiled or not self.net.training:
+            self.optimizer.zero_grad()
+            return self._backward(flow, x, z)
+        if self.graph is None or self.x.shape != x.shape:
+            self._capture(flow, x, z)
+        self.x.copy_(x), self.z.copy_(z)
+        self.graph.replay()
+        return self.loss.clone()
+
+    def _backward(self, flow, x, z):
+        """The batch in parts one after the other; processes exchange the gradients of the last, which hold all."""
+        loss = torch.zeros((), device=x.device)
+        parts = self.recipe.accumulate
+        for number, (x_, z_) in enumerate(zip(x.chunk(parts), z.chunk(parts), strict=True), 1):
+            alone = self.parallel is not self.net and number < parts
+            with self.parallel.no_sync() if alone else nullcontext():
+                with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                    part = flow.loss(self.parallel, x_, z_) * (len(x_) / len(x))
+                self.scaler.scale(part).backward()
+            loss += part.detach()
+        return loss
+
+    def _capture(self, flow, x, z):
+        """Record forward and backward for batches of this shape. It leaves the random numbers as they were, so that a
+        run that is resumed, and records anew, draws what it would have drawn."""
+        self.x, self.z = x.clone(), z.clone()
+        random = torch.cuda.get_rng_state(self.device)
+        beside = torch.cuda.Stream(self.device)
+        beside.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(beside):
+            for _ in range(WARM_UP[self.parallel is not self.net]):
+                self.optimizer.zero_grad()
+                self._backward(flow, self.x, self.z)
+        torch.cuda.current_stream(self.device).wait_stream(beside)
+        self.optimizer.zero_grad()  # so that the graph writes gradients and adds to none
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads bring the next batches
+            self.loss = self._backward(flow, self.x, self.z)
+        torch.cuda.set_rng_state(random, self.device)
+
+    def update(self) -> None:
+        rise = min(1.0, (self.step + 1) / max(1, self.recipe.warmup))
+        for settings in self.optimizer.param_groups:
+            settings["lr"] = self.recipe.lr * rise
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.net.parameters(), self.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.step += 1
+        for decay, average in zip(self.recipe.decay, self.averages, strict=True):
+            dansm.follow(average, self.net, decay, self.step)
+
+    def state_dict(self) -> dict:
+        averages = [{"decay": decay, "weights": average.state_dict()}
+                    for decay, average in zip(self.recipe.decay, self.averages, strict=True)]
+        return {"step": self.step, "net": self.net.state_dict(), "averages": averages,
+                "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.step = state["step"]
+        self.net.load_state_dict(state["net"])
+        for average, saved in zip(self.averages, state["averages"], strict=True):
+            average.load_state_dict(saved["weights"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+
+
+def number_type(precision: str, device: torch.device) -> torch.dtype:
+    """Of activations and products; weights, gradients and sums stay in float32."""
+    if precision == "auto":
+        precision = "fp32" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
+    if precision == "fp16" and device.type != "cuda":
+        raise dansm.BadInput(f"precision is fp16, on {device.type}: expected bf16 or fp32, fp16 is for GPUs")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+
+
+def fused(net: dansm.UNet) -> bool:
+    """Let the kernels stand in for the network's layers, where there are CUDA and Triton; whether they do."""
+    device = next(net.parameters()).device
+    if device.type != "cuda":
+        return False
+    try:
+        from scale.fused import fuse, try_out
+
+        try_out(device)
+    except Exception as error:  # Triton missing, too old, without a compiler, on a card it does not know
+        warnings.warn(f"the network goes without its kernels, more slowly: {error!r}", stacklevel=2)
+        return False
+    fuse(net)
+    return True
+
+
+def fast(net: dansm.UNet) -> dansm.UNet:
+    """A network to sample from, with the kernels where there are any."""
+    fused(net)
+    return net
+
+
+# ---------------------------------------------------------------------------------------------------
+# Several processes
+# ---------------------------------------------------------------------------------------------------
+
+
+def ranks() -> tuple[int, int]:
+    """(the number of this process, how many there are)."""
+    there = group.is_available() and group.is_initialized()
+    return (group.get_rank(), group.get_world_size()) if there else (0, 1)
+
+
+@contextmanager
+def processes(device: torch.device):
+    """Join the processes that torchrun started; alone, nothing. Yields the device of this one."""
+    if "RANK" not in os.environ:
+        yield device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    group.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device
+    finally:
+        group.destroy_process_group()
+
+
+def spread(net: nn.Module, device: torch.device) -> nn.Module:
+    """The network whose gradients are the mean over all processes; the network itself where there is one process."""
+    if ranks()[1] == 1:
+        return net
+    beside = torch.cuda.Stream(device) if device.type == "cuda" else None  # as a captured graph wants it
+    with torch.cuda.stream(beside) if beside else nullcontext():
+        return nn.parallel.DistributedDataParallel(net, device_ids=[device] if beside else None,
+                                                   gradient_as_bucket_view=True, broadcast_buffers=False)
+
+
+def make_deterministic() -> None:
+    """The same result to the last bit each time, for what follows in this process."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+# ---------------------------------------------------------------------------------------------------
+# How much of the GPU is used
+# ---------------------------------------------------------------------------------------------------
+
+# dense bf16 (V100, T4: fp16) operations a second that the maker states, in 1e12; a longer name goes before a shorter
+PEAKS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "B200": 2250, "A100": 312, "A40": 150, "L40": 181,
+         "L4": 121, "A10": 125, "RTX 4090": 165, "RTX 3090": 71, "V100": 125, "T4": 65}
+
+
+def peak(device: torch.device) -> float | None:
+    """Operations a second of the GPU at best, None for one that is not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    known = [operations for part, operations in PEAKS.items() if part in name]
+    return 1e12 * known[0] if known else None
+
+
+def operations_per_image(settings: dict) -> float:
+    """Of forward and backward, multiplications and additions counted apart: three times those of forward."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        net = dansm.UNet(**settings)
+        with FlopCounterMode(display=False) as counter:
+            net(torch.empty(1, settings["channels"], settings["size"], settings["size"]), torch.empty(1))
+    return 3.0 * counter.get_total_flops()
