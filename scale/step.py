@@ -173,7 +173,7 @@ def spread(net: nn.Module, device: torch.device) -> nn.Module:
     beside = torch.cuda.Stream(device) if device.type == "cuda" else None  # as a captured graph wants it
     with torch.cuda.stream(beside) if beside else nullcontext():
         return nn.parallel.DistributedDataParallel(net, device_ids=[device] if beside else None,
-                                                   gradient_as_bucket_view=True, broadcast_buffers=False)
+                                                   gradient_as_bucket_view=True)
 
 
 def make_deterministic() -> None:

@@ -327,8 +327,8 @@ class Watch:
 
     def text(self, line: dict) -> str:
         mfu = f"  MFU {line['mfu']:.0%}" if "mfu" in line else ""
-        return (f"step {line['step']:,}  loss {line['loss_mean']:.4f}  {line['images_per_second']:,.0f} images/s{mfu}  "
-                f"matching {line['matching']:.1%}  distance {line['distance']:.2f} of {line['distance_unmatched']:.2f}")
+        return (f"step {line['step']:,}  loss {line['loss_mean']:.4f}  {line['images_per_second']:,.0f}/s{mfu}  "
+                f"matching {line['matching']:.1%}  {line['distance']:.1f} of {line['distance_unmatched']:.1f}")
 
     def grid_seconds(self) -> float:
         """That 64 samples will take: an evaluation is about a third of a step."""
@@ -350,8 +350,7 @@ class Watch:
 def progress(run: FastTraining, recipe: Recipe, console: Console, rank: int) -> Iterator[Callable[[str], None]]:
     """A live line; yields what sets its text."""
     begin, first = time.monotonic(), run.step
-    bar = Progress(TextColumn("training"), BarColumn(bar_width=16), TextColumn("{task.fields[line]}"),
-                   TimeElapsedColumn(), TimeRemainingColumn(elapsed_when_finished=True), console=console,
+    bar = Progress(BarColumn(bar_width=8), TextColumn("{task.fields[line]}"), TimeRemainingColumn(), console=console,
                    disable=rank > 0 or first >= recipe.steps)
     task = bar.add_task("", total=1.0, completed=first / recipe.steps, line="")
 
