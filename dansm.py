@@ -29,7 +29,6 @@ import os
 import platform
 import re
 import sys
-import time
 import warnings
 from bisect import bisect_left
 from collections import deque
@@ -47,7 +46,6 @@ import torch.nn.functional as F
 import typer
 from einops import rearrange
 from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 
 
@@ -1228,15 +1226,6 @@ def train_command(context: typer.Context) -> None:
     train(context.args, context.command_path)
 
 
-def draw_grid(net: nn.Module, flow, shape, steps: int, seed: int, device, saved: Path, path: Path) -> None:
-    """64 images of a trained network, eight at a time so that the time left can be told."""
-    try:
-        draws = sample_images(net, flow, range(64), shape, steps, seed=seed, batch=8, device=device)
-        save_grid(torch.cat(list(track(draws, "sampling", total=8, console=console))), path)
-    except KeyboardInterrupt as stop:
-        raise Stopped(f"stopped; the run is saved in {saved}") from stop
-
-
 @app.command("export")
 def export_command(
     run: Annotated[Path, typer.Argument(help="the folder of a dansm train, or one of its checkpoints")],
@@ -1257,38 +1246,19 @@ def sample_command(
     count: Annotated[int, typer.Option(min=1, help="how many images")] = 64,
     steps: Annotated[int, typer.Option(min=1, help="steps from noise to image; more is better and slower")] = 20,
     solver: Annotated[Literal["euler", "heun"], typer.Option(help="heun takes two evaluations a step")] = "euler",
-    batch: Annotated[int, typer.Option(min=1, help="images at a time; changes no image, only memory and speed")] = 64,
+    batch: Annotated[int, typer.Option(min=0, help="images at a time: memory and speed; 0: 500 on a GPU, or 64")] = 0,
     files: Annotated[bool, typer.Option(help="also write every image as a file of its own")] = False,
+    precision: Annotated[Literal["auto", "bf16", "fp16", "fp32"], typer.Option(
+        help="auto: bf16, on older GPUs fp16, on the CPU fp32")] = "auto",
     seed: Seed = 0,
     device: Device = "auto",
     out: Out = Path("runs/sample"),
 ) -> None:
     """Draw images from a trained network. Image 17 of a seed is the same whatever --count and --batch."""
-    from scale.checkpoint import load_model
+    from scale.command import sample
 
-    device = pick_device(device)
-    net, flow, about = load_model(model, device, solver, say=say)
-    check_steps("--steps", steps, type(flow))
-    out = make_folder(out)
-    shape = (net.settings["channels"], net.settings["size"], net.settings["size"])
-    start, images = time.perf_counter(), []
-    draws = sample_images(net, flow, range(count), shape, steps, seed=seed, batch=batch, device=device)
-    try:
-        for drawn in track(draws, "sampling", total=math.ceil(count / batch), console=console):
-            for number, image in enumerate(drawn if files else (), len(images)):
-                save_grid(image[None], out / f"{number:06d}.png", enlarge=1)
-            images += drawn
-    except KeyboardInterrupt:
-        if not images:
-            raise
-    seconds = time.perf_counter() - start
-    save_grid(torch.stack(images[:400]), out / "samples.png")
-    write_json(out / "sample.json", {
-        "checkpoint": str(about["file"]), "trained_steps": about["step"], "recipe": about["recipe"],
-        "count": len(images), "steps": steps, "solver": solver, "seed": seed, "seconds": round(seconds, 2),
-        "hardware": hardware(device)})
-    say(f"{counted(len(images), 'image')} in {counted(steps, 'step')} each: {seconds:.1f} s")
-    say_files(out, "samples.png", "sample.json", *(["000000.png and so on"] if files else []))
+    sample(model, pick_device(device), out, count=count, steps=steps, solver=solver, batch=batch,
+           files=files, precision=precision, seed=seed)
 
 
 @app.command("bench")
@@ -1317,12 +1287,19 @@ def check_steps(option: str, steps: int, flow: type) -> None:
         raise BadInput(f"{option} is {steps}: expected 2 to {flow.levels:,} for a diffusion")
 
 
-def sample_images(net: nn.Module, flow, images: range, shape, steps: int, *, seed: int = 0, batch: int = 64,
+def sample_images(net, flow, images: range, shape, steps: int, *, seed: int = 0, batch: int = 64,
                   device="cpu") -> Iterator[Tensor]:
-    """Images by their numbers, a batch at a time, as uint8 (B, C, H, W) on the CPU."""
+    """Images by their numbers, a batch at a time, as uint8 (B, C, H, W) on the CPU. While a GPU works on one batch the
+    noises of the next are drawn."""
+    before = None
     for start in range(0, len(images), batch):
         z = path_noise(images[start : start + batch], shape, seed, device)
-        yield to_uint8(flow.sample(net, z, steps)).cpu()
+        drawn = to_uint8(flow.sample(net, z, steps))
+        if before is not None:
+            yield before.cpu()
+        before = drawn
+    if before is not None:
+        yield before.cpu()
 
 
 def to_uint8(x: Tensor) -> Tensor:

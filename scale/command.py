@@ -1,9 +1,11 @@
-"""`dansm train`: one option for each setting of a recipe, and what is said before and after the run."""
+"""What `dansm train` and `dansm sample` do around the trainer and the network: options, files, and what is said."""
 
 from __future__ import annotations
 
 import inspect
+import math
 import shlex
+import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,7 +19,7 @@ import dansm
 from dansm import counted, say
 from scale import checkpoint, data, trainer
 from scale.recipe import SETTINGS, Recipe, kind_of, load, names, shown
-from scale.step import processes, ranks
+from scale.step import processes, ranks, sampler
 
 WORDS = {int: "N", float: "X", str: "NAME"}  # that stand in the help for a value
 
@@ -134,7 +136,8 @@ def _run(recipe, out, device, fresh, first):
         dansm.say_files(out, saved.name, *files)
     elif images.shape[1] in (1, 3):
         if not grid.exists() or grid.stat().st_mtime < saved.stat().st_mtime:  # else it is this checkpoint's already
-            dansm.draw_grid(net, flow, images.shape[1:], recipe.sample_steps, recipe.seed, device, saved, grid)
+            draw_grid(sampler(net, device, recipe.precision), flow, images.shape[1:], recipe.sample_steps,
+                      recipe.seed, device, saved, grid)
         dansm.say_files(out, "samples.png", saved.name, *files)
     else:
         dansm.say_files(out, saved.name, *files)  # latents are no pictures
@@ -166,3 +169,41 @@ def _quiet(on: bool):
         yield
     finally:
         dansm.console.quiet = before
+
+
+def draw_grid(net, flow, shape, steps: int, seed: int, device, saved: Path, path: Path) -> None:
+    """64 images of a trained network, eight at a time so that the time left can be told."""
+    try:
+        draws = dansm.sample_images(net, flow, range(64), shape, steps, seed=seed, batch=8, device=device)
+        dansm.save_grid(torch.cat(list(track(draws, "sampling", total=8, console=dansm.console))), path)
+    except KeyboardInterrupt as stop:
+        raise dansm.Stopped(f"stopped; the run is saved in {saved}") from stop
+
+
+def sample(model: Path, device: torch.device, out: Path, *, count: int, steps: int, solver: str, batch: int,
+           files: bool, precision: str, seed: int) -> None:
+    """Draw images 0 … count − 1 of a seed from a run, a checkpoint or exported weights."""
+    net, flow, about = checkpoint.load_model(model, device, solver, say=say)
+    dansm.check_steps("--steps", steps, type(flow))
+    out = dansm.make_folder(out)
+    batch = batch or (500 if device.type == "cuda" else 64)
+    shape = (net.settings["channels"], net.settings["size"], net.settings["size"])
+    begin, images = time.perf_counter(), []
+    draws = dansm.sample_images(sampler(net, device, precision), flow, range(count), shape, steps, seed=seed,
+                                batch=batch, device=device)
+    try:
+        for drawn in track(draws, "sampling", total=math.ceil(count / batch), console=dansm.console):
+            for number, image in enumerate(drawn if files else (), len(images)):
+                dansm.save_grid(image[None], out / f"{number:06d}.png", enlarge=1)
+            images += drawn
+    except KeyboardInterrupt:
+        if not images:
+            raise
+    seconds = time.perf_counter() - begin
+    dansm.save_grid(torch.stack(images[:400]), out / "samples.png")
+    dansm.write_json(out / "sample.json", {
+        "checkpoint": str(about["file"]), "trained_steps": about["step"], "recipe": about["recipe"],
+        "count": len(images), "steps": steps, "solver": solver, "precision": precision, "seed": seed,
+        "seconds": round(seconds, 2), "hardware": dansm.hardware(device)})
+    say(f"{counted(len(images), 'image')} in {counted(steps, 'step')} each: {seconds:.1f} s")
+    dansm.say_files(out, "samples.png", "sample.json", *(["000000.png and so on"] if files else []))

@@ -352,12 +352,14 @@ class Norm(dansm.Norm):
 
 
 class ResBlock(dansm.ResBlock):
-    """Biases of convolutions are left to the kernels: the first to the norm's shift, the others to the sum."""
+    """Biases of convolutions are left to the kernels: the first goes with the time's into the norm's shift, the others
+    into the sum."""
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         h, x = self.norm1.fork(x)
         h = convolve(self.conv1, self.resample(h))
-        h = convolve(self.conv2, self.norm2(h, shift=self.time(time) + self.conv1.bias))
+        shift = F.linear(time, self.time.weight, self.time.bias + self.conv1.bias)
+        h = convolve(self.conv2, self.norm2(h, shift))
         x, bias = self.resample(x), self.conv2.bias
         if isinstance(self.skip, nn.Conv2d):
             x, bias = convolve(self.skip, x), bias + self.skip.bias
@@ -380,6 +382,11 @@ class Attention(dansm.Attention):
         return _Sum.apply(x, rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2]), self.out.bias, self.scale)
 
 
+class Resample(dansm.Resample):
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        return self.conv(_Resample.apply(x, True) if self.up else x)
+
+
 class Double(nn.Upsample):
     def forward(self, x: Tensor) -> Tensor:
         return _Resample.apply(x, True)
@@ -390,8 +397,8 @@ class Halve(nn.AvgPool2d):
         return _Resample.apply(x, False)
 
 
-STANDING_IN = {dansm.Norm: Norm, dansm.ResBlock: ResBlock, dansm.Attention: Attention, nn.Upsample: Double,
-               nn.AvgPool2d: Halve}
+STANDING_IN = {dansm.Norm: Norm, dansm.ResBlock: ResBlock, dansm.Attention: Attention,
+               dansm.Resample: Resample, nn.Upsample: Double, nn.AvgPool2d: Halve}
 
 
 def fuse(net: dansm.UNet) -> dansm.UNet:

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 import torch.distributed as group
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 import dansm
 from scale import checkpoint, data
 from scale.recipe import Recipe, changed, write
-from scale.step import FastTraining, make_deterministic, operations_per_image, peak, ranks
+from scale.step import FastTraining, make_deterministic, operations_per_image, peak, ranks, sampler
 
 AGREE = 0.5  # seconds between two moments at which processes agree whether to stop or to save
 GRID_SHARE = 0.1  # of the time between two checkpoints that the grid of samples beside each may take
@@ -192,10 +192,10 @@ class Keeper:
         """64 images beside the checkpoint, from the noise that is theirs in every grid of this run."""
         if self.rank or shape[0] not in (1, 3):  # latents are no pictures
             return
-        with torch.autocast(device.type, run.dtype, enabled=run.dtype != torch.float32):
-            draws = dansm.sample_images(run.average, flow, range(64), shape, self.recipe.sample_steps,
-                                        seed=self.recipe.seed, device=device)
-            dansm.save_grid(torch.cat(list(draws)), self.out / f"samples-{run.step:08d}.png")
+        net = sampler(run.average, device, self.recipe.precision)
+        draws = dansm.sample_images(net, flow, range(64), shape, self.recipe.sample_steps, seed=self.recipe.seed,
+                                    device=device)
+        dansm.save_grid(torch.cat(list(draws)), self.out / f"samples-{run.step:08d}.png")
 
     def _gathered(self, ours) -> list | None:
         if self.processes == 1:
