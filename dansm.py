@@ -295,7 +295,7 @@ class NoisePool:
         self.seed = torch.randint(2**31, ()).item() if seed is None else check_count("seed", seed, at_least=0)
         self.noise = torch.empty(0, self.shape.numel(), device=device, dtype=check_choice("dtype", dtype, self.dtypes))
         self.squared = squared_norms(self.noise)
-        kernels = gpu_kernels(self.noise.device)
+        kernels = match_size not in (0, 1) and gpu_kernels(self.noise.device, cost, dtype, fast)
         self.kernel_take = kernels and kernels.take
         self.scratch = None  # what the kernels keep between two batches, so that none waits for memory
         self.check = DataCheck(self.shape, self.noise.device)
@@ -511,14 +511,15 @@ def _place_in_group(match_scope, seed):
 
 
 @cache
-def gpu_kernels(device: torch.device):
-    """`scale.kernels`, the same picks in one tenth of the time, where CUDA and Triton are there and work; or None."""
+def gpu_kernels(device: torch.device, *way):
+    """`scale.kernels`, the same picks in one tenth of the time, where CUDA and Triton are there and work; or None.
+    `way`: a pool's cost, its type of numbers and whether it is fast; nothing for linear assignment."""
     if device.type != "cuda":
         return None
     try:
         from scale import kernels
 
-        kernels.try_out(device)
+        kernels.try_out(device, *way)
     except Exception as error:  # Triton missing, too old, without a compiler, on a card it does not know
         warnings.warn(f"matching on {device} goes the plain way, with the same result: {error!r}", stacklevel=2)
         return None

@@ -15,7 +15,6 @@ pool.place the place of a label, or −1 once it is taken.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from itertools import product
 from types import SimpleNamespace
 
 import torch
@@ -354,23 +353,27 @@ def _bound(cost, prices):
 # ---------------------------------------------------------------------------------------------------
 
 
-def try_out(device: torch.device) -> None:
-    """Match a few samples this way and the plain way, on this device; raises where they differ or nothing runs."""
+def try_out(device: torch.device, *way) -> None:
+    """Match a few samples this way and the plain way, on this device; raises where they differ or nothing runs. `way`
+    as in `dansm.gpu_kernels`: what a pool does not need is not compiled."""
+    if way:
+        _try_matching(device, *way)
+    elif sorted(auction(torch.eye(8, device=device), 1e-3)[0].tolist()) != list(range(8)):
+        raise RuntimeError("its auction gives a noise twice")
+
+
+def _try_matching(device, cost, dtype, fast):
     generator = torch.Generator(device).manual_seed(0)
     # Whole numbers: every precision multiplies them exactly, and of many equal costs the first must win.
     x, noise = torch.randn(FEW + 48, 8, generator=generator, device=device).mul(2).round().split((16, FEW + 32))
     label = torch.arange(len(noise), dtype=torch.int32, device=device)
     check = dansm.DataCheck((8,), device)
-    ways = ("squared", torch.float32, False), ("inner", torch.float32, False), ("squared", torch.float32, True), (
-        "squared", torch.bfloat16, False), ("squared", torch.float64, False)
-    for (cost, dtype, fast), left in product(ways, (FEW + 20, FEW)):
-        samples, noises = x.to(dtype), noise.to(dtype)
-        norms = dansm.squared_norms(noises)
+    samples, noises = x.to(dtype), noise.to(dtype)
+    norms = dansm.squared_norms(noises)
+    for left in (FEW + 20, FEW):
         plain = noises[dansm.greedy(dansm.cost_matrix(samples, noises[:left], cost, norms[:left], fast))]
         for _ in range(2):  # compiled, and launched again
             pool = SimpleNamespace(noise=noises.clone(), squared=norms.clone(), index=label.clone(),
                                    place=label.clone(), left=left, cost=cost, fast=fast, check=check, scratch=None)
             if not torch.equal(take(pool, samples), plain):
                 raise RuntimeError("its kernels give other noises than the plain path")
-    if sorted(auction(x[:8] @ x[8:].T, 1e-3)[0].tolist()) != list(range(8)):
-        raise RuntimeError("its auction gives a noise twice")

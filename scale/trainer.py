@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -265,7 +266,10 @@ class Watch:
         self.first, self.begin = run.step, time.monotonic()
         self.losses, self.clocks, self.last = [], [], (run.step, self.begin)
         self.peak = peak(device)
-        self.operations = operations_per_image(run.net.settings) if self.peak else None
+
+    @cached_property
+    def operations(self) -> float:
+        return operations_per_image(self.run.net.settings)
 
     @property
     def steps(self) -> int:

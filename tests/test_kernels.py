@@ -145,7 +145,7 @@ class NoisePoolOfKernels(dansm.NoisePool):
 
 
 def test_a_gpu_where_triton_fails_is_told_once_and_goes_the_plain_way(monkeypatch):
-    def fails(device):
+    def fails(device, *way):
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(kernels, "try_out", fails)
@@ -160,10 +160,22 @@ def test_a_gpu_where_triton_fails_is_told_once_and_goes_the_plain_way(monkeypatc
     dansm.gpu_kernels.cache_clear()
 
 
-def test_the_trial_notices_kernels_that_pick_wrong(monkeypatch):
-    kernels.try_out(DEVICE)
+WAYS = [("squared", torch.float32, False), ("inner", torch.float32, True), ("squared", torch.bfloat16, False),
+        ("inner", torch.float64, False)]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_the_trial_notices_kernels_that_pick_wrong(monkeypatch, way):
+    kernels.try_out(DEVICE, *way)
     monkeypatch.setattr(kernels, "take", lambda pool, x: pool.noise[: len(x)])
     with pytest.raises(RuntimeError, match="other noises"):
+        kernels.try_out(DEVICE, *way)
+
+
+def test_the_trial_notices_an_auction_that_gives_a_noise_twice(monkeypatch):
+    kernels.try_out(DEVICE)
+    monkeypatch.setattr(kernels, "auction", lambda cost, gap: (torch.zeros(len(cost)), 0.0, 0.0))
+    with pytest.raises(RuntimeError, match="twice"):
         kernels.try_out(DEVICE)
 
 
