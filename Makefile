@@ -25,7 +25,8 @@ digits: $(READY)  ## first images: 1,797 handwritten digits, two ways of pairing
 	$(DANSM) digits
 
 cifar10: $(READY)  ## train on CIFAR-10 for eight minutes (on a GPU), samples in runs/cifar10
-	$(DANSM) train $(CIFAR10) --network ddpm --batch 256 --lr 3e-4 --minutes 8.2 --sample-steps 20 --out runs/cifar10
+	$(DANSM) train $(CIFAR10) --network ddpm --batch 256 --lr 3e-4 --decay 0.9999 --minutes 8.2 --sample-steps 20 \
+	  --out runs/cifar10
 
 test: $(READY)  ## all tests (under five minutes)
 	$(PYTHON) -m pytest -q
