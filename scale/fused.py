@@ -29,11 +29,13 @@ TILE = 2**14  # numbers of one program: those of 16 channels at 32×32, which fi
 @triton.jit
 def _kept(seeds, at, DROP: tl.constexpr):
     """What dropout multiplies number `at` of the tensor with: 0, or more than 1. DROP: the share of 0s, in 2**-24. The
-    upper bits of two multiplications stand for a random number: a better one would cost more time than the memory."""
+    upper bits of two multiplications stand for a random number: a better one would cost more time than the memory. Both
+    halves of the first are taken, as `at` and `seeds` that differ by a high bit alone change the upper half only."""
     first, second = tl.load(seeds).to(tl.uint32), tl.load(seeds + 1).to(tl.uint32)
-    word = at.to(tl.uint32) * 0x7FEB352D + first
-    word = (word ^ (word >> 15) ^ second) * 0x846CA68B
-    return tl.where((word >> 8) >= DROP, 2**24 / (2**24 - DROP), 0.0)
+    wide = (at.to(tl.uint32) + (first ^ (second * 0x9E3779B9))).to(tl.uint64) * 0xD2511F53
+    word = ((wide ^ (wide >> 32)).to(tl.uint32) ^ second) * 0x846CA68B
+    KEPT: tl.constexpr = 2**24 / (2**24 - DROP) if DROP < 2**24 else 0.0
+    return tl.where((word >> 8) >= DROP, KEPT, 0.0)
 
 
 @triton.jit
@@ -352,12 +354,14 @@ class Norm(dansm.Norm):
 
 
 class ResBlock(dansm.ResBlock):
-    """Biases of convolutions are left to the kernels: the first to the norm's shift, the others to the sum."""
+    """Biases of convolutions are left to the kernels: the first goes with the time's into the norm's shift, the others
+    into the sum."""
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         h, x = self.norm1.fork(x)
         h = convolve(self.conv1, self.resample(h))
-        h = convolve(self.conv2, self.norm2(h, shift=self.time(time) + self.conv1.bias))
+        shift = F.linear(time, self.time.weight, self.time.bias + self.conv1.bias)
+        h = convolve(self.conv2, self.norm2(h, shift))
         x, bias = self.resample(x), self.conv2.bias
         if isinstance(self.skip, nn.Conv2d):
             x, bias = convolve(self.skip, x), bias + self.skip.bias
@@ -380,6 +384,11 @@ class Attention(dansm.Attention):
         return _Sum.apply(x, rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2]), self.out.bias, self.scale)
 
 
+class Resample(dansm.Resample):
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        return self.conv(_Resample.apply(x, True) if self.up else x)
+
+
 class Double(nn.Upsample):
     def forward(self, x: Tensor) -> Tensor:
         return _Resample.apply(x, True)
@@ -390,8 +399,8 @@ class Halve(nn.AvgPool2d):
         return _Resample.apply(x, False)
 
 
-STANDING_IN = {dansm.Norm: Norm, dansm.ResBlock: ResBlock, dansm.Attention: Attention, nn.Upsample: Double,
-               nn.AvgPool2d: Halve}
+STANDING_IN = {dansm.Norm: Norm, dansm.ResBlock: ResBlock, dansm.Attention: Attention,
+               dansm.Resample: Resample, nn.Upsample: Double, nn.AvgPool2d: Halve}
 
 
 def fuse(net: dansm.UNet) -> dansm.UNet:
@@ -399,3 +408,12 @@ def fuse(net: dansm.UNet) -> dansm.UNet:
     for layer in net.modules():
         layer.__class__ = STANDING_IN.get(type(layer), type(layer))
     return net.to(memory_format=torch.channels_last)
+
+
+def try_out(device: torch.device) -> None:
+    """Raises where a kernel cannot be compiled or run on this device, or gives something else than torch."""
+    x = torch.arange(64.0, device=device).reshape(1, 4, 4, 4)
+    expected = F.group_norm(x, 1, eps=1e-6)
+    if not torch.allclose(_Norm.apply(x, None, x.new_ones(4), x.new_zeros(4), None, 1, 1e-6, False, 0)[0], expected,
+                          atol=1e-4):
+        raise RuntimeError("its kernels give other numbers than torch")
