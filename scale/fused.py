@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from einops import rearrange
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 import dansm
 
@@ -55,6 +56,16 @@ def _of_group(sums, column, GROUP: tl.constexpr):
 
 
 @triton.jit
+def _share(CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, USED: tl.constexpr):
+    """Of this program: its image, its channels, and which of them there are. The grid has one dimension, as its others
+    end at 65,535."""
+    parts: tl.constexpr = (CHANNELS + USED - 1) // USED
+    column = tl.arange(0, COLUMNS)
+    channel = tl.program_id(0) % parts * USED + column
+    return (tl.program_id(0) // parts).to(tl.int64), channel, (column < USED) & (channel < CHANNELS)
+
+
+@triton.jit
 def _tile(start, channel, there, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr):
     """Where the numbers of these channels lie from pixel `start` of an image on, and which of them there are."""
     row = start + tl.arange(0, ROWS)
@@ -67,10 +78,8 @@ def _forward(y, means, scales, x, shift, weight, bias, seeds, eps, PIXELS: tl.co
              SILU: tl.constexpr, DROP: tl.constexpr, QUICK: tl.constexpr):
     """One image, USED of its channels, which are whole groups. x, y: (N, PIXELS, CHANNELS); shift, means, scales:
     (N, CHANNELS). Where an image has more pixels than ROWS it is read three times, the last two from the cache."""
-    image = tl.program_id(1).to(tl.int64)
+    image, channel, there = _share(CHANNELS, COLUMNS, USED)
     column = tl.arange(0, COLUMNS)
-    channel = tl.program_id(0) * USED + column
-    there = (column < USED) & (channel < CHANNELS)
     x += image * PIXELS * CHANNELS
     moved = tl.zeros([COLUMNS], tl.float32)
     if SHIFT:
@@ -94,7 +103,8 @@ def _forward(y, means, scales, x, shift, weight, bias, seeds, eps, PIXELS: tl.co
         d = tl.where(here, v - mean[None, :], 0.0)
         total += tl.sum(d * d, 0)
     scale = 1 / tl.sqrt(_of_group(total, column, GROUP) / (PIXELS * GROUP) + eps)
-    w, b = tl.load(weight + channel, mask=there, other=0.0), tl.load(bias + channel, mask=there, other=0.0)
+    w = tl.load(weight + channel, mask=there, other=0.0).to(tl.float32)
+    b = tl.load(bias + channel, mask=there, other=0.0).to(tl.float32)
     for start in range(0, PIXELS, ROWS):
         if not WHOLE:
             at, here = _tile(start, channel, there, PIXELS, CHANNELS, ROWS)
@@ -112,9 +122,8 @@ def _forward(y, means, scales, x, shift, weight, bias, seeds, eps, PIXELS: tl.co
 @triton.jit
 def _gradient(dy, x, mean, scale, w, b, seeds, at, here, SILU: tl.constexpr, DROP: tl.constexpr, QUICK: tl.constexpr):
     """The normalised numbers, and the gradient of what weight and bias made of them."""
-    h = tl.load(x + at, mask=here, other=0.0).to(tl.float32)
-    h = tl.where(here, (h - mean[None, :]) * scale[None, :], 0.0)
-    g = tl.load(dy + at, mask=here, other=0.0).to(tl.float32)
+    h = (tl.load(x + at, mask=here, other=0.0).to(tl.float32) - mean[None, :]) * scale[None, :]
+    g = tl.load(dy + at, mask=here, other=0.0).to(tl.float32)  # 0 where nothing is, and so is all that h adds to
     if DROP > 0:
         g = g * _kept(seeds, at, DROP)
     if SILU:
@@ -131,12 +140,11 @@ def _backward(dx, dshift, dweight, dbias, dy, around, x, means, scales, weight, 
               AROUND: tl.constexpr):
     """As `_forward`. If AROUND, `around` is the gradient of x from elsewhere and added to dx. dshift, dweight, dbias:
     (N, CHANNELS), the last two still to be summed over the images."""
-    image = tl.program_id(1).to(tl.int64)
+    image, channel, there = _share(CHANNELS, COLUMNS, USED)
     column = tl.arange(0, COLUMNS)
-    channel = tl.program_id(0) * USED + column
-    there = (column < USED) & (channel < CHANNELS)
     first = image * PIXELS * CHANNELS
-    w, b = tl.load(weight + channel, mask=there, other=0.0), tl.load(bias + channel, mask=there, other=0.0)
+    w = tl.load(weight + channel, mask=there, other=0.0).to(tl.float32)
+    b = tl.load(bias + channel, mask=there, other=0.0).to(tl.float32)
     mean = tl.load(means + image * CHANNELS + channel, mask=there, other=0.0)
     scale = tl.load(scales + image * CHANNELS + channel, mask=there, other=0.0)
     WHOLE: tl.constexpr = ROWS >= PIXELS
@@ -182,7 +190,7 @@ def _sum(y, a, b, bias, scale, rows, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
     row, column, here = _part(tl.program_id(0).to(tl.int64) * ROWS, ROWS, CHANNELS, rows, COLUMNS)
     at = row[:, None] * CHANNELS + column[None, :]
     total = tl.load(a + at, mask=here, other=0.0).to(tl.float32) + tl.load(b + at, mask=here, other=0.0).to(tl.float32)
-    total += tl.load(bias + column, mask=column < CHANNELS, other=0.0)[None, :]
+    total += tl.load(bias + column, mask=column < CHANNELS, other=0.0).to(tl.float32)[None, :]
     tl.store(y + at, (total * scale).to(y.dtype.element_ty), mask=here)
 
 
@@ -238,29 +246,32 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, shift, weight, bias, seeds, groups, eps, silu, drop):
         ctx.set_materialize_grads(False)
-        channels_last = _channels_last(x)
+        channels_last, shift = _channels_last(x), None if shift is None else shift.contiguous()
         (n, channels), pixels = x.shape[:2], x.shape[2:].numel()
         rows, columns, used = _tile_of(pixels, channels, channels // groups)
         constants = (pixels, channels, channels // groups, rows, columns, used, shift is not None, silu, drop,
                      x.is_cuda and x.element_size() == 2)
         y = torch.empty_like(channels_last)
         means, scales = torch.empty(2, n, channels, device=x.device).unbind()
-        _forward[triton.cdiv(channels, used), n](y, means, scales, channels_last, shift, weight, bias, seeds, eps,
-                                                 *constants, num_warps=_warps(rows * columns // 2))
+        _forward[n * triton.cdiv(channels, used),](y, means, scales, channels_last, shift, weight, bias, seeds, eps,
+                                                   *constants, num_warps=_warps(rows * columns // 2))
         ctx.save_for_backward(channels_last, means, scales, weight, bias, seeds)
         ctx.constants, ctx.shift = constants, None if shift is None else shift.dtype
         return y, x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy, around):
+        if dy is None:
+            return around, *[None] * 8
         x, means, scales, weight, bias, seeds = ctx.saved_tensors
         (n, channels), (rows, columns, used) = x.shape[:2], ctx.constants[3:6]
         dx = torch.empty_like(x)
         sums = torch.empty(3, n, channels, device=x.device)
         around = None if around is None else _channels_last(around)
-        _backward[triton.cdiv(channels, used), n](dx, *sums, _channels_last(dy), around, x, means, scales, weight, bias,
-                                                  seeds, *ctx.constants, around is not None,
-                                                  num_warps=_warps(rows * columns))
+        _backward[n * triton.cdiv(channels, used),](dx, *sums, _channels_last(dy), around, x, means, scales, weight,
+                                                    bias, seeds, *ctx.constants, around is not None,
+                                                    num_warps=_warps(rows * columns))
         dweight, dbias = sums[1:].sum(1)
         return dx, sums[0].to(ctx.shift) if ctx.shift else None, dweight, dbias, *[None] * 5
 
@@ -300,6 +311,7 @@ class _Sum(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         total, rows, columns = _rows_of(dy)
         channels, stride = dy.shape[1], dy.stride(3)
@@ -322,6 +334,7 @@ class _Resample(torch.autograd.Function):
         return _resample(x, up, 1.0 if up else 0.25)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         return _resample(dy, not ctx.up, 1.0 if ctx.up else 0.25), None
 
@@ -354,14 +367,12 @@ class Norm(dansm.Norm):
 
 
 class ResBlock(dansm.ResBlock):
-    """Biases of convolutions are left to the kernels: the first goes with the time's into the norm's shift, the others
-    into the sum."""
+    """Biases of convolutions are left to the kernels: the first to the norm's shift, the others to the sum."""
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         h, x = self.norm1.fork(x)
         h = convolve(self.conv1, self.resample(h))
-        shift = F.linear(time, self.time.weight, self.time.bias + self.conv1.bias)
-        h = convolve(self.conv2, self.norm2(h, shift))
+        h = convolve(self.conv2, self.norm2(h, shift=self.time(time) + self.conv1.bias))
         x, bias = self.resample(x), self.conv2.bias
         if isinstance(self.skip, nn.Conv2d):
             x, bias = convolve(self.skip, x), bias + self.skip.bias
@@ -384,11 +395,6 @@ class Attention(dansm.Attention):
         return _Sum.apply(x, rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2]), self.out.bias, self.scale)
 
 
-class Resample(dansm.Resample):
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        return self.conv(_Resample.apply(x, True) if self.up else x)
-
-
 class Double(nn.Upsample):
     def forward(self, x: Tensor) -> Tensor:
         return _Resample.apply(x, True)
@@ -399,8 +405,8 @@ class Halve(nn.AvgPool2d):
         return _Resample.apply(x, False)
 
 
-STANDING_IN = {dansm.Norm: Norm, dansm.ResBlock: ResBlock, dansm.Attention: Attention,
-               dansm.Resample: Resample, nn.Upsample: Double, nn.AvgPool2d: Halve}
+STANDING_IN = {dansm.Norm: Norm, dansm.ResBlock: ResBlock, dansm.Attention: Attention, nn.Upsample: Double,
+               nn.AvgPool2d: Halve}
 
 
 def fuse(net: dansm.UNet) -> dansm.UNet:
@@ -408,12 +414,3 @@ def fuse(net: dansm.UNet) -> dansm.UNet:
     for layer in net.modules():
         layer.__class__ = STANDING_IN.get(type(layer), type(layer))
     return net.to(memory_format=torch.channels_last)
-
-
-def try_out(device: torch.device) -> None:
-    """Raises where a kernel cannot be compiled or run on this device, or gives something else than torch."""
-    x = torch.arange(64.0, device=device).reshape(1, 4, 4, 4)
-    expected = F.group_norm(x, 1, eps=1e-6)
-    if not torch.allclose(_Norm.apply(x, None, x.new_ones(4), x.new_zeros(4), None, 1, 1e-6, False, 0)[0], expected,
-                          atol=1e-4):
-        raise RuntimeError("its kernels give other numbers than torch")
