@@ -145,7 +145,7 @@ def test_the_norm_with_and_without_each_part(tile, silu, shift, used, request):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(2, 12, 3, 5), (2, 4, 1, 1), (3, 1, 2, 3), (1, 4, 5, 1)])
+@pytest.mark.parametrize("shape", [(2, 12, 2, 3), (2, 4, 1, 1), (3, 1, 2, 3)])
 def test_the_norm_takes_any_layout(layout, shape):
     flat = layout in ("the same for all pixels", "one number")  # nothing to normalise there
     inputs = inputs_of_norm(*shape, layout="channels last" if flat else layout)
