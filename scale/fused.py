@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from einops import rearrange
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 import dansm
 
@@ -29,11 +30,13 @@ TILE = 2**14  # numbers of one program: those of 16 channels at 32×32, which fi
 @triton.jit
 def _kept(seeds, at, DROP: tl.constexpr):
     """What dropout multiplies number `at` of the tensor with: 0, or more than 1. DROP: the share of 0s, in 2**-24. The
-    upper bits of two multiplications stand for a random number: a better one would cost more time than the memory."""
+    upper bits of two multiplications stand for a random number: a better one would cost more time than the memory. Both
+    halves of the first are taken, as `at` and `seeds` that differ by a high bit alone change the upper half only."""
     first, second = tl.load(seeds).to(tl.uint32), tl.load(seeds + 1).to(tl.uint32)
-    word = at.to(tl.uint32) * 0x7FEB352D + first
-    word = (word ^ (word >> 15) ^ second) * 0x846CA68B
-    return tl.where((word >> 8) >= DROP, 2**24 / (2**24 - DROP), 0.0)
+    wide = (at.to(tl.uint32) + (first ^ (second * 0x9E3779B9))).to(tl.uint64) * 0xD2511F53
+    word = ((wide ^ (wide >> 32)).to(tl.uint32) ^ second) * 0x846CA68B
+    KEPT: tl.constexpr = 2**24 / (2**24 - DROP) if DROP < 2**24 else 0.0
+    return tl.where((word >> 8) >= DROP, KEPT, 0.0)
 
 
 @triton.jit
@@ -53,6 +56,16 @@ def _of_group(sums, column, GROUP: tl.constexpr):
 
 
 @triton.jit
+def _share(CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, USED: tl.constexpr):
+    """Of this program: its image, its channels, and which of them there are. The grid has one dimension, as its others
+    end at 65,535."""
+    parts: tl.constexpr = (CHANNELS + USED - 1) // USED
+    column = tl.arange(0, COLUMNS)
+    channel = tl.program_id(0) % parts * USED + column
+    return (tl.program_id(0) // parts).to(tl.int64), channel, (column < USED) & (channel < CHANNELS)
+
+
+@triton.jit
 def _tile(start, channel, there, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr):
     """Where the numbers of these channels lie from pixel `start` of an image on, and which of them there are."""
     row = start + tl.arange(0, ROWS)
@@ -65,10 +78,8 @@ def _forward(y, means, scales, x, shift, weight, bias, seeds, eps, PIXELS: tl.co
              SILU: tl.constexpr, DROP: tl.constexpr, QUICK: tl.constexpr):
     """One image, USED of its channels, which are whole groups. x, y: (N, PIXELS, CHANNELS); shift, means, scales:
     (N, CHANNELS). Where an image has more pixels than ROWS it is read three times, the last two from the cache."""
-    image = tl.program_id(1).to(tl.int64)
+    image, channel, there = _share(CHANNELS, COLUMNS, USED)
     column = tl.arange(0, COLUMNS)
-    channel = tl.program_id(0) * USED + column
-    there = (column < USED) & (channel < CHANNELS)
     x += image * PIXELS * CHANNELS
     moved = tl.zeros([COLUMNS], tl.float32)
     if SHIFT:
@@ -92,7 +103,8 @@ def _forward(y, means, scales, x, shift, weight, bias, seeds, eps, PIXELS: tl.co
         d = tl.where(here, v - mean[None, :], 0.0)
         total += tl.sum(d * d, 0)
     scale = 1 / tl.sqrt(_of_group(total, column, GROUP) / (PIXELS * GROUP) + eps)
-    w, b = tl.load(weight + channel, mask=there, other=0.0), tl.load(bias + channel, mask=there, other=0.0)
+    w = tl.load(weight + channel, mask=there, other=0.0).to(tl.float32)
+    b = tl.load(bias + channel, mask=there, other=0.0).to(tl.float32)
     for start in range(0, PIXELS, ROWS):
         if not WHOLE:
             at, here = _tile(start, channel, there, PIXELS, CHANNELS, ROWS)
@@ -110,9 +122,8 @@ def _forward(y, means, scales, x, shift, weight, bias, seeds, eps, PIXELS: tl.co
 @triton.jit
 def _gradient(dy, x, mean, scale, w, b, seeds, at, here, SILU: tl.constexpr, DROP: tl.constexpr, QUICK: tl.constexpr):
     """The normalised numbers, and the gradient of what weight and bias made of them."""
-    h = tl.load(x + at, mask=here, other=0.0).to(tl.float32)
-    h = tl.where(here, (h - mean[None, :]) * scale[None, :], 0.0)
-    g = tl.load(dy + at, mask=here, other=0.0).to(tl.float32)
+    h = (tl.load(x + at, mask=here, other=0.0).to(tl.float32) - mean[None, :]) * scale[None, :]
+    g = tl.load(dy + at, mask=here, other=0.0).to(tl.float32)  # 0 where nothing is, and so is all that h adds to
     if DROP > 0:
         g = g * _kept(seeds, at, DROP)
     if SILU:
@@ -129,12 +140,11 @@ def _backward(dx, dshift, dweight, dbias, dy, around, x, means, scales, weight, 
               AROUND: tl.constexpr):
     """As `_forward`. If AROUND, `around` is the gradient of x from elsewhere and added to dx. dshift, dweight, dbias:
     (N, CHANNELS), the last two still to be summed over the images."""
-    image = tl.program_id(1).to(tl.int64)
+    image, channel, there = _share(CHANNELS, COLUMNS, USED)
     column = tl.arange(0, COLUMNS)
-    channel = tl.program_id(0) * USED + column
-    there = (column < USED) & (channel < CHANNELS)
     first = image * PIXELS * CHANNELS
-    w, b = tl.load(weight + channel, mask=there, other=0.0), tl.load(bias + channel, mask=there, other=0.0)
+    w = tl.load(weight + channel, mask=there, other=0.0).to(tl.float32)
+    b = tl.load(bias + channel, mask=there, other=0.0).to(tl.float32)
     mean = tl.load(means + image * CHANNELS + channel, mask=there, other=0.0)
     scale = tl.load(scales + image * CHANNELS + channel, mask=there, other=0.0)
     WHOLE: tl.constexpr = ROWS >= PIXELS
@@ -180,7 +190,7 @@ def _sum(y, a, b, bias, scale, rows, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
     row, column, here = _part(tl.program_id(0).to(tl.int64) * ROWS, ROWS, CHANNELS, rows, COLUMNS)
     at = row[:, None] * CHANNELS + column[None, :]
     total = tl.load(a + at, mask=here, other=0.0).to(tl.float32) + tl.load(b + at, mask=here, other=0.0).to(tl.float32)
-    total += tl.load(bias + column, mask=column < CHANNELS, other=0.0)[None, :]
+    total += tl.load(bias + column, mask=column < CHANNELS, other=0.0).to(tl.float32)[None, :]
     tl.store(y + at, (total * scale).to(y.dtype.element_ty), mask=here)
 
 
@@ -236,29 +246,32 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, shift, weight, bias, seeds, groups, eps, silu, drop):
         ctx.set_materialize_grads(False)
-        channels_last = _channels_last(x)
+        channels_last, shift = _channels_last(x), None if shift is None else shift.contiguous()
         (n, channels), pixels = x.shape[:2], x.shape[2:].numel()
         rows, columns, used = _tile_of(pixels, channels, channels // groups)
         constants = (pixels, channels, channels // groups, rows, columns, used, shift is not None, silu, drop,
                      x.is_cuda and x.element_size() == 2)
         y = torch.empty_like(channels_last)
         means, scales = torch.empty(2, n, channels, device=x.device).unbind()
-        _forward[triton.cdiv(channels, used), n](y, means, scales, channels_last, shift, weight, bias, seeds, eps,
-                                                 *constants, num_warps=_warps(rows * columns // 2))
+        _forward[n * triton.cdiv(channels, used),](y, means, scales, channels_last, shift, weight, bias, seeds, eps,
+                                                   *constants, num_warps=_warps(rows * columns // 2))
         ctx.save_for_backward(channels_last, means, scales, weight, bias, seeds)
         ctx.constants, ctx.shift = constants, None if shift is None else shift.dtype
         return y, x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy, around):
+        if dy is None:
+            return around, *[None] * 8
         x, means, scales, weight, bias, seeds = ctx.saved_tensors
         (n, channels), (rows, columns, used) = x.shape[:2], ctx.constants[3:6]
         dx = torch.empty_like(x)
         sums = torch.empty(3, n, channels, device=x.device)
         around = None if around is None else _channels_last(around)
-        _backward[triton.cdiv(channels, used), n](dx, *sums, _channels_last(dy), around, x, means, scales, weight, bias,
-                                                  seeds, *ctx.constants, around is not None,
-                                                  num_warps=_warps(rows * columns))
+        _backward[n * triton.cdiv(channels, used),](dx, *sums, _channels_last(dy), around, x, means, scales, weight,
+                                                    bias, seeds, *ctx.constants, around is not None,
+                                                    num_warps=_warps(rows * columns))
         dweight, dbias = sums[1:].sum(1)
         return dx, sums[0].to(ctx.shift) if ctx.shift else None, dweight, dbias, *[None] * 5
 
@@ -298,6 +311,7 @@ class _Sum(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         total, rows, columns = _rows_of(dy)
         channels, stride = dy.shape[1], dy.stride(3)
@@ -320,6 +334,7 @@ class _Resample(torch.autograd.Function):
         return _resample(x, up, 1.0 if up else 0.25)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         return _resample(dy, not ctx.up, 1.0 if ctx.up else 0.25), None
 
