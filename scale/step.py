@@ -67,8 +67,12 @@ class FastTraining(dansm.Training):
     def _capture(self, flow, x, z):
         """Record forward and backward for batches of this shape. It leaves the random numbers as they were, so that a
         run that is resumed, and records anew, draws what it would have drawn."""
+        from scale.fused import compiling_ahead
+
         self.x, self.z = x.clone(), z.clone()
         random = torch.cuda.get_rng_state(self.device)
+        with compiling_ahead():
+            self._backward(flow, self.x, self.z)
         beside = torch.cuda.Stream(self.device)
         beside.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(beside):
@@ -136,11 +140,18 @@ def fused(net: dansm.UNet) -> bool:
 
 def sampler(net: dansm.UNet, device: torch.device, precision: str = "auto") -> Callable[[Tensor, Tensor], Tensor]:
     """What a flow samples from in the place of the network: the same, with the kernels where there are any."""
-    dtype = number_type(precision, device)
-    fused(net)
+    dtype, compiled = number_type(precision, device), fused(net)
 
+    @torch.no_grad()
     def evaluate(x: Tensor, t: Tensor) -> Tensor:
+        nonlocal compiled
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            if compiled:
+                from scale.fused import compiling_ahead
+
+                with compiling_ahead():
+                    net(x, t)
+                compiled = False  # is done
             return net(x, t).float()
 
     return evaluate
