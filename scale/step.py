@@ -33,9 +33,9 @@ class FastTraining(dansm.Training):
 
     def __init__(self, net: dansm.UNet, recipe: Recipe, device: torch.device):
         self.recipe, self.device, self.dtype = recipe, device, number_type(recipe.precision, device)
-        self.compiled = recipe.compile and fused(net.to(device))
-        super().__init__(net.to(memory_format=torch.channels_last) if device.type == "cuda" else net,
-                         recipe.lr, recipe.decay[0], recipe.clip)
+        net = net.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format)
+        self.compiled = recipe.compile and fused(net)
+        super().__init__(net, recipe.lr, recipe.decay[0], recipe.clip)
         self.averages = [self.average, *(copy.deepcopy(self.average) for _ in recipe.decay[1:])]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.parallel = spread(net, device)
