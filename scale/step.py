@@ -39,7 +39,18 @@ class FastTraining(dansm.Training):
         self.averages = [self.average, *(copy.deepcopy(self.average) for _ in recipe.decay[1:])]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.parallel = spread(net, device)
+        self.copies = self._copies_of_weights()
         self.graph = None
+
+    def _copies_of_weights(self) -> dict[str, Tensor]:
+        """Of the weights of products, in the type of the products, by their names. Autocast converts every weight and
+        every gradient by itself, some 500 launches; of these all are converted at once. None where gradients are added
+        up or exchanged, which float32 is for."""
+        if not self.compiled or self.dtype == torch.float32 or self.parallel is not self.net or (
+                self.recipe.accumulate > 1):
+            return {}
+        return {name: weight.detach().to(self.dtype).requires_grad_()
+                for name, weight in self.net.named_parameters() if weight.ndim > 1}
 
     def gradients(self, flow, x: Tensor, z: Tensor) -> Tensor:
         if not self.compiled or not self.net.training:
@@ -53,6 +64,8 @@ class FastTraining(dansm.Training):
 
     def _backward(self, flow, x, z):
         """The batch in parts one after the other; processes exchange the gradients of the last, which hold all."""
+        if self.copies:
+            return self._backward_through_copies(flow, x, z)
         loss = torch.zeros((), device=x.device)
         parts = self.recipe.accumulate
         for number, (x_, z_) in enumerate(zip(x.chunk(parts), z.chunk(parts), strict=True), 1):
@@ -63,6 +76,23 @@ class FastTraining(dansm.Training):
                 self.scaler.scale(part).backward()
             loss += part.detach()
         return loss
+
+    def _backward_through_copies(self, flow, x, z):
+        copies, weights = list(self.copies.values()), [self.net.get_parameter(name) for name in self.copies]
+        with torch.no_grad():
+            torch._foreach_copy_(copies, weights)
+        for one in copies:
+            one.grad = None
+        with torch.autocast(x.device.type, self.dtype):
+            loss = flow.loss(self._through_copies, x, z)
+        self.scaler.scale(loss).backward()
+        for weight in weights:
+            weight.grad = torch.empty_like(weight)
+        torch._foreach_copy_([weight.grad for weight in weights], [one.grad for one in copies])
+        return loss.detach()
+
+    def _through_copies(self, x, t):
+        return torch.func.functional_call(self.net, self.copies, (x, t))
 
     def _capture(self, flow, x, z):
         """Record forward and backward for batches of this shape. It leaves the random numbers as they were, so that a
