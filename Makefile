@@ -11,10 +11,10 @@ CIFAR10 ?= cifar10
 DANSM = $(PYTHON) dansm.py
 
 .DEFAULT_GOAL = help
-.PHONY: help toy digits cifar10 test soak lint bench clean
+.PHONY: help toy digits cifar10 test soak lint bench bench-train clean
 
 help:  ## this list
-	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | awk -F'\t' '{printf "  make %-10s%s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | awk -F'\t' '{printf "  make %-12s%s\n", $$1, $$2}'
 	@echo; echo "  PYTHON=...      use this interpreter as it is, no .venv is made"
 	@echo "  CIFAR10=...     a folder of images for make cifar10 (default: download CIFAR-10)"
 
@@ -39,6 +39,9 @@ lint: $(READY)  ## ruff over everything
 
 bench: $(READY)  ## what matching costs here: the paper's loop, other libraries, ours, in runs/bench (a minute or two)
 	$(DANSM) bench match
+
+bench-train: $(READY)  ## what training costs here: steps, input, sampling, a profile, in runs/bench (for a GPU)
+	$(DANSM) bench train
 
 clean:  ## remove the environment and the caches; runs and data stay
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -1264,19 +1264,32 @@ def sample_command(
 
 @app.command("bench")
 def bench_command(
-    what: Annotated[Literal["match", "spread"], typer.Argument(
-        help="match: what pairing one batch costs; spread: with one pool over all ranks, under torchrun")] = "match",
+    what: Annotated[Literal["match", "spread", "train"], typer.Argument(
+        help="match: what pairing one batch costs; spread: with one pool over all ranks, under torchrun; train: whole "
+             "steps, input, sampling, and where the time goes")] = "match",
     match_size: Annotated[list[int], typer.Option(min=2, help="size of the pool; may be given several times")] = (
         1000, 10_000),
     batch: Annotated[int, typer.Option(min=1, help="samples a batch")] = 250,
     shape: Annotated[str, typer.Option(help="of one sample, as CxHxW")] = "4x32x32",
+    network: Annotated[str | None, typer.Option(
+        help="train: this one, at --batch and --shape, in place of the paper's two")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="train: images to sample; on a GPU 10,000")] = None,
+    first_step: Annotated[bool, typer.Option("--first-step", help="train: also run dansm train to its first step")] = (
+        False),
     seed: Seed = 0,
     device: Device = "auto",
     out: Out = Path("runs/bench"),
 ) -> None:
-    """Time matching against the paper's loop, other libraries and the machine's floor, in one run."""
+    """Time matching, or training, against the paper's code, other libraries and the machine's floor, in one run."""
     from scale import bench
 
+    if what == "train":
+        from scale.bench_train import bench_train, cases
+
+        chosen = cases(network, batch, parse_shape(shape), pick_device(device))
+        bench_train(chosen, max(match_size), samples=samples, first_step=first_step, seed=seed,
+                    device=pick_device(device), out=make_folder(out), console=console)
+        return
     run = bench.bench_match if what == "match" else bench.bench_spread
     run(match_size, batch, parse_shape(shape), seed=seed, device=pick_device(device), out=make_folder(out),
         console=console)

@@ -557,7 +557,8 @@ OPTIONS = {
               "--device", "--out"],
     "export": ["--average", "--out"],
     "sample": ["--count", "--steps", "--solver", "--batch", "--files", "--seed", "--device", "--out"],
-    "bench": ["--match-size", "--batch", "--shape", "--seed", "--device", "--out"],
+    "bench": ["--match-size", "--batch", "--shape", "--network", "--samples", "--first-step", "--seed", "--device",
+              "--out"],
 }
 
 
