@@ -252,7 +252,7 @@ KINDS = [(kind, re.compile(pattern, re.IGNORECASE)) for kind, pattern in [
     ("sums and resampling", r"^_(sum|sum_backward|halve|double)(_\d\w*)?$|upsample|avg_pool"),
     ("matching", r"^_(shortlist|choose|hand_out)(_\d\w*)?$|normal_and_transform"),
     ("attention", r"sdpa|flash|fmha|attention|softmax"),
-    ("casts and copies", r"nchwtonhwc|nhwctonchw"),
+    ("casts and copies", r"nchwtonhwc|nhwctonchw|multi_tensor_apply.*copy"),
     ("convolution, weight gradient", r"wgrad"),
     ("convolution, input gradient", r"dgrad"),
     ("convolution, forward", r"fprop|implicit_gemm|convol|conv2d|cudnn"),
