@@ -8,10 +8,6 @@ is saved for the backward pass but the input and two numbers a group: the mask o
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-
 import torch
 import torch.nn.functional as F
 import triton
@@ -21,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 import dansm
+from scale.launch import launch
 
 PROGRAMS = 1056  # eight for each of an H100's multiprocessors
 TILE = 2**14  # numbers of one program: those of 16 channels at 32×32, which fit into its registers
@@ -243,35 +240,6 @@ def _double(y, x, factor, rows, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, ROW
 # ---------------------------------------------------------------------------------------------------
 
 
-def _launch(kernel, programs: int, *arguments, num_warps: int = 8) -> None:
-    """kernel[programs,](*arguments), or only its compilation inside of `compiling_ahead`."""
-    if _compiler is None:
-        kernel[programs,](*arguments, num_warps=num_warps)
-        return
-    kind = kernel, num_warps, *(each.dtype if isinstance(each, Tensor) else each for each in arguments)
-    if kind not in _compiled:
-        _compiled[kind] = _compiler.submit(kernel.warmup, *arguments, grid=(programs,), num_warps=num_warps)
-
-
-_compiler, _compiled = None, {}
-
-
-@contextmanager
-def compiling_ahead():
-    """What goes through the network inside is not computed: its kernels, some fifty, are only compiled, all at once in
-    threads, and are there at the end. One after the other takes half a minute."""
-    global _compiler
-    here = torch.cuda.current_device()  # a new thread's would be the first
-    with ThreadPoolExecutor(os.cpu_count(), initializer=torch.cuda.set_device, initargs=(here,)) as _compiler:
-        try:
-            yield
-        finally:
-            waiting, _compiler = list(_compiled.values()), None
-            _compiled.clear()
-            for each in waiting:
-                each.result()
-
-
 class _Norm(torch.autograd.Function):
     """x: (N, C, H, W), shift: (N, C) or None, weight, bias: (C,), seeds: (2,) int32 → the normalised, and x itself:
     what goes around the norm takes it from here, so that the gradients of both ways are added in the kernel."""
@@ -286,8 +254,8 @@ class _Norm(torch.autograd.Function):
                      x.is_cuda and x.element_size() == 2)
         y = torch.empty_like(channels_last)
         means, scales = torch.empty(2, n, channels, device=x.device).unbind()
-        _launch(_forward, n * triton.cdiv(channels, used), y, means, scales, channels_last, shift, weight, bias, seeds,
-                eps, *constants, num_warps=_warps(rows * columns // 2))
+        launch(_forward, (n * triton.cdiv(channels, used),), y, means, scales, channels_last, shift, weight, bias,
+               seeds, eps, *constants, num_warps=_warps(rows * columns // 2))
         ctx.save_for_backward(channels_last, means, scales, weight, bias, seeds)
         ctx.constants, ctx.shift = constants, None if shift is None else shift.dtype
         return y, x.view_as(x)
@@ -302,8 +270,8 @@ class _Norm(torch.autograd.Function):
         dx = torch.empty_like(x)
         sums = torch.empty(3, n, channels, device=x.device)
         around = None if around is None else _channels_last(around)
-        _launch(_backward, n * triton.cdiv(channels, used), dx, *sums, _channels_last(dy), around, x, means, scales,
-                weight, bias, seeds, *ctx.constants, around is not None, num_warps=_warps(rows * columns))
+        launch(_backward, (n * triton.cdiv(channels, used),), dx, *sums, _channels_last(dy), around, x, means, scales,
+               weight, bias, seeds, *ctx.constants, around is not None, num_warps=_warps(rows * columns))
         dweight, dbias = sums[1:].sum(1)
         return dx, sums[0].to(ctx.shift) if ctx.shift else None, dweight, dbias, *[None] * 5
 
@@ -339,7 +307,7 @@ class _Sum(torch.autograd.Function):
         a, b = _channels_last(a), _channels_last(b)
         y = torch.empty_like(a)
         total, rows, columns = _rows_of(a)
-        _launch(_sum, triton.cdiv(total, rows), y, a, b, bias, scale, total, a.shape[1], rows, columns)
+        launch(_sum, (triton.cdiv(total, rows),), y, a, b, bias, scale, total, a.shape[1], rows, columns)
         return y
 
     @staticmethod
@@ -353,7 +321,7 @@ class _Sum(torch.autograd.Function):
         parts = triton.cdiv(total, rows)
         programs = min(parts, PROGRAMS)
         dbias = torch.empty(programs, channels, device=dy.device)
-        _launch(_sum_backward, programs, d, dbias, dy, ctx.scale, stride, total, parts, channels, rows, columns)
+        launch(_sum_backward, (programs,), d, dbias, dy, ctx.scale, stride, total, parts, channels, rows, columns)
         return d, d, dbias.sum(0), None
 
 
@@ -378,7 +346,7 @@ def _resample(x, up, factor):
     y = torch.empty(n, channels, *size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     total, rows, columns = _rows_of(x if up else y)
     kernel, width = (_double, width) if up else (_halve, width // 2)
-    _launch(kernel, triton.cdiv(total, rows), y, x, factor, total, width, channels, rows, columns)
+    launch(kernel, (triton.cdiv(total, rows),), y, x, factor, total, width, channels, rows, columns)
     return y
 
 

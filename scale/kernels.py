@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 import dansm
+from scale.launch import compiling_ahead, launch
 
 # Noises on a short list, and on one of a pool of more than MANY: photographs like the same ones, and where a list ends
 # a whole row is read, which of a million noises takes 1.5 ms a time.
@@ -248,7 +249,7 @@ def _launch(kernel, grid, x, arguments, constants, warps):
     key = kernel, x.device, x.dtype, constants
     if key in _compiled:
         _compiled[key][grid](*arguments, *constants)
-    elif compiled := kernel[grid](*arguments, *constants, num_warps=warps):  # None in the interpreter
+    elif compiled := launch(kernel, grid, *arguments, *constants, num_warps=warps):  # None in the interpreter
         _compiled[key] = compiled
 
 
@@ -370,10 +371,16 @@ def _try_matching(device, cost, dtype, fast):
     check = dansm.DataCheck((8,), device)
     samples, noises = x.to(dtype), noise.to(dtype)
     norms = dansm.squared_norms(noises)
+
+    def pool(left):
+        return SimpleNamespace(noise=noises.clone(), squared=norms.clone(), index=label.clone(), place=label.clone(),
+                               left=left, cost=cost, fast=fast, check=check, scratch=None)
+
+    with compiling_ahead(device):
+        for left in (FEW + 20, FEW):
+            take(pool(left), samples)
     for left in (FEW + 20, FEW):
         plain = noises[dansm.greedy(dansm.cost_matrix(samples, noises[:left], cost, norms[:left], fast))]
         for _ in range(2):  # compiled, and launched again
-            pool = SimpleNamespace(noise=noises.clone(), squared=norms.clone(), index=label.clone(),
-                                   place=label.clone(), left=left, cost=cost, fast=fast, check=check, scratch=None)
-            if not torch.equal(take(pool, samples), plain):
+            if not torch.equal(take(pool(left), samples), plain):
                 raise RuntimeError("its kernels give other noises than the plain path")

@@ -97,11 +97,11 @@ class FastTraining(dansm.Training):
     def _capture(self, flow, x, z):
         """Record forward and backward for batches of this shape. It leaves the random numbers as they were, so that a
         run that is resumed, and records anew, draws what it would have drawn."""
-        from scale.fused import compiling_ahead
+        from scale.launch import compiling_ahead
 
         self.x, self.z = x.clone(), z.clone()
         random = torch.cuda.get_rng_state(self.device)
-        with compiling_ahead():
+        with compiling_ahead(self.device):
             self._backward(flow, self.x, self.z)
         beside = torch.cuda.Stream(self.device)
         beside.wait_stream(torch.cuda.current_stream(self.device))
@@ -177,9 +177,9 @@ def sampler(net: dansm.UNet, device: torch.device, precision: str = "auto") -> C
         nonlocal compiled
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             if compiled:
-                from scale.fused import compiling_ahead
+                from scale.launch import compiling_ahead
 
-                with compiling_ahead():
+                with compiling_ahead(device):
                     net(x, t)
                 compiled = False  # is done
             return net(x, t).float()
