@@ -197,13 +197,19 @@ def test_sigterm_saves_once_and_for_all_and_the_same_command_goes_on(run, images
         return write(*arguments, **settings)
 
     write = checkpoint.save
-    before = signal.getsignal(signal.SIGTERM)
-    with monkeypatch.context() as patch:
-        at_step(4, stopped, patch)
-        patch.setattr(checkpoint, "save", save)
-        code, said, err = run(*command, "--out", tmp_path / "twice")
+    def killed(*_):
+        raise AssertionError("the run would have been killed")
+
+    before = signal.signal(signal.SIGTERM, killed)
+    try:
+        with monkeypatch.context() as patch:
+            at_step(4, stopped, patch)
+            patch.setattr(checkpoint, "save", save)
+            code, said, err = run(*command, "--out", tmp_path / "twice")
+        assert signal.getsignal(signal.SIGTERM) is killed
+    finally:
+        signal.signal(signal.SIGTERM, before)
     assert (code, err) == (0, "") and "stopped at step 4 of 9, saved; the same command goes on" in said
-    assert signal.getsignal(signal.SIGTERM) is before
     code, said, _ = run(*command, "--out", tmp_path / "twice")
     assert code == 0 and "going on from step 4" in said
     assert same_run(tmp_path / "once", tmp_path / "twice")
