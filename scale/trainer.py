@@ -109,12 +109,20 @@ class Keeper:
         self.out, self.recipe, self.images, self.console = out, recipe, images, console
         self.rank, self.processes = ranks()
         self.metrics, self.aside = out / "metrics.jsonl", out / "metrics.partial"
-        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # by torchrun, with the same command
-            fresh = fresh and self.aside.exists()  # else what is saved is this run's already
+        if fresh and self._restarted():
+            fresh = self.aside.exists()  # else what is saved is this run's already
         # Checkpoints that lead to another run: with --fresh they are kept until this one is saved.
         self.others = checkpoint.checkpoints(out) if fresh else []
         self.fresh, self.keeps_other = fresh, bool(self.others)
         self.earlier, self.begin = 0.0, time.monotonic()
+
+    def _restarted(self) -> bool:
+        """Whether torchrun has started any of the processes again, which it does with the same command."""
+        ours = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # each node counts its own failures
+        everyones = [ours] * self.processes
+        if self.processes > 1:
+            group.all_gather_object(everyones, ours)
+        return any(everyones)
 
     @property
     def seconds(self) -> float:

@@ -573,6 +573,18 @@ def test_what_processes_cannot_do_together_is_refused_by_each(images, tmp_path):
         assert len(errors) == 3 and "Traceback" not in each
 
 
+def restarted_on_the_second_node(rank, folder):
+    os.environ |= {"GROUP_WORLD_SIZE": "2", "TORCHELASTIC_RESTART_COUNT": str(rank)}
+
+
+@needs_gloo
+def test_a_restart_on_one_node_is_one_of_all(images, tmp_path):
+    command = ["train", images, "--fresh", "--out", tmp_path / "out", *FAST]
+    assert in_processes(tmp_path, [*command, "--steps", 2])[0] == [[0], [0]]
+    codes, said = in_processes(tmp_path, [*command, "--steps", 4], hook=restarted_on_the_second_node)
+    assert codes == [[0], [0]] and "going on from step 2" in said[0], said
+
+
 def nan_in_the_second_process(rank, folder):
     if rank == 1:
         at_step(7, lambda loss: loss * math.nan, pytest.MonkeyPatch())
