@@ -162,7 +162,11 @@ def processes(device: torch.device):
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    store, rank, count = next(rendezvous("env://"))
+    try:
+        store, rank, count = next(rendezvous("env://"))
+    except ValueError as error:  # not torchrun's: it sets them all
+        raise dansm.BadInput(f"RANK is {os.environ['RANK']} in the environment, as torchrun sets it, but {error}; "
+                             "expected all that it sets, or no RANK") from error
     group.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=count,
                              store=group.PrefixStore(_attempt(), store))
     try:

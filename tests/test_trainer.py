@@ -585,6 +585,15 @@ def test_a_restart_on_one_node_is_one_of_all(images, tmp_path):
     assert codes == [[0], [0]] and "going on from step 2" in said[0], said
 
 
+@needs_gloo
+def test_half_of_torchruns_environment_is_refused(refused, images, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    said = refused("train", images, "--out", tmp_path / "out", *FAST)
+    assert "RANK is 0" in said and "WORLD_SIZE expected" in said
+
+
 def nan_in_the_second_process(rank, folder):
     if rank == 1:
         at_step(7, lambda loss: loss * math.nan, pytest.MonkeyPatch())
