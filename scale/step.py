@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
@@ -204,14 +205,30 @@ def processes(device: torch.device):
     if "RANK" not in os.environ:
         yield device
         return
+    from torch.distributed.rendezvous import rendezvous  # where torch was built without, it cannot be imported
+
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    group.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        store, rank, count = next(rendezvous("env://"))
+    except ValueError as error:  # not torchrun's: it sets them all
+        raise dansm.BadInput(f"RANK is {os.environ['RANK']} in the environment, as torchrun sets it, but {error}; "
+                             "expected all that it sets, or no RANK") from error
+    group.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=count,
+                             store=group.PrefixStore(_attempt(), store))
     try:
         yield device
     finally:
         group.destroy_process_group()
+
+
+def _attempt() -> str:
+    """Under which name the processes find each other. After a restart, torchrun's store still holds the addresses of
+    those that died. Only on one node do all count the restarts alike; on several, the environment of torchrun must
+    have TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, for a new store each time."""
+    one_node = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    return f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0) if one_node else 0}"
 
 
 def spread(net: nn.Module, device: torch.device) -> nn.Module:
@@ -236,14 +253,15 @@ def make_deterministic() -> None:
 # ---------------------------------------------------------------------------------------------------
 
 # dense bf16 (V100, T4: fp16) operations a second that the maker states, in 1e12; a longer name goes before a shorter
-PEAKS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "B200": 2250, "A100": 312, "A40": 150, "L40": 181,
-         "L4": 121, "A10": 125, "RTX 4090": 165, "RTX 3090": 71, "V100": 125, "T4": 65}
+PEAKS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "GH200": 989, "B200": 2250, "A100": 312,
+         "A40": 150, "A10": 125, "L40": 181, "L40S": 362, "L4": 121, "RTX 4090": 165, "RTX 3090": 71, "V100": 125,
+         "T4": 65}
 
 
 def peak(device: torch.device) -> float | None:
     """Operations a second of the GPU at best, None for one that is not known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    known = [operations for part, operations in PEAKS.items() if part in name]
+    known = [operations for part, operations in PEAKS.items() if re.search(rf"\b{part}\b", name)]
     return 1e12 * known[0] if known else None
 
 

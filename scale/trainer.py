@@ -9,7 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 
@@ -78,8 +78,8 @@ def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, 
             if stop:
                 break
         batches.close()
-    if watch.steps:
-        keeper.save(run, pool, device)
+        if watch.steps:
+            keeper.save(run, pool, device)
     return watch.summary(keeper.seconds, bool(interrupt)), run.average, flow
 
 
@@ -110,10 +110,20 @@ class Keeper:
         self.out, self.recipe, self.images, self.console = out, recipe, images, console
         self.rank, self.processes = ranks()
         self.metrics, self.aside = out / "metrics.jsonl", out / "metrics.partial"
+        if fresh and self._restarted():
+            fresh = self.aside.exists()  # else what is saved is this run's already
         # Checkpoints that lead to another run: with --fresh they are kept until this one is saved.
         self.others = checkpoint.checkpoints(out) if fresh else []
         self.fresh, self.keeps_other = fresh, bool(self.others)
         self.earlier, self.begin = 0.0, time.monotonic()
+
+    def _restarted(self) -> bool:
+        """Whether torchrun has started any of the processes again, which it does with the same command."""
+        ours = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # each node counts its own failures
+        everyones = [ours] * self.processes
+        if self.processes > 1:
+            group.all_gather_object(everyones, ours)
+        return any(everyones)
 
     @property
     def seconds(self) -> float:
@@ -122,6 +132,7 @@ class Keeper:
     def resume(self, run: FastTraining, pool: dansm.NoisePool, device) -> None:
         """Take up the run that the folder holds, if it is not to begin anew."""
         found = None if self.fresh else checkpoint.load_newest(self.out, self._say)
+        self._check_shared(found[0].name if found else "nothing")
         if found is not None:
             path, state = found
             self._check(path, state, run)
@@ -138,7 +149,20 @@ class Keeper:
             self.metrics.unlink(missing_ok=True)
         if self.rank == 0:
             self.aside.unlink(missing_ok=True)  # of a --fresh that was killed: no run goes on from it
+            if self.keeps_other:
+                self.aside.touch()
         self.begin = time.monotonic()
+
+    def _check_shared(self, found: str):
+        """BadInput on all processes if one finds another checkpoint than the others do: it would train other weights.
+        Behind this all have looked at the folder, and the first may write."""
+        if self.processes == 1:
+            return
+        everyones = [None] * self.processes
+        group.all_gather_object(everyones, found)
+        if len(set(everyones)) > 1:
+            raise dansm.BadInput(f"--out is {self.out}: the processes find {', '.join(everyones)} there, expected one "
+                                 "folder that all of them see")
 
     def _check(self, path, state, run):
         """BadInput if the checkpoint is of a run with other settings, images or processes."""
@@ -161,15 +185,14 @@ class Keeper:
             yield lambda line: None
             return
         board = _tensorboard(self.out, step)
-        with open(self.aside if self.keeps_other else self.metrics, "a") as lines:
+        with open(self.aside if self.keeps_other else self.metrics, "a") as lines, \
+                closing(board) if board else nullcontext():
             def write_line(line):
                 lines.write(json.dumps(line) + "\n")
                 lines.flush()
                 for name in line if board else ():
                     board.add_scalar(name, line[name], line["step"])
             yield write_line
-        if board:
-            board.close()
 
     def save(self, run: FastTraining, pool: dansm.NoisePool, device) -> None:
         """A checkpoint, of what all processes know."""
@@ -193,8 +216,9 @@ class Keeper:
         """64 images beside the checkpoint, from the noise that is theirs in every grid of this run."""
         if self.rank or shape[0] not in (1, 3):  # latents are no pictures
             return
-        net = sampler(run.average, device, self.recipe.precision)
-        draws = dansm.sample_images(net, flow, range(64), shape, self.recipe.sample_steps, seed=self.recipe.seed,
+        part = self.recipe.batch // (self.processes * self.recipe.accumulate)  # fits into memory: a step had it
+        draws = dansm.sample_images(sampler(run.average, device, self.recipe.precision), flow, range(64), shape,
+                                    self.recipe.sample_steps, seed=self.recipe.seed, batch=min(64, part),
                                     device=device)
         dansm.save_grid(torch.cat(list(draws)), self.out / f"samples-{run.step:08d}.png")
 
@@ -264,7 +288,7 @@ class Watch:
     def __init__(self, recipe: Recipe, run: FastTraining, shape, device: torch.device):
         self.recipe, self.run, self.device = recipe, run, device
         self.first, self.begin = run.step, time.monotonic()
-        self.losses, self.clocks, self.last = [], [], (run.step, self.begin)
+        self.losses, self.clocks, self.last, self.before = [], [], (run.step, self.begin), None
         self.peak = peak(device)
 
     @cached_property
@@ -277,15 +301,17 @@ class Watch:
         return self.run.step - self.first
 
     def samples(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
-        """The batches, each with the moment at which its matching begins."""
+        """The batches; the moment at which one is there is where matching begins, of it or of several up to it."""
         for x in batches:
-            self.clocks.append([self._now()])
+            self.before = self._now()
             yield x
 
     def paired(self, pairs) -> Iterator[tuple[Tensor, Tensor]]:
-        """The pairs, each with the moment at which its matching ended; the last is kept for the distances."""
+        """The pairs, with the moments between which they were matched; the last is kept for the distances."""
         for x, z in pairs:
-            self.clocks[-1].append(self._now())
+            if self.before is not None:  # else matched with the pairs before
+                self.clocks.append((self.before, self._now()))
+                self.before = None
             self.x, self.z = x, z
             yield x, z
 
@@ -297,14 +323,16 @@ class Watch:
         return event
 
     def line(self, seconds: float) -> dict:
-        """Of the steps since the last line. BadInput, with the step, where a loss is not finite.
+        """Of the steps since the last line. All processes must call it. BadInput on all of them, with the step, where
+        a loss of any is not finite.
 
-        loss, loss_mean     of this step, and of those since the last line
+        loss, loss_mean     of this step, and of those since the last line, of all processes together
         images_per_second   of all processes together; mfu: the share of the GPU's peak that the network has
         matching            share of the time
-        distance            mean ‖x − z‖ as paired; distance_unmatched: at random, each x with its neighbour's z
+        distance            mean ‖x − z‖ as paired; distance_unmatched: at random, each x with its neighbour's z; both
+                            of this process
         """
-        losses = torch.stack(self.losses).float().cpu()
+        losses = _mean_over_processes(torch.stack(self.losses).float().cpu())
         if not losses.isfinite().all():
             bad = self.run.step - len(losses) + 1 + int((~losses.isfinite()).int().argmax())
             raise dansm.BadInput(f"--lr is {self.recipe.lr}: the loss became {losses[~losses.isfinite()][0].item()} at "
@@ -324,10 +352,9 @@ class Watch:
 
     def _matching(self) -> float:
         """Seconds of the GPU, or of the CPU, between the moments before and after the matchings."""
-        whole = [clock for clock in self.clocks if len(clock) == 2]
         if self.device.type == "cuda":
-            return sum(before.elapsed_time(after) for before, after in whole) / 1000
-        return sum(after - before for before, after in whole)
+            return sum(before.elapsed_time(after) for before, after in self.clocks) / 1000
+        return sum(after - before for before, after in self.clocks)
 
     def text(self, line: dict) -> str:
         mfu = f"  MFU {line['mfu']:.0%}" if "mfu" in line else ""
@@ -348,6 +375,12 @@ class Watch:
                 "precision": str(self.run.dtype)[6:], "compiled": self.run.compiled,
                 "parameters": sum(p.numel() for p in self.run.net.parameters()),
                 "stopped_early": interrupted and self.run.step < self.recipe.steps}
+
+
+def _mean_over_processes(losses: Tensor) -> Tensor:
+    if ranks()[1] > 1:
+        group.all_reduce(losses)
+    return losses / ranks()[1]
 
 
 @contextmanager
@@ -384,25 +417,30 @@ class Decide:
         now, last = time.monotonic(), self.run.step >= self.recipe.steps
         if self.run.step < self.next and not last:
             return False, False
-        stop = bool(self.interrupt) or bool(self.recipe.minutes and now - self.begin > 60 * self.recipe.minutes)
+        pressed = bool(self.interrupt)
+        late = bool(self.recipe.minutes and now - self.begin > 60 * self.recipe.minutes)
         save = now - self.saved > 60 * self.recipe.save_minutes
         if ranks()[1] > 1:
             a_while = max(1, int(AGREE * (self.run.step - self.first) / max(now - self.begin, 1e-9)))
-            stop, save, a_while = self._agreed(stop, save, a_while)
+            pressed, late, save, a_while = self._agreed(pressed, late, save, a_while)
             self.next = self.run.step + a_while
         if save:
             self.saved = now
-        return stop or last, save
+        if pressed:
+            self.interrupt.pressed = True  # another process may be the one that was
+        return pressed or late or last, save
 
-    def _agreed(self, stop, save, a_while):
+    def _agreed(self, *ours):
+        """Whether any was interrupted; the rest is as the first process says."""
         told = [None] * ranks()[1]
-        group.all_gather_object(told, (stop, save, a_while))
-        return any(stop for stop, _, _ in told), told[0][1], told[0][2]
+        group.all_gather_object(told, ours)
+        return any(pressed for pressed, *_ in told), *told[0][1:]
 
 
 class Interrupt:
     """True once Ctrl-C was pressed or SIGTERM came: the loop ends after a whole step, so that nothing is saved half
-    done. A second one stops at once. `say` is called at the first, as a step may take a minute."""
+    done. A Ctrl-C after that stops at once; a SIGTERM does not, as a cluster and torchrun each send one. `say` is
+    called at the first, as a step may take a minute."""
 
     def __init__(self, say: Callable[[], None]):
         self.pressed, self.say = False, say
@@ -420,5 +458,5 @@ class Interrupt:
 
     def _press(self, *_):
         self.pressed = True
-        self.__exit__()
+        signal.signal(signal.SIGINT, self.before[signal.SIGINT])
         self.say()
