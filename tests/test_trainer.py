@@ -708,8 +708,8 @@ def test_a_step_through_copies_of_the_weights_is_autocasts_to_the_bit():
     """What one process on a GPU does: all weights to bf16 at once, and all gradients back."""
     def trained(copies):
         torch.manual_seed(0)
-        run = step.FastTraining(dansm.UNet(2, 8, width=8, multipliers=(1, 2), blocks=1, attention_at=(4,)),
-                                Recipe("x", batch=4, precision="bf16"), torch.device("cpu"))
+        run = FastTraining(dansm.UNet(2, 8, width=8, multipliers=(1, 2), blocks=1, attention_at=(4,)),
+                           Recipe("x", batch=4, precision="bf16"), torch.device("cpu"))
         run.compiled = copies
         run.copies, run.compiled = run._copies_of_weights(), False
         run.net.train()
