@@ -116,7 +116,7 @@ def run(recipe: Recipe, out: Path, device: torch.device, fresh: bool) -> None:
 
 
 def _run(recipe, out, device, fresh, first):
-    images, left_out = read(recipe, out)
+    images, left_out = read(recipe)
     summary, net, flow = trainer.fit(images, recipe, out=out, fresh=fresh, device=device, console=dansm.console)
     if not first:
         return
@@ -140,13 +140,13 @@ def _run(recipe, out, device, fresh, first):
                       recipe.seed, device, saved, grid)
         dansm.say_files(out, "samples.png", saved.name, *files)
     else:
-        dansm.say_files(out, saved.name, *files)  # latents are no pictures
-    say("images from it: dansm sample", shlex.quote(str(out)))
+        dansm.say_files(out, saved.name, *files)
+    if images.shape[1] in (1, 3):  # latents are no pictures
+        say("images from it: dansm sample", shlex.quote(str(out)))
 
 
-def read(recipe: Recipe, out: Path):
-    """The recipe's data, and how many files were left out. Decoded images are kept in the run's folder where they do
-    not fit into memory."""
+def read(recipe: Recipe):
+    """The recipe's data, and how many files were left out."""
     left_out = []
     images = data.load_images(recipe.data, size=recipe.size or None, skip_unreadable=recipe.skip_unreadable,
                               cache=Path(recipe.cache) if recipe.cache else None, left_out=left_out,
@@ -185,6 +185,10 @@ def sample(model: Path, device: torch.device, out: Path, *, count: int, steps: i
     """Draw images 0 … count − 1 of a seed from a run, a checkpoint or exported weights."""
     net, flow, about = checkpoint.load_model(model, device, solver, say=say)
     dansm.check_steps("--steps", steps, type(flow))
+    channels = net.settings["channels"]
+    if channels not in (1, 3):
+        raise dansm.BadInput(f"{model} draws latents of {channels} channels, which are no pictures: expected a "
+                             "network of images, of 1 or 3 channels")
     out = dansm.make_folder(out)
     batch = batch or (500 if device.type == "cuda" else 64)
     shape = (net.settings["channels"], net.settings["size"], net.settings["size"])

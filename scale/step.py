@@ -219,8 +219,19 @@ def processes(device: torch.device):
                              store=group.PrefixStore(_attempt(), store))
     try:
         yield device
+    except RuntimeError as error:
+        if not _another_ended(error):
+            raise
+        raise ConnectionError(f"another process of this run has ended, process {rank} ends too; its message says "
+                              "why") from error
     finally:
         group.destroy_process_group()
+
+
+def _another_ended(error: RuntimeError) -> bool:
+    """Gloo says so in plain RuntimeErrors."""
+    told = ("connection closed by peer", "connection reset by peer", "connectfullmesh failed", "broken pipe")
+    return any(words in str(error).lower() for words in told)
 
 
 def _attempt() -> str:

@@ -45,6 +45,8 @@ def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, 
     if recipe.batch % (processes * recipe.accumulate):
         raise dansm.BadInput(f"--batch is {recipe.batch}: expected a multiple of {processes * recipe.accumulate}, the "
                              f"{processes} processes times accumulate, {recipe.accumulate}")
+    share = recipe.batch // processes * math.prod(images.shape[1:]) * 4  # bytes
+    dansm.check_memory(f"--batch is {recipe.batch:,}", share, device)
     if recipe.deterministic:
         make_deterministic()
     torch.backends.cudnn.benchmark = not recipe.deterministic
@@ -170,8 +172,11 @@ class Keeper:
             differences = changed(state["recipe"], self.recipe)
             if state["images"] != self.images:
                 differences.append(f"images {state['images']:,} → {self.images:,}")
-            if state["network"] != run.net.settings:
-                differences.append(f"images of {state['network']['size']} pixels → {run.net.settings['size']}")
+            for part, words in {"size": "images of {} pixels", "channels": "images of {} channels"}.items():
+                if state["network"][part] != run.net.settings[part]:
+                    differences.append(f"{words.format(state['network'][part])} → {run.net.settings[part]}")
+            if state["network"] != run.net.settings and not differences:
+                differences.append(f"network {state['network']} → {run.net.settings}")
             if len(state["ranks"]) != self.processes:
                 differences.append(f"processes {len(state['ranks'])} → {self.processes}")
         if differences:

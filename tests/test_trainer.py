@@ -416,6 +416,24 @@ def test_latents_train_and_are_no_picture(run, latents, tmp_path, monkeypatch):
     assert state_of(tmp_path / "out")["network"]["channels"] == 4
 
 
+def test_a_network_of_latents_draws_no_pictures(run, refused, latents, tmp_path):
+    said = run("train", latents, "--steps", 1, "--out", tmp_path / "out", *FAST)[1]
+    assert "dansm sample" not in said
+    assert "latents of 4 channels" in refused("sample", tmp_path / "out", "--out", tmp_path / "samples")
+    assert not (tmp_path / "samples").exists()
+
+
+def test_a_batch_that_no_memory_holds_is_refused(refused, images, tmp_path):
+    said = refused("train", images, "--out", tmp_path / "out", *FAST, "--batch", 10**12)
+    assert "--batch is 1,000,000,000,000" in said
+
+
+def test_going_on_with_another_width_names_the_width_alone(run, refused, images, tmp_path):
+    run("train", images, "--steps", 1, "--out", tmp_path / "out", *FAST, "--width", 8)
+    said = refused("train", images, "--steps", 2, "--out", tmp_path / "out", *FAST, "--width", 16)
+    assert "(width 8 → 16)" in said
+
+
 def test_a_recipe_of_the_papers_runs_with_data_and_a_width_of_ones_own(run, latents, tmp_path):
     code, _, err = run("train", "latent-bedroom", "--data", latents, "--width", 8, "--blocks", 1, "--batch", 4,
                        "--match-size", 8, "--steps", 2, "--device", "cpu")
@@ -571,6 +589,15 @@ def test_what_processes_cannot_do_together_is_refused_by_each(images, tmp_path):
         assert "--batch is 10: expected a multiple of 4, the 2 processes times accumulate, 2" in errors[1]
         assert "find checkpoint-00000002.pt, checkpoint-00000004.pt there, expected one folder" in errors[2]
         assert len(errors) == 3 and "Traceback" not in each
+
+
+@needs_gloo
+def test_a_run_of_two_processes_into_a_folder_in_use_ends_both_in_one_line_each(images, tmp_path):
+    (tmp_path / "out").mkdir()
+    with checkpoint.lock(tmp_path / "out"):
+        codes, said = in_processes(tmp_path, ["train", images, "--out", tmp_path / "out", "--steps", 2, *FAST])
+    assert codes == [[2], [2]] and "Traceback" not in "".join(said), said
+    assert "is being trained into" in said[0] and "another process of this run has ended" in said[1]
 
 
 def restarted_on_the_second_node(rank, folder):
