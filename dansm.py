@@ -1393,7 +1393,7 @@ def say(*words: str) -> None:
 
 def counted(count: int, noun: str) -> str:
     """1 image, 2 images."""
-    return f"{count:,} {noun}{'s' * (count != 1)}"
+    return f"{count:,} {noun}{('es' if noun.endswith('s') else 's') * (count != 1)}"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -1405,8 +1405,9 @@ def main(arguments: list[str] | None = None) -> None:
         code, message = 2, str(error)
     except (KeyboardInterrupt, typer.Abort, Stopped) as error:
         code, message = 130, str(error)
-    except OSError as error:  # a full disk, a folder where a file is to be
-        code, message = 2, str(error)
+    except OSError as error:  # a folder where a file is to be; a full disk, which does not say of what file
+        said = error.strerror or error
+        code, message = 2, str(error) if error.filename else f"a file cannot be read or written: {said}"
     except Exception as error:
         if lacks_memory(error):
             asked = re.search(r"tried to allocate [\d.]+ \w+", str(error), re.IGNORECASE)  # the rest is torch's advice

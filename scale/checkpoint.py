@@ -309,6 +309,8 @@ def _averaged(path, average, say) -> tuple[dict[str, Tensor], dict]:
         if found is None:
             raise BadInput(f"{path} holds no checkpoint: expected the folder that a dansm train wrote into")
         path, state = found
+    elif not path.exists():
+        raise BadInput(f"{path} does not exist: expected a run's folder, one of its checkpoints, or an export")
     else:
         state = load(path)
     averages, recipe, training = state["training"]["averages"], state["recipe"], state["training"]

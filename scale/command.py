@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
+import torch.distributed as group
 import typer
 from rich.markup import escape
 from rich.progress import track
@@ -28,7 +29,9 @@ def train(arguments: list[str], called: str = "dansm train") -> None:
     """Train as the command line says; `called` is what the help names the command."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
     app.command(help=_help())(_with_options(_train))
-    typer.main.get_command(app)(arguments, standalone_mode=False, prog_name=called)
+    code = typer.main.get_command(app)(arguments, standalone_mode=False, prog_name=called)
+    if code == 130:  # what newer Typers make of Ctrl-C
+        raise dansm.Stopped("stopped at once; what was saved before is kept")
 
 
 def _help() -> str:
@@ -51,8 +54,8 @@ def _with_options(function):
     device = Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(
         help="auto takes the fastest there is", metavar="NAME", rich_help_panel="Where")]
     out = Annotated[Path | None, typer.Option(
-        help="folder for the results, made if missing " + escape("[runs/RECIPE]"), metavar="PATH",
-        rich_help_panel="Where")]
+        help="folder for the results, made if missing " + escape("[runs/ and the recipe's or the data's name]"),
+        metavar="PATH", rich_help_panel="Where")]
     fresh = Annotated[bool, typer.Option("--fresh", rich_help_panel="Where",
                                          help="begin anew where --out holds a run already")]
     taken = {"recipe": (source, inspect.Parameter.empty)} | {name: (_option(name), None) for name in SETTINGS}
@@ -99,8 +102,8 @@ def parse(name: str, text: str | bool):
 
 
 def name_of_run(source: str) -> str:
-    """The recipe's name; "train" where a run is of data with no recipe."""
-    return source if source in names() else Path(source).stem if source.endswith(".toml") else "train"
+    """The name of the recipe or, where there is none, of the data."""
+    return source if source in names() else Path(source).resolve().name.split(".")[0] or "train"
 
 
 def run(recipe: Recipe, out: Path, device: torch.device, fresh: bool) -> None:
@@ -120,40 +123,47 @@ def _run(recipe, out, device, fresh, first):
     summary, net, flow = trainer.fit(images, recipe, out=out, fresh=fresh, device=device, console=dansm.console)
     if not first:
         return
-    saved, grid, files = checkpoint.newest(out), out / "samples.png", ("metrics.jsonl", "train.json", "recipe.toml")
+    saved, grid, written = checkpoint.newest(out), out / "samples.png", []
     if summary["this_call"]["steps"]:
         dansm.write_json(out / "train.json", {
             "data": recipe.data, "data_images": len(images), "unreadable_images": left_out,
             "hardware": dansm.hardware(device), **summary})
+        written = [saved.name, "metrics.jsonl", "train.json", "recipe.toml"]
         say(f"{counted(summary['images'], 'image')} in {counted(summary['steps'], 'step')},",
             f"{summary['this_call']['images_per_second']:,} a second")
     else:
         say(f"already at step {summary['steps']:,} of --steps {recipe.steps:,}: nothing to do; a larger --steps",
             "goes on")
-    if summary["stopped_early"]:
+    if summary["steps"] < recipe.steps:
         say(f"stopped at step {summary['steps']:,} of {recipe.steps:,}, saved;",
             f"the same command{' without --fresh' * fresh} goes on")
-        dansm.say_files(out, saved.name, *files)
-    elif images.shape[1] in (1, 3):
-        if not grid.exists() or grid.stat().st_mtime < saved.stat().st_mtime:  # else it is this checkpoint's already
-            draw_grid(sampler(net, device, recipe.precision), flow, images.shape[1:], recipe.sample_steps,
-                      recipe.seed, device, saved, grid)
-        dansm.say_files(out, "samples.png", saved.name, *files)
-    else:
-        dansm.say_files(out, saved.name, *files)
-    if images.shape[1] in (1, 3):  # latents are no pictures
+    pictures = images.shape[1] in (1, 3)  # latents are none
+    current = grid.exists() and grid.stat().st_mtime >= saved.stat().st_mtime  # it is this checkpoint's already
+    if pictures and not summary["stopped_early"] and not current:
+        draw_grid(sampler(net, device, recipe.precision), flow, images.shape[1:], recipe.sample_steps, recipe.seed,
+                  device, saved, grid)
+        written.insert(0, "samples.png")
+    if written:
+        dansm.say_files(out, *written)
+    if pictures:
         say("images from it: dansm sample", shlex.quote(str(out)))
 
 
 def read(recipe: Recipe):
-    """The recipe's data, and how many files were left out."""
-    left_out = []
+    """The recipe's data, and how many files were left out. Of several processes the first downloads."""
+    left_out, first = [], ranks()[0] == 0
+    if recipe.data == "cifar10" and not first:
+        group.barrier()
     images = data.load_images(recipe.data, size=recipe.size or None, skip_unreadable=recipe.skip_unreadable,
                               cache=Path(recipe.cache) if recipe.cache else None, left_out=left_out,
                               track=_track_reading)
+    if recipe.data == "cifar10" and first and ranks()[1] > 1:
+        group.barrier()
     if left_out:
         say(f"left out {len(left_out):,} of {counted(len(images) + len(left_out), 'image')}, not readable:",
             ", ".join(map(str, left_out[:3])) + ", …" * (len(left_out) > 3))
+    kind = "image" if images.shape[1] in (1, 3) else "latent"
+    say(f"{counted(len(images), kind)} of {'×'.join(map(str, images.shape[1:]))}")
     return images, len(left_out)
 
 
@@ -192,22 +202,23 @@ def sample(model: Path, device: torch.device, out: Path, *, count: int, steps: i
     out = dansm.make_folder(out)
     batch = batch or (500 if device.type == "cuda" else 64)
     shape = (net.settings["channels"], net.settings["size"], net.settings["size"])
-    begin, images = time.perf_counter(), []
+    begin, drawn_so_far, shown = time.perf_counter(), 0, []
     draws = dansm.sample_images(sampler(net, device, precision), flow, range(count), shape, steps, seed=seed,
                                 batch=batch, device=device)
     try:
         for drawn in track(draws, "sampling", total=math.ceil(count / batch), console=dansm.console):
-            for number, image in enumerate(drawn if files else (), len(images)):
+            for number, image in enumerate(drawn if files else (), drawn_so_far):
                 dansm.save_grid(image[None], out / f"{number:06d}.png", enlarge=1)
-            images += drawn
+            drawn_so_far += len(drawn)
+            shown += drawn[: 400 - len(shown)]
     except KeyboardInterrupt:
-        if not images:
+        if not shown:
             raise
     seconds = time.perf_counter() - begin
-    dansm.save_grid(torch.stack(images[:400]), out / "samples.png")
+    dansm.save_grid(torch.stack(shown), out / "samples.png")
     dansm.write_json(out / "sample.json", {
         "checkpoint": str(about["file"]), "trained_steps": about["step"], "recipe": about["recipe"],
-        "count": len(images), "steps": steps, "solver": solver, "precision": precision, "seed": seed,
+        "count": drawn_so_far, "steps": steps, "solver": solver, "precision": precision, "seed": seed,
         "seconds": round(seconds, 2), "hardware": dansm.hardware(device)})
-    say(f"{counted(len(images), 'image')} in {counted(steps, 'step')} each: {seconds:.1f} s")
+    say(f"{counted(drawn_so_far, 'image')} in {counted(steps, 'step')} each: {seconds:.1f} s")
     dansm.say_files(out, "samples.png", "sample.json", *(["000000.png and so on"] if files else []))

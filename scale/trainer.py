@@ -43,8 +43,8 @@ def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, 
     """
     rank, processes = ranks()
     if recipe.batch % (processes * recipe.accumulate):
-        raise dansm.BadInput(f"--batch is {recipe.batch}: expected a multiple of {processes * recipe.accumulate}, the "
-                             f"{processes} processes times accumulate, {recipe.accumulate}")
+        raise dansm.BadInput(f"--batch is {recipe.batch}: expected a multiple of {processes * recipe.accumulate}, "
+                             f"{dansm.counted(processes, 'process')} times --accumulate {recipe.accumulate}")
     share = recipe.batch // processes * math.prod(images.shape[1:]) * 4  # bytes
     dansm.check_memory(f"--batch is {recipe.batch:,}", share, device)
     if recipe.deterministic:
@@ -142,7 +142,8 @@ class Keeper:
                 run.load_state_dict(state["training"])
                 _take_up_random_numbers(path, state["ranks"][self.rank], pool, device)
                 self.earlier = float(state["seconds"])
-            self.others = [other for other in checkpoint.checkpoints(self.out) if other.name > path.name]  # damaged
+            newer = checkpoint.checkpoints(self.out)
+            self.others = newer[: newer.index(path)]  # damaged
             if self.rank == 0:
                 _forget_after(self.metrics, run.step)
             if run.step < self.recipe.steps:
@@ -213,7 +214,7 @@ class Keeper:
             if self.keeps_other:
                 os.replace(self.aside, self.metrics)
             self.others, self.keeps_other = [], False
-            write(self.recipe, self.out / "recipe.toml")
+            write(dataclasses.replace(self.recipe, minutes=0.0), self.out / "recipe.toml")  # which were of this call
         if self.processes > 1:
             group.barrier()
 
@@ -364,7 +365,8 @@ class Watch:
     def text(self, line: dict) -> str:
         mfu = f"  MFU {line['mfu']:.0%}" if "mfu" in line else ""
         return (f"step {line['step']:,}  loss {line['loss_mean']:.4f}  {line['images_per_second']:,.0f}/s{mfu}  "
-                f"matching {line['matching']:.1%}  {line['distance']:.1f} of {line['distance_unmatched']:.1f}")
+                f"matching {line['matching']:.1%}  "
+                f"‖x−z‖ {line['distance']:.1f} of {line['distance_unmatched']:.1f}")
 
     def grid_seconds(self) -> float:
         """That 64 samples will take: an evaluation is about a third of a step."""

@@ -438,7 +438,7 @@ def test_an_export_that_cannot_be_is_refused(refused, trained, tmp_path):
     weights = tmp_path / "weights.safetensors"
     assert "--average is 1" in refused("export", trained, "--average", 1, "--out", weights)
     assert "expected a name that ends in .safetensors" in refused("export", trained, "--out", tmp_path / "weights")
-    assert "missing is not a file" in refused("export", tmp_path / "missing", "--out", weights)
+    assert "missing does not exist" in refused("export", tmp_path / "missing", "--out", weights)
     assert not weights.exists()
 
 
@@ -1028,3 +1028,21 @@ def test_an_empty_name_is_no_folder(refused, tmp_path):
 def test_a_new_run_has_its_log_from_the_start(run, refused, images, tmp_path):
     refused("train", images, "--steps", 20, "--lr", 1e30, "--out", tmp_path / "out", *FAST)  # before any checkpoint
     assert (tmp_path / "out" / "metrics.jsonl").exists() and not (tmp_path / "out" / "metrics.partial").exists()
+
+
+def test_a_second_ctrl_c_of_the_keyboard_ends_with_130_and_a_word(images, tmp_path):
+    """In a process of its own: newer Typers swallow it."""
+    out = tmp_path / "out"
+    command = ["train", images, "--out", out, "--steps", 10**6, "--log-steps", 1, *FAST]
+    script = ("import dansm, scale.trainer as trainer; from scale.recipe import Recipe\n"
+              f"dansm.NETWORKS['small'] = {TINY!r}\n"
+              "def line(self, seconds):\n    import os, signal\n    os.kill(os.getpid(), signal.SIGINT)\n"
+              "    os.kill(os.getpid(), signal.SIGINT)\n"
+              "trainer.Watch.line = line\n"
+              f"dansm.main({list(map(str, command))!r})")
+    process = start("-c", script)
+    try:
+        said, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and err == "dansm: stopped at once; what was saved before is kept\n"

@@ -367,7 +367,7 @@ def test_only_what_is_given_goes_before_the_recipe(given_to_run):
 def test_a_run_is_named_for_its_recipe(given_to_run, tmp_path):
     write(Recipe("d"), tmp_path / "mine.toml")
     assert given_to_run(str(tmp_path / "mine.toml"))[:2] == (Recipe("d"), Path("runs/mine"))
-    assert given_to_run(str(tmp_path))[:2] == (Recipe(str(tmp_path)), Path("runs/train"))
+    assert given_to_run(str(tmp_path))[:2] == (Recipe(str(tmp_path)), Path("runs") / tmp_path.name)
 
 
 @pytest.mark.parametrize(("option", "text", "words"), [

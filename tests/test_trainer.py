@@ -585,8 +585,8 @@ def test_what_processes_cannot_do_together_is_refused_by_each(images, tmp_path):
     assert codes == [[2, 2, 0, 0, 2]] * 2, said
     for each in said:
         errors = [line for line in each.splitlines() if line.startswith("dansm: ")]
-        assert "--batch is 9: expected a multiple of 2, the 2 processes times accumulate, 1" in errors[0]
-        assert "--batch is 10: expected a multiple of 4, the 2 processes times accumulate, 2" in errors[1]
+        assert "--batch is 9: expected a multiple of 2, 2 processes times --accumulate 1" in errors[0]
+        assert "--batch is 10: expected a multiple of 4, 2 processes times --accumulate 2" in errors[1]
         assert "find checkpoint-00000002.pt, checkpoint-00000004.pt there, expected one folder" in errors[2]
         assert len(errors) == 3 and "Traceback" not in each
 
