@@ -317,7 +317,8 @@ def score(features: Tensor, real: Real, extractor: Extractor, *, logits: Tensor 
                         to 1,000 images of each; without the bias that few samples give the first
     inception_score, …  exp of the mutual information of image and class; only where there are logits
     precision, recall   share of generated images within reach of a real one, and of real within reach of a generated;
-                        against as many real images as generated ones, where there are so many
+                        against as many real images as generated ones, where there are so many; on these features,
+                        which are not VGG16's as in the paper that named them (Kynkäänniemi et al. 2019)
     (frechet_distance, kernel_distance in the place of fid, kid for other features than Inception's.)
     """
     others = _shuffled(real.features, seed)[-len(features) :]
@@ -615,5 +616,5 @@ def _remarks(rows: list[dict], real: Real, count: int) -> Iterable[str]:
            (": what a model can come to" if floor == count else f"; {count:,} would come nearer"))
     longest = len(real.mean)
     if min(count, real.count) < longest:
-        yield (f"{min(count, real.count):,} images are fewer than the {longest:,} features: the covariance is singular "
-               "and the distance too large; compare it only with those of as many samples")
+        yield (f"{min(count, real.count):,} images are fewer than the {longest:,} features: distances are too large by "
+               "much; compare only those of as many images")
