@@ -14,7 +14,7 @@ Read top to bottom:
     4 training    train: the plain loop
     5 measuring   path length, crossing, straightness, inter-path distance, Fréchet distance
     6 refusing    what a batch, a count or a pool cannot be, said in one line
-    7 commands    toy, digits, train, export, sample, bench
+    7 commands    toy, digits, train, export, sample, evaluate, bench
 
 Names used throughout: x is data, z is noise, both (B, C, H, W) or any (B, ...); t runs from noise (0) to
 data (1); B is the batch, M the pool's match_size, D the count of numbers in one sample.
@@ -1260,6 +1260,35 @@ def sample_command(
 
     sample(model, pick_device(device), out, count=count, steps=steps, solver=solver, batch=batch,
            files=files, precision=precision, seed=seed)
+
+
+@app.command("evaluate")
+def evaluate_command(
+    models: Annotated[list[Path], typer.Argument(help="folders of dansm train, checkpoints, or exports")],
+    data: Annotated[str | None, typer.Option(
+        help="the real images: a folder, an archive, cifar10; else what the models were trained on")] = None,
+    steps: Annotated[str, typer.Option(help="counts of steps from noise to image, parted by commas")] = "3,4,5,10",
+    count: Annotated[int, typer.Option(min=2, help="images drawn for each row of the table")] = 10_000,
+    size: Annotated[int | None, typer.Option(min=1, help="make the real images so many pixels square")] = None,
+    features: Annotated[str, typer.Option(
+        help="inception, or any other network as module:callable; scale.evaluate:efficientnet_lite0 needs no "
+             "download")] = "inception",
+    inception_weights: Annotated[Path | None, typer.Option(help="its weights, where there is no network")] = None,
+    solver: Annotated[Literal["euler", "heun"], typer.Option(help="heun takes two evaluations a step")] = "euler",
+    batch: Annotated[int, typer.Option(min=0, help="images at a time: memory and speed; 0: 500 on a GPU, or 64")] = 0,
+    precision: Annotated[Literal["auto", "bf16", "fp16", "fp32"], typer.Option(
+        help="of the generator; auto: bf16, on older GPUs fp16, on the CPU fp32")] = "auto",
+    seed: Seed = 0,
+    device: Device = "auto",
+    cache: Annotated[Path, typer.Option(help="folder that keeps the features of real images")] = Path("~/.cache/dansm"),
+    out: Out = Path("runs/evaluate"),
+) -> None:
+    """FID, KID, Inception Score, precision and recall of checkpoints, all from the same noise, in one table."""
+    from scale.evaluate import evaluate
+
+    evaluate(models, data, pick_device(device), out, steps=steps, count=count, size=size, features=features,
+             weights=inception_weights, solver=solver, batch=batch, precision=precision, seed=seed,
+             cache=cache.expanduser())
 
 
 @app.command("bench")

