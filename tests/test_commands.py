@@ -1042,7 +1042,7 @@ def test_a_second_ctrl_c_of_the_keyboard_ends_with_130_and_a_word(images, tmp_pa
               f"dansm.main({list(map(str, command))!r})")
     process = start("-c", script)
     try:
-        said, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 130 and err == "dansm: stopped at once; what was saved before is kept\n"
