@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import textwrap
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 
 import dansm
+from scale.foundations import shorten
 
 COLUMN, PAGE = 3.4, 7.0  # inches: one column of a paper of two, and both
 INK, NOTE, PALE, NOISE, DATA = "#2b2f36", "#5b6470", "#d3d9e0", "#8fa8c4", "#c8441b"  # those of tiny.pictures
@@ -81,16 +81,17 @@ def show(axes, picture: np.ndarray) -> None:
 def draw_compare(images: dict[str, Tensor], z: Tensor, found: list[dict], path: Path) -> list[str]:
     """Above a column for each noise z: (N, C, H, W), of what each model makes of it, `images`; none for latents. Below
     the distances of `found`, see `foundations.compare_images`. Writes path.png and path.svg, returns their names."""
-    rows = [("noise", (z / 3).clamp(-1, 1)), *images.items()] if images else []
-    height = (COLUMN - 0.1) / max(len(z), 1)
-    heights = [height + 0.17] * len(rows) + [0.62 + 0.3 * len(found)]
-    figure = Figure((COLUMN, sum(heights) + 0.1), layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.02, w_pad=0.03, hspace=0.01)
-    axes = figure.subplots(len(heights), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
-    for one, (label, row) in zip(axes, rows, strict=False):
-        show(one, tile(pixels(row), len(row), gap=2))
-        one.set_title("the noise of each column" if label == "noise" else fit(label, 58), loc="left", pad=2, fontsize=7)
-    _draw_distances(axes[-1], found)
+    rows = {"the noise of each column": (z / 3).clamp(-1, 1), **images} if images else {}
+    heights = [((COLUMN - 0.1) / len(z) + 0.19) * len(rows), 0.65 + 0.32 * len(found)]
+    figure = Figure((COLUMN, sum(heights)), layout="constrained")
+    below = figure
+    if rows:
+        above, below = figure.subfigures(2, 1, height_ratios=heights)
+        for one, (label, row) in zip(above.subplots(len(rows), 1), rows.items(), strict=True):
+            show(one, tile(pixels(row), len(row), gap=2))
+            one.set_title(shorten(label, 58), loc="left", pad=2, fontsize=7)
+    figure.get_layout_engine().set(h_pad=0.015, w_pad=0.03, hspace=0.0)
+    _draw_distances(below.subplots(), found)
     return save(figure, path)
 
 
@@ -100,9 +101,9 @@ def _draw_distances(axes, found: list[dict]) -> None:
         axes.errorbar([pair[key]["mean"] for pair in found], places + shift, xerr=[pair[key]["std"] for pair in found],
                       fmt=style["marker"], color=style["color"], markersize=4.5, linewidth=1.1, capsize=2.5,
                       label=f"{'the same' if key == 'same' else 'unequal'} noise")
-    labels = [" –\n".join(fit(name, 16) for name in pair["models"]) for pair in found]
+    labels = [" –\n".join(shorten(name, 16) for name in pair["models"]) for pair in found]
     axes.set_yticks(places, labels, fontsize=6.5, linespacing=0.95)
-    axes.set(ylim=(-0.6, len(found) - 0.4), xlabel="distance of their images ‖a − b‖, mean ± standard deviation")
+    axes.set(ylim=(-0.6, len(found) - 0.4), xlabel="distance ‖a − b‖, mean ± standard deviation")
     axes.set_xlim(left=0)
     axes.xaxis.label.set_fontsize(7)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, borderaxespad=0.1, handletextpad=0.3)
@@ -131,13 +132,6 @@ def draw_grid(images: list[list[Tensor]], labels: list[str], counts: list[int], 
     return save(figure, path)
 
 
-def fit(text: str, width: int) -> str:
-    """Cut to `width` letters, the middle left out."""
-    if len(text) <= width:
-        return text
-    return f"{text[: (width - 1) // 2 + (width - 1) % 2]}…{text[len(text) - (width - 1) // 2 :]}"
-
-
 # ---------------------------------------------------------------------------------------------------
 # Pairs in the plane
 # ---------------------------------------------------------------------------------------------------
@@ -154,7 +148,7 @@ def draw_tsne(panels: list[dict], path: Path) -> list[str]:
         one.scatter(*z.T, s=22, color=NOISE, marker="o", edgecolors="white", linewidths=0.4, zorder=3)
         one.scatter(*x.T, s=26, color=DATA, marker="^", edgecolors="white", linewidths=0.4, zorder=3)
         chance = panel["by_chance"]
-        one.set_title(f"{fit(panel['name'], 44)}: {panel['crossings']} crossings", loc="left", pad=13)
+        one.set_title(f"{shorten(panel['name'], 44)}: {panel['crossings']} crossings", loc="left", pad=13)
         one.text(0, 1.015, f"shuffled {chance['mean']:.0f} ± {chance['std']:.0f}", transform=one.transAxes,
                  fontsize=7, color=NOTE, va="bottom")
         one.margins(0.06)
@@ -182,7 +176,7 @@ def draw_paths(summary: list[dict], seeds: int, path: Path) -> list[str]:
               ("inter_path_minimum_t", "its time t*,\neach to its nearest", 1)]
     panels += [("straightness", "bend of learned paths\n(0 is straight)", 1)] if has_bend else []
     rows = -(-len(panels) // 2)
-    figure = Figure((COLUMN, rows * (0.58 + 0.15 * len(summary))), layout="constrained")
+    figure = Figure((COLUMN, rows * (0.58 + 0.19 * len(summary)) + 0.25), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.02, hspace=0.03)
     axes = figure.subplots(rows, 2, squeeze=False, sharey=True).ravel()
     places = range(len(summary))[::-1]
@@ -192,16 +186,24 @@ def draw_paths(summary: list[dict], seeds: int, path: Path) -> list[str]:
                 style = SERIES[kind_of(row["pairs"])]
                 one.errorbar(factor * row[key]["mean"], place, xerr=factor * row[key]["std"] if seeds > 1 else None,
                              fmt=style["marker"], color=style["color"], markersize=4.5, linewidth=1, capsize=2)
+            if key in row.get("over_random", ()):
+                growth = f"{row['over_random'][key]['mean']:+.1%}".replace("-", "−")
+                one.annotate(growth, (row[key]["mean"], place), (0, 3.2), textcoords="offset points", fontsize=6,
+                             ha="center", va="bottom", color=NOTE)
         one.set_title(title, fontsize=7, pad=3, loc="left")
         one.set(ylim=(-0.6, len(summary) - 0.4))
-        one.set_yticks(list(places), [fit(row["pairs"], 17) for row in summary])
+        one.set_yticks(list(places), [shorten(row["pairs"], 17) for row in summary])
         one.grid(color=PALE, linewidth=0.5)
         one.set_axisbelow(True)
         one.locator_params(axis="x", nbins=3)
         one.margins(x=0.12)
         one.ticklabel_format(axis="x", useOffset=False)
+        if key == "straightness":
+            one.set_xlim(left=0)
     for one in axes[len(panels) :]:
         one.set_visible(False)
+    spread = f"bars: standard deviation over {seeds} draws\n" if seeds > 1 else ""
+    figure.supxlabel(f"{spread}±%: against random pairs of the same samples", fontsize=6.5, color=NOTE)
     return save(figure, path)
 
 
@@ -209,7 +211,7 @@ def draw_paths(summary: list[dict], seeds: int, path: Path) -> list[str]:
 def draw_loss(times: list[float], curves: dict[str, dict], flow: str, path: Path) -> list[str]:
     """The loss at each time, mean and standard error, of each way of pairing. `curves`: see
     `foundations.loss_by_time`."""
-    figure = Figure((COLUMN, 2.5), layout="constrained")
+    figure = Figure((COLUMN, 2.6), layout="constrained")
     axes = figure.subplots()
     several = sum(kind_of(name) == "matched" for name in curves)
     matched = 0
@@ -227,11 +229,12 @@ def draw_loss(times: list[float], curves: dict[str, dict], flow: str, path: Path
     highest = max(max(curve["mean"]) for curve in curves.values())
     if 0 < lowest * 12 < highest:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
     else:
         axes.set_ylim(bottom=0)
     target = "velocity x − z" if flow == "rectified" else "noise z"
     axes.set(xlim=(0, 1), xlabel="time t (0 is noise, 1 is data)", ylabel=f"mean squared error of the {target}")
     axes.yaxis.label.set_fontsize(7)
     axes.grid(color=PALE, linewidth=0.5)
-    axes.legend(frameon=False, loc="best" if not math.isfinite(highest) else "upper center", handlelength=3)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False, handlelength=3)
     return save(figure, path)

@@ -241,12 +241,12 @@ def compare(paths: list[Path], *, count: int, pictured: int, steps: int, labels,
               "precision": precision, "pairs": found, "hardware": dansm.hardware(device)}
     dansm.write_json(out / "compare.json", result)
     table = make_table(f"Images of two models, ‖a − b‖, over {counted(count, 'noise')}",
-                       "same noise", "unequal noise", "ratio", "nearest is own",
+                       "same noise", "unequal noise", "ratio", "nearest\nis own",
                        caption="Ratio of the means: 0 where the models are one, 1 where the noise says nothing. "
                                f"Nearest is own: by chance {1 / count:.1%}.")
     for pair in found:
-        table.add_row(" – ".join(pair["models"]), _with_std(pair["same"]), _with_std(pair["unequal"]),
-                      f"{pair['ratio']:.3f}", f"{pair['nearest']:.1%}")
+        table.add_row(" – ".join(shorten(name, 14) for name in pair["models"]), _with_std(pair["same"]),
+                      _with_std(pair["unequal"]), f"{pair['ratio']:.3f}", f"{pair['nearest']:.1%}")
     dansm.console.print(table)
     from scale import figures
 
@@ -384,6 +384,9 @@ MEASURES = ("path_length", "own_noise_nearest", "inter_path_mean", "inter_path_m
             "inter_path_minimum_t")
 
 
+GROWING = ("path_length", "inter_path_mean", "inter_path_minimum")
+
+
 def measure_paths(x: Tensor, z: Tensor) -> dict[str, float]:
     """Each of MEASURES for the straight paths z_i → x_i, (N, C, H, W) each, N ≥ 2. The minimum of the distances, and
     the share of own noises that are nearest, depend on N: more paths, nearer neighbours."""
@@ -409,12 +412,16 @@ def measure_all_paths(models: list[Model], images, match_sizes: list[int], *, co
 
 
 def summarize(rows: list[dict]) -> list[dict]:
-    """Mean and standard deviation over the seeds, for each way of pairing."""
-    found = []
+    """Mean and standard deviation over the seeds, for each way of pairing; of matched pairs also "over_random", the
+    growth over random pairs of the same samples, as a share, which varies far less than what grows."""
+    found, random = [], {row["seed"]: row for row in rows if row["pairs"] == "random"}
     for name in dict.fromkeys(row["pairs"] for row in rows):
         of_name = [row for row in rows if row["pairs"] == name]
         measures = [key for key in (*MEASURES, "straightness") if key in of_name[0]]
         found.append({"pairs": name, **{key: _mean_and_std([row[key] for row in of_name]) for key in measures}})
+        if name.startswith("matched"):
+            found[-1]["over_random"] = {
+                key: _mean_and_std([row[key] / random[row["seed"]][key] - 1 for row in of_name]) for key in GROWING}
     return found
 
 
@@ -453,17 +460,23 @@ def write_csv(rows: list[dict], path: Path) -> None:
 
 
 def print_paths(summary: list[dict], count: int) -> None:
-    table = make_table(f"Straight paths from noise to data, {count:,} of each", "length", "own noise\nnearest",
-                       "distance\nof all", "t*", "distance of\nthe nearest", "t*", "bend",
-                       caption="Distance: the least of two paths at equal times t*, mean over all pairs of paths, and "
-                               "mean of each path to its nearest. Bend: of the learned paths, 0 is straight.")
+    table = make_table(f"Straight paths from noise to data, {count:,} of each kind", "length", "own is\nnearest",
+                       "apart,\nall", "at t*", "apart,\nnearest", "at t*", "bend",
+                       caption="Apart: the least distance of two paths at equal times t*, mean over all pairs of "
+                               "paths, and mean of each path to its nearest. Bend: of the learned paths, 0 is "
+                               "straight.")
     for row in summary:
-        values = {key: value["mean"] for key, value in row.items() if key != "pairs"}
-        table.add_row(row["pairs"], f"{values['path_length']:.2f}", f"{values['own_noise_nearest']:.1%}",
+        values = {key: row[key]["mean"] for key in (*MEASURES, "straightness") if key in row}
+        table.add_row(shorten(row["pairs"], 18), f"{values['path_length']:.2f}", f"{values['own_noise_nearest']:.1%}",
                       f"{values['inter_path_mean']:.2f}", f"{values['inter_path_mean_t']:.3f}",
                       f"{values['inter_path_minimum']:.2f}", f"{values['inter_path_minimum_t']:.3f}",
                       f"{values['straightness']:.3f}" if "straightness" in values else "")
     dansm.console.print(table)
+    for row in summary:
+        if growth := row.get("over_random"):
+            length, mean, least = (f"{100 * growth[key]['mean']:+.2f} ± {100 * growth[key]['std']:.2f} %"
+                                   for key in GROWING)
+            say(f"{row['pairs']} against random: length {length}, apart {mean}, nearest {least}")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -534,6 +547,12 @@ def make_table(title: str, *columns: str, caption: str = "") -> Table:
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     return table
+
+
+def shorten(text: str, width: int) -> str:
+    """At most `width` letters, the middle left out."""
+    kept = width - 1
+    return text if len(text) <= width else f"{text[: kept - kept // 2]}…{text[len(text) - kept // 2 :]}"
 
 
 def _with_std(value: dict) -> str:

@@ -291,12 +291,16 @@ def test_paths_of_data_and_a_model(run, images, save_model, tmp_path):
     assert (code, err) == (0, "")
     found = written(tmp_path / "out", said, "paths.json", "paths.csv", "paths.png", "paths.svg")
     assert [row["pairs"] for row in found["summary"]] == ["random", "matched, 10", "matched, 40", "own, a"]
-    assert max(map(len, said.splitlines()[:20])) <= 80
+    table = said[said.index("Straight paths") : said.index("written")]
+    assert "…" not in table and "matched, 40 against random: length -" in table
     rows = list(csv.DictReader((tmp_path / "out" / "paths.csv").read_text().splitlines()))
     assert len(rows) == len(found["rows"]) == 8
     of_model = [row for row in found["rows"] if row["pairs"] == "own, a"]
     mean = found["summary"][-1]["inter_path_minimum"]["mean"]
     assert mean == pytest.approx(np.mean([row["inter_path_minimum"] for row in of_model]))
+    length = {(row["pairs"], row["seed"]): row["path_length"] for row in found["rows"]}
+    growth = [length["matched, 40", seed] / length["random", seed] - 1 for seed in (0, 1)]
+    assert found["summary"][2]["over_random"]["path_length"]["mean"] == pytest.approx(np.mean(growth))
     x, z = foundations.data_pairs(load_images(str(images)), 10, 20, 40, seed=1, device="cpu")
     measured = next(row for row in found["rows"] if row["pairs"] == "matched, 10" and row["seed"] == 1)
     assert measured["path_length"] == pytest.approx(dansm.path_length(x, z), rel=1e-6)
