@@ -31,7 +31,7 @@ SERIES = {"random": dict(color=NOISE, marker="o", linestyle=(0, (4, 2))),
 
 
 def save(figure: Figure, path: Path) -> list[str]:
-    """As path.png and path.svg, each whole or not at all. Returns their names."""
+    """As path.png and path.svg, each drawn before it is opened. Returns their names."""
     names = []
     for kind, how in (("png", dict(dpi=200)), ("svg", dict(metadata={"Date": None}))):
         buffer = io.BytesIO()
@@ -118,9 +118,9 @@ def draw_grid(images: list[list[Tensor]], labels: list[str], counts: list[int], 
     cell = (width - 0.45) / max(len(labels), 2)
     words = [textwrap.fill(label, max(8, int(cell * 15))) for label in labels]
     lines = max(word.count("\n") + 1 for word in words)
-    size = (0.45 + cell * len(labels), 0.2 + 0.13 * lines + (cell + 0.02) * len(counts))
+    size = (0.45 + cell * len(labels), 0.2 + 0.13 * lines + (cell + 0.03) * len(counts))
     figure = Figure(size, layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.015, w_pad=0.015, hspace=0.0, wspace=0.0)
+    figure.get_layout_engine().set(h_pad=0.03, w_pad=0.03, hspace=0.0, wspace=0.0)
     axes = figure.subplots(len(counts), len(labels), squeeze=False)
     for row, of_row, count in zip(axes, images, counts, strict=True):
         for one, cell_images in zip(row, of_row, strict=True):
@@ -149,8 +149,8 @@ def draw_tsne(panels: list[dict], path: Path) -> list[str]:
         one.scatter(*x.T, s=26, color=DATA, marker="^", edgecolors="white", linewidths=0.4, zorder=3)
         chance = panel["by_chance"]
         one.set_title(f"{shorten(panel['name'], 44)}: {panel['crossings']} crossings", loc="left", pad=13)
-        one.text(0, 1.015, f"shuffled {chance['mean']:.0f} ± {chance['std']:.0f}", transform=one.transAxes,
-                 fontsize=7, color=NOTE, va="bottom")
+        one.text(0, 1.015, f"these points paired by chance: {chance['mean']:.0f} ± {chance['std']:.0f}",
+                 transform=one.transAxes, fontsize=7, color=NOTE, va="bottom")
         one.margins(0.06)
         one.set(xlabel="t-SNE 1 (no unit)", ylabel="t-SNE 2 (no unit)", xticks=[], yticks=[])
     handles = [Line2D([], [], color=DATA, marker="^", linestyle="", markersize=5, label="sample"),
@@ -199,7 +199,7 @@ def draw_paths(summary: list[dict], seeds: int, path: Path) -> list[str]:
         one.margins(x=0.12)
         one.ticklabel_format(axis="x", useOffset=False)
         if key == "straightness":
-            one.set_xlim(left=0)
+            one.set_xlim(0, 1.3 * max(row[key]["mean"] + row[key]["std"] for row in summary if key in row) or 1)
     for one in axes[len(panels) :]:
         one.set_visible(False)
     spread = f"bars: standard deviation over {seeds} draws\n" if seeds > 1 else ""

@@ -223,7 +223,7 @@ def compare_images(a: Tensor, b: Tensor) -> dict:
 
 
 def _mean_and_std(values) -> dict:
-    values = torch.as_tensor(values, dtype=torch.float64, device="cpu")
+    values = torch.tensor(values, dtype=torch.float64) if isinstance(values, list) else values.cpu().double()
     return {"mean": values.mean().item(), "std": values.std().item() if len(values) > 1 else 0.0}
 
 
@@ -348,7 +348,7 @@ def tsne(path: Path | None, *, source: str | None, size: int | None, pairs: int,
     own = own_pairs(models[0], range(pairs), steps, seed=seed, batch=batch, device=device) if models else None
     if own:
         below = own.x, own.z
-        below_name = f"{models[0].label}'s own pairs"
+        below_name = f"own pairs of {models[0].label}"
     else:
         below = data_pairs(images, match_size, pairs, max(match_size, pairs), seed=seed, device=device)
         below_name = f"matched, match size {match_size:,}"
@@ -367,7 +367,7 @@ def tsne(path: Path | None, *, source: str | None, size: int | None, pairs: int,
     dansm.write_json(out / "tsne.json", result)
     for panel in panels:
         chance = panel["by_chance"]
-        say(f"{panel['name']}: {panel['crossings']} of {math.comb(pairs, 2)} pairs of lines cross; shuffled "
+        say(f"{panel['name']}: {panel['crossings']} of {math.comb(pairs, 2)} pairs of lines cross; by chance "
             f"{chance['mean']:.1f} ± {chance['std']:.1f}")
     from scale import figures
 

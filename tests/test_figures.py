@@ -225,7 +225,7 @@ def test_tsne_of_a_model(run, save_model, tmp_path):
     assert (code, err) == (0, "")
     found = written(tmp_path / "out", said, "tsne.json", "tsne.png", "tsne.svg")
     random, own = found["panels"]
-    assert (random["name"], own["name"]) == ("random pairs", "a's own pairs")
+    assert (random["name"], own["name"]) == ("random pairs", "own pairs of a")
     assert random["samples"] == own["samples"] and sorted(random["noises"]) == sorted(own["noises"])
     assert random["noises"] != own["noises"]
     for panel in found["panels"]:
@@ -241,7 +241,7 @@ def test_tsne_of_data(run, save_model, images, tmp_path, with_model):
                           "--steps", 2, "--out", tmp_path / "out", *FAST)
     assert (code, err) == (0, "")
     random, below = written(tmp_path / "out", said, "tsne.json", "tsne.png", "tsne.svg")["panels"]
-    assert below["name"] == ("a's own pairs" if with_model else "matched, match size 12")
+    assert below["name"] == ("own pairs of a" if with_model else "matched, match size 12")
     assert (random["samples"] == below["samples"]) != with_model
 
 
