@@ -1391,7 +1391,7 @@ def paths_command(
     out: Out = Path("runs/paths"),
 ) -> None:
     """How long paths are and how near they come to each other: random, matched, and models' own pairs."""
-    from scale.foundations import paths
+    from scale.paths import paths
 
     paths(models or [], source=data, size=size, match_size=match_size, count=count, steps=steps, seeds=seeds,
           labels=label, batch=batch, precision=precision, seed=seed, device=pick_device(device), out=out)
@@ -1415,7 +1415,7 @@ def loss_command(
     out: Out = Path("runs/loss"),
 ) -> None:
     """A model's loss by t under random, matched and its own pairs."""
-    from scale.foundations import loss
+    from scale.paths import loss
 
     loss(model, source=data, size=size, match_size=match_size, count=count, steps=steps, label=label, batch=batch,
          precision=precision, seed=seed, device=pick_device(device), out=out)

@@ -1,4 +1,4 @@
-"""The figures of `scale.foundations`, each as a paper prints it: a column wide, clear in grey too, PNG and SVG."""
+"""The figures of `scale.foundations` and `scale.paths`: a column of a paper wide, clear in grey too, PNG and SVG."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def draw_tsne(panels: list[dict], path: Path) -> list[str]:
 
 @matplotlib.rc_context(STYLE)
 def draw_paths(summary: list[dict], seeds: int, path: Path) -> list[str]:
-    """A panel for each measure of `foundations.summarize`, a line in it for each way of pairing."""
+    """A panel for each measure of `paths.summarize`, a line in it for each way of pairing."""
     has_bend = any("straightness" in row for row in summary)
     panels = [("path_length", "path length ‖x − z‖", 1), ("own_noise_nearest", "own noise is nearest, %", 100),
               ("inter_path_mean", "inter-path distance,\nall pairs of paths", 1),
@@ -210,7 +210,7 @@ def draw_paths(summary: list[dict], seeds: int, path: Path) -> list[str]:
 @matplotlib.rc_context(STYLE)
 def draw_loss(times: list[float], curves: dict[str, dict], flow: str, path: Path) -> list[str]:
     """The loss at each time, mean and standard error, of each way of pairing. `curves`: see
-    `foundations.loss_by_time`."""
+    `paths.loss_by_time`."""
     figure = Figure((COLUMN, 2.6), layout="constrained")
     axes = figure.subplots()
     several = sum(kind_of(name) == "matched" for name in curves)

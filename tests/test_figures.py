@@ -17,7 +17,7 @@ from test_data import noise_image
 
 import dansm
 from dansm import BadInput
-from scale import checkpoint, figures, foundations
+from scale import checkpoint, figures, foundations, paths
 from scale.data import load_images
 
 NETWORK = dict(channels=3, size=8, width=8, multipliers=(1,), blocks=1, attention_at=(), dropout=0.0)
@@ -263,7 +263,7 @@ def test_matched_paths_keep_farther_apart_than_random_ones():
     """The paper's theory, which holds for all three pools of noises, over whole pools."""
     images, found = cifar_like(300), {}
     for match_size in (0, 30, 300):
-        rows = [foundations.measure_paths(*foundations.data_pairs(images, match_size, 200, 300, seed=seed,
+        rows = [paths.measure_paths(*foundations.data_pairs(images, match_size, 200, 300, seed=seed,
                                                                   device="cpu")) for seed in range(3)]
         found[match_size] = {key: np.array([row[key] for row in rows]) for key in rows[0]}
     for key in ("inter_path_mean", "inter_path_minimum"):
@@ -324,7 +324,7 @@ def test_loss_by_time_against_direct_computation(flow):
 
     model = foundations.Model("a", net, flow, (1, 2, 2), {})
     x, z = torch.randn(50, 1, 2, 2), torch.randn(50, 1, 2, 2)
-    found = foundations.loss_by_time(model, x, z, [0.1, 0.8], groups=50)
+    found = paths.loss_by_time(model, x, z, [0.1, 0.8], groups=50)
     for i, t in enumerate((0.1, 0.8)):
         if isinstance(flow, dansm.Diffusion):
             level = int((1 - t) * 1000)
@@ -336,7 +336,7 @@ def test_loss_by_time_against_direct_computation(flow):
         each = errors.square().flatten(1).mean(1)
         assert found["mean"][i] == pytest.approx(each.mean().item(), rel=1e-4)
         assert found["error"][i] == pytest.approx(each.std().item() / math.sqrt(50), rel=1e-3)
-    grouped = foundations.loss_by_time(model, x, z, [0.1, 0.8], groups=7)
+    grouped = paths.loss_by_time(model, x, z, [0.1, 0.8], groups=7)
     assert grouped["mean"] == pytest.approx(found["mean"], rel=1e-5)
 
 
