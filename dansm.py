@@ -14,7 +14,7 @@ Read top to bottom:
     4 training    train: the plain loop
     5 measuring   path length, crossing, straightness, inter-path distance, Fréchet distance
     6 refusing    what a batch, a count or a pool cannot be, said in one line
-    7 commands    toy, digits, train, export, sample, evaluate, bench
+    7 commands    toy, digits, train, export, sample, evaluate, compare, grid, tsne, paths, loss, bench
 
 Names used throughout: x is data, z is noise, both (B, C, H, W) or any (B, ...); t runs from noise (0) to
 data (1); B is the batch, M the pool's match_size, D the count of numbers in one sample.
@@ -1322,6 +1322,132 @@ def bench_command(
     run = bench.bench_match if what == "match" else bench.bench_spread
     run(match_size, batch, parse_shape(shape), seed=seed, device=pick_device(device), out=make_folder(out),
         console=console)
+
+
+Models = Annotated[list[Path], typer.Argument(
+    help="the folders of dansm train, their checkpoints, or exports")]
+Labels = Annotated[list[str] | None, typer.Option(
+    "--label", help="what the figure calls a model: once for each, in their order; without it their folders' names")]
+Data = Annotated[str | None, typer.Option(
+    help="images or latents, as for dansm train; without it those that the model was trained on")]
+Size = Annotated[int | None, typer.Option(min=1, help="make images squares of so many pixels")]
+OwnSteps = Annotated[int, typer.Option(min=1, help="steps from a noise to the model's own sample")]
+Batch = Annotated[int, typer.Option(min=1, help="samples at a time")]
+Precision = Annotated[Literal["auto", "bf16", "fp16", "fp32"], typer.Option(
+    help="auto: bf16, on older GPUs fp16, on the CPU fp32")]
+
+
+@app.command("compare")
+def compare_command(
+    models: Models,
+    count: Annotated[int, typer.Option(min=2, help="noises")] = 256,
+    shown: Annotated[int, typer.Option(min=1, max=16, help="of these in the picture")] = 8,
+    steps: OwnSteps = 20,
+    label: Labels = None,
+    batch: Batch = 64,
+    precision: Precision = "auto",
+    seed: Seed = 0,
+    device: Device = "auto",
+    out: Out = Path("runs/compare"),
+) -> None:
+    """Foundation 1: what several models make of the same noise, and how near it is."""
+    from scale.foundations import compare
+
+    compare(models, count=count, pictured=min(shown, count), steps=steps, labels=label, batch=batch,
+            precision=precision, seed=seed, device=pick_device(device), out=out)
+
+
+@app.command("grid")
+def grid_command(
+    models: Models,
+    steps: Annotated[str, typer.Option(help="counts of steps, a row each, parted by commas")] = "3,4,5,10",
+    side: Annotated[int, typer.Option(min=1, max=16, help="samples a side of each cell")] = 3,
+    label: Labels = None,
+    batch: Batch = 64,
+    precision: Precision = "auto",
+    seed: Seed = 0,
+    device: Device = "auto",
+    out: Out = Path("runs/grid"),
+) -> None:
+    """Samples by counts of steps (rows) and models (columns), all from the same noise."""
+    from scale.foundations import grid
+
+    grid(models, step_counts=steps, side=side, labels=label, batch=batch, precision=precision, seed=seed,
+         device=pick_device(device), out=out)
+
+
+@app.command("tsne")
+def tsne_command(
+    model: Annotated[Path | None, typer.Argument(
+        help="the folder of a dansm train, one of its checkpoints, or an export; without it matched pairs")] = None,
+    data: Annotated[str | None, typer.Option(
+        help="images or latents for the random pairs; without it the model's own samples")] = None,
+    size: Size = None,
+    pairs: Annotated[int, typer.Option(help="pairs of noise and sample; the paper shows 20 to 23")] = 23,
+    perplexity: Annotated[float, typer.Option(help="of t-SNE, less than twice the pairs; the paper's 22 to 30")] = 22,
+    match_size: Annotated[int, typer.Option(min=2, help="without a model: noises in the pool")] = 1000,
+    steps: OwnSteps = 50,
+    label: Annotated[str | None, typer.Option(help="what the figure calls the model")] = None,
+    batch: Batch = 64,
+    precision: Precision = "auto",
+    seed: Seed = 0,
+    device: Device = "auto",
+    out: Out = Path("runs/tsne"),
+) -> None:
+    """Foundation 2: noises and samples in the plane, random pairs above, the model's own below."""
+    from scale.foundations import tsne
+
+    tsne(model, source=data, size=size, pairs=pairs, perplexity=perplexity, match_size=match_size, steps=steps,
+         label=label, batch=batch, precision=precision, seed=seed, device=pick_device(device), out=out)
+
+
+@app.command("paths")
+def paths_command(
+    models: Annotated[list[Path] | None, typer.Argument(
+        help="the folders of dansm train, their checkpoints, or exports: rows of their own pairs")] = None,
+    data: Data = None,
+    size: Size = None,
+    match_size: Annotated[str | None, typer.Option(
+        help="pools, a row each, parted by commas; without it 100,1000,10000, as far as there is data")] = None,
+    count: Annotated[int, typer.Option(min=2, help="paths that are measured")] = 1000,
+    steps: OwnSteps = 50,
+    seeds: Annotated[int, typer.Option(min=1, help="times it is measured, for the spread")] = 3,
+    label: Labels = None,
+    batch: Batch = 64,
+    precision: Precision = "auto",
+    seed: Seed = 0,
+    device: Device = "auto",
+    out: Out = Path("runs/paths"),
+) -> None:
+    """How long paths are and how near they come to each other: random, matched, and models' own pairs."""
+    from scale.paths import paths
+
+    paths(models or [], source=data, size=size, match_size=match_size, count=count, steps=steps, seeds=seeds,
+          labels=label, batch=batch, precision=precision, seed=seed, device=pick_device(device), out=out)
+
+
+@app.command("loss")
+def loss_command(
+    model: Annotated[Path, typer.Argument(
+        help="the folder of a dansm train, one of its checkpoints, or an export")],
+    data: Data = None,
+    size: Size = None,
+    match_size: Annotated[str | None, typer.Option(
+        help="pools, a curve each, parted by commas; without it 10000, or as many as there is data")] = None,
+    count: Annotated[int, typer.Option(min=2, help="pairs of each kind")] = 512,
+    steps: OwnSteps = 50,
+    label: Annotated[str | None, typer.Option(help="what the table calls the model")] = None,
+    batch: Batch = 64,
+    precision: Precision = "auto",
+    seed: Seed = 0,
+    device: Device = "auto",
+    out: Out = Path("runs/loss"),
+) -> None:
+    """A model's loss by t under random, matched and its own pairs."""
+    from scale.paths import loss
+
+    loss(model, source=data, size=size, match_size=match_size, count=count, steps=steps, label=label, batch=batch,
+         precision=precision, seed=seed, device=pick_device(device), out=out)
 
 
 def check_steps(option: str, steps: int, flow: type) -> None:

@@ -559,6 +559,13 @@ OPTIONS = {
     "sample": ["--count", "--steps", "--solver", "--batch", "--files", "--seed", "--device", "--out"],
     "bench": ["--match-size", "--batch", "--shape", "--network", "--samples", "--first-step", "--seed", "--device",
               "--out"],
+    "compare": ["--count", "--shown", "--steps", "--label", "--batch", "--precision", "--seed", "--device", "--out"],
+    "grid": ["--steps", "--side", "--label", "--batch", "--precision", "--seed", "--device", "--out"],
+    "tsne": ["--data", "--size", "--pairs", "--perplexity", "--match-size", "--steps", "--label", "--seed", "--device",
+             "--out"],
+    "paths": ["--data", "--size", "--match-size", "--count", "--steps", "--seeds", "--label", "--seed", "--device",
+              "--out"],
+    "loss": ["--data", "--size", "--match-size", "--count", "--steps", "--label", "--seed", "--device", "--out"],
 }
 
 
