@@ -28,7 +28,7 @@ cifar10: $(READY)  ## train on CIFAR-10 for eight minutes (on a GPU), samples in
 	$(DANSM) train $(CIFAR10) --network ddpm --batch 256 --lr 3e-4 --decay 0.9999 --minutes 8.2 --sample-steps 20 \
 	  --out runs/cifar10
 
-test: $(READY)  ## all tests (under five minutes)
+test: $(READY)  ## all tests (seven minutes on two cores)
 	$(PYTHON) -m pytest -q
 
 soak: $(READY)  ## kill -9 a run at 50 random moments and resume it, record in results/soak (about ten minutes)

@@ -371,7 +371,7 @@ def test_other_bad_input_is_named(refused, save_model, images, tmp_path):
     a, b = save_model("a"), save_model("b", size=4)
     cases = [
         (("compare", a), f"{a} alone: expected two or more"),
-        (("compare", a, tmp_path / "missing"), "missing is not a file"),
+        (("compare", a, tmp_path / "missing"), "missing does not exist"),
         (("compare", a, a, "--label", "x"), "--label is given 1 time for 2 models"),
         (("tsne", a, "--pairs", 6, "--perplexity", 12), "--perplexity is 12 for 6 pairs, 12 points: expected"),
         (("tsne", a, "--pairs", 1, "--perplexity", 1), "1 pair"),
@@ -386,7 +386,7 @@ def test_other_bad_input_is_named(refused, save_model, images, tmp_path):
         (("paths", b, "--count", 9), "holds samples of 3×8×8"),
         (("grid", a, "--steps", "3,"), "--steps is '3,'"),
         (("loss", a, "--count", 41), "--count is 41, and"),
-        (("loss", tmp_path / "missing.pt"), "missing.pt is not a file"),
+        (("loss", tmp_path / "missing.pt"), "missing.pt does not exist"),
     ]
     for command, words in cases:
         assert words in refused(*command), command
