@@ -38,4 +38,4 @@ def compiling_ahead(device: torch.device):
             waiting, _compiler = list(_compiled.values()), None
             _compiled.clear()
             for each in waiting:
-                each.result()
+                each.exception()  # waits; what does not compile says so where it is launched
