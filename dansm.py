@@ -1218,8 +1218,10 @@ def digits_command(
     run(match_size=match_size, steps=steps, seeds=seeds, seed=seed, device=pick_device(device), out=make_folder(out))
 
 
-@app.command("train", add_help_option=False,
-             context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+WITH_ANY_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}  # which scale knows, and the help of them
+
+
+@app.command("train", add_help_option=False, context_settings=WITH_ANY_OPTIONS)
 def train_command(context: typer.Context) -> None:
     """Train on images by a recipe. Ctrl-C saves; the same command goes on from there."""
     from scale.command import train
@@ -1227,227 +1229,26 @@ def train_command(context: typer.Context) -> None:
     train(context.args, context.command_path)
 
 
-@app.command("export")
-def export_command(
-    run: Annotated[Path, typer.Argument(help="the folder of a dansm train, or one of its checkpoints")],
-    average: Annotated[int, typer.Option(min=0, help="which moving average, where a run keeps several")] = 0,
-    out: Annotated[Path, typer.Option(help="file to write")] = Path("weights.safetensors"),
-) -> None:
-    """Write the averaged weights alone, as safetensors, with what it takes to sample from them."""
-    from scale.checkpoint import export
+def _of_scale(context: typer.Context) -> None:
+    """Run one of the commands whose options stand in scale.cli."""
+    from scale.cli import run
 
-    about = export(run, out, average, say)
-    say(f"step {about['step']:,} of {about['file']}, average of decay {about['decay']}")
-    say_files(out.parent, out.name)
+    run([context.info_name, *context.args], context.parent.command_path)
 
 
-@app.command("sample")
-def sample_command(
-    model: Annotated[Path, typer.Argument(help="the folder of a dansm train, one of its checkpoints, or an export")],
-    count: Annotated[int, typer.Option(min=1, help="how many images")] = 64,
-    steps: Annotated[int, typer.Option(min=1, help="steps from noise to image; more is better and slower")] = 20,
-    solver: Annotated[Literal["euler", "heun"], typer.Option(help="heun takes two evaluations a step")] = "euler",
-    batch: Annotated[int, typer.Option(min=0, help="images at a time: memory and speed; 0: 500 on a GPU, or 64")] = 0,
-    files: Annotated[bool, typer.Option(help="also write every image as a file of its own")] = False,
-    precision: Annotated[Literal["auto", "bf16", "fp16", "fp32"], typer.Option(
-        help="auto: bf16, on older GPUs fp16, on the CPU fp32")] = "auto",
-    seed: Seed = 0,
-    device: Device = "auto",
-    out: Out = Path("runs/sample"),
-) -> None:
-    """Draw images from a trained network. Image 17 of a seed is the same whatever --count and --batch."""
-    from scale.command import sample
-
-    sample(model, pick_device(device), out, count=count, steps=steps, solver=solver, batch=batch,
-           files=files, precision=precision, seed=seed)
-
-
-@app.command("evaluate")
-def evaluate_command(
-    models: Annotated[list[Path], typer.Argument(help="folders of dansm train, checkpoints, or exports")],
-    data: Annotated[str | None, typer.Option(
-        help="the real images: a folder, an archive, cifar10; else what the models were trained on")] = None,
-    steps: Annotated[str, typer.Option(help="counts of steps from noise to image, parted by commas")] = "3,4,5,10",
-    count: Annotated[int, typer.Option(min=2, help="images drawn for each row of the table")] = 10_000,
-    size: Annotated[int | None, typer.Option(min=1, help="make the real images so many pixels square")] = None,
-    features: Annotated[str, typer.Option(
-        help="inception, or any other network as module:callable; scale.evaluate:efficientnet_lite0 needs no "
-             "download")] = "inception",
-    inception_weights: Annotated[Path | None, typer.Option(help="its weights, where there is no network")] = None,
-    solver: Annotated[Literal["euler", "heun"], typer.Option(help="heun takes two evaluations a step")] = "euler",
-    batch: Annotated[int, typer.Option(min=0, help="images at a time: memory and speed; 0: 500 on a GPU, or 64")] = 0,
-    precision: Annotated[Literal["auto", "bf16", "fp16", "fp32"], typer.Option(
-        help="of the generator; auto: bf16, on older GPUs fp16, on the CPU fp32")] = "auto",
-    seed: Seed = 0,
-    device: Device = "auto",
-    cache: Annotated[Path, typer.Option(help="folder that keeps the features of real images")] = Path("~/.cache/dansm"),
-    out: Out = Path("runs/evaluate"),
-) -> None:
-    """FID, KID, Inception Score, precision and recall of checkpoints, all from the same noise, in one table."""
-    from scale.evaluate import evaluate
-
-    evaluate(models, data, pick_device(device), out, steps=steps, count=count, size=size, features=features,
-             weights=inception_weights, solver=solver, batch=batch, precision=precision, seed=seed,
-             cache=cache.expanduser())
-
-
-@app.command("bench")
-def bench_command(
-    what: Annotated[Literal["match", "spread", "train"], typer.Argument(
-        help="match: what pairing one batch costs; spread: with one pool over all ranks, under torchrun; train: whole "
-             "steps, input, sampling, and where the time goes")] = "match",
-    match_size: Annotated[list[int], typer.Option(min=2, help="size of the pool; may be given several times")] = (
-        1000, 10_000),
-    batch: Annotated[int, typer.Option(min=1, help="samples a batch")] = 250,
-    shape: Annotated[str, typer.Option(help="of one sample, as CxHxW")] = "4x32x32",
-    network: Annotated[str | None, typer.Option(
-        help="train: this one, at --batch and --shape, in place of the paper's two")] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="train: images to sample; on a GPU 10,000")] = None,
-    first_step: Annotated[bool, typer.Option("--first-step", help="train: also run dansm train to its first step")] = (
-        False),
-    seed: Seed = 0,
-    device: Device = "auto",
-    out: Out = Path("runs/bench"),
-) -> None:
-    """Time matching, or training, against the paper's code, other libraries and the machine's floor, in one run."""
-    from scale import bench
-
-    if what == "train":
-        from scale.bench_train import bench_train, cases
-
-        chosen = cases(network, batch, parse_shape(shape), pick_device(device))
-        bench_train(chosen, max(match_size), samples=samples, first_step=first_step, seed=seed,
-                    device=pick_device(device), out=make_folder(out), console=console)
-        return
-    run = bench.bench_match if what == "match" else bench.bench_spread
-    run(match_size, batch, parse_shape(shape), seed=seed, device=pick_device(device), out=make_folder(out),
-        console=console)
-
-
-Models = Annotated[list[Path], typer.Argument(
-    help="the folders of dansm train, their checkpoints, or exports")]
-Labels = Annotated[list[str] | None, typer.Option(
-    "--label", help="what the figure calls a model: once for each, in their order; without it their folders' names")]
-Data = Annotated[str | None, typer.Option(
-    help="images or latents, as for dansm train; without it those that the model was trained on")]
-Size = Annotated[int | None, typer.Option(min=1, help="make images squares of so many pixels")]
-OwnSteps = Annotated[int, typer.Option(min=1, help="steps from a noise to the model's own sample")]
-Batch = Annotated[int, typer.Option(min=1, help="samples at a time")]
-Precision = Annotated[Literal["auto", "bf16", "fp16", "fp32"], typer.Option(
-    help="auto: bf16, on older GPUs fp16, on the CPU fp32")]
-
-
-@app.command("compare")
-def compare_command(
-    models: Models,
-    count: Annotated[int, typer.Option(min=2, help="noises")] = 256,
-    shown: Annotated[int, typer.Option(min=1, max=16, help="of these in the picture")] = 8,
-    steps: OwnSteps = 20,
-    label: Labels = None,
-    batch: Batch = 64,
-    precision: Precision = "auto",
-    seed: Seed = 0,
-    device: Device = "auto",
-    out: Out = Path("runs/compare"),
-) -> None:
-    """Foundation 1: what several models make of the same noise, and how near it is."""
-    from scale.foundations import compare
-
-    compare(models, count=count, pictured=min(shown, count), steps=steps, labels=label, batch=batch,
-            precision=precision, seed=seed, device=pick_device(device), out=out)
-
-
-@app.command("grid")
-def grid_command(
-    models: Models,
-    steps: Annotated[str, typer.Option(help="counts of steps, a row each, parted by commas")] = "3,4,5,10",
-    side: Annotated[int, typer.Option(min=1, max=16, help="samples a side of each cell")] = 3,
-    label: Labels = None,
-    batch: Batch = 64,
-    precision: Precision = "auto",
-    seed: Seed = 0,
-    device: Device = "auto",
-    out: Out = Path("runs/grid"),
-) -> None:
-    """Samples by counts of steps (rows) and models (columns), all from the same noise."""
-    from scale.foundations import grid
-
-    grid(models, step_counts=steps, side=side, labels=label, batch=batch, precision=precision, seed=seed,
-         device=pick_device(device), out=out)
-
-
-@app.command("tsne")
-def tsne_command(
-    model: Annotated[Path | None, typer.Argument(
-        help="the folder of a dansm train, one of its checkpoints, or an export; without it matched pairs")] = None,
-    data: Annotated[str | None, typer.Option(
-        help="images or latents for the random pairs; without it the model's own samples")] = None,
-    size: Size = None,
-    pairs: Annotated[int, typer.Option(help="pairs of noise and sample; the paper shows 20 to 23")] = 23,
-    perplexity: Annotated[float, typer.Option(help="of t-SNE, less than twice the pairs; the paper's 22 to 30")] = 22,
-    match_size: Annotated[int, typer.Option(min=2, help="without a model: noises in the pool")] = 1000,
-    steps: OwnSteps = 50,
-    label: Annotated[str | None, typer.Option(help="what the figure calls the model")] = None,
-    batch: Batch = 64,
-    precision: Precision = "auto",
-    seed: Seed = 0,
-    device: Device = "auto",
-    out: Out = Path("runs/tsne"),
-) -> None:
-    """Foundation 2: noises and samples in the plane, random pairs above, the model's own below."""
-    from scale.foundations import tsne
-
-    tsne(model, source=data, size=size, pairs=pairs, perplexity=perplexity, match_size=match_size, steps=steps,
-         label=label, batch=batch, precision=precision, seed=seed, device=pick_device(device), out=out)
-
-
-@app.command("paths")
-def paths_command(
-    models: Annotated[list[Path] | None, typer.Argument(
-        help="the folders of dansm train, their checkpoints, or exports: rows of their own pairs")] = None,
-    data: Data = None,
-    size: Size = None,
-    match_size: Annotated[str | None, typer.Option(
-        help="pools, a row each, parted by commas; without it 100,1000,10000, as far as there is data")] = None,
-    count: Annotated[int, typer.Option(min=2, help="paths that are measured")] = 1000,
-    steps: OwnSteps = 50,
-    seeds: Annotated[int, typer.Option(min=1, help="times it is measured, for the spread")] = 3,
-    label: Labels = None,
-    batch: Batch = 64,
-    precision: Precision = "auto",
-    seed: Seed = 0,
-    device: Device = "auto",
-    out: Out = Path("runs/paths"),
-) -> None:
-    """How long paths are and how near they come to each other: random, matched, and models' own pairs."""
-    from scale.paths import paths
-
-    paths(models or [], source=data, size=size, match_size=match_size, count=count, steps=steps, seeds=seeds,
-          labels=label, batch=batch, precision=precision, seed=seed, device=pick_device(device), out=out)
-
-
-@app.command("loss")
-def loss_command(
-    model: Annotated[Path, typer.Argument(
-        help="the folder of a dansm train, one of its checkpoints, or an export")],
-    data: Data = None,
-    size: Size = None,
-    match_size: Annotated[str | None, typer.Option(
-        help="pools, a curve each, parted by commas; without it 10000, or as many as there is data")] = None,
-    count: Annotated[int, typer.Option(min=2, help="pairs of each kind")] = 512,
-    steps: OwnSteps = 50,
-    label: Annotated[str | None, typer.Option(help="what the table calls the model")] = None,
-    batch: Batch = 64,
-    precision: Precision = "auto",
-    seed: Seed = 0,
-    device: Device = "auto",
-    out: Out = Path("runs/loss"),
-) -> None:
-    """A model's loss by t under random, matched and its own pairs."""
-    from scale.paths import loss
-
-    loss(model, source=data, size=size, match_size=match_size, count=count, steps=steps, label=label, batch=batch,
-         precision=precision, seed=seed, device=pick_device(device), out=out)
+COMMANDS = {
+    "export": "Write the averaged weights alone, as safetensors, with what it takes to sample from them.",
+    "sample": "Draw images from a trained network. Image 17 of a seed is the same whatever --count and --batch.",
+    "evaluate": "FID, KID, Inception Score, precision and recall of checkpoints, from the same noise, in one table.",
+    "compare": "Foundation 1: what several models make of the same noise, and how near it is.",
+    "grid": "Samples by counts of steps (rows) and models (columns), all from the same noise.",
+    "tsne": "Foundation 2: noises and samples in the plane, random pairs above, the model's own below.",
+    "paths": "How long paths are and how near they come to each other: random, matched, and models' own pairs.",
+    "loss": "A model's loss by t under random, matched and its own pairs.",
+    "bench": "Time matching, or training, against the paper's code, other libraries and the machine's floor.",
+}
+for _name, _says in COMMANDS.items():
+    app.command(_name, help=_says, add_help_option=False, context_settings=WITH_ANY_OPTIONS)(_of_scale)
 
 
 def check_steps(option: str, steps: int, flow: type) -> None:
@@ -1510,14 +1311,6 @@ def make_folder(path: Path) -> Path:
     except OSError as error:
         raise BadInput(f"--out is {path}: not writable ({error.strerror}), expected a folder that is") from error
     return path
-
-
-def parse_shape(text: str) -> tuple[int, ...]:
-    """4x32x32 → (4, 32, 32)."""
-    sizes = text.lower().split("x")
-    if not all(size.isdecimal() and 0 < int(size) < 2**16 for size in sizes):
-        raise BadInput(f"--shape is {text!r}: expected whole numbers from 1 to 65,535, as in 4x32x32")
-    return tuple(map(int, sizes))
 
 
 def hardware(device) -> dict:

@@ -3,7 +3,6 @@ random, matched and a model's own pairs."""
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 
 import dansm
 from dansm import BadInput, counted, say
+from scale.bench import write_csv
 from scale.foundations import (
     MATCH_SIZES,
     Model,
@@ -104,14 +104,6 @@ def paths(model_paths: list[Path], *, source: str | None, size: int | None, matc
     names = figures.draw_paths(summary, seeds, out / "paths")
     dansm.say_files(out, "paths.json", "paths.csv", *names)
     return result
-
-
-def write_csv(rows: list[dict], path: Path) -> None:
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def print_paths(summary: list[dict], count: int) -> None:

@@ -9,6 +9,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+import test_commands
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,18 +31,7 @@ def away_from_the_project(monkeypatch, tmp_path):
     monkeypatch.setattr(foundations, "SHUFFLES", 20)
 
 
-@pytest.fixture
-def run(capsys):
-    """Runs a command in this process: its exit code, and what it printed."""
-
-    def run(*arguments):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            dansm.main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return ended.value.code, out, err
-
-    return run
+run = test_commands.run
 
 
 @pytest.fixture

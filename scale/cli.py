@@ -1,0 +1,247 @@
+"""The options of the commands that work on images and models. What each does stands where it is imported from; what it
+is for is said in dansm.py, which lists them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+import dansm
+from dansm import BadInput, Device, Out, Seed
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+def _command(name: str):
+    return app.command(name, help=dansm.COMMANDS[name])
+
+
+def run(arguments: list[str], called: str) -> None:
+    """The command that the first of the arguments names; `called` is what stands before it in the help."""
+    code = typer.main.get_command(app)(arguments, standalone_mode=False, prog_name=called)
+    if code == 130:  # what newer Typers make of Ctrl-C
+        raise KeyboardInterrupt
+
+
+Models = Annotated[list[Path], typer.Argument(
+    help="the folders of dansm train, their checkpoints, or exports")]
+Labels = Annotated[list[str] | None, typer.Option(
+    "--label", help="what the figure calls a model: once for each, in their order; without it their folders' names")]
+Data = Annotated[str | None, typer.Option(
+    help="images or latents, as for dansm train; without it those that the model was trained on")]
+Size = Annotated[int | None, typer.Option(min=1, help="make images squares of so many pixels")]
+OwnSteps = Annotated[int, typer.Option(min=1, help="steps from a noise to the model's own sample")]
+Batch = Annotated[int, typer.Option(min=1, help="samples at a time")]
+Precision = Annotated[Literal["auto", "bf16", "fp16", "fp32"], typer.Option(
+    help="auto: bf16, on older GPUs fp16, on the CPU fp32")]
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """4x32x32 → (4, 32, 32)."""
+    sizes = text.lower().split("x")
+    if not all(size.isdecimal() and 0 < int(size) < 2**16 for size in sizes):
+        raise BadInput(f"--shape is {text!r}: expected whole numbers from 1 to 65,535, as in 4x32x32")
+    return tuple(map(int, sizes))
+
+
+@_command("export")
+def export_command(
+    run: Annotated[Path, typer.Argument(help="the folder of a dansm train, or one of its checkpoints")],
+    average: Annotated[int, typer.Option(min=0, help="which moving average, where a run keeps several")] = 0,
+    out: Annotated[Path, typer.Option(help="file to write")] = Path("weights.safetensors"),
+) -> None:
+    from scale.checkpoint import export
+
+    about = export(run, out, average, dansm.say)
+    dansm.say(f"step {about['step']:,} of {about['file']}, average of decay {about['decay']}")
+    dansm.say_files(out.parent, out.name)
+
+
+@_command("sample")
+def sample_command(
+    model: Annotated[Path, typer.Argument(help="the folder of a dansm train, one of its checkpoints, or an export")],
+    count: Annotated[int, typer.Option(min=1, help="how many images")] = 64,
+    steps: Annotated[int, typer.Option(min=1, help="steps from noise to image; more is better and slower")] = 20,
+    solver: Annotated[Literal["euler", "heun"], typer.Option(help="heun takes two evaluations a step")] = "euler",
+    batch: Annotated[int, typer.Option(min=0, help="images at a time: memory and speed; 0: 500 on a GPU, or 64")] = 0,
+    files: Annotated[bool, typer.Option(help="also write every image as a file of its own")] = False,
+    precision: Annotated[Literal["auto", "bf16", "fp16", "fp32"], typer.Option(
+        help="auto: bf16, on older GPUs fp16, on the CPU fp32")] = "auto",
+    seed: Seed = 0,
+    device: Device = "auto",
+    out: Out = Path("runs/sample"),
+) -> None:
+    from scale.command import sample
+
+    sample(model, dansm.pick_device(device), out, count=count, steps=steps, solver=solver, batch=batch,
+           files=files, precision=precision, seed=seed)
+
+
+@_command("evaluate")
+def evaluate_command(
+    models: Annotated[list[Path], typer.Argument(help="folders of dansm train, checkpoints, or exports")],
+    data: Annotated[str | None, typer.Option(
+        help="the real images: a folder, an archive, cifar10; else what the models were trained on")] = None,
+    steps: Annotated[str, typer.Option(help="counts of steps from noise to image, parted by commas")] = "3,4,5,10",
+    count: Annotated[int, typer.Option(min=2, help="images drawn for each row of the table")] = 10_000,
+    size: Annotated[int | None, typer.Option(min=1, help="make the real images so many pixels square")] = None,
+    features: Annotated[str, typer.Option(
+        help="inception, or any other network as module:callable; scale.evaluate:efficientnet_lite0 needs no "
+             "download")] = "inception",
+    inception_weights: Annotated[Path | None, typer.Option(help="its weights, where there is no network")] = None,
+    solver: Annotated[Literal["euler", "heun"], typer.Option(help="heun takes two evaluations a step")] = "euler",
+    batch: Annotated[int, typer.Option(min=0, help="images at a time: memory and speed; 0: 500 on a GPU, or 64")] = 0,
+    precision: Annotated[Literal["auto", "bf16", "fp16", "fp32"], typer.Option(
+        help="of the generator; auto: bf16, on older GPUs fp16, on the CPU fp32")] = "auto",
+    seed: Seed = 0,
+    device: Device = "auto",
+    cache: Annotated[Path, typer.Option(help="folder that keeps the features of real images")] = Path("~/.cache/dansm"),
+    out: Out = Path("runs/evaluate"),
+) -> None:
+    from scale.evaluate import evaluate
+
+    evaluate(models, data, dansm.pick_device(device), out, steps=steps, count=count, size=size, features=features,
+             weights=inception_weights, solver=solver, batch=batch, precision=precision, seed=seed,
+             cache=cache.expanduser())
+
+
+@_command("bench")
+def bench_command(
+    what: Annotated[Literal["match", "spread", "train"], typer.Argument(
+        help="match: what pairing one batch costs; spread: with one pool over all ranks, under torchrun; train: whole "
+             "steps, input, sampling, and where the time goes")] = "match",
+    match_size: Annotated[list[int], typer.Option(min=2, help="size of the pool; may be given several times")] = (
+        1000, 10_000),
+    batch: Annotated[int, typer.Option(min=1, help="samples a batch")] = 250,
+    shape: Annotated[str, typer.Option(help="of one sample, as CxHxW")] = "4x32x32",
+    network: Annotated[str | None, typer.Option(
+        help="train: this one, at --batch and --shape, in place of the paper's two")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="train: images to sample; on a GPU 10,000")] = None,
+    first_step: Annotated[bool, typer.Option("--first-step", help="train: also run dansm train to its first step")] = (
+        False),
+    seed: Seed = 0,
+    device: Device = "auto",
+    out: Out = Path("runs/bench"),
+) -> None:
+    from scale import bench
+
+    if what == "train":
+        from scale.bench_train import bench_train, cases
+
+        chosen = cases(network, batch, parse_shape(shape), dansm.pick_device(device))
+        bench_train(chosen, max(match_size), samples=samples, first_step=first_step, seed=seed,
+                    device=dansm.pick_device(device), out=dansm.make_folder(out), console=dansm.console)
+        return
+    run = bench.bench_match if what == "match" else bench.bench_spread
+    run(match_size, batch, parse_shape(shape), seed=seed, device=dansm.pick_device(device), out=dansm.make_folder(out),
+        console=dansm.console)
+
+
+@_command("compare")
+def compare_command(
+    models: Models,
+    count: Annotated[int, typer.Option(min=2, help="noises")] = 256,
+    shown: Annotated[int, typer.Option(min=1, max=16, help="of these in the picture")] = 8,
+    steps: OwnSteps = 20,
+    label: Labels = None,
+    batch: Batch = 64,
+    precision: Precision = "auto",
+    seed: Seed = 0,
+    device: Device = "auto",
+    out: Out = Path("runs/compare"),
+) -> None:
+    from scale.foundations import compare
+
+    compare(models, count=count, pictured=min(shown, count), steps=steps, labels=label, batch=batch,
+            precision=precision, seed=seed, device=dansm.pick_device(device), out=out)
+
+
+@_command("grid")
+def grid_command(
+    models: Models,
+    steps: Annotated[str, typer.Option(help="counts of steps, a row each, parted by commas")] = "3,4,5,10",
+    side: Annotated[int, typer.Option(min=1, max=16, help="samples a side of each cell")] = 3,
+    label: Labels = None,
+    batch: Batch = 64,
+    precision: Precision = "auto",
+    seed: Seed = 0,
+    device: Device = "auto",
+    out: Out = Path("runs/grid"),
+) -> None:
+    from scale.foundations import grid
+
+    grid(models, step_counts=steps, side=side, labels=label, batch=batch, precision=precision, seed=seed,
+         device=dansm.pick_device(device), out=out)
+
+
+@_command("tsne")
+def tsne_command(
+    model: Annotated[Path | None, typer.Argument(
+        help="the folder of a dansm train, one of its checkpoints, or an export; without it matched pairs")] = None,
+    data: Annotated[str | None, typer.Option(
+        help="images or latents for the random pairs; without it the model's own samples")] = None,
+    size: Size = None,
+    pairs: Annotated[int, typer.Option(help="pairs of noise and sample; the paper shows 20 to 23")] = 23,
+    perplexity: Annotated[float, typer.Option(help="of t-SNE, less than twice the pairs; the paper's 22 to 30")] = 22,
+    match_size: Annotated[int, typer.Option(min=2, help="without a model: noises in the pool")] = 1000,
+    steps: OwnSteps = 50,
+    label: Annotated[str | None, typer.Option(help="what the figure calls the model")] = None,
+    batch: Batch = 64,
+    precision: Precision = "auto",
+    seed: Seed = 0,
+    device: Device = "auto",
+    out: Out = Path("runs/tsne"),
+) -> None:
+    from scale.foundations import tsne
+
+    tsne(model, source=data, size=size, pairs=pairs, perplexity=perplexity, match_size=match_size, steps=steps,
+         label=label, batch=batch, precision=precision, seed=seed, device=dansm.pick_device(device), out=out)
+
+
+@_command("paths")
+def paths_command(
+    models: Annotated[list[Path] | None, typer.Argument(
+        help="the folders of dansm train, their checkpoints, or exports: rows of their own pairs")] = None,
+    data: Data = None,
+    size: Size = None,
+    match_size: Annotated[str | None, typer.Option(
+        help="pools, a row each, parted by commas; without it 100,1000,10000, as far as there is data")] = None,
+    count: Annotated[int, typer.Option(min=2, help="paths that are measured")] = 1000,
+    steps: OwnSteps = 50,
+    seeds: Annotated[int, typer.Option(min=1, help="times it is measured, for the spread")] = 3,
+    label: Labels = None,
+    batch: Batch = 64,
+    precision: Precision = "auto",
+    seed: Seed = 0,
+    device: Device = "auto",
+    out: Out = Path("runs/paths"),
+) -> None:
+    from scale.paths import paths
+
+    paths(models or [], source=data, size=size, match_size=match_size, count=count, steps=steps, seeds=seeds,
+          labels=label, batch=batch, precision=precision, seed=seed, device=dansm.pick_device(device), out=out)
+
+
+@_command("loss")
+def loss_command(
+    model: Annotated[Path, typer.Argument(
+        help="the folder of a dansm train, one of its checkpoints, or an export")],
+    data: Data = None,
+    size: Size = None,
+    match_size: Annotated[str | None, typer.Option(
+        help="pools, a curve each, parted by commas; without it 10000, or as many as there is data")] = None,
+    count: Annotated[int, typer.Option(min=2, help="pairs of each kind")] = 512,
+    steps: OwnSteps = 50,
+    label: Annotated[str | None, typer.Option(help="what the table calls the model")] = None,
+    batch: Batch = 64,
+    precision: Precision = "auto",
+    seed: Seed = 0,
+    device: Device = "auto",
+    out: Out = Path("runs/loss"),
+) -> None:
+    from scale.paths import loss
+
+    loss(model, source=data, size=size, match_size=match_size, count=count, steps=steps, label=label, batch=batch,
+         precision=precision, seed=seed, device=dansm.pick_device(device), out=out)
