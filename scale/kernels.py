@@ -26,7 +26,7 @@ import dansm
 from scale.launch import compiling_ahead, launch
 
 # Noises on a short list, and on one of a pool of more than MANY: photographs like the same ones, and where a list ends
-# a whole row is read, which of a million noises takes 1.5 ms a time.
+# a whole row is read, which of a million noises takes about a millisecond.
 KEEP, MANY = (64, 128), 2**16
 LANES = 1024  # noises looked at together
 PROGRAMS = 528  # bidding at once: four for each of an H100's multiprocessors
