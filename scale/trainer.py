@@ -50,7 +50,7 @@ def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, 
     dansm.check_memory(f"--batch is {recipe.batch:,}", share, device)
     if recipe.deterministic:
         make_deterministic()
-    torch.backends.cudnn.benchmark = not recipe.deterministic
+    torch.backends.cudnn.benchmark = recipe.compile and not recipe.deterministic  # trying takes longer than compiling
     torch.manual_seed(recipe.seed)  # the same weights on all processes
     run = FastTraining(new_network(images, recipe), recipe, device)
     torch.manual_seed(recipe.seed if rank == 0 else _seed_of(recipe.seed, rank))
