@@ -14,7 +14,7 @@ Read top to bottom:
     4 training    train: the plain loop
     5 measuring   path length, crossing, straightness, inter-path distance, Fréchet distance
     6 refusing    what a batch, a count or a pool cannot be, said in one line
-    7 commands    toy, digits, train, export, sample, evaluate, compare, grid, tsne, paths, loss, bench
+    7 commands     toy, digits, train, export, encode, decode, sample, evaluate, compare, grid, tsne, paths, loss, bench
 
 Names used throughout: x is data, z is noise, both (B, C, H, W) or any (B, ...); t runs from noise (0) to
 data (1); B is the batch, M the pool's match_size, D the count of numbers in one sample.
@@ -1238,6 +1238,8 @@ def _of_scale(context: typer.Context) -> None:
 
 COMMANDS = {
     "export": "Write the averaged weights alone, as safetensors, with what it takes to sample from them.",
+    "encode": "Images to latents by Stable Diffusion's autoencoder, in shards; it goes on where it was stopped.",
+    "decode": "Latents to PNG images by Stable Diffusion's autoencoder.",
     "sample": "Draw images from a trained network. Image 17 of a seed is the same whatever --count and --batch.",
     "evaluate": "FID, KID, Inception Score, precision and recall of checkpoints, from the same noise, in one table.",
     "compare": "Foundation 1: what several models make of the same noise, and how near it is.",

@@ -30,6 +30,7 @@ EXPECTED = ("expected a diffusers folder (config.json and .safetensors, or with 
 PREFIXES = "first_stage_model.", "vae.", ""  # of the keys in a file, where it holds more than the autoencoder
 PARTS = "encoder.", "decoder.", "quant_conv.", "post_quant_conv."
 FILES = [f"diffusion_pytorch_model{kind}" for kind in (".safetensors", ".fp16.safetensors", ".bin")]
+LARGEST = 8, 64  # batch on a CPU, and on a GPU
 LOG_VARIANCES = -30.0, 20.0  # what AutoencoderKL itself cuts them to
 
 
@@ -96,10 +97,6 @@ class Encoder:
         x = images.to(self.device, non_blocking=True).float() / 127.5 - 1
         return self.autoencoder.scaled(self.net(x.to(self.dtype, memory_format=_layout(self.device))).float())
 
-    def memory(self, size: int) -> int:
-        """Bytes that one image of `size` pixels square takes while it is encoded, about."""
-        return _memory(self.autoencoder.settings["block_out_channels"][0], size, self.dtype)
-
 
 class Decoder:
     """The decoder alone, on a device. precision: as for training; auto is bf16 on a GPU, fp32 on the CPU."""
@@ -127,16 +124,17 @@ class Decoder:
                            + ": expected finite images; --precision fp32 may give them")
         return dansm.to_uint8(images)
 
-    def memory(self, size: int) -> int:
-        """Bytes that one latent of `size` numbers square takes while it is decoded, about."""
+    def fits(self, size: int, memory: int | None = None) -> int:
+        """How many latents of `size` numbers square can be decoded at a time within `memory` bytes, at least one; None
+        for a quarter of what the device has free. More than LARGEST would be no faster.
+
+        About seven of the largest tensor that one becomes are there at once: the branch that is kept, the norm's
+        float32 copy, what goes into a convolution, what comes out, and what it works in.
+        """
         widths = self.autoencoder.settings["block_out_channels"]
-        return _memory(widths[min(1, len(widths) - 1)], size * self.autoencoder.shrinks, self.dtype)
-
-
-def _memory(channels: int, size: int, dtype: torch.dtype) -> int:
-    """About seven of the largest tensor that one image becomes are there at once: the branch that is kept, the norm's
-    float32 copy, what goes into a convolution, what comes out, and what it works in."""
-    return 7 * channels * size**2 * dtype.itemsize
+        largest = widths[min(1, len(widths) - 1)] * (size * self.autoencoder.shrinks) ** 2
+        memory = dansm.free_memory(self.device) // 4 if memory is None else memory
+        return max(1, min(LARGEST[self.device.type != "cpu"], memory // (7 * largest * self.dtype.itemsize)))
 
 
 def _not_finite(batch: Tensor) -> list[int]:

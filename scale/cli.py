@@ -139,6 +139,53 @@ def bench_command(
         console=dansm.console)
 
 
+Autoencoder = Annotated[Path, typer.Option(
+    help="Stable Diffusion's: a diffusers folder, or a .safetensors or .ckpt with keys first_stage_model.…",
+    show_default=False)]
+
+
+@_command("encode")
+def encode_command(
+    source: Annotated[Path, typer.Argument(
+        help="a folder of images (with subfolders), a zip or tar of them, or an LSUN lmdb")],
+    autoencoder: Autoencoder,
+    size: Annotated[int, typer.Option(min=1, help="shorter side to so many pixels, then the centre square")] = 256,
+    flips: Annotated[bool, typer.Option("--flips", help="after each latent, that of the mirrored image")] = False,
+    moments: Annotated[bool, typer.Option(
+        "--moments", help="mean and log-variance of each, for training to draw from; else the mean alone")] = False,
+    batch: Annotated[int, typer.Option(min=0, help="latents at a time; 0: 64 on a GPU, or 8")] = 0,
+    shard: Annotated[int, typer.Option(min=1, help="images a file; what a kill can lose")] = 4096,
+    workers: Annotated[int, typer.Option(min=0, help="threads that read images, of each process; 0: the cores")] = 0,
+    precision: Precision = "auto",
+    skip_unreadable: Annotated[bool, typer.Option("--skip-unreadable", help="leave out what cannot be read")] = False,
+    device: Device = "auto",
+    out: Out = Path("data/latents"),
+) -> None:
+    from scale.encode import cores, encode
+
+    encode(source, autoencoder, dansm.pick_device(device), out, size=size, flips=flips, moments=moments, batch=batch,
+           shard=shard, workers=workers or cores(), precision=precision, skip_unreadable=skip_unreadable)
+
+
+@_command("decode")
+def decode_command(
+    source: Annotated[Path, typer.Argument(
+        help="latents times the factor: a .npy file, a folder of them, or what dansm encode wrote")],
+    autoencoder: Autoencoder,
+    count: Annotated[int | None, typer.Option(min=1, help="only the first so many")] = None,
+    batch: Annotated[int, typer.Option(min=0, help="latents at a time; 0: what --memory holds")] = 0,
+    memory: Annotated[float | None, typer.Option(
+        min=0.0, help="gigabytes to decode in; without it a quarter of what is free")] = None,
+    precision: Precision = "auto",
+    device: Device = "auto",
+    out: Out = Path("runs/decode"),
+) -> None:
+    from scale.encode import decode
+
+    decode(source, autoencoder, dansm.pick_device(device), out, count=count, batch=batch, memory=memory,
+           precision=precision)
+
+
 @_command("compare")
 def compare_command(
     models: Models,

@@ -114,7 +114,7 @@ def run(recipe: Recipe, out: Path, device: torch.device, fresh: bool) -> None:
     out = dansm.make_folder(out)
     with processes(device) as device:
         first = ranks()[0] == 0
-        with checkpoint.lock(out) if first else nullcontext(), _quiet(not first):
+        with checkpoint.lock(out) if first else nullcontext(), quiet(not first):
             _run(recipe, out, device, fresh, first)
 
 
@@ -172,7 +172,7 @@ def _track_reading(parts, total):
 
 
 @contextmanager
-def _quiet(on: bool):
+def quiet(on: bool):
     """What processes but the first would say, all of them would say again."""
     before, dansm.console.quiet = dansm.console.quiet, on or dansm.console.quiet
     try:
