@@ -80,12 +80,25 @@ class Autoencoder:
         return latents / self.factor + self.shift
 
 
-class Encoder:
-    """The encoder alone, on a device. precision: as for training; auto is bf16 on a GPU, fp32 on the CPU."""
+class _Half:
+    """One half of the network, alone on a device. precision: as for training; auto: bf16 on a GPU, fp32 on the CPU."""
+
+    parts: tuple[str, str]
 
     def __init__(self, autoencoder: Autoencoder, device: torch.device, precision: str = "auto"):
         self.autoencoder, self.device, self.dtype = autoencoder, device, number_type(precision, device)
-        self.net = _half(autoencoder, ("encoder", "quant_conv"), device, self.dtype)
+        self.layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+        net = _network_of(autoencoder, self.parts)
+        self.net = net.to(device, self.dtype, memory_format=self.layout)
+
+    def _run(self, x: Tensor) -> Tensor:
+        return self.net(x.to(self.dtype, memory_format=self.layout)).float()
+
+
+class Encoder(_Half):
+    """The encoder alone, on a device: images to latents."""
+
+    parts = "encoder", "quant_conv"
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
@@ -95,15 +108,13 @@ class Encoder:
         if height % self.autoencoder.shrinks or width % self.autoencoder.shrinks:
             raise BadInput(f"images are {width}×{height} pixels: expected a multiple of {self.autoencoder.shrinks}")
         x = images.to(self.device, non_blocking=True).float() / 127.5 - 1
-        return self.autoencoder.scaled(self.net(x.to(self.dtype, memory_format=_layout(self.device))).float())
+        return self.autoencoder.scaled(self._run(x))
 
 
-class Decoder:
-    """The decoder alone, on a device. precision: as for training; auto is bf16 on a GPU, fp32 on the CPU."""
+class Decoder(_Half):
+    """The decoder alone, on a device: latents to images."""
 
-    def __init__(self, autoencoder: Autoencoder, device: torch.device, precision: str = "auto"):
-        self.autoencoder, self.device, self.dtype = autoencoder, device, number_type(precision, device)
-        self.net = _half(autoencoder, ("post_quant_conv", "decoder"), device, self.dtype)
+    parts = "post_quant_conv", "decoder"
 
     @torch.no_grad()
     def decode(self, latents: Tensor, first: int = 0) -> Tensor:
@@ -115,8 +126,7 @@ class Decoder:
             raise BadInput(f"latents are {tuple(latents.shape)}, and {self.autoencoder.path} decodes "
                            f"{self.autoencoder.channels} channels: expected (B, {self.autoencoder.channels}, h, w)")
         latents = latents.to(self.device, non_blocking=True).float()
-        x = self.autoencoder.unscaled(latents).to(self.dtype, memory_format=_layout(self.device))
-        images = self.net(x).float()
+        images = self._run(self.autoencoder.unscaled(latents))
         if wrong := _not_finite(latents):
             raise BadInput(f"latent {first + wrong[0]} holds NaN or infinite numbers: expected finite ones")
         if wrong := _not_finite(images):
@@ -144,10 +154,6 @@ def _not_finite(batch: Tensor) -> list[int]:
     return (~torch.isfinite(batch).flatten(1).all(1)).nonzero().flatten().tolist()
 
 
-def _layout(device: torch.device) -> torch.memory_format:
-    return torch.channels_last if device.type == "cuda" else torch.preserve_format
-
-
 # ------------------------------------------------------------------------------- the network
 
 
@@ -171,8 +177,8 @@ def _new_network(settings: dict, path: Path | None = None) -> nn.Module:
         raise BadInput(f"{path} describes an autoencoder that cannot be made ({error}): {EXPECTED}") from error
 
 
-def _half(autoencoder: Autoencoder, parts: tuple[str, str], device, dtype) -> nn.Sequential:
-    """Two parts of the network, one after the other, alone on the device."""
+def _network_of(autoencoder: Autoencoder, parts: tuple[str, str]) -> nn.Sequential:
+    """Two parts of the network, one after the other, with the very weights; the rest takes no memory."""
     with torch.device("meta"):
         whole = _new_network(autoencoder.settings, autoencoder.path)
     modules = []
@@ -183,8 +189,7 @@ def _half(autoencoder: Autoencoder, parts: tuple[str, str], device, dtype) -> nn
         module.load_state_dict({key.removeprefix(begin): weight for key, weight in autoencoder.weights.items()
                                 if key.startswith(begin)}, assign=True)
         modules.append(module)
-    net = nn.Sequential(*modules).requires_grad_(False).eval()
-    return net.to(device, dtype, memory_format=_layout(device))
+    return nn.Sequential(*modules).requires_grad_(False).eval()
 
 
 def random_autoencoder(settings: dict | None = None, seed: int = 0) -> Autoencoder:

@@ -109,16 +109,18 @@ def evaluate_command(
 
 @_command("bench")
 def bench_command(
-    what: Annotated[Literal["match", "spread", "train"], typer.Argument(
+    what: Annotated[Literal["match", "spread", "train", "autoencoder"], typer.Argument(
         help="match: what pairing one batch costs; spread: with one pool over all ranks, under torchrun; train: whole "
-             "steps, input, sampling, and where the time goes")] = "match",
+             "steps, input, sampling, and where the time goes; autoencoder: encoding and decoding latents of --shape, "
+             "alone and from files to files")] = "match",
     match_size: Annotated[list[int], typer.Option(min=2, help="size of the pool; may be given several times")] = (
         1000, 10_000),
     batch: Annotated[int, typer.Option(min=1, help="samples a batch")] = 250,
     shape: Annotated[str, typer.Option(help="of one sample, as CxHxW")] = "4x32x32",
     network: Annotated[str | None, typer.Option(
         help="train: this one, at --batch and --shape, in place of the paper's two")] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="train: images to sample; on a GPU 10,000")] = None,
+    samples: Annotated[int | None, typer.Option(
+        min=1, help="train: images to sample; on a GPU 10,000; autoencoder: image files; on a GPU 8,192")] = None,
     first_step: Annotated[bool, typer.Option("--first-step", help="train: also run dansm train to its first step")] = (
         False),
     seed: Seed = 0,
@@ -133,6 +135,12 @@ def bench_command(
         chosen = cases(network, batch, parse_shape(shape), dansm.pick_device(device))
         bench_train(chosen, max(match_size), samples=samples, first_step=first_step, seed=seed,
                     device=dansm.pick_device(device), out=dansm.make_folder(out), console=dansm.console)
+        return
+    if what == "autoencoder":
+        from scale.bench_autoencoder import bench_autoencoder
+
+        bench_autoencoder(parse_shape(shape), samples=samples, seed=seed, device=dansm.pick_device(device),
+                          out=dansm.make_folder(out), console=dansm.console)
         return
     run = bench.bench_match if what == "match" else bench.bench_spread
     run(match_size, batch, parse_shape(shape), seed=seed, device=dansm.pick_device(device), out=dansm.make_folder(out),

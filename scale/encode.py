@@ -54,13 +54,13 @@ class Plan:
         return {"dansm_latents": latents.VERSION, **asdict(self)}
 
 
-def encode(source: Path, weights: Path, device: torch.device, out: Path, *, size: int, flips: bool, moments: bool,
-           batch: int, shard: int, workers: int, precision: str, skip_unreadable: bool) -> None:
+def encode(source: Path, weights: Path | Autoencoder, device: torch.device, out: Path, *, size: int, flips: bool,
+           moments: bool, batch: int, shard: int, workers: int, precision: str, skip_unreadable: bool) -> None:
     """Encode all images of `source` into `out`, on as many processes as torchrun started. The same call goes on where
     an earlier one was ended, and does nothing where one came to its end."""
     data.check_out(str(source), out)
     files = _image_files(source)
-    autoencoder = read_autoencoder(weights)
+    autoencoder = weights if isinstance(weights, Autoencoder) else read_autoencoder(weights)
     if size % autoencoder.shrinks:
         raise BadInput(f"--size is {size}: expected a multiple of {autoencoder.shrinks}, which the autoencoder divides "
                        "it by")
@@ -216,13 +216,13 @@ def _latents(images: np.ndarray, encoder: Encoder, plan: Plan) -> Tensor:
 # ------------------------------------------------------------------------------- and back
 
 
-def decode(source: Path, weights: Path, device: torch.device, out: Path, *, count: int | None, batch: int,
+def decode(source: Path, weights: Path | Autoencoder, device: torch.device, out: Path, *, count: int | None, batch: int,
            memory: float | None, precision: str) -> None:
     """Write the first `count` latents of `source`, or all, as 000000.png and so on into `out`.
 
     batch   latents at a time; 0 for as many as fit into `memory` gigabytes, or a quarter of what the device has free
     """
-    autoencoder = read_autoencoder(weights)
+    autoencoder = weights if isinstance(weights, Autoencoder) else read_autoencoder(weights)
     found = read_latents(source, autoencoder)
     decoder, out = Decoder(autoencoder, device, precision), dansm.make_folder(out)
     batch = batch or decoder.fits(max(found.shape[2:]), None if memory is None else int(memory * 1e9))

@@ -391,3 +391,23 @@ def test_two_processes_write_the_bytes_of_one(encoded, source, weights, tmp_path
     codes, said = in_processes(tmp_path, command)
     assert codes == [[0], [0]], said
     assert contents(tmp_path / "both") == whole and "9 latents" in said[0] and not said[1].strip()
+
+
+# ------------------------------------------------------------------------------- how fast
+
+
+def test_the_bench_times_both_halves_and_the_commands(run, tmp_path, monkeypatch):
+    from scale import autoencoder, bench_autoencoder
+
+    monkeypatch.setattr(autoencoder, "SETTINGS", {**autoencoder.SETTINGS, **SMALL})
+    monkeypatch.setattr(bench_autoencoder, "REPEATS", (2, 2))
+    code, out, err = run("bench", "autoencoder", "--shape", "4x4x4", "--samples", 5, "--device", "cpu",
+                         "--out", tmp_path)
+    assert code == 0, err
+    rows = json.loads((tmp_path / "autoencoder.json").read_text())["rows"]
+    assert [(row["what"], row["batch"]) for row in rows] == [
+        ("encode", 1), ("encode", 4), ("decode", 1), ("decode", 4), ("dansm encode", 5), ("dansm decode", 5)]
+    assert all(row["images_per_second"] > 0 for row in rows) and rows[0]["operations_per_image"] > 1e6
+    assert "images/s" in out and (tmp_path / "autoencoder.csv").read_text().count("\n") == 7
+    code, _, err = run("bench", "autoencoder", "--shape", "4x4", "--device", "cpu", "--out", tmp_path)
+    assert code == 2 and "expected that of square latents" in err
