@@ -117,14 +117,20 @@ class Decoder(_Half):
     parts = "post_quant_conv", "decoder"
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, first: int = 0) -> Tensor:
-        """Latents times the factor → images. (B, C, h, w) float → uint8 (B, 3, H, W), on the device.
+    def decode(self, latents: Tensor, first: int = 0, memory: int | None = None) -> Tensor:
+        """Latents times the factor → images, as many at a time as `fits` says. (B, C, h, w) float → uint8
+        (B, 3, H, W), on the device.
 
         Raises BadInput for latents of another shape, and for NaN, of which `first` is the number of latents[0].
         """
         if latents.ndim != 4 or latents.shape[1] != self.autoencoder.channels:
             raise BadInput(f"latents are {tuple(latents.shape)}, and {self.autoencoder.path} decodes "
                            f"{self.autoencoder.channels} channels: expected (B, {self.autoencoder.channels}, h, w)")
+        batch = self.fits(max(latents.shape[2:]), memory)
+        return torch.cat([self._decode(part, first + number * batch)
+                          for number, part in enumerate(latents.split(batch))])
+
+    def _decode(self, latents, first):
         latents = latents.to(self.device, non_blocking=True).float()
         images = self._run(self.autoencoder.unscaled(latents))
         if wrong := _not_finite(latents):

@@ -69,6 +69,9 @@ def sample_command(
     files: Annotated[bool, typer.Option(help="also write every image as a file of its own")] = False,
     precision: Annotated[Literal["auto", "bf16", "fp16", "fp32"], typer.Option(
         help="auto: bf16, on older GPUs fp16, on the CPU fp32")] = "auto",
+    autoencoder: Annotated[Path | None, typer.Option(
+        help="that decodes what a network of latents draws: a diffusers folder, or a .safetensors or .ckpt with keys "
+             "first_stage_model.…")] = None,
     seed: Seed = 0,
     device: Device = "auto",
     out: Out = Path("runs/sample"),
@@ -76,7 +79,7 @@ def sample_command(
     from scale.command import sample
 
     sample(model, dansm.pick_device(device), out, count=count, steps=steps, solver=solver, batch=batch,
-           files=files, precision=precision, seed=seed)
+           files=files, precision=precision, seed=seed, autoencoder=autoencoder)
 
 
 @_command("evaluate")
@@ -181,7 +184,7 @@ def decode_command(
         help="latents times the factor: a .npy file, a folder of them, or what dansm encode wrote")],
     autoencoder: Autoencoder,
     count: Annotated[int | None, typer.Option(min=1, help="only the first so many")] = None,
-    batch: Annotated[int, typer.Option(min=0, help="latents at a time; 0: what --memory holds")] = 0,
+    batch: Annotated[int, typer.Option(min=0, help="latents at a time at most; 0: what --memory holds")] = 0,
     memory: Annotated[float | None, typer.Option(
         min=0.0, help="gigabytes to decode in; without it a quarter of what is free")] = None,
     precision: Precision = "auto",

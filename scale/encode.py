@@ -23,7 +23,7 @@ from torch import Tensor
 import dansm
 from dansm import BadInput, counted, say
 from scale import data, latents
-from scale.autoencoder import Autoencoder, Decoder, Encoder, read_autoencoder
+from scale.autoencoder import LARGEST, Autoencoder, Decoder, Encoder, read_autoencoder
 from scale.cache import digest_of_files
 from scale.checkpoint import lock
 from scale.command import quiet
@@ -220,19 +220,21 @@ def decode(source: Path, weights: Path | Autoencoder, device: torch.device, out:
            memory: float | None, precision: str) -> None:
     """Write the first `count` latents of `source`, or all, as 000000.png and so on into `out`.
 
-    batch   latents at a time; 0 for as many as fit into `memory` gigabytes, or a quarter of what the device has free
+    memory  gigabytes to decode in; None for a quarter of what the device has free
+    batch   latents at a time at most; 0 for what fits
     """
     autoencoder = weights if isinstance(weights, Autoencoder) else read_autoencoder(weights)
     found = read_latents(source, autoencoder)
     decoder, out = Decoder(autoencoder, device, precision), dansm.make_folder(out)
-    batch = batch or decoder.fits(max(found.shape[2:]), None if memory is None else int(memory * 1e9))
+    memory = None if memory is None else int(memory * 1e9)
+    batch = min(batch or LARGEST[1], decoder.fits(max(found.shape[2:]), memory))
     count, begin, done = min(count or len(found), len(found)), time.perf_counter(), 0
 
     def images():
         for start in range(0, count, batch):
             some = found[start : min(start + batch, count)]
             some = some if isinstance(some, Tensor) else torch.from_numpy(np.array(some))
-            yield from enumerate(decoder.decode(some, start).cpu(), start)
+            yield from enumerate(decoder.decode(some, start, memory).cpu(), start)
 
     try:
         writing = data.ahead(partial(_save, out), images(), threads=os.cpu_count(), depth=batch)
@@ -259,12 +261,7 @@ def read_latents(source: Path, autoencoder: Autoencoder):
     BadInput for those of another autoencoder."""
     if not source.exists():
         raise BadInput(f"{source} does not exist: expected latents, a .npy file, a folder of them or of dansm encode")
-    index = latents.read_index(source) or {}
-    of_another = {"autoencoder": autoencoder.digest, "factor": autoencoder.factor, "shift": autoencoder.shift}
-    for name, ours in of_another.items():
-        if index.get(name, ours) != ours:
-            raise BadInput(f"{source} holds latents made with {name} {index[name]}, {autoencoder.path} has {ours}: "
-                           "expected the same autoencoder")
+    check_autoencoder(source, autoencoder)
     if source.is_file() and source.suffix.lower() == ".npy" and open_latents(source, (3, 4)).ndim == 3:
         found = open_latents(source, (3,))[None]
         check_finite(source, found)
@@ -276,3 +273,13 @@ def read_latents(source: Path, autoencoder: Autoencoder):
         raise BadInput(f"{source} holds latents of {found.shape[1]} channels, {autoencoder.path} decodes "
                        f"{autoencoder.channels}: expected the same")
     return found
+
+
+def check_autoencoder(source: Path, autoencoder: Autoencoder) -> None:
+    """BadInput if `source` is known to hold latents of another one; only dansm encode says so of what it writes."""
+    index = latents.read_index(source) or {}
+    of_ours = {"autoencoder": autoencoder.digest, "factor": autoencoder.factor, "shift": autoencoder.shift}
+    for name, value in of_ours.items():
+        if index.get(name, value) != value:
+            raise BadInput(f"{source} holds latents made with {name} {index[name]}, {autoencoder.path} has {value}: "
+                           "expected the same autoencoder")

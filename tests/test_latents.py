@@ -29,6 +29,7 @@ ROOT = Path(__file__).parent.parent
 PICTURES = {f"{seed * 7919 % 2**20:05x}": picture(seed, [".jpg", ".webp"][seed % 2], (24 + seed, 20))
             for seed in range(9)}
 CPU = torch.device("cpu")
+TINY = dict(width=8, multipliers=(1,), blocks=1, attention_at=(), dropout=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -377,6 +378,40 @@ def test_a_full_disk_while_decoding_is_one_line(encoded, run, weights, tmp_path,
     monkeypatch.setattr(Image.Image, "save", full)
     code, _, err = run("decode", out, "--autoencoder", weights, "--out", tmp_path / "x", "--device", "cpu")
     assert code == 2 and err.count("\n") == 1 and "No space left" in err and "0 of 9 images" in err
+
+
+@pytest.mark.parametrize("kind", ["plain", "moments"])
+def test_the_whole_chain_from_an_lmdb_to_pictures(kind, encoded, run, weights, tmp_path, monkeypatch):
+    monkeypatch.setitem(dansm.NETWORKS, "small", TINY)
+    out = encoded("latents", *["--moments"] * (kind == "moments"))
+    code, said, err = run("train", out, "--network", "small", "--batch", 6, "--match-size", 6, "--steps", 3,
+                          "--sample-steps", 2, "--device", "cpu", "--out", tmp_path / "run", "--no-flip")
+    assert code == 0 and "9 latents of 4×4×4" in said, err
+    sample = ["sample", tmp_path / "run", "--count", 5, "--batch", 2, "--steps", 2, "--device", "cpu", "--files",
+              "--out", tmp_path / "samples"]
+    code, _, err = run(*sample, "--autoencoder", weights)
+    assert code == 0, err
+    assert Image.open(tmp_path / "samples" / "000004.png").size == (16, 16)
+    assert json.loads((tmp_path / "samples" / "sample.json").read_text())["autoencoder"] == str(weights)
+    code, _, err = run(*sample)
+    assert code == 2 and "4 channels" in err and "--autoencoder" in err
+    other = as_ckpt(tmp_path / "other.ckpt", Network(random_autoencoder(SMALL, 4).weights))
+    code, _, err = run(*sample, "--autoencoder", other)
+    assert code == 2 and err.count("\n") == 1 and "expected the same autoencoder" in err
+    others = {**SMALL, "latent_channels": 8}
+    other = as_ckpt(tmp_path / "eight.ckpt", Network(random_autoencoder(others, 4).weights))
+    code, _, err = run(*sample, "--autoencoder", other)
+    assert code == 2 and "decodes 8" in err
+
+
+def test_an_autoencoder_for_a_network_of_images_is_refused(run, weights, tmp_path, monkeypatch):
+    monkeypatch.setitem(dansm.NETWORKS, "small", TINY)
+    source = as_folder(tmp_path / "images", {f"{i}.png": picture(i, size=(8, 8)) for i in range(4)})
+    code, _, err = run("train", source, "--network", "small", "--batch", 4, "--match-size", 4, "--steps", 1,
+                       "--sample-steps", 2, "--device", "cpu", "--out", tmp_path / "run")
+    assert code == 0, err
+    code, _, err = run("sample", tmp_path / "run", "--autoencoder", weights, "--device", "cpu", "--out", tmp_path / "x")
+    assert code == 2 and err.count("\n") == 1 and "draws images of 3 channels: expected none" in err
 
 
 # ------------------------------------------------------------------------------- several processes
