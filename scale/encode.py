@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
@@ -120,7 +121,7 @@ def _encode(source, files, encoder, plan, out, workers, first):
         if group.is_initialized():
             group.barrier()  # so that all have the same list, before the first shard is added
         if first:
-            _begin(out, plan, read.count, len(missing))
+            _begin(out, plan, read.count, len(missing), encoder.autoencoder)
         rank, processes = ranks()
         _work(read, encoder, plan, out, missing[rank::processes], workers)
     if group.is_initialized():
@@ -129,11 +130,15 @@ def _encode(source, files, encoder, plan, out, workers, first):
         _end(out, plan, shards, min(read.count, len(missing) * plan.shard), time.perf_counter() - begin)
 
 
-def _begin(out, plan, count, missing):
+def _begin(out, plan, count, missing, autoencoder):
     for half_written in out.glob("*.partial"):
         half_written.unlink(missing_ok=True)
     latents.write_json(out / latents.UNFINISHED, plan.settings())
     left = min(count, missing * plan.shard)
+    needed = left * (1 + plan.flips) * 2 * math.prod(_shape(plan, autoencoder))
+    if needed > (free := shutil.disk_usage(out).free):
+        raise BadInput(f"--out is {out}: the latents of {counted(left, 'image')} take {needed / 1e9:,.1f} GB, its disk "
+                       f"has {free / 1e9:,.1f} GB free; expected room for them")
     say(f"{counted(count, 'image')}" + f", {left:,} of them still to encode" * (left < count))
 
 
@@ -177,8 +182,8 @@ def _decode(read, skip_unreadable, entry):
 
 def _encode_shard(images, encoder: Encoder, plan: Plan, advance) -> tuple[np.ndarray, list[Path]]:
     """Latents (n, C or 2C, h, w) float16 of one shard's images, and the paths of those that could not be read."""
-    shape = encoder.autoencoder.channels * (1 + plan.moments), *[plan.size // encoder.autoencoder.shrinks] * 2
-    made, names, left_out = [torch.empty(0, *shape, dtype=torch.float16, device=encoder.device)], [], []
+    none = torch.empty(0, *_shape(plan, encoder.autoencoder), dtype=torch.float16, device=encoder.device)
+    made, names, left_out = [none], [], []
     readable = _readable(images, left_out, advance)
     while some := list(islice(readable, max(1, plan.batch // (1 + plan.flips)))):
         names += [path for path, _ in some]
@@ -191,6 +196,11 @@ def _encode_shard(images, encoder: Encoder, plan: Plan, advance) -> tuple[np.nda
         raise BadInput(f"{name} encodes to NaN or infinite numbers in {plan.precision}: expected finite latents; "
                        "--precision fp32 may give them")
     return found.numpy(), left_out
+
+
+def _shape(plan: Plan, autoencoder: Autoencoder) -> tuple[int, ...]:
+    """Of one latent as it is stored."""
+    return autoencoder.channels * (1 + plan.moments), *[plan.size // autoencoder.shrinks] * 2
 
 
 def _readable(images, left_out: list[Path], advance) -> Iterator[tuple[Path, np.ndarray]]:

@@ -56,15 +56,23 @@ class Shards:
         return self[:].astype(dtype or self.dtype, copy=False)
 
     def take(self, rows: np.ndarray, axis: int = 0, out: np.ndarray | None = None, mode: str = "raise") -> np.ndarray:
-        """The samples of these numbers, (rows, *stored). Each file is read from once."""
-        rows = np.asarray(rows)
-        found = np.empty((len(rows), *self.stored), self.dtype) if out is None else out
-        file_of = np.searchsorted(self.ends, rows, side="right")
-        for file in np.unique(file_of):
-            mine = np.flatnonzero(file_of == file)
-            part = self.parts[file]
-            found[mine] = part[rows[mine] - (self.ends[file] - len(part))]
-        return found
+        """The samples of these numbers, (rows, *stored). Each file is read from once, in its order."""
+        rows = np.asarray(rows, dtype=int)
+        order = np.argsort(rows, kind="stable")
+        in_order = rows[order]
+        if len(rows) and not 0 <= in_order[0] <= in_order[-1] < len(self):
+            raise IndexError(f"rows {in_order[0]} to {in_order[-1]} of {len(self)}")
+        found = np.empty((len(rows), *self.stored), self.dtype)
+        bounds = np.searchsorted(in_order, [0, *self.ends])
+        for file in np.flatnonzero(np.diff(bounds)):
+            part, these = self.parts[file], slice(bounds[file], bounds[file + 1])
+            numbers = in_order[these] - (self.ends[file] - len(part))
+            np.take(part, numbers, axis=0, out=found[these], mode="clip")  # as raise would copy
+        if out is None and np.array_equal(order, np.arange(len(rows))):
+            return found
+        out = np.empty_like(found) if out is None else out
+        out[order] = found
+        return out
 
     def on(self, device: torch.device) -> Tensor:
         """All of it in the memory of a device, (N, *stored)."""

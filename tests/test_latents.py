@@ -19,7 +19,7 @@ pytest.importorskip("diffusers")
 
 import dansm
 from dansm import BadInput
-from scale import latents
+from scale import encode, latents
 from scale.autoencoder import Decoder, Encoder, random_autoencoder, read_autoencoder
 from scale.data import batches, load_images
 from scale.latents import Shards
@@ -208,6 +208,12 @@ def test_a_full_disk_is_one_line_and_what_was_encoded_is_usable(encoded, tmp_pat
     assert contents(encoded("full")) == whole
 
 
+def test_a_disk_without_room_for_all_is_told_before_anything_is_encoded(encoded, monkeypatch):
+    monkeypatch.setattr(encode.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    err = encoded(expect=2)
+    assert err.count("\n") == 1 and "the latents of 9 images take 0.0 GB" in err
+
+
 def test_an_unreadable_image_is_named_or_left_out(encoded, tmp_path):
     broken = lsun(tmp_path / "broken_lmdb", {**PICTURES, "00000": b"no image", "fffff": PICTURES["00000"][:90]})
     assert "00000 cannot be read as an image" in encoded("latents", expect=2, source=broken)
@@ -272,6 +278,10 @@ def test_shards_are_indexed_as_an_array(encoded):
     for rows in (3, -1, slice(2, 7), slice(None, None, 3), np.array([8, 0, 8, 4])):
         assert np.array_equal(shards[rows], array[rows])
     assert np.array_equal(np.take(shards, [7, 1], axis=0), array[[7, 1]])
+    assert len(np.take(shards, [], axis=0)) == 0
+    for wrong in ([9], [-1], [0, 12]):
+        with pytest.raises(IndexError):
+            shards.take(wrong)
 
 
 def test_damaged_shards_are_refused(encoded):
