@@ -60,7 +60,8 @@ def halves(autoencoder: Autoencoder, shape, device, console) -> Iterator[dict]:
         for way in ("contiguous", "channels last", "compiled") if device.type == "cuda" else ("contiguous",):
             one = prepared(half(autoencoder, device), way)
             operations = operations_of(autoencoder, half, shape)
-            for batch in BATCHES.get(device.type, (1,)):
+            batches = BATCHES.get(device.type, (1,))
+            for batch in batches[1:2] if way == "compiled" else batches:  # each takes torch a minute to compile
                 images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device)
                 latents = torch.randn(batch, *shape, device=device)
                 work = (lambda: one.moments(images)) if what == "encode" else (lambda: one.decode(latents))  # noqa: B023

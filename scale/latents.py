@@ -106,8 +106,10 @@ def _read(path: Path) -> dict | None:
         return None
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path} cannot be read: expected it as dansm encode wrote it") from error
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read: {error.strerror}; expected it as dansm encode wrote it") from error
+    except ValueError:  # another's, of that name: ours are written whole or not at all
+        return None
     if not isinstance(content, dict) or "dansm_latents" not in content:
         return None
     if content["dansm_latents"] != VERSION:

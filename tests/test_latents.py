@@ -305,7 +305,8 @@ def test_damaged_shards_are_refused(encoded):
         load_images(str(out))
 
 
-def test_the_papers_layout_is_read(tmp_path):
+def test_the_papers_layout_is_read_also_beside_an_index_of_anothers(tmp_path):
+    (tmp_path / "index.json").write_text("no JSON")
     array = np.random.default_rng(0).normal(size=(3, 4, 4, 4)).astype(np.float32)
     for number, latent in enumerate(array):
         np.save(tmp_path / f"{number}.npy", latent)
