@@ -118,10 +118,10 @@ def _encode(source, files, encoder, plan, out, workers, first):
     with opened(source, files, plan.size) as read, data.bombs_refused():
         shards = math.ceil(read.count / plan.shard)
         missing = [number for number in range(shards) if not latents.is_finished(out, number)]
-        if group.is_initialized():
-            group.barrier()  # so that all have the same list, before the first shard is added
         if first:
             _begin(out, plan, read.count, len(missing), encoder.autoencoder)
+        if group.is_initialized():
+            group.barrier()  # all have the same list, and the settings are there, before the first shard is
         rank, processes = ranks()
         _work(read, encoder, plan, out, missing[rank::processes], workers)
     if group.is_initialized():
