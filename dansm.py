@@ -1247,7 +1247,7 @@ COMMANDS = {
     "tsne": "Foundation 2: noises and samples in the plane, random pairs above, the model's own below.",
     "paths": "How long paths are and how near they come to each other: random, matched, and models' own pairs.",
     "loss": "A model's loss by t under random, matched and its own pairs.",
-    "bench": "Time matching, or training, against the paper's code, other libraries and the machine's floor.",
+    "bench": "Time matching, training or judging, against the paper's code, other libraries and the machine's floor.",
 }
 for _name, _says in COMMANDS.items():
     app.command(_name, help=_says, add_help_option=False, context_settings=WITH_ANY_OPTIONS)(_of_scale)

@@ -112,10 +112,10 @@ def evaluate_command(
 
 @_command("bench")
 def bench_command(
-    what: Annotated[Literal["match", "spread", "train", "autoencoder"], typer.Argument(
+    what: Annotated[Literal["match", "spread", "train", "evaluate", "autoencoder"], typer.Argument(
         help="match: what pairing one batch costs; spread: with one pool over all ranks, under torchrun; train: whole "
-             "steps, input, sampling, and where the time goes; autoencoder: encoding and decoding latents of --shape, "
-             "alone and from files to files")] = "match",
+             "steps, input, sampling, and where the time goes; evaluate: features and measures of many images; "
+             "autoencoder: encoding and decoding latents of --shape, alone and from files to files")] = "match",
     match_size: Annotated[list[int], typer.Option(min=2, help="size of the pool; may be given several times")] = (
         1000, 10_000),
     batch: Annotated[int, typer.Option(min=1, help="samples a batch")] = 250,
@@ -123,7 +123,8 @@ def bench_command(
     network: Annotated[str | None, typer.Option(
         help="train: this one, at --batch and --shape, in place of the paper's two")] = None,
     samples: Annotated[int | None, typer.Option(
-        min=1, help="train: images to sample; on a GPU 10,000; autoencoder: image files; on a GPU 8,192")] = None,
+        min=1, help="train: images to sample, on a GPU 10,000; evaluate: images to judge, on a GPU 50,000; "
+                    "autoencoder: image files, on a GPU 8,192")] = None,
     first_step: Annotated[bool, typer.Option("--first-step", help="train: also run dansm train to its first step")] = (
         False),
     seed: Seed = 0,
@@ -144,6 +145,13 @@ def bench_command(
 
         bench_autoencoder(parse_shape(shape), samples=samples, seed=seed, device=dansm.pick_device(device),
                           out=dansm.make_folder(out), console=dansm.console)
+        return
+    if what == "evaluate":
+        from scale.bench_evaluate import bench_evaluate
+
+        device = dansm.pick_device(device)
+        bench_evaluate(samples or (50_000 if device.type == "cuda" else 1000), seed=seed, device=device,
+                       out=dansm.make_folder(out), console=dansm.console)
         return
     run = bench.bench_match if what == "match" else bench.bench_spread
     run(match_size, batch, parse_shape(shape), seed=seed, device=dansm.pick_device(device), out=dansm.make_folder(out),

@@ -412,13 +412,12 @@ def load_models(paths: Iterable[Path], steps: list[int], solver: str) -> list[Mo
     return models
 
 
-def draw_features(model: Model, steps: int, extractor: Extractor, device, *, count: int, seed: int, batch: int,
-                  precision: str, advance: Callable[[int], None]) -> tuple[Tensor, Tensor | None]:
-    """Features (count, D), and logits, of the images 0 … count − 1 of a seed: for every model from the same noise."""
+def draw_features(net, flow, numbers: range, shape, steps: int, extractor: Extractor, device, *, seed: int, batch: int,
+                  advance: Callable[[int], None]) -> tuple[Tensor, Tensor | None]:
+    """Features (N, D), and logits, of N images of a seed by their numbers: for every model from the same noise.
+    net: what `scale.step.sampler` makes of a network."""
     features, logits = [], []
-    net = sampler(model.net.to(device), device, precision)
-    for images in dansm.sample_images(net, model.flow, range(count), model.shape, steps, seed=seed, batch=batch,
-                                      device=device):
+    for images in dansm.sample_images(net, flow, numbers, shape, steps, seed=seed, batch=batch, device=device):
         found, classes = features_of(images, extractor, device)
         features.append(found.cpu())
         logits += [] if classes is None else [classes.cpu()]
@@ -521,8 +520,10 @@ def _track_reading(parts, total):
     return track(parts, "reading images", total=total, console=dansm.console)
 
 
-def _score_model(model, steps, extractor, real, device, *, seed, **settings) -> dict:
-    features, logits = draw_features(model, steps, extractor, device, seed=seed, **settings)
+def _score_model(model, steps, extractor, real, device, *, count, precision, seed, **settings) -> dict:
+    net = sampler(model.net.to(device), device, precision)
+    features, logits = draw_features(net, model.flow, range(count), model.shape, steps, extractor, device, seed=seed,
+                                     **settings)
     return score(features, real, extractor, logits=logits, seed=seed, device=device)
 
 

@@ -87,6 +87,15 @@ class Recipe:
     sample_steps: int = setting("Run", "steps from noise to image for the grids of samples", 20, least=1, free=True)
     seed: int = setting("Run", "same seed, same result on the same machine", 0, least=0, most=2**32 - 1)
 
+    evaluate_every: int = setting("Evaluation", "training steps between two evaluations; 0: none", 0, least=0,
+                                  free=True)
+    evaluate_steps: tuple[int, ...] = setting("Evaluation", "counts of steps from noise to image, a row each",
+                                              (3, 5, 10), least=1, most=10_000, free=True)
+    evaluate_count: int = setting("Evaluation", "images drawn for each row", 10_000, least=2, free=True)
+    evaluate_features: str = setting("Evaluation", "inception, or another network as module:callable", "inception",
+                                     free=True)
+    inception_weights: str = setting("Evaluation", "file of its weights, where there is no network", "", free=True)
+
     def __post_init__(self):
         for name in SETTINGS:
             object.__setattr__(self, name, checked(name, getattr(self, name)))

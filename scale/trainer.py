@@ -22,6 +22,7 @@ from torch import Tensor
 
 import dansm
 from scale import checkpoint, data
+from scale.judge import Judge
 from scale.recipe import Recipe, changed, write
 from scale.step import FastTraining, make_deterministic, operations_per_image, peak, ranks, sampler
 
@@ -58,6 +59,8 @@ def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, 
                            fast=recipe.fast, match_scope=recipe.match_scope)
     keeper = Keeper(out, recipe, len(images), fresh, console)
     keeper.resume(run, pool, device)
+    with keeper.paused():
+        judge = Judge(images, recipe, device, console) if run.step < recipe.steps else None
     batches = data.batches(images, recipe.batch, seed=recipe.seed, flip=recipe.flip, start=run.step, rank=rank,
                            ranks=processes, device=device)
     watch = Watch(recipe, run, images.shape[1:], device)
@@ -73,10 +76,14 @@ def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, 
                 line = watch.line(keeper.seconds)
                 log(line)
                 show(watch.text(line))
-            if save and not stop:
+            judged = judge.due(run.step)
+            if judged or (save and not stop):
                 keeper.save(run, pool, device)
-                if watch.grid_seconds() <= GRID_SHARE * 60 * recipe.save_minutes:
-                    keeper.grid(run, flow, pool.shape, device)
+            if save and not stop and watch.grid_seconds() <= GRID_SHARE * 60 * recipe.save_minutes:
+                keeper.grid(run, flow, pool.shape, device)
+            if judged:
+                with keeper.paused(), watch.paused():
+                    log(judge(run, flow, keeper.seconds, show, interrupt))
             if stop:
                 break
         batches.close()
@@ -105,7 +112,7 @@ def _seed_of(seed: int, rank: int) -> int:
 class Keeper:
     """The folder of a run: its checkpoints, its log, the grids beside them. Only the first process writes into it.
 
-    seconds  that the run has trained, in earlier calls and in this one
+    seconds  that the run has trained, in earlier calls and in this one, without evaluations
     """
 
     def __init__(self, out: Path, recipe: Recipe, images: int, fresh: bool, console: Console):
@@ -117,7 +124,7 @@ class Keeper:
         # Checkpoints that lead to another run: with --fresh they are kept until this one is saved.
         self.others = checkpoint.checkpoints(out) if fresh else []
         self.fresh, self.keeps_other = fresh, bool(self.others)
-        self.earlier, self.begin = 0.0, time.monotonic()
+        self.earlier, self.begin, self.saved = 0.0, time.monotonic(), None
 
     def _restarted(self) -> bool:
         """Whether torchrun has started any of the processes again, which it does with the same command."""
@@ -130,6 +137,13 @@ class Keeper:
     @property
     def seconds(self) -> float:
         return self.earlier + time.monotonic() - self.begin
+
+    @contextmanager
+    def paused(self):
+        """What happens inside does not count as training."""
+        begin = time.monotonic()
+        yield
+        self.begin += time.monotonic() - begin
 
     def resume(self, run: FastTraining, pool: dansm.NoisePool, device) -> None:
         """Take up the run that the folder holds, if it is not to begin anew."""
@@ -194,6 +208,8 @@ class Keeper:
         with open(self.aside if self.keeps_other else self.metrics, "a") as lines, \
                 closing(board) if board else nullcontext():
             def write_line(line):
+                if line is None:
+                    return
                 lines.write(json.dumps(line) + "\n")
                 lines.flush()
                 for name in line if board else ():
@@ -201,7 +217,10 @@ class Keeper:
             yield write_line
 
     def save(self, run: FastTraining, pool: dansm.NoisePool, device) -> None:
-        """A checkpoint, of what all processes know."""
+        """A checkpoint, of what all processes know; if this step's is not there yet."""
+        if self.saved == run.step:
+            return
+        self.saved = run.step
         if not all(weight.isfinite().all() for weight in run.net.parameters()):
             raise dansm.BadInput(f"--lr is {self.recipe.lr}: the weights became infinite at step {run.step}, expected "
                                  f"a smaller one; what {self.out} held before is untouched")
@@ -305,6 +324,14 @@ class Watch:
     def steps(self) -> int:
         """Made in this call."""
         return self.run.step - self.first
+
+    @contextmanager
+    def paused(self):
+        """What happens inside slows no rate."""
+        begin = time.monotonic()
+        yield
+        spent = time.monotonic() - begin
+        self.begin, self.last = self.begin + spent, (self.last[0], self.last[1] + spent)
 
     def samples(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
         """The batches; the moment at which one is there is where matching begins, of it or of several up to it."""

@@ -17,6 +17,7 @@ from test_commands import files_of, make_images
 import dansm
 from dansm import BadInput
 from scale import checkpoint, evaluate
+from scale.bench_evaluate import untrained_inception
 
 pytest.importorskip("torch_fidelity")
 
@@ -278,16 +279,8 @@ def test_lite0_needs_no_download_and_answers_each_image_alone():
 
 
 @pytest.fixture
-def inception_file(tmp_path, monkeypatch):
-    """Weights of the Inception network as they are before any training."""
-    import torch_fidelity.feature_extractor_inceptionv3 as theirs
-
-    with monkeypatch.context() as patch:
-        patch.setattr(theirs, "load_state_dict_from_url", lambda *_, **__: {})
-        patch.setattr(theirs.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
-        state = theirs.FeatureExtractorInceptionV3("", ["2048"], verbose=False).state_dict()
-    torch.save(state, tmp_path / "weights.pth")
-    return tmp_path / "weights.pth"
+def inception_file(tmp_path):
+    return untrained_inception(tmp_path)
 
 
 def test_inceptions_weights_are_read_from_a_file(inception_file):
@@ -435,10 +428,10 @@ def test_the_same_call_again_measures_nothing_and_says_the_same(run, model, tmp_
 def test_ctrl_c_keeps_the_rows_that_are_done_and_the_same_command_goes_on(run, model, tmp_path, monkeypatch):
     draw = evaluate.draw_features
 
-    def interrupted(model, steps, *arguments, **settings):
+    def interrupted(net, flow, numbers, shape, steps, *arguments, **settings):
         if steps == 3:
             raise KeyboardInterrupt
-        return draw(model, steps, *arguments, **settings)
+        return draw(net, flow, numbers, shape, steps, *arguments, **settings)
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "draw_features", interrupted)
@@ -509,3 +502,15 @@ def test_a_file_that_is_not_ours_is_left_as_it_is(refused, model, tmp_path):
         (tmp_path / "out" / "evaluate.json").write_text(content)
         assert "evaluate.json" in refused("evaluate", model, *options(tmp_path))
         assert (tmp_path / "out" / "evaluate.json").read_text() == content
+
+
+def test_what_judging_costs_is_told_for_both_networks(run, tmp_path):
+    pytest.importorskip("efficientnet_lite_pytorch")
+    code, said, err = run("bench", "evaluate", "--samples", 20, "--device", "cpu", "--out", tmp_path / "bench")
+    assert (code, err) == (0, "")
+    rows = json.loads((tmp_path / "bench" / "evaluate.json").read_text())["rows"]
+    assert [(row["features"], row["dimensions"]) for row in rows] == [(evaluate.LITE0, 1280), ("inception", 2048)]
+    for row in rows:
+        assert row["images_per_second"] == pytest.approx(20 / row["features_s"], rel=0.2)
+        assert row["within_s"] == pytest.approx(row["features_s"] + row["frechet_s"], abs=0.02)
+    assert "Judging 20 images" in said and files_of(tmp_path / "bench") == ["evaluate.csv", "evaluate.json"]
