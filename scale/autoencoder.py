@@ -127,10 +127,12 @@ class Decoder(_Half):
             raise BadInput(f"latents are {tuple(latents.shape)}, and {self.autoencoder.path} decodes "
                            f"{self.autoencoder.channels} channels: expected (B, {self.autoencoder.channels}, h, w)")
         batch = self.fits(max(latents.shape[2:]), memory)
-        return torch.cat([self._decode(part, first + number * batch)
+        return torch.cat([self.decode_at_once(part, first + number * batch)
                           for number, part in enumerate(latents.split(batch))])
 
-    def _decode(self, latents, first):
+    @torch.no_grad()
+    def decode_at_once(self, latents: Tensor, first: int = 0) -> Tensor:
+        """As `decode`, in one part however large."""
         latents = latents.to(self.device, non_blocking=True).float()
         images = self._run(self.autoencoder.unscaled(latents))
         if wrong := _not_finite(latents):

@@ -64,7 +64,7 @@ def halves(autoencoder: Autoencoder, shape, device, console) -> Iterator[dict]:
             for batch in batches[1:2] if way == "compiled" else batches:  # each takes torch a minute to compile
                 images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device)
                 latents = torch.randn(batch, *shape, device=device)
-                work = (lambda: one.moments(images)) if what == "encode" else (lambda: one.decode(latents))  # noqa: B023
+                work = (lambda: one.moments(images)) if what == "encode" else (lambda: one.decode_at_once(latents))  # noqa: B023
                 try:
                     measured = measure(work, device)
                 except RuntimeError as error:
