@@ -49,7 +49,6 @@ class Plan:
     precision: str
     batch: int  # latents made at a time
     shard: int  # images
-    skip_unreadable: bool
 
     def settings(self) -> dict:
         return {"dansm_latents": latents.VERSION, **asdict(self)}
@@ -70,11 +69,11 @@ def encode(source: Path, weights: Path | Autoencoder, device: torch.device, out:
         encoder = Encoder(autoencoder, device, precision)
         plan = Plan(str(source), digest_of_files(source, files, size), size, flips, moments, autoencoder.digest,
                     autoencoder.factor, autoencoder.shift, str(encoder.dtype).removeprefix("torch."),
-                    batch or BATCH.get(device.type, 8), shard, skip_unreadable)
+                    batch or BATCH.get(device.type, 8), shard)
         first = ranks()[0] == 0
         with lock(out, "encoded") if first else nullcontext(), quiet(not first):
             if not _is_done(out, plan):
-                _encode(source, files, encoder, plan, out, workers, first)
+                _encode(source, files, encoder, plan, out, workers, skip_unreadable, first)
             elif first:
                 latents.remove_notes(out)  # of an encode that was killed after its last shard
 
@@ -113,7 +112,7 @@ def _is_done(out: Path, plan: Plan) -> bool:
     return finished is not None
 
 
-def _encode(source, files, encoder, plan, out, workers, first):
+def _encode(source, files, encoder, plan, out, workers, skip_unreadable, first):
     begin = time.perf_counter()
     with opened(source, files, plan.size) as read, data.bombs_refused():
         shards = math.ceil(read.count / plan.shard)
@@ -123,7 +122,7 @@ def _encode(source, files, encoder, plan, out, workers, first):
         if group.is_initialized():
             group.barrier()  # all have the same list, and the settings are there, before the first shard is
         rank, processes = ranks()
-        _work(read, encoder, plan, out, missing[rank::processes], workers)
+        _work(read, encoder, plan, out, missing[rank::processes], workers, skip_unreadable)
     if group.is_initialized():
         group.barrier()
     if first:
@@ -152,14 +151,15 @@ def _end(out, plan, shards, images, seconds):
     dansm.say_files(out, latents.INDEX, index["shards"][0]["file"], *["and so on"] * (len(index["shards"]) > 1))
 
 
-def _work(read: Source, encoder: Encoder, plan: Plan, out: Path, mine: list[int], workers: int) -> None:
+def _work(read: Source, encoder: Encoder, plan: Plan, out: Path, mine: list[int], workers: int,
+          skip_unreadable: bool) -> None:
     """Encode the shards of these numbers, each written as soon as it is whole."""
     done, wanted = 0, set(mine)
     total = sum(min(plan.shard, read.count - number * plan.shard) for number in mine)
     numbered = ((place // plan.shard, entry) for place, entry in enumerate(read.entries))
     entries = ((number, entry) for number, entry in numbered if number in wanted)
     bar = Progress(*Progress.get_default_columns(), console=dansm.console)
-    with bar, closing(data.ahead(partial(_decode, read, plan.skip_unreadable), entries, threads=workers,
+    with bar, closing(data.ahead(partial(_decode, read, skip_unreadable), entries, threads=workers,
                                  depth=4 * workers + plan.batch)) as decoded:
         task = bar.add_task("encoding", total=total)
         try:
@@ -233,6 +233,7 @@ def decode(source: Path, weights: Path | Autoencoder, device: torch.device, out:
     memory  gigabytes to decode in; None for a quarter of what the device has free
     batch   latents at a time at most; 0 for what fits
     """
+    data.check_out(str(source), out)
     autoencoder = weights if isinstance(weights, Autoencoder) else read_autoencoder(weights)
     found = read_latents(source, autoencoder)
     decoder, out = Decoder(autoencoder, device, precision), dansm.make_folder(out)

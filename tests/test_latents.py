@@ -223,6 +223,15 @@ def test_an_unreadable_image_is_named_or_left_out(encoded, tmp_path):
     assert [shard["count"] for shard in index["shards"]] == [3, 4, 1]
 
 
+def test_what_an_unreadable_image_stopped_goes_on_without_it(encoded, tmp_path):
+    broken = lsun(tmp_path / "broken_lmdb", {**PICTURES, "fffff": b"no image"})
+    err = encoded("latents", expect=2, source=broken)
+    assert "fffff cannot be read" in err and "2 of 3 shards were written" in err
+    out = encoded("latents", "--skip-unreadable", source=broken)
+    assert contents(out) == contents(encoded("at once", "--skip-unreadable", source=broken))
+    assert len(load_images(str(out))) == 9
+
+
 def test_a_shard_without_a_readable_image_is_left_out(encoded, tmp_path):
     broken = lsun(tmp_path / "broken_lmdb", {**dict.fromkeys(("!0", "!1", "!2", "!3"), b"none"), **PICTURES})
     out = encoded("others", "--skip-unreadable", source=broken)
