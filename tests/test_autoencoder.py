@@ -175,15 +175,20 @@ def test_a_weight_of_another_shape_or_not_finite_is_named(network, tmp_path):
 
 
 class Code:
+    def __init__(self, path):
+        self.path = path
+
     def __reduce__(self):
-        return (exec, ("open('/tmp/dansm-ran', 'w')",))
+        return (exec, (f"open({str(self.path)!r}, 'w')",))
 
 
 def test_a_pickle_with_code_is_not_run(network, tmp_path):
-    torch.save({"state_dict": original(network), "note": Code()}, tmp_path / "a.ckpt")
+    code = Code(tmp_path / "ran")
+    torch.save({"state_dict": original(network), "note": code}, tmp_path / "a.ckpt")
     refused(tmp_path / "a.ckpt", "code", "not run")
-    (tmp_path / "b.ckpt").write_bytes(pickle.dumps(Code()))
+    (tmp_path / "b.ckpt").write_bytes(pickle.dumps(code))
     refused(tmp_path / "b.ckpt")
+    assert not code.path.exists()
 
 
 def test_notes_of_a_trainer_that_is_not_installed_do_no_harm(network, tmp_path, monkeypatch):
