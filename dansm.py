@@ -14,7 +14,7 @@ Read top to bottom:
     4 training    train: the plain loop
     5 measuring   path length, crossing, straightness, inter-path distance, Fréchet distance
     6 refusing    what a batch, a count or a pool cannot be, said in one line
-    7 commands    toy, digits, train, export, sample, evaluate, compare, grid, tsne, paths, loss, bench
+    7 commands     toy, digits, train, export, encode, decode, sample, evaluate, compare, grid, tsne, paths, loss, bench
 
 Names used throughout: x is data, z is noise, both (B, C, H, W) or any (B, ...); t runs from noise (0) to
 data (1); B is the batch, M the pool's match_size, D the count of numbers in one sample.
@@ -1238,6 +1238,8 @@ def _of_scale(context: typer.Context) -> None:
 
 COMMANDS = {
     "export": "Write the averaged weights alone, as safetensors, with what it takes to sample from them.",
+    "encode": "Images to latents by Stable Diffusion's autoencoder, in shards; it goes on where it was stopped.",
+    "decode": "Latents to PNG images by Stable Diffusion's autoencoder.",
     "sample": "Draw images from a trained network. Image 17 of a seed is the same whatever --count and --batch.",
     "evaluate": "FID, KID, Inception Score, precision and recall of checkpoints, from the same noise, in one table.",
     "compare": "Foundation 1: what several models make of the same noise, and how near it is.",
@@ -1258,13 +1260,13 @@ def check_steps(option: str, steps: int, flow: type) -> None:
 
 
 def sample_images(net, flow, images: range, shape, steps: int, *, seed: int = 0, batch: int = 64,
-                  device="cpu") -> Iterator[Tensor]:
-    """Images by their numbers, a batch at a time, as uint8 (B, C, H, W) on the CPU. While a GPU works on one batch the
-    noises of the next are drawn."""
+                  device="cpu", decode=None) -> Iterator[Tensor]:
+    """Images by their numbers, a batch at a time, as uint8 (B, C, H, W) on the CPU: what decode(samples) makes of
+    latents, `to_uint8` if None. While a GPU works on one batch the noises of the next are drawn."""
     before = None
     for start in range(0, len(images), batch):
         z = path_noise(images[start : start + batch], shape, seed, device)
-        drawn = to_uint8(flow.sample(net, z, steps))
+        drawn = (decode or to_uint8)(flow.sample(net, z, steps))
         if before is not None:
             yield before.cpu()
         before = drawn

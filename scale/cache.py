@@ -30,7 +30,7 @@ def cached(cache: Path, source: Path, files: list[Path], size: int | None, skip_
     cannot be written to, and for a full disk.
     """
     key = hashlib.blake2b(f"{source.resolve()} {size}".encode(errors="surrogateescape"), digest_size=4).hexdigest()
-    kept, digest = cache / f"{source.name}-{size or 'whole'}-{key}.npy", _digest(source, files, size)
+    kept, digest = cache / f"{source.name}-{size or 'whole'}-{key}.npy", digest_of_files(source, files, size)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with _alone(kept.with_suffix(".lock")):
@@ -44,7 +44,7 @@ def cached(cache: Path, source: Path, files: list[Path], size: int | None, skip_
                        "written to, on a disk with room") from error
 
 
-def _digest(source: Path, files: list[Path], size: int | None) -> str:
+def digest_of_files(source: Path, files: list[Path], size: int | None) -> str:
     """Another one as soon as a file is added, removed, renamed or written to."""
     digest = hashlib.blake2b(f"{VERSION} {size}".encode(), digest_size=16)
     for path in files:

@@ -64,7 +64,7 @@ def write(path: Path, state: dict) -> None:
     Torch's own checksums leave the file's table of contents out, in which a changed bit can hide a tensor. Ours is
     the comment of the zip archive that the file is, so that every reader of those still takes it.
     """
-    with _written(path) as partial, open(partial, "w+b") as file:
+    with written(path) as partial, open(partial, "w+b") as file:
         torch.save({"dansm": VERSION, **state}, file)
         file.seek(-2, os.SEEK_END)  # a zip archive ends in the length of its comment, and the comment
         file.write((len(MARK) + 64).to_bytes(2, "little") + MARK)
@@ -84,7 +84,7 @@ def _digest(file, size: int) -> bytes:
 
 
 @contextmanager
-def _written(path: Path) -> Iterator[Path]:
+def written(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to; renamed to it at the end, removed where the writing fails."""
     partial = path.with_suffix(".partial")
     try:
@@ -289,7 +289,7 @@ def export(path: Path, out: Path, average: int = 0, say: Callable[[str], None] =
     weights, about = _averaged(path, average, say)
     _model(weights, about)  # what could not be read again is not written
     make_folder(out.parent)
-    with _written(out) as partial:
+    with written(out) as partial:
         try:
             save_file({name: weight.contiguous() for name, weight in weights.items()}, partial,
                       {key: json.dumps(about[key]) for key in DESCRIBED})
@@ -367,8 +367,8 @@ def _check_weights(path, weights: dict, wanted: dict[str, Tensor]) -> None:
 
 
 @contextmanager
-def lock(out: Path) -> Iterator[None]:
-    """Only this process trains into the folder `out`; BadInput that names the one that does already.
+def lock(out: Path, how: str = "trained") -> Iterator[None]:
+    """Only this process trains into the folder `out`, or whatever `how` says; BadInput that names the one that does.
 
     The lock is the kernel's, on the file .lock, and goes with the process however that ends; the file stays, and says
     nothing by itself. What a kill left half written is removed.
@@ -377,7 +377,7 @@ def lock(out: Path) -> Iterator[None]:
     try:
         if not _take(descriptor):
             holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
-            raise BadInput(f"{out} is being trained into by {holder}: expected another --out, or that it has ended")
+            raise BadInput(f"{out} is being {how} into by {holder}: expected another --out, or that it has ended")
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         remove_unfinished(out)

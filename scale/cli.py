@@ -69,6 +69,9 @@ def sample_command(
     files: Annotated[bool, typer.Option(help="also write every image as a file of its own")] = False,
     precision: Annotated[Literal["auto", "bf16", "fp16", "fp32"], typer.Option(
         help="auto: bf16, on older GPUs fp16, on the CPU fp32")] = "auto",
+    autoencoder: Annotated[Path | None, typer.Option(
+        help="that decodes what a network of latents draws: a diffusers folder, or a .safetensors or .ckpt with keys "
+             "first_stage_model.…")] = None,
     seed: Seed = 0,
     device: Device = "auto",
     out: Out = Path("runs/sample"),
@@ -76,7 +79,7 @@ def sample_command(
     from scale.command import sample
 
     sample(model, dansm.pick_device(device), out, count=count, steps=steps, solver=solver, batch=batch,
-           files=files, precision=precision, seed=seed)
+           files=files, precision=precision, seed=seed, autoencoder=autoencoder)
 
 
 @_command("evaluate")
@@ -109,10 +112,10 @@ def evaluate_command(
 
 @_command("bench")
 def bench_command(
-    what: Annotated[Literal["match", "spread", "train", "evaluate"], typer.Argument(
+    what: Annotated[Literal["match", "spread", "train", "evaluate", "autoencoder"], typer.Argument(
         help="match: what pairing one batch costs; spread: with one pool over all ranks, under torchrun; train: whole "
-             "steps, input, sampling, and where the time goes; evaluate: features and measures of many images")] = (
-        "match"),
+             "steps, input, sampling, and where the time goes; evaluate: features and measures of many images; "
+             "autoencoder: encoding and decoding latents of --shape, alone and from files to files")] = "match",
     match_size: Annotated[list[int], typer.Option(min=2, help="size of the pool; may be given several times")] = (
         1000, 10_000),
     batch: Annotated[int, typer.Option(min=1, help="samples a batch")] = 250,
@@ -120,7 +123,8 @@ def bench_command(
     network: Annotated[str | None, typer.Option(
         help="train: this one, at --batch and --shape, in place of the paper's two")] = None,
     samples: Annotated[int | None, typer.Option(
-        min=1, help="train: images to sample, on a GPU 10,000; evaluate: images to judge, on a GPU 50,000")] = None,
+        min=1, help="train: images to sample, on a GPU 10,000; evaluate: images to judge, on a GPU 50,000; "
+                    "autoencoder: image files, on a GPU 8,192")] = None,
     first_step: Annotated[bool, typer.Option("--first-step", help="train: also run dansm train to its first step")] = (
         False),
     seed: Seed = 0,
@@ -136,6 +140,12 @@ def bench_command(
         bench_train(chosen, max(match_size), samples=samples, first_step=first_step, seed=seed,
                     device=dansm.pick_device(device), out=dansm.make_folder(out), console=dansm.console)
         return
+    if what == "autoencoder":
+        from scale.bench_autoencoder import bench_autoencoder
+
+        bench_autoencoder(parse_shape(shape), samples=samples, seed=seed, device=dansm.pick_device(device),
+                          out=dansm.make_folder(out), console=dansm.console)
+        return
     if what == "evaluate":
         from scale.bench_evaluate import bench_evaluate
 
@@ -146,6 +156,53 @@ def bench_command(
     run = bench.bench_match if what == "match" else bench.bench_spread
     run(match_size, batch, parse_shape(shape), seed=seed, device=dansm.pick_device(device), out=dansm.make_folder(out),
         console=dansm.console)
+
+
+Autoencoder = Annotated[Path, typer.Option(
+    help="Stable Diffusion's: a diffusers folder, or a .safetensors or .ckpt with keys first_stage_model.…",
+    show_default=False)]
+
+
+@_command("encode")
+def encode_command(
+    source: Annotated[Path, typer.Argument(
+        help="a folder of images (with subfolders), a zip or tar of them, or an LSUN lmdb")],
+    autoencoder: Autoencoder,
+    size: Annotated[int, typer.Option(min=1, help="shorter side to so many pixels, then the centre square")] = 256,
+    flips: Annotated[bool, typer.Option("--flips", help="after each latent, that of the mirrored image")] = False,
+    moments: Annotated[bool, typer.Option(
+        "--moments", help="mean and log-variance of each, for training to draw from; else the mean alone")] = False,
+    batch: Annotated[int, typer.Option(min=0, help="latents at a time; 0: 64 on a GPU, or 8")] = 0,
+    shard: Annotated[int, typer.Option(min=1, help="images a file; what a kill can lose")] = 4096,
+    workers: Annotated[int, typer.Option(min=0, help="threads that read images, of each process; 0: the cores")] = 0,
+    precision: Precision = "auto",
+    skip_unreadable: Annotated[bool, typer.Option("--skip-unreadable", help="leave out what cannot be read")] = False,
+    device: Device = "auto",
+    out: Out = Path("data/latents"),
+) -> None:
+    from scale.encode import cores, encode
+
+    encode(source, autoencoder, dansm.pick_device(device), out, size=size, flips=flips, moments=moments, batch=batch,
+           shard=shard, workers=workers or cores(), precision=precision, skip_unreadable=skip_unreadable)
+
+
+@_command("decode")
+def decode_command(
+    source: Annotated[Path, typer.Argument(
+        help="latents times the factor: a .npy file, a folder of them, or what dansm encode wrote")],
+    autoencoder: Autoencoder,
+    count: Annotated[int | None, typer.Option(min=1, help="only the first so many")] = None,
+    batch: Annotated[int, typer.Option(min=0, help="latents at a time at most; 0: what --memory holds")] = 0,
+    memory: Annotated[float | None, typer.Option(
+        min=0.0, help="gigabytes to decode in; without it a quarter of what is free")] = None,
+    precision: Precision = "auto",
+    device: Device = "auto",
+    out: Out = Path("runs/decode"),
+) -> None:
+    from scale.encode import decode
+
+    decode(source, autoencoder, dansm.pick_device(device), out, count=count, batch=batch, memory=memory,
+           precision=precision)
 
 
 @_command("compare")

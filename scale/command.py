@@ -114,7 +114,7 @@ def run(recipe: Recipe, out: Path, device: torch.device, fresh: bool) -> None:
     out = dansm.make_folder(out)
     with processes(device) as device:
         first = ranks()[0] == 0
-        with checkpoint.lock(out) if first else nullcontext(), _quiet(not first):
+        with checkpoint.lock(out) if first else nullcontext(), quiet(not first):
             _run(recipe, out, device, fresh, first)
 
 
@@ -172,7 +172,7 @@ def _track_reading(parts, total):
 
 
 @contextmanager
-def _quiet(on: bool):
+def quiet(on: bool):
     """What processes but the first would say, all of them would say again."""
     before, dansm.console.quiet = dansm.console.quiet, on or dansm.console.quiet
     try:
@@ -191,20 +191,17 @@ def draw_grid(net, flow, shape, steps: int, seed: int, device, saved: Path, path
 
 
 def sample(model: Path, device: torch.device, out: Path, *, count: int, steps: int, solver: str, batch: int,
-           files: bool, precision: str, seed: int) -> None:
-    """Draw images 0 … count − 1 of a seed from a run, a checkpoint or exported weights."""
+           files: bool, precision: str, seed: int, autoencoder: Path | None = None) -> None:
+    """Draw images 0 … count − 1 of a seed from a run, a checkpoint or exported weights, and decode latents."""
     net, flow, about = checkpoint.load_model(model, device, solver, say=say)
     dansm.check_steps("--steps", steps, type(flow))
-    channels = net.settings["channels"]
-    if channels not in (1, 3):
-        raise dansm.BadInput(f"{model} draws latents of {channels} channels, which are no pictures: expected a "
-                             "network of images, of 1 or 3 channels")
+    decode = decoding(model, net.settings["channels"], about, autoencoder, device, precision)
     out = dansm.make_folder(out)
     batch = batch or (500 if device.type == "cuda" else 64)
     shape = (net.settings["channels"], net.settings["size"], net.settings["size"])
     begin, drawn_so_far, shown = time.perf_counter(), 0, []
     draws = dansm.sample_images(sampler(net, device, precision), flow, range(count), shape, steps, seed=seed,
-                                batch=batch, device=device)
+                                batch=batch, device=device, decode=decode)
     try:
         for drawn in track(draws, "sampling", total=math.ceil(count / batch), console=dansm.console):
             for number, image in enumerate(drawn if files else (), drawn_so_far):
@@ -219,6 +216,31 @@ def sample(model: Path, device: torch.device, out: Path, *, count: int, steps: i
     dansm.write_json(out / "sample.json", {
         "checkpoint": str(about["file"]), "trained_steps": about["step"], "recipe": about["recipe"],
         "count": drawn_so_far, "steps": steps, "solver": solver, "precision": precision, "seed": seed,
+        "autoencoder": autoencoder and str(autoencoder),
         "seconds": round(seconds, 2), "hardware": dansm.hardware(device)})
     say(f"{counted(drawn_so_far, 'image')} in {counted(steps, 'step')} each: {seconds:.1f} s")
     dansm.say_files(out, "samples.png", "sample.json", *(["000000.png and so on"] if files else []))
+
+
+def decoding(model: Path, channels: int, about: dict, file: Path | None, device: torch.device, precision: str):
+    """What makes uint8 images (B, 3, H, W) of a network's samples: a decoder of latents, None for a network of images.
+    Raises BadInput where there is no autoencoder, one that is not needed, or another than the data's."""
+    pictures = channels in (1, 3)
+    if pictures and file is None:
+        return None
+    if pictures:
+        raise dansm.BadInput(f"--autoencoder is {file}, and {model} draws images of {counted(channels, 'channel')}: "
+                             "expected none")
+    if file is None:
+        raise dansm.BadInput(f"{model} draws latents of {channels} channels, which are no pictures: expected a "
+                             "network of images, of 1 or 3 channels, or --autoencoder to decode them")
+    from scale.autoencoder import Decoder, read_autoencoder
+    from scale.encode import check_autoencoder
+
+    autoencoder = read_autoencoder(file)
+    if autoencoder.channels != channels:
+        raise dansm.BadInput(f"{model} draws latents of {channels} channels, {file} decodes {autoencoder.channels}: "
+                             "expected the autoencoder of its data")
+    if about.get("data"):
+        check_autoencoder(Path(about["data"]), autoencoder)
+    return Decoder(autoencoder, device, precision).decode

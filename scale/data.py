@@ -19,7 +19,8 @@ from torch import Tensor
 
 from dansm import BadInput, check_count, free_memory
 from scale.cache import cached
-from scale.read import Source, Unreadable, check_finite, files_of, open_latents, opened, square
+from scale.latents import Shards, draw, open_encoded, read_index
+from scale.read import Source, Unreadable, check_finite, check_no_size, files_of, open_latents, opened, square
 
 RESIDENT = 1 / 4  # of the device's free memory may be taken by the data: the rest is for training
 AHEAD, READERS = 4, 2  # batches read before they are asked for, and threads that do
@@ -27,20 +28,22 @@ AHEAD, READERS = 4, 2  # batches read before they are asked for, and threads tha
 
 def load_images(source: str, *, size: int | None = None, skip_unreadable: bool = False, root: str = "data",
                 track=lambda images, total: images, left_out: list[Path] | None = None,
-                cache: Path | None = None) -> Tensor | np.ndarray:
+                cache: Path | None = None) -> Tensor | np.ndarray | Shards:
     """All of `source` as one array (N, C, H, W): uint8 for images, float16 or float32 for latents.
 
     source  images: a folder, read with its subfolders in the order of their names; a .zip, .tar, .tar.gz, .tar.bz2 or
             .tar.xz of them (.tar.zst from Python 3.14 on), read without unpacking; an LSUN lmdb, a folder with
             data.mdb; or "cifar10", which torchvision downloads into `root` at first use.
-            Latents: a .npy file (N, C, H, W), or a folder of .npy files, all (C, H, W) or all (n, C, H, W).
+            Latents: a folder that dansm encode wrote; a .npy file (N, C, H, W), or a folder of .npy files, all
+            (C, H, W) or all (n, C, H, W).
     size    shorter side to this many pixels, then the centre square; None takes the images as they are.
     track   wraps what is read while it is read, to show progress: track(images, total) yields what it is given.
     left_out  gets the paths of the files that `skip_unreadable` left out.
     cache   a folder that keeps what was decoded: the array stays on the disk, memory-mapped, and the next call for
             the same files decodes nothing. Of several processes one decodes and the others wait for it.
 
-    A tensor in memory, or an np.memmap where a cache or a .npy file holds it; `batches` takes either. Raises BadInput
+    A tensor in memory, or an np.memmap where a cache or a .npy file holds it, or `Shards` where an encode does;
+    `batches` takes any. Raises BadInput
     for a source that is missing, empty, damaged, encrypted or unsafe, for an unreadable file (named; left out if
     `skip_unreadable`), for unequal sizes (two files named), for latents that are not finite, for an array of more than
     half of the free memory where there is no cache, and for a cache on a full disk.
@@ -50,6 +53,9 @@ def load_images(source: str, *, size: int | None = None, skip_unreadable: bool =
     if source == "cifar10" and not Path(source).exists():
         return _cifar10(root, size)
     source, left_out = Path(source), [] if left_out is None else left_out
+    if index := read_index(source):
+        check_no_size(size, source)
+        return open_encoded(source, index)
     files = files_of(source)
     if files[0] == source and source.suffix.lower() == ".npy":
         return _one_file_of_latents(source, size, track)
@@ -84,8 +90,7 @@ def _cifar10(root: str, size: int | None) -> Tensor:
 
 
 def _one_file_of_latents(path: Path, size: int | None, track) -> np.ndarray:
-    if size is not None:
-        raise BadInput(f"--size is {size}, and {path} holds latents, which are taken as they are: expected none")
+    check_no_size(size, path)
     latents = open_latents(path)
     parts = np.array_split(latents, max(1, latents.nbytes // 2**26))
     with closing(ahead(partial(check_finite, path), parts, threads=os.cpu_count(), depth=os.cpu_count())) as checked:
@@ -99,10 +104,10 @@ def _one_file_of_latents(path: Path, size: int | None, track) -> np.ndarray:
 
 def _decode(source, files, size, skip_unreadable, track, left_out, make_array) -> np.ndarray:
     """Every file of `source` in one array, which make_array(source, shape, dtype) makes once their shape is known."""
-    with opened(source, files, size) as read, _bombs_refused():
+    with opened(source, files, size) as read, bombs_refused():
         array, first, kept, missing = None, None, np.zeros(read.count, bool), []
         threads = os.cpu_count()  # decoding leaves Python's lock, so threads do
-        work = partial(_decode_one, read, skip_unreadable)
+        work = partial(decode_one, read, skip_unreadable)
         with closing(ahead(work, read.entries, threads=threads, depth=4 * threads)) as decoded:
             for place, path, part in track(decoded, read.parts):
                 if part is None:
@@ -124,7 +129,7 @@ def _decode(source, files, size, skip_unreadable, track, left_out, make_array) -
     return array[: kept.sum()]
 
 
-def _decode_one(read: Source, skip_unreadable, entry):
+def decode_one(read: Source, skip_unreadable, entry):
     place, path, payload = entry
     try:
         return place, path, read.decode(path, payload)
@@ -135,7 +140,7 @@ def _decode_one(read: Source, skip_unreadable, entry):
 
 
 @contextmanager
-def _bombs_refused():
+def bombs_refused():
     """Pillow only warns of an image up to twice its limit."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -182,11 +187,12 @@ def ahead(work: Callable, items: Iterable, *, threads: int, depth: int) -> Itera
 # ------------------------------------------------------------------------------- to the device
 
 
-def batches(images: Tensor | np.ndarray, batch: int, *, seed: int = 0, flip: bool = True, start: int = 0,
+def batches(images: Tensor | np.ndarray | Shards, batch: int, *, seed: int = 0, flip: bool = True, start: int = 0,
             rank: int = 0, ranks: int = 1, device=None, resident: bool | None = None) -> Iterator[Tensor]:
     """Endless batches (batch / ranks, C, H, W) float32 on `device`, by default where the images are.
 
-    images    (N, C, H, W) uint8, served in [−1, 1], or float16 or float32 latents, served as they are.
+    images    (N, C, H, W) uint8, served in [−1, 1], or float16 or float32 latents, served as they are; of `Shards` of
+              moments, latents drawn anew each time, by seed and number of the batch.
     rank      of `ranks` gets its part of each batch: the parts joined in their order are the batch of one process.
     resident  whether the images live on the device; None: if they take up to a quarter of its free memory. Those
               that do not are read by threads a few batches ahead. The batches are the same to the last bit.
@@ -212,16 +218,21 @@ def batches(images: Tensor | np.ndarray, batch: int, *, seed: int = 0, flip: boo
         resident = _may_live_on(device, images)
     shares = partial(_shares, len(images), batch, seed, flip, start, rank, ranks)
     if resident:
-        return _served_there(_tensor(images).to(device), shares(device, side))
-    images = images.cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)
-    return _read_ahead(images, shares(torch.device("cpu"), None), device, side)
+        there = images.on(device) if isinstance(images, Shards) else _tensor(images).to(device)
+        served = _served_there(there, shares(device, side))
+    else:
+        images = images.cpu().numpy() if isinstance(images, Tensor) else images
+        served = _read_ahead(images, shares(torch.device("cpu"), None), device, side)
+    if isinstance(images, Shards) and images.moments:
+        return _drawn(served, batch, seed, start, rank * (batch // ranks), device)
+    return served
 
 
 def _may_live_on(device: torch.device, images) -> bool:
     if isinstance(images, Tensor) and images.device == device:
         return True
     if device.type == "cpu":
-        return not isinstance(images, np.memmap)
+        return not isinstance(images, np.memmap | Shards)
     return images.nbytes <= RESIDENT * free_memory(device)
 
 
@@ -249,6 +260,18 @@ def _read_ahead(images: np.ndarray, shares, device, side) -> Iterator[Tensor]:
     with closing(shares), closing(ahead(gather, shares, threads=READERS, depth=AHEAD)) as gathered:
         for sent in gathered:
             yield _finished(*_received(*sent))
+
+
+def _drawn(served, batch, seed, start, first, device) -> Iterator[Tensor]:
+    """Latents of the means and log-variances that are served. Every rank draws the noises of the whole batch and keeps
+    its own, from `first` on, so that it is the batch of one process."""
+    numbers = torch.Generator(device)
+    with closing(served):
+        for number, moments in enumerate(served, start):
+            numbers.manual_seed(int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0]) >> 1)
+            channels, *size = moments.shape[1:]
+            noise = torch.randn(batch, channels // 2, *size, device=device, generator=numbers)
+            yield draw(moments, noise[first : first + len(moments)])
 
 
 def _finished(x: Tensor, mirrored: Tensor) -> Tensor:

@@ -317,10 +317,14 @@ def check_finite(path: Path, latents: np.ndarray) -> None:
             raise BadInput(f"{path} holds NaN or infinite numbers: expected finite latents")
 
 
+def check_no_size(size: int | None, path: Path) -> None:
+    if size is not None:
+        raise BadInput(f"--size is {size}, and {path} holds latents, which are taken as they are: expected none")
+
+
 def _latent_files(files: list[Path], size: int | None) -> Source:
     """A folder of latents: (C, H, W) each, or (n, C, H, W) each."""
-    if size is not None:
-        raise BadInput(f"--size is {size}, and {files[0]} holds latents, which are taken as they are: expected none")
+    check_no_size(size, files[0])
     lengths = [1] * len(files)
     if (dims := open_latents(files[0], (3, 4)).ndim) == 4:
         lengths = [len(open_latents(path)) for path in files]

@@ -1,0 +1,296 @@
+"""What dansm encode and dansm decode do: images through the autoencoder's encoder to shards of latents, and latents
+through its decoder to images."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import closing, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import groupby, islice
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as group
+from PIL import Image
+from rich.progress import Progress, track
+from torch import Tensor
+
+import dansm
+from dansm import BadInput, counted, say
+from scale import data, latents
+from scale.autoencoder import LARGEST, Autoencoder, Decoder, Encoder, read_autoencoder
+from scale.cache import digest_of_files
+from scale.checkpoint import lock
+from scale.command import quiet
+from scale.read import Source, check_finite, files_of, open_latents, opened
+from scale.step import processes, ranks
+
+BATCH = {"cuda": 64, "cpu": 8}  # the same whatever the memory: another one may give other last bits
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that the latents of an encode depend on."""
+
+    source: str
+    source_digest: str  # another one as soon as a file of the source is another
+    size: int
+    flips: bool
+    moments: bool
+    autoencoder: str  # SHA-256 of its weights
+    factor: float
+    shift: float
+    precision: str
+    batch: int  # latents made at a time
+    shard: int  # images
+
+    def settings(self) -> dict:
+        return {"dansm_latents": latents.VERSION, **asdict(self)}
+
+
+def encode(source: Path, weights: Path | Autoencoder, device: torch.device, out: Path, *, size: int, flips: bool,
+           moments: bool, batch: int, shard: int, workers: int, precision: str, skip_unreadable: bool) -> None:
+    """Encode all images of `source` into `out`, on as many processes as torchrun started. The same call goes on where
+    an earlier one was ended, and does nothing where one came to its end."""
+    data.check_out(str(source), out)
+    files = _image_files(source)
+    autoencoder = weights if isinstance(weights, Autoencoder) else read_autoencoder(weights)
+    if size % autoencoder.shrinks:
+        raise BadInput(f"--size is {size}: expected a multiple of {autoencoder.shrinks}, which the autoencoder divides "
+                       "it by")
+    out = dansm.make_folder(out)
+    with processes(device) as device:
+        encoder = Encoder(autoencoder, device, precision)
+        plan = Plan(str(source), digest_of_files(source, files, size), size, flips, moments, autoencoder.digest,
+                    autoencoder.factor, autoencoder.shift, str(encoder.dtype).removeprefix("torch."),
+                    batch or BATCH.get(device.type, 8), shard)
+        first = ranks()[0] == 0
+        with lock(out, "encoded") if first else nullcontext(), quiet(not first):
+            if not _is_done(out, plan):
+                _encode(source, files, encoder, plan, out, workers, skip_unreadable, first)
+            elif first:
+                latents.remove_notes(out)  # of an encode that was killed after its last shard
+
+
+def cores() -> int:
+    """Of this machine for each of its processes."""
+    return max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def _image_files(source: Path) -> list[Path]:
+    if not source.exists() or (not source.is_dir() and source.suffix.lower() == ".npy"):
+        what = "holds latents" if source.exists() else "does not exist"
+        raise BadInput(f"{source} {what}: expected a folder of images, a .zip or .tar of them, or an LSUN lmdb")
+    files = files_of(source)
+    if files[0].suffix.lower() == ".npy":
+        raise BadInput(f"{source} holds latents ({files[0]}): expected images")
+    return files
+
+
+def _is_done(out: Path, plan: Plan) -> bool:
+    """Whether `out` holds all these latents; BadInput if it holds others."""
+    finished = latents.read_index(out)
+    before = finished or latents.read_unfinished(out)
+    if before is None:
+        if strange := next(out.glob("*.npy"), None):
+            raise BadInput(f"--out is {out}, which holds {strange.name} of another origin: expected a folder without "
+                           "latents")
+        return False
+    differing = [f"{name} {before.get(name)} → {value}" for name, value in plan.settings().items()
+                 if name != "source" and before.get(name) != value]
+    if differing:
+        raise BadInput(f"{out} holds latents that were made otherwise ({', '.join(differing)}): expected the same "
+                       "settings, or another --out")
+    if finished:
+        say(f"{out} holds all {counted(finished['count'], 'latent')} already: nothing to do")
+    return finished is not None
+
+
+def _encode(source, files, encoder, plan, out, workers, skip_unreadable, first):
+    begin = time.perf_counter()
+    with opened(source, files, plan.size) as read, data.bombs_refused():
+        shards = math.ceil(read.count / plan.shard)
+        missing = [number for number in range(shards) if not latents.is_finished(out, number)]
+        if first:
+            _begin(out, plan, read.count, len(missing), encoder.autoencoder)
+        if group.is_initialized():
+            group.barrier()  # all have the same list, and the settings are there, before the first shard is
+        rank, processes = ranks()
+        _work(read, encoder, plan, out, missing[rank::processes], workers, skip_unreadable)
+    if group.is_initialized():
+        group.barrier()
+    if first:
+        _end(out, plan, shards, min(read.count, len(missing) * plan.shard), time.perf_counter() - begin)
+
+
+def _begin(out, plan, count, missing, autoencoder):
+    for half_written in out.glob("*.partial"):
+        half_written.unlink(missing_ok=True)
+    latents.write_json(out / latents.UNFINISHED, plan.settings())
+    left = min(count, missing * plan.shard)
+    needed = left * (1 + plan.flips) * 2 * math.prod(_shape(plan, autoencoder))
+    if needed > (free := shutil.disk_usage(out).free):
+        raise BadInput(f"--out is {out}: the latents of {counted(left, 'image')} take {needed / 1e9:,.1f} GB, its disk "
+                       f"has {free / 1e9:,.1f} GB free; expected room for them")
+    say(f"{counted(count, 'image')}" + f", {left:,} of them still to encode" * (left < count))
+
+
+def _end(out, plan, shards, images, seconds):
+    index = latents.write_index(out, plan.settings(), shards)
+    if index["left_out"]:
+        say(f"left out {counted(len(index['left_out']), 'image')}, not readable:",
+            ", ".join(index["left_out"][:3]) + ", …" * (len(index["left_out"]) > 3))
+    say(f"{counted(index['count'], 'latent')} of {'×'.join(map(str, index['shape']))};",
+        f"this time {counted(images, 'image')} in {seconds:.1f} s, {images / max(seconds, 1e-9):,.1f} a second")
+    dansm.say_files(out, latents.INDEX, index["shards"][0]["file"], *["and so on"] * (len(index["shards"]) > 1))
+
+
+def _work(read: Source, encoder: Encoder, plan: Plan, out: Path, mine: list[int], workers: int,
+          skip_unreadable: bool) -> None:
+    """Encode the shards of these numbers, each written as soon as it is whole."""
+    done, wanted = 0, set(mine)
+    total = sum(min(plan.shard, read.count - number * plan.shard) for number in mine)
+    numbered = ((place // plan.shard, entry) for place, entry in enumerate(read.entries))
+    entries = ((number, entry) for number, entry in numbered if number in wanted)
+    bar = Progress(*Progress.get_default_columns(), console=dansm.console)
+    with bar, closing(data.ahead(partial(_decode, read, skip_unreadable), entries, threads=workers,
+                                 depth=4 * workers + plan.batch)) as decoded:
+        task = bar.add_task("encoding", total=total)
+        try:
+            for number, images in groupby(decoded, lambda image: image[0]):
+                made, left_out = _encode_shard(images, encoder, plan, lambda count: bar.advance(task, count))
+                latents.write_shard(out, number, made, encoder.autoencoder.channels, left_out)
+                done += 1
+        except BadInput as error:
+            raise BadInput(f"{error}; {done} of {counted(len(mine), 'shard')} were written and are kept") from error
+        except KeyboardInterrupt as stop:
+            raise dansm.Stopped(f"stopped; {done} of {counted(len(mine), 'shard')} were written, the same command goes "
+                                "on") from stop
+
+
+def _decode(read, skip_unreadable, entry):
+    number, one = entry
+    _, path, image = data.decode_one(read, skip_unreadable, one)
+    return number, path, image
+
+
+def _encode_shard(images, encoder: Encoder, plan: Plan, advance) -> tuple[np.ndarray, list[Path]]:
+    """Latents (n, C or 2C, h, w) float16 of one shard's images, and the paths of those that could not be read."""
+    none = torch.empty(0, *_shape(plan, encoder.autoencoder), dtype=torch.float16, device=encoder.device)
+    made, names, left_out = [none], [], []
+    readable = _readable(images, left_out, advance)
+    while some := list(islice(readable, max(1, plan.batch // (1 + plan.flips)))):
+        names += [path for path, _ in some]
+        made.append(_latents(np.concatenate([image for _, image in some]), encoder, plan))
+        advance(len(some))
+    found = torch.cat(made).cpu()
+    finite = found.isfinite().flatten(1).all(1)
+    if not finite.all():
+        name = names[int((~finite).nonzero()[0]) // (1 + plan.flips)]
+        raise BadInput(f"{name} encodes to NaN or infinite numbers in {plan.precision}: expected finite latents; "
+                       "--precision fp32 may give them")
+    return found.numpy(), left_out
+
+
+def _shape(plan: Plan, autoencoder: Autoencoder) -> tuple[int, ...]:
+    """Of one latent as it is stored."""
+    return autoencoder.channels * (1 + plan.moments), *[plan.size // autoencoder.shrinks] * 2
+
+
+def _readable(images, left_out: list[Path], advance) -> Iterator[tuple[Path, np.ndarray]]:
+    for _, path, image in images:
+        if image is None:
+            left_out.append(path)
+            advance(1)
+        else:
+            yield path, image
+
+
+def _latents(images: np.ndarray, encoder: Encoder, plan: Plan) -> Tensor:
+    """uint8 (B, 3, H, W) → (B or 2B, C or 2C, h, w) float16 on the device, which need not have come to its end. After
+    each latent, that of the mirrored image, if those are asked for."""
+    x = torch.from_numpy(images)
+    x = (x.pin_memory() if encoder.device.type == "cuda" else x).to(encoder.device, non_blocking=True)
+    if plan.flips:
+        x = torch.stack([x, x.flip(3)], 1).flatten(0, 1)
+    moments = encoder.moments(x)
+    return (moments if plan.moments else moments[:, : encoder.autoencoder.channels]).half()
+
+
+# ------------------------------------------------------------------------------- and back
+
+
+def decode(source: Path, weights: Path | Autoencoder, device: torch.device, out: Path, *, count: int | None, batch: int,
+           memory: float | None, precision: str) -> None:
+    """Write the first `count` latents of `source`, or all, as 000000.png and so on into `out`.
+
+    memory  gigabytes to decode in; None for a quarter of what the device has free
+    batch   latents at a time at most; 0 for what fits
+    """
+    data.check_out(str(source), out)
+    autoencoder = weights if isinstance(weights, Autoencoder) else read_autoencoder(weights)
+    found = read_latents(source, autoencoder)
+    decoder, out = Decoder(autoencoder, device, precision), dansm.make_folder(out)
+    memory = None if memory is None else int(memory * 1e9)
+    batch = min(batch or LARGEST[1], decoder.fits(max(found.shape[2:]), memory))
+    count, begin, done = min(count or len(found), len(found)), time.perf_counter(), 0
+
+    def images():
+        for start in range(0, count, batch):
+            some = found[start : min(start + batch, count)]
+            some = some if isinstance(some, Tensor) else torch.from_numpy(np.array(some))
+            yield from enumerate(decoder.decode(some, start, memory).cpu(), start)
+
+    try:
+        writing = data.ahead(partial(_save, out), images(), threads=os.cpu_count(), depth=batch)
+        with closing(writing):
+            for _ in track(writing, "decoding", total=count, console=dansm.console):
+                done += 1
+    except KeyboardInterrupt as stop:
+        raise dansm.Stopped(f"stopped; {done:,} of {counted(count, 'image')} are written") from stop
+    except OSError as error:
+        raise BadInput(f"{out} cannot be written to: {error.strerror or error}; {done:,} of {counted(count, 'image')} "
+                       "are there, expected room for all") from error
+    seconds = time.perf_counter() - begin
+    say(f"{counted(count, 'image')} in {seconds:.1f} s, {batch} at a time")
+    dansm.say_files(out, "000000.png", *["and so on"] * (count > 1))
+
+
+def _save(out: Path, numbered: tuple[int, Tensor]) -> None:
+    number, image = numbered
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(out / f"{number:06d}.png")
+
+
+def read_latents(source: Path, autoencoder: Autoencoder):
+    """Latents (N, C, h, w) of an encode's folder, of a .npy file, (N, C, h, w) or (C, h, w), or of a folder of these;
+    BadInput for those of another autoencoder."""
+    if not source.exists():
+        raise BadInput(f"{source} does not exist: expected latents, a .npy file, a folder of them or of dansm encode")
+    check_autoencoder(source, autoencoder)
+    if source.is_file() and source.suffix.lower() == ".npy" and open_latents(source, (3, 4)).ndim == 3:
+        found = open_latents(source, (3,))[None]
+        check_finite(source, found)
+    else:
+        found = data.load_images(str(source))
+    if str(found.dtype).endswith("uint8"):
+        raise BadInput(f"{source} holds images: expected latents, which are .npy files")
+    if found.shape[1] != autoencoder.channels:
+        raise BadInput(f"{source} holds latents of {found.shape[1]} channels, {autoencoder.path} decodes "
+                       f"{autoencoder.channels}: expected the same")
+    return found
+
+
+def check_autoencoder(source: Path, autoencoder: Autoencoder) -> None:
+    """BadInput if `source` is known to hold latents of another one; only dansm encode says so of what it writes."""
+    index = latents.read_index(source) or {}
+    of_ours = {"autoencoder": autoencoder.digest, "factor": autoencoder.factor, "shift": autoencoder.shift}
+    for name, value in of_ours.items():
+        if index.get(name, value) != value:
+            raise BadInput(f"{source} holds latents made with {name} {index[name]}, {autoencoder.path} has {value}: "
+                           "expected the same autoencoder")
