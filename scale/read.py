@@ -64,15 +64,20 @@ def find_files(folder: Path) -> list[Path]:
     def unreadable(error: OSError):
         raise BadInput(f"{error.filename} cannot be read: {error.strerror}")
 
-    images, latents = [], []
+    images, latents, archives = [], [], []
     for parent, _, names in os.walk(folder, onerror=unreadable, followlinks=True):
         for name in names:
             if (suffix := os.path.splitext(name)[1].lower()) in SUFFIXES:
                 images.append(Path(parent) / name)
             elif suffix == ".npy":
                 latents.append(Path(parent) / name)
+            elif name.lower().endswith((".zip", *TARS)):
+                archives.append(Path(parent) / name)
     if images and latents:
         raise BadInput(f"{folder} holds images ({min(images)}) and latents ({min(latents)}): expected one kind alone")
+    if archives and not images and not latents:
+        raise BadInput(f"{folder} holds no images, but archives: expected one of them, as {min(archives)}, "
+                       "or the folder with them unpacked")
     if not images and not latents:
         raise BadInput(f"{folder} holds no images: expected files ending in {' '.join(sorted(SUFFIXES))}, or .npy")
     return sorted(images or latents)

@@ -192,6 +192,10 @@ class Keeper:
                     differences.append(f"{words.format(state['network'][part])} → {run.net.settings[part]}")
             if state["network"] != run.net.settings and not differences:
                 differences.append(f"network {state['network']} → {run.net.settings}")
+            was, now = ("fp16" if scaler else "bf16 or fp32"  # auto is what the device can
+                        for scaler in (state["training"]["scaler"], run.scaler.state_dict()))
+            if was != now and not differences:
+                differences.append(f"precision {was} → {now}, as this device's")
             if len(state["ranks"]) != self.processes:
                 differences.append(f"processes {len(state['ranks'])} → {self.processes}")
         if differences:

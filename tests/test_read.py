@@ -645,3 +645,13 @@ def test_a_cache_among_the_images_or_in_a_file_is_refused(tmp_path):
         load_images(str(folder), cache=folder / "cache")
     with pytest.raises(BadInput, match=r"--cache is .*b\.png"):
         load_images(str(folder / "sub"), cache=folder / "b.png")
+
+
+def test_a_folder_of_archives_alone_names_one(tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in ("b.tar.gz", "a.zip"):
+        (tmp_path / "data" / name).touch()
+    with pytest.raises(BadInput, match=r"holds no images, but archives: expected one of them, as .*a\.zip"):
+        read.find_files(tmp_path / "data")
+    (tmp_path / "data" / "x.png").touch()
+    assert read.find_files(tmp_path / "data") == [tmp_path / "data" / "x.png"]

@@ -443,6 +443,17 @@ def test_a_recipe_of_the_papers_runs_with_data_and_a_width_of_ones_own(run, late
     assert state["network"]["width"] == 8 and state["network"]["multipliers"] == [1, 2, 2, 2]
 
 
+def test_a_run_begun_with_a_scaler_goes_on_only_where_there_is_one(run, refused, images, tmp_path):
+    """As where precision is auto, and the card it goes on with knows bf16."""
+    out = tmp_path / "out"
+    assert run("train", images, "--steps", 2, "--out", out, *FAST)[0] == 0
+    state = state_of(out)
+    state["training"]["scaler"] = torch.amp.GradScaler("cpu").state_dict()
+    checkpoint.save(out, state)
+    said = refused("train", images, "--steps", 4, "--out", out, *FAST)
+    assert "precision fp16 → bf16 or fp32" in said and "--fresh" in said
+
+
 # ------------------------------------------------------------------------------- several processes
 
 
