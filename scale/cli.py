@@ -86,7 +86,8 @@ def sample_command(
 def evaluate_command(
     models: Annotated[list[Path], typer.Argument(help="folders of dansm train, checkpoints, or exports")],
     data: Annotated[str | None, typer.Option(
-        help="the real images: a folder, an archive, cifar10; else what the models were trained on")] = None,
+        help="the real images: a folder, an archive, cifar10; else what the models were trained on, or what their "
+             "latents are of")] = None,
     steps: Annotated[str, typer.Option(help="counts of steps from noise to image, parted by commas")] = "3,4,5,10",
     count: Annotated[int, typer.Option(min=2, help="images drawn for each row of the table")] = 10_000,
     size: Annotated[int | None, typer.Option(min=1, help="make the real images so many pixels square")] = None,
@@ -94,6 +95,8 @@ def evaluate_command(
         help="inception, or any other network as module:callable; scale.evaluate:efficientnet_lite0 needs no "
              "download")] = "inception",
     inception_weights: Annotated[Path | None, typer.Option(help="its weights, where there is no network")] = None,
+    autoencoder: Annotated[Path | None, typer.Option(
+        help="Stable Diffusion's, for models of latents, as for dansm encode")] = None,
     solver: Annotated[Literal["euler", "heun"], typer.Option(help="heun takes two evaluations a step")] = "euler",
     batch: Annotated[int, typer.Option(min=0, help="images at a time: memory and speed; 0: 500 on a GPU, or 64")] = 0,
     precision: Annotated[Literal["auto", "bf16", "fp16", "fp32"], typer.Option(
@@ -107,7 +110,7 @@ def evaluate_command(
 
     evaluate(models, data, dansm.pick_device(device), out, steps=steps, count=count, size=size, features=features,
              weights=inception_weights, solver=solver, batch=batch, precision=precision, seed=seed,
-             cache=cache.expanduser())
+             cache=cache.expanduser(), autoencoder=autoencoder)
 
 
 @_command("bench")

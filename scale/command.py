@@ -195,13 +195,13 @@ def sample(model: Path, device: torch.device, out: Path, *, count: int, steps: i
     """Draw images 0 … count − 1 of a seed from a run, a checkpoint or exported weights, and decode latents."""
     net, flow, about = checkpoint.load_model(model, device, solver, say=say)
     dansm.check_steps("--steps", steps, type(flow))
-    decode = decoding(model, net.settings["channels"], about, autoencoder, device, precision)
+    decoder = decoder_for(model, net.settings["channels"], about, autoencoder, device, precision)
     out = dansm.make_folder(out)
     batch = batch or (500 if device.type == "cuda" else 64)
     shape = (net.settings["channels"], net.settings["size"], net.settings["size"])
     begin, drawn_so_far, shown = time.perf_counter(), 0, []
     draws = dansm.sample_images(sampler(net, device, precision), flow, range(count), shape, steps, seed=seed,
-                                batch=batch, device=device, decode=decode)
+                                batch=batch, device=device, decode=decoder and decoder.decode)
     try:
         for drawn in track(draws, "sampling", total=math.ceil(count / batch), console=dansm.console):
             for number, image in enumerate(drawn if files else (), drawn_so_far):
@@ -222,7 +222,7 @@ def sample(model: Path, device: torch.device, out: Path, *, count: int, steps: i
     dansm.say_files(out, "samples.png", "sample.json", *(["000000.png and so on"] if files else []))
 
 
-def decoding(model: Path, channels: int, about: dict, file: Path | None, device: torch.device, precision: str):
+def decoder_for(model: Path, channels: int, about: dict, file: Path | None, device: torch.device, precision: str):
     """What makes uint8 images (B, 3, H, W) of a network's samples: a decoder of latents, None for a network of images.
     Raises BadInput where there is no autoencoder, one that is not needed, or another than the data's."""
     pictures = channels in (1, 3)
@@ -243,4 +243,4 @@ def decoding(model: Path, channels: int, about: dict, file: Path | None, device:
                              "expected the autoencoder of its data")
     if about.get("data"):
         check_autoencoder(Path(about["data"]), autoencoder)
-    return Decoder(autoencoder, device, precision).decode
+    return Decoder(autoencoder, device, precision)

@@ -34,6 +34,7 @@ import dansm
 from dansm import BadInput, say
 from scale import checkpoint
 from scale.data import load_images
+from scale.latents import read_index
 from scale.step import number_type, sampler
 
 VERSION = 1  # of what the cache and the rows hold; another one is measured anew
@@ -231,8 +232,7 @@ def check_real(images) -> None:
         raise BadInput(f"there are {dansm.counted(len(images), 'real image')}: expected at least 4, and thousands for "
                        "numbers that mean something")
     if str(images.dtype).split(".")[-1] != "uint8":
-        raise BadInput(f"the real images are {images.dtype} of {images.shape[1]} channels, latents: expected images, "
-                       "as latents cannot be decoded yet")
+        raise BadInput(f"the real images are {images.dtype} of {images.shape[1]} channels, latents: expected images")
 
 
 def _measured(images, extractor, device, batch, digest, advance) -> Real:
@@ -393,6 +393,12 @@ class Model(NamedTuple):
     net: dansm.UNet
     flow: object
     about: dict
+    decoder: object = None  # scale.autoencoder.Decoder, of a model of latents
+
+    @property
+    def pixels(self) -> int:
+        """Width and height of its images."""
+        return self.shape[-1] * (self.decoder.autoencoder.shrinks if self.decoder else 1)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -400,24 +406,29 @@ class Model(NamedTuple):
         return settings["channels"], settings["size"], settings["size"]
 
 
-def load_models(paths: Iterable[Path], steps: list[int], solver: str) -> list[Model]:
-    """The models on the CPU. BadInput for one that cannot be read, makes latents, or takes not so many steps."""
-    models = [Model(path, *checkpoint.load_model(path, "cpu", solver, say=say)) for path in paths]
-    for path, _, flow, about in models:
-        if (channels := about["network"]["channels"]) not in (1, 3):
-            raise BadInput(f"{path} makes latents of {channels} channels: expected a model of images, of 3, as latents "
-                           "cannot be decoded yet")
+def load_models(paths: Iterable[Path], steps: list[int], solver: str, autoencoder: Path | None, device,
+                precision: str) -> list[Model]:
+    """The models on the CPU, with decoders on the device for those of latents. BadInput for one that cannot be read,
+    makes latents that `autoencoder` does not decode, or takes not so many steps."""
+    from scale.command import decoder_for
+
+    models = []
+    for path in paths:
+        net, flow, about = checkpoint.load_model(path, "cpu", solver, say=say)
         for count in steps:
             dansm.check_steps("--steps", count, type(flow))
+        decoder = decoder_for(path, net.settings["channels"], about, autoencoder, device, precision)
+        models.append(Model(path, net, flow, about, decoder))
     return models
 
 
 def draw_features(net, flow, numbers: range, shape, steps: int, extractor: Extractor, device, *, seed: int, batch: int,
-                  advance: Callable[[int], None]) -> tuple[Tensor, Tensor | None]:
+                  advance: Callable[[int], None], decode=None) -> tuple[Tensor, Tensor | None]:
     """Features (N, D), and logits, of N images of a seed by their numbers: for every model from the same noise.
-    net: what `scale.step.sampler` makes of a network."""
+    net: what `scale.step.sampler` makes of a network; decode: what makes images of latents, as in `sample_images`."""
     features, logits = [], []
-    for images in dansm.sample_images(net, flow, numbers, shape, steps, seed=seed, batch=batch, device=device):
+    for images in dansm.sample_images(net, flow, numbers, shape, steps, seed=seed, batch=batch, device=device,
+                                      decode=decode):
         found, classes = features_of(images, extractor, device)
         features.append(found.cpu())
         logits += [] if classes is None else [classes.cpu()]
@@ -432,15 +443,16 @@ def draw_features(net, flow, numbers: range, shape, steps: int, extractor: Extra
 
 def evaluate(paths: list[Path], data: str | None, device: torch.device, out: Path, *, steps: str, count: int,
              size: int | None, features: str, weights: Path | None, solver: str, batch: int, precision: str, seed: int,
-             cache: Path) -> None:
+             cache: Path, autoencoder: Path | None = None) -> None:
     """Score each model at each count of steps, write evaluate.json and evaluate.csv row by row, print one table.
 
-    data   the real images; None: what the models say they were trained on
-    steps  counts parted by commas
+    data         the real images; None: what the models say they were trained on, or what their latents are of
+    steps        counts parted by commas
+    autoencoder  decodes the latents of models of latents
     A row that evaluate.json has already, of the same weights, images and settings, is not measured again.
     """
     steps = parse_steps(steps)
-    models = load_models(paths, steps, solver)
+    models = load_models(paths, steps, solver, autoencoder, device, precision)
     out = dansm.make_folder(out)
     rows = read_rows(out / "evaluate.json")
     extractor = load_extractor(features, device, weights)
@@ -461,6 +473,7 @@ def evaluate(paths: list[Path], data: str | None, device: torch.device, out: Pat
                 flow = [model.about[part] for part in ("network", "flow", "times")]
                 weighed = [*made_from, digest_of_weights(model.net.state_dict()), flow, solver,
                            str(number_type(precision, device))]
+                weighed += [model.decoder.autoencoder.digest] if model.decoder else []
                 for each in steps:
                     row = {"model": str(model.path), "steps": each, "count": count, "file": str(model.about["file"]),
                            "trained_steps": model.about["step"], "solver": solver, **common,
@@ -504,12 +517,18 @@ def _read_real(models: list[Model], data: str | None, size: int | None) -> tuple
         size = size or recipe.get("size") or None
         settings = {"skip_unreadable": recipe.get("skip_unreadable", False),
                     "cache": Path(recipe["cache"]) if recipe.get("cache") else None}
+        if models[0].decoder:
+            index = read_index(Path(data))
+            if index is None:
+                raise BadInput(f"{data} does not say what images its latents are of: expected --data, those images")
+            data, size = index["source"], size or index["size"]
+            settings["skip_unreadable"] = bool(index["left_out"])
     images = load_images(data, size=size, track=_track_reading, **settings)
     check_real(images)
     for model in models:
-        if model.shape[1:] != tuple(images.shape[2:]):
-            raise BadInput(f"{model.path} makes images of {model.shape[2]}×{model.shape[1]} pixels, those of {data} "
-                           f"are {images.shape[3]}×{images.shape[2]}: expected equal sizes; --size {model.shape[1]} "
+        if tuple(images.shape[2:]) != (model.pixels, model.pixels):
+            raise BadInput(f"{model.path} makes images of {model.pixels}×{model.pixels} pixels, those of {data} "
+                           f"are {images.shape[3]}×{images.shape[2]}: expected equal sizes; --size {model.pixels} "
                            "makes the real ones so")
     return data, images
 
@@ -523,7 +542,7 @@ def _track_reading(parts, total):
 def _score_model(model, steps, extractor, real, device, *, count, precision, seed, **settings) -> dict:
     net = sampler(model.net.to(device), device, precision)
     features, logits = draw_features(net, model.flow, range(count), model.shape, steps, extractor, device, seed=seed,
-                                     **settings)
+                                     decode=model.decoder and model.decoder.decode, **settings)
     return score(features, real, extractor, logits=logits, seed=seed, device=device)
 
 

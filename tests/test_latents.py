@@ -466,3 +466,36 @@ def test_the_bench_times_both_halves_and_the_commands(run, tmp_path, monkeypatch
     assert "images/s" in out and (tmp_path / "autoencoder.csv").read_text().count("\n") == 7
     code, _, err = run("bench", "autoencoder", "--shape", "4x4", "--device", "cpu", "--out", tmp_path)
     assert code == 2 and "expected that of square latents" in err
+
+
+def test_a_model_of_latents_is_evaluated_against_the_images_it_was_encoded_from(run, encoded, weights, source, tmp_path,
+                                                                               monkeypatch):
+    pytest.importorskip("torch_fidelity")
+    from test_evaluate import SEEN
+
+    from scale import evaluate
+
+    monkeypatch.setitem(dansm.NETWORKS, "small", TINY)
+    monkeypatch.setattr(evaluate, "SUBSETS", 5)
+    data = encoded()
+    code, _, err = run("train", data, "--network", "small", "--batch", 4, "--match-size", 10, "--steps", 2, "--device",
+                       "cpu", "--out", tmp_path / "run")
+    assert code == 0, err
+    command = ["evaluate", tmp_path / "run", "--features", "test_evaluate:seen", "--steps", "2,3", "--count", 6,
+               "--device", "cpu", "--cache", tmp_path / "cache", "--out", tmp_path / "evaluated"]
+    code, said, err = run(*command, "--autoencoder", weights)
+    assert (code, err) == (0, ""), said
+    rows = json.loads((tmp_path / "evaluated" / "evaluate.json").read_text())["rows"]
+    assert [(row["data"], row["real_images"], row.get("steps")) for row in rows] == [
+        (str(source), len(PICTURES), steps) for steps in (None, 2, 3)]
+    net, flow, _ = evaluate.checkpoint.load_model(tmp_path / "run", "cpu", "euler")
+    z = dansm.path_noise(range(6), (4, *load_images(str(data)).shape[2:]))
+    images = Decoder(read_autoencoder(weights), CPU).decode(flow.sample(net, z, 2))
+    real = evaluate.real_features(load_images(str(source), size=16), SEEN, CPU)
+    distance = evaluate.frechet_distance(SEEN.extract(images)[0], real)
+    assert rows[1]["frechet_distance"] == pytest.approx(distance, rel=1e-3)
+    code, _, err = run(*command)
+    assert code == 2 and "--autoencoder to decode them" in err
+    (data / "index.json").unlink()
+    code, _, err = run(*command, "--autoencoder", weights)
+    assert code == 2 and err.count("\n") == 1 and "expected --data" in err
