@@ -232,6 +232,7 @@ def grid_command(
     models: Models,
     steps: Annotated[str, typer.Option(help="counts of steps, a row each, parted by commas")] = "3,4,5,10",
     side: Annotated[int, typer.Option(min=1, max=16, help="samples a side of each cell")] = 3,
+    autoencoder: Annotated[Path | None, typer.Option(help="Stable Diffusion's, for models of latents")] = None,
     label: Labels = None,
     batch: Batch = 64,
     precision: Precision = "auto",
@@ -242,7 +243,7 @@ def grid_command(
     from scale.foundations import grid
 
     grid(models, step_counts=steps, side=side, labels=label, batch=batch, precision=precision, seed=seed,
-         device=dansm.pick_device(device), out=out)
+         device=dansm.pick_device(device), out=out, autoencoder=autoencoder)
 
 
 @_command("tsne")

@@ -20,6 +20,7 @@ from torch import Tensor
 import dansm
 from dansm import BadInput, counted, say
 from scale import checkpoint, data
+from scale.command import decoder_for
 from scale.step import sampler
 
 MATCH_SIZES = (100, 1000, 10_000)  # the paper's
@@ -257,25 +258,31 @@ def compare(paths: list[Path], *, count: int, pictured: int, steps: int, labels,
 
 
 def grid(paths: list[Path], *, step_counts: str, side: int, labels, batch: int, precision: str, seed: int,
-         device: torch.device, out: Path) -> dict:
-    """A picture of side × side samples for each model and each count of steps, all from the same noises."""
+         device: torch.device, out: Path, autoencoder: Path | None = None) -> dict:
+    """A picture of side × side samples for each model and each count of steps, all from the same noises. Latents are
+    decoded by `autoencoder`."""
     counts = parse_counts("--steps", step_counts)
     models = load_models(paths, device, steps=counts, labels=labels, precision=precision)
-    if not is_picture(models[0].shape):
-        raise BadInput(f"{paths[0]} makes latents of {models[0].shape[0]} channels, which are no pictures: expected a "
-                       "model of 1 or 3 channels")
+    decoders = [decoder_for(path, model.shape[0], model.about, autoencoder, device, precision)
+                for path, model in zip(paths, models, strict=True)]
     out = dansm.make_folder(out)
     numbers = range(side * side)
-    images = [[own_pairs(model, numbers, count, seed=seed, batch=batch, device=device).x for model in models]
-              for count in counts]
+    images = [[_pictures(own_pairs(model, numbers, count, seed=seed, batch=batch, device=device).x, decoder)
+               for model, decoder in zip(models, decoders, strict=True)] for count in counts]
     result = {"models": [model.described() for model in models], "steps": counts, "side": side, "seed": seed,
-              "precision": precision, "hardware": dansm.hardware(device)}
+              "precision": precision, "autoencoder": autoencoder and str(autoencoder),
+              "hardware": dansm.hardware(device)}
     dansm.write_json(out / "grid.json", result)
     from scale import figures
 
     names = figures.draw_grid(images, [model.label for model in models], counts, side, out / "grid")
     dansm.say_files(out, "grid.json", *names)
     return result
+
+
+def _pictures(x: Tensor, decoder) -> Tensor:
+    """Samples, (N, C, H, W), as images in [−1, 1]: latents decoded."""
+    return x if decoder is None else decoder.decode(x).float() / 127.5 - 1
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -496,6 +496,9 @@ def test_a_model_of_latents_is_evaluated_against_the_images_it_was_encoded_from(
     assert rows[1]["frechet_distance"] == pytest.approx(distance, rel=1e-3)
     code, _, err = run(*command)
     assert code == 2 and "--autoencoder to decode them" in err
+    code, _, err = run("grid", tmp_path / "run", tmp_path / "run", "--steps", "2,3", "--side", 2, "--autoencoder",
+                       weights, "--device", "cpu", "--out", tmp_path / "grid")
+    assert (code, err) == (0, "") and (tmp_path / "grid" / "grid.png").exists()
     (data / "index.json").unlink()
     code, _, err = run(*command, "--autoencoder", weights)
     assert code == 2 and err.count("\n") == 1 and "expected --data" in err
