@@ -270,6 +270,8 @@ class NoisePool:
     memory       gigabytes that the pool may use in all; without it, what the device has free
     match_scope  "rank", or "global": under torch.distributed all ranks match their samples against one pool, of
                  which each holds match_size / ranks noises, as one process would with the joined batch
+    compile      on a GPU, match by kernels that take some seconds to compile when the pool is made. Without: the same
+                 picks at once, in up to four times the time a batch
 
     The pool keeps its free noises in front. When a batch has taken some, the last ones move into their places, and
     behind them the next pool is drawn bit by bit, from the end on: no batch pays for taken noises, and none waits for
@@ -289,14 +291,15 @@ class NoisePool:
     served_at_once = 256  # samples: beyond, the matrix product gains nothing more
 
     def __init__(self, match_size: int | None, shape, *, cost: str = "squared", device="cpu", dtype=torch.float32,
-                 seed: int | None = None, fast: bool = False, memory: float | None = None, match_scope: str = "rank"):
+                 seed: int | None = None, fast: bool = False, memory: float | None = None, match_scope: str = "rank",
+                 compile: bool = True):
         self.shape = check_shape(shape)
         self.cost = check_choice("cost", cost, COSTS)
         self.seed = torch.randint(2**31, ()).item() if seed is None else check_count("seed", seed, at_least=0)
         self.noise = torch.empty(0, self.shape.numel(), device=device, dtype=check_choice("dtype", dtype, self.dtypes))
         self.squared = squared_norms(self.noise)
-        kernels = match_size not in (0, 1) and gpu_kernels(self.noise.device, cost, dtype, fast)
-        self.kernel_take = kernels and kernels.take
+        kernels = gpu_kernels(self.noise.device, cost, dtype, fast) if compile and match_size not in (0, 1) else None
+        self.kernel_take = kernels.take if kernels else None
         self.scratch = None  # what the kernels keep between two batches, so that none waits for memory
         self.check = DataCheck(self.shape, self.noise.device)
         self.fast = fast
@@ -653,12 +656,15 @@ class Diffusion:
 
     Diffusion counts its T = 1,000 levels of noise from the data's side: level 0 is almost data, level 999
     almost noise. β rises from 1e-4 to 0.02, ᾱ is the running product of 1 − β.
+
+    bound   of the data, 1 for pixels, or None: while it samples, every guess of x is cut to [−bound, bound], as Ho et
+            al. do. Near pure noise the guess is the network's error over √ᾱ, a hundred times the error.
     """
 
     levels = 1000
 
-    def __init__(self, times: str = "uniform"):
-        self.times = check_choice("times", times, TIMES)
+    def __init__(self, times: str = "uniform", bound: float | None = None):
+        self.times, self.bound = check_choice("times", times, TIMES), bound
         self.signal = (1 - torch.linspace(1e-4, 0.02, self.levels, dtype=torch.float64)).cumprod(0)  # ᾱ
         self.there = self.signal
 
@@ -689,6 +695,9 @@ class Diffusion:
             noise = net(x, torch.full((len(x),), float(levels[i]), device=x.device))
             signal = self.signal[levels[i]].item()
             clean = (x - math.sqrt(1 - signal) * noise) / math.sqrt(signal)
+            if self.bound is not None:
+                clean = clean.clamp(-self.bound, self.bound)
+                noise = (x - math.sqrt(signal) * clean) / math.sqrt(1 - signal)  # that goes with it
             signal = self.signal[levels[i - 1]].item() if i else 1.0
             x = math.sqrt(signal) * clean + math.sqrt(1 - signal) * noise
             yield x
@@ -1272,6 +1281,11 @@ def sample_images(net, flow, images: range, shape, steps: int, *, seed: int = 0,
         before = drawn
     if before is not None:
         yield before.cpu()
+
+
+def is_picture(channels: int) -> bool:
+    """Of one or three channels; latents have more, are unbounded, and cannot be shown."""
+    return channels in (1, 3)
 
 
 def to_uint8(x: Tensor) -> Tensor:

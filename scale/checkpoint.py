@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dansm import FLOWS, BadInput, Diffusion, UNet, lacks_memory, make_folder
+from dansm import BadInput, Diffusion, UNet, lacks_memory, make_folder
+from scale.recipe import make_flow
 
 VERSION = 2
 NAME = re.compile(r"checkpoint-(\d{8,})\.pt")
@@ -261,22 +262,20 @@ def load_model(path: Path, device, solver: str = "euler", average: int = 0,
 
     The dict has "file", "step", "decay", "recipe", "network", "flow", "times", "data". Raises BadInput.
     """
-    net, make_flow, about = _model(*_averaged(path, average, say))
-    if make_flow is Diffusion and solver != "euler":
+    net, flow, about = _model(*_averaged(path, average, say), solver)
+    if isinstance(flow, Diffusion) and solver != "euler":
         raise BadInput(f"--solver is {solver}: {path} is a diffusion, which is sampled by DDIM; expected none")
-    flow = make_flow(about["times"]) if make_flow is Diffusion else make_flow(about["times"], solver)
     return net.to(device).eval(), flow, about
 
 
-def _model(weights, about) -> tuple[UNet, type, dict]:
-    """The network with these weights, and the class of its flow."""
+def _model(weights, about, solver: str = "euler") -> tuple[UNet, object, dict]:
+    """The network with these weights, and its flow."""
     with reading(about["file"]):
         net = UNet(**about["network"])
         _check_weights(about["file"], weights, net.state_dict())
         net.load_state_dict(weights)
-        make_flow = FLOWS[about["flow"]]
-        make_flow(about["times"])
-    return net, make_flow, about
+        flow = make_flow(about["flow"], about["times"], net.settings["channels"], solver)
+    return net, flow, about
 
 
 def export(path: Path, out: Path, average: int = 0, say: Callable[[str], None] = print) -> dict:

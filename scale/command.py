@@ -22,6 +22,7 @@ from scale import checkpoint, data, trainer
 from scale.recipe import SETTINGS, Recipe, kind_of, load, names, shown
 from scale.step import processes, ranks, sampler
 
+SHARED = Path("~/.cache/dansm/images")  # where processes of one machine find what one of them has decoded
 WORDS = {int: "N", float: "X", str: "NAME"}  # that stand in the help for a value
 
 
@@ -137,7 +138,7 @@ def _run(recipe, out, device, fresh, first):
     if summary["steps"] < recipe.steps:
         say(f"stopped at step {summary['steps']:,} of {recipe.steps:,}, saved;",
             f"the same command{' without --fresh' * fresh} goes on")
-    pictures = images.shape[1] in (1, 3)  # latents are none
+    pictures = dansm.is_picture(images.shape[1])
     current = grid.exists() and grid.stat().st_mtime >= saved.stat().st_mtime  # it is this checkpoint's already
     if pictures and not summary["stopped_early"] and not current:
         draw_grid(sampler(net, device, recipe.precision), flow, images.shape[1:], recipe.sample_steps, recipe.seed,
@@ -154,15 +155,15 @@ def read(recipe: Recipe):
     left_out, first = [], ranks()[0] == 0
     if recipe.data == "cifar10" and not first:
         group.barrier()
+    cache = Path(recipe.cache) if recipe.cache else SHARED.expanduser() if ranks()[1] > 1 else None
     images = data.load_images(recipe.data, size=recipe.size or None, skip_unreadable=recipe.skip_unreadable,
-                              cache=Path(recipe.cache) if recipe.cache else None, left_out=left_out,
-                              track=_track_reading)
+                              cache=cache, left_out=left_out, track=_track_reading)
     if recipe.data == "cifar10" and first and ranks()[1] > 1:
         group.barrier()
     if left_out:
         say(f"left out {len(left_out):,} of {counted(len(images) + len(left_out), 'image')}, not readable:",
             ", ".join(map(str, left_out[:3])) + ", …" * (len(left_out) > 3))
-    kind = "image" if images.shape[1] in (1, 3) else "latent"
+    kind = "image" if dansm.is_picture(images.shape[1]) else "latent"
     say(f"{counted(len(images), kind)} of {'×'.join(map(str, images.shape[1:]))}")
     return images, len(left_out)
 
@@ -225,7 +226,7 @@ def sample(model: Path, device: torch.device, out: Path, *, count: int, steps: i
 def decoder_for(model: Path, channels: int, about: dict, file: Path | None, device: torch.device, precision: str):
     """What makes uint8 images (B, 3, H, W) of a network's samples: a decoder of latents, None for a network of images.
     Raises BadInput where there is no autoencoder, one that is not needed, or another than the data's."""
-    pictures = channels in (1, 3)
+    pictures = dansm.is_picture(channels)
     if pictures and file is None:
         return None
     if pictures:

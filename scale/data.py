@@ -22,7 +22,7 @@ from scale.cache import cached
 from scale.latents import Shards, draw, open_encoded, read_index
 from scale.read import Source, Unreadable, check_finite, check_no_size, files_of, open_latents, opened, square
 
-RESIDENT = 1 / 4  # of the device's free memory may be taken by the data: the rest is for training
+RESIDENT = 1 / 2  # of the device's free memory may be taken by the data: the rest is for training
 AHEAD, READERS = 4, 2  # batches read before they are asked for, and threads that do
 
 
@@ -194,7 +194,7 @@ def batches(images: Tensor | np.ndarray | Shards, batch: int, *, seed: int = 0, 
     images    (N, C, H, W) uint8, served in [−1, 1], or float16 or float32 latents, served as they are; of `Shards` of
               moments, latents drawn anew each time, by seed and number of the batch.
     rank      of `ranks` gets its part of each batch: the parts joined in their order are the batch of one process.
-    resident  whether the images live on the device; None: if they take up to a quarter of its free memory. Those
+    resident  whether the images live on the device; None: if they take up to half of its free memory. Those
               that do not are read by threads a few batches ahead. The batches are the same to the last bit.
 
     Each epoch is a permutation, with its own mirrored half, that depends on seed and epoch alone: batch

@@ -88,11 +88,6 @@ def _sizes(shape) -> str:
     return "×".join(map(str, shape))
 
 
-def is_picture(shape) -> bool:
-    """Of one or three channels: latents have more, and cannot be shown."""
-    return shape[0] in (1, 3)
-
-
 class Pairs(NamedTuple):
     """Noises z and samples x, (N, C, H, W) each, and how far the paths bend between them."""
 
@@ -110,7 +105,7 @@ def own_pairs(model: Model, numbers: range, steps: int, *, seed: int, batch: int
     for start in shown(starts, f"sampling from {model.label}"):
         z = dansm.path_noise(range(start, min(start + batch, numbers.stop)), model.shape, seed, device)
         path = torch.stack(list(model.flow.path(model.net, z, steps)))
-        parts.append((path[-1].clamp(-1, 1) if is_picture(model.shape) else path[-1], z))
+        parts.append((path[-1].clamp(-1, 1) if dansm.is_picture(model.shape[0]) else path[-1], z))
         bend += dansm.straightness(path) * len(z)
     x, z = (torch.cat(part) for part in zip(*parts, strict=True))
     return Pairs(x, z, bend / len(x))
@@ -249,7 +244,7 @@ def compare(paths: list[Path], *, count: int, pictured: int, steps: int, labels,
     from scale import figures
 
     images = {model.label: pair.x[:pictured] for model, pair in zip(models, pairs, strict=True)}
-    if not is_picture(models[0].shape):
+    if not dansm.is_picture(models[0].shape[0]):
         say(f"latents of {models[0].shape[0]} channels are no pictures: only their distances are drawn")
         images = {}
     names = figures.draw_compare(images, pairs[0].z[:pictured], found, out / "compare")

@@ -47,8 +47,10 @@ class Recipe:
     size: int = setting("Data", "make images squares of so many pixels; 0: as is", 0, least=0, most=4096)
     flip: bool = setting("Data", "mirror half of the images, anew each epoch", True)
     skip_unreadable: bool = setting("Data", "leave out images that cannot be read", False)
-    cache: str = setting("Data", "folder that keeps the decoded images, for those that memory does not hold", "",
+    cache: str = setting("Data", "folder that keeps the decoded images; several processes share one anyhow", "",
                          free=True)
+    resident: str = setting("Data", "keep the data in the GPU's memory; auto: where it takes half of it at most",
+                            "auto", choices=("auto", "yes", "no"), free=True)
 
     network: str = setting("Network", "ncsnpp and ddpm are the paper's", "ncsnpp", choices=dansm.NETWORKS)
     width: int | None = setting("Network", "channels at the first level", None, least=4, even=True)
@@ -114,6 +116,13 @@ class Recipe:
         except BadInput as error:
             raise BadInput(f"{error}; --size N makes them N pixels square") from error
         return settings
+
+
+def make_flow(name: str, times: str, channels: int, solver: str = "euler"):
+    """The flow of that name for samples of so many channels; a diffusion of pixels knows that they are bounded."""
+    if name == "diffusion":
+        return dansm.Diffusion(times, bound=1.0 if dansm.is_picture(channels) else None)
+    return dansm.FLOWS[name](times, solver)
 
 
 SETTINGS = {field.name: field for field in dataclasses.fields(Recipe)}

@@ -23,7 +23,7 @@ from torch import Tensor
 import dansm
 from scale import checkpoint, data
 from scale.judge import Judge
-from scale.recipe import Recipe, changed, write
+from scale.recipe import Recipe, changed, make_flow, write
 from scale.step import FastTraining, make_deterministic, operations_per_image, peak, ranks, sampler
 
 AGREE = 0.5  # seconds between two moments at which processes agree whether to stop or to save
@@ -54,15 +54,16 @@ def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, 
     torch.manual_seed(recipe.seed)  # the same weights on all processes
     run = FastTraining(new_network(images, recipe), recipe, device)
     torch.manual_seed(recipe.seed if rank == 0 else _seed_of(recipe.seed, rank))
-    flow = dansm.FLOWS[recipe.flow](recipe.times)
+    flow = make_flow(recipe.flow, recipe.times, images.shape[1])
     pool = dansm.NoisePool(recipe.match_size, images.shape[1:], cost=recipe.cost, device=device, seed=recipe.seed,
-                           fast=recipe.fast, match_scope=recipe.match_scope)
+                           fast=recipe.fast, match_scope=recipe.match_scope, compile=recipe.compile)
     keeper = Keeper(out, recipe, len(images), fresh, console)
     keeper.resume(run, pool, device)
     with keeper.paused():
         judge = Judge(images, recipe, device, console) if run.step < recipe.steps else None
+    resident = None if recipe.resident == "auto" else recipe.resident == "yes"
     batches = data.batches(images, recipe.batch, seed=recipe.seed, flip=recipe.flip, start=run.step, rank=rank,
-                           ranks=processes, device=device)
+                           ranks=processes, device=device, resident=resident)
     watch = Watch(recipe, run, images.shape[1:], device)
     paired = watch.paired(dansm.pairs(watch.samples(batches), recipe.method, recipe.match_size, cost=recipe.cost,
                                       pool=pool))
@@ -243,7 +244,7 @@ class Keeper:
 
     def grid(self, run: FastTraining, flow, shape, device) -> None:
         """64 images beside the checkpoint, from the noise that is theirs in every grid of this run."""
-        if self.rank or shape[0] not in (1, 3):  # latents are no pictures
+        if self.rank or not dansm.is_picture(shape[0]):
             return
         part = self.recipe.batch // (self.processes * self.recipe.accumulate)  # fits into memory: a step had it
         draws = dansm.sample_images(sampler(run.average, device, self.recipe.precision), flow, range(64), shape,

@@ -389,9 +389,9 @@ def test_a_gpu_gets_the_same_batches_whether_the_images_live_there_or_not(tmp_pa
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU's")
-def test_what_takes_more_than_a_quarter_of_a_gpu_does_not_live_there(monkeypatch):
+def test_what_takes_more_than_half_of_a_gpu_does_not_live_there(monkeypatch):
     images = numbered(64)
-    for free, there in ((4 * images.nbytes, True), (4 * images.nbytes - 1, False)):
+    for free, there in ((2 * images.nbytes, True), (2 * images.nbytes - 1, False)):
         monkeypatch.setattr(data, "free_memory", lambda _, free=free: free)
         assert data._may_live_on(torch.device("cuda"), images) is there
 

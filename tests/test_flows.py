@@ -59,6 +59,21 @@ def test_ddim_reaches_the_point(steps):
     torch.testing.assert_close(x, POINT.expand_as(x), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("steps", [2, 10, 50])
+def test_a_bound_changes_nothing_where_the_guess_is_within(steps):
+    free, bound = (Diffusion(bound=b).sample(noise_around_the_point, noise(), steps) for b in (None, 2.0))
+    torch.testing.assert_close(bound, free, rtol=1e-9, atol=1e-9)
+
+
+def test_a_guess_beyond_the_bound_is_cut_and_its_noise_goes_with_it():
+    """One step by hand, from level 500 to 0: x̂ = 1 in place of what the network says, and the noise that x then has."""
+    z, a, last = torch.full((1, 1), 3.0, dtype=torch.float64), alphas()[500], alphas()[0]
+    states = list(Diffusion(bound=1.0).path(lambda x, t: torch.full_like(x, -0.5), z, 2))
+    assert (3 + 0.5 * (1 - a).sqrt()) / a.sqrt() > 1
+    by_hand = last.sqrt() * 1 + (1 - last).sqrt() * (3 - a.sqrt()) / (1 - a).sqrt()
+    assert states[1].item() == pytest.approx(by_hand.item(), rel=1e-9)
+
+
 def test_a_perfect_network_has_no_loss():
     x, z = POINT.expand(500, 3), noise(500)
     for times in ("uniform", "logit-normal"):
@@ -179,6 +194,20 @@ def ddim_error(steps):
 def test_ddim_brings_gaussian_data_out_of_gaussian_noise():
     assert ddim_error(250) < 0.01
     assert ddim_error(250) < ddim_error(50) < ddim_error(10)
+
+
+def noise_with_an_error_near_pure_noise(x, level):
+    """As of a network that has not learned long: off by a fiftieth where nearly all is noise, exact elsewhere."""
+    return noise_of_gaussian_data(x, level) - 0.02 * (level > 900).view(-1, 1)
+
+
+def test_a_bound_keeps_a_small_error_near_pure_noise_from_becoming_the_sample():
+    """Divided by √ᾱ, 0.01 in the first of 20 steps, the error is 2 in the guess; later steps take it for data."""
+    z = torch.special.ndtri(torch.arange(0.5, 200, dtype=torch.float64) / 200)[:, None]
+    free, bound = (Diffusion(bound=b).sample(noise_with_an_error_near_pure_noise, z, 20) for b in (None, 2.0))
+    off = [(x.mean() - MEAN).abs().item() for x in (free, bound)]
+    assert off[0] > 0.3
+    assert off[1] < off[0] / 2
 
 
 @pytest.mark.parametrize("steps", [501, 600])

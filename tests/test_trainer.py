@@ -24,7 +24,7 @@ from test_checkpoint import same
 from test_commands import FAST, TINY, files_of, log_of, make_images, state_of, wait_for
 
 import dansm
-from scale import checkpoint, trainer
+from scale import checkpoint, data, trainer
 from scale.recipe import Recipe
 from scale.step import FastTraining, number_type, operations_per_image, peak
 
@@ -497,7 +497,8 @@ def ended(children, folder, seconds=60):
 
 
 def one_process(rank, count, ports, commands, folder, hook):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
+                   "HOME": str(folder)}
     said = os.open(folder / f"said-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(said, 1), os.dup2(said, 2)
     dansm.NETWORKS["small"] = TINY
@@ -586,6 +587,31 @@ def test_processes_that_share_a_pool_train_on_the_pairs_of_one_process(images, t
 
 
 @needs_gloo
+def count_decoded(rank, folder):
+    """Leave a file for each image that this process decodes."""
+    decode = data.decode_one
+
+    def counted(read, skip_unreadable, entry):
+        (folder / f"decoded-{rank}-{entry[0]}").touch()
+        return decode(read, skip_unreadable, entry)
+
+    data.decode_one = counted
+
+
+@needs_gloo
+def test_of_two_processes_one_decodes_and_the_next_run_decodes_nothing(images, tmp_path):
+    command = ["train", images, "--steps", 1, *FAST]
+    codes, said = in_processes(tmp_path, [*command, "--out", tmp_path / "a"], hook=count_decoded)
+    assert codes == [[0], [0]], said
+    count = len(list(Path(images).rglob("*.png")))
+    assert len(list(tmp_path.glob("decoded-*"))) == count > 1
+    for note in tmp_path.glob("decoded-*"):
+        note.unlink()
+    codes, said = in_processes(tmp_path, [*command, "--out", tmp_path / "b"], hook=count_decoded)
+    assert codes == [[0], [0]], said
+    assert not list(tmp_path.glob("decoded-*"))
+
+
 def test_what_processes_cannot_do_together_is_refused_by_each(images, tmp_path):
     command = ["train", images, "--steps", 2, *FAST]
     codes, said = in_processes(
@@ -679,7 +705,8 @@ def torchrun(folder, command, *options, before=""):
     script = folder / "script.py"
     script.write_text(f"import os, sys, pathlib, dansm\nfrom scale import trainer\nrank = int(os.environ['RANK'])\n"
                       f"dansm.NETWORKS['small'] = {TINY!r}\n{before}\ndansm.main(sys.argv[1:])\n")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "HOME": str(folder), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+                   "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
          *map(str, options), str(script), *map(str, command)], text=True,
