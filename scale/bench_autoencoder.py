@@ -26,7 +26,7 @@ from scale.bench import _hardware, _number, _peak_mb, _reset_peak, timed, write_
 from scale.command import quiet
 from scale.step import peak
 
-BATCHES = {"cuda": (16, 64, 250), "cpu": (1, 4)}
+BATCHES = {"cuda": (16, 64), "cpu": (1, 4)}
 FILES = {"cuda": 8192, "cpu": 8}  # images that go through the commands
 DIFFERENT = 256  # images among these, so that making them takes no time
 REPEATS = 20, 3  # of a half alone, and of a command
@@ -57,11 +57,10 @@ def halves(autoencoder: Autoencoder, shape, device, console) -> Iterator[dict]:
     """A row for each half, way and batch; a batch that does not fit is left out, and said."""
     size = shape[1] * autoencoder.shrinks
     for what, half in {"encode": Encoder, "decode": Decoder}.items():
-        for way in ("contiguous", "channels last", "compiled") if device.type == "cuda" else ("contiguous",):
+        for way in ("contiguous", "channels last") if device.type == "cuda" else ("contiguous",):
             one = prepared(half(autoencoder, device), way)
             operations = operations_of(autoencoder, half, shape)
-            batches = BATCHES.get(device.type, (1,))
-            for batch in batches[1:2] if way == "compiled" else batches:  # each takes torch a minute to compile
+            for batch in BATCHES.get(device.type, (1,)):
                 images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device)
                 latents = torch.randn(batch, *shape, device=device)
                 work = (lambda: one.moments(images)) if what == "encode" else (lambda: one.decode_at_once(latents))  # noqa: B023
@@ -76,17 +75,15 @@ def halves(autoencoder: Autoencoder, shape, device, console) -> Iterator[dict]:
 
 
 def prepared(half: Encoder | Decoder, way: str) -> Encoder | Decoder:
-    """The half, its tensors laid out as the way says, or compiled by torch."""
+    """The half, its tensors laid out as the way says."""
     half.layout = torch.contiguous_format if way == "contiguous" else torch.channels_last
     half.net = half.net.to(memory_format=half.layout)
-    if way == "compiled":
-        half.net = torch.compile(half.net)
     return half
 
 
 def measure(work: Callable[[], Tensor], device) -> dict:
     _reset_peak(device)
-    work()  # what compiles, and what picks its algorithms, does so now
+    work()  # what picks its algorithms does so now
     return {**timed(work, device, REPEATS[0]), "peak_mb": round(_peak_mb(device))}
 
 
