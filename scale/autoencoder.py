@@ -87,7 +87,7 @@ class _Half:
 
     def __init__(self, autoencoder: Autoencoder, device: torch.device, precision: str = "auto"):
         self.autoencoder, self.device, self.dtype = autoencoder, device, number_type(precision, device)
-        self.layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+        self.layout = torch.contiguous_format  # channels last is slower: torch's group norm knows no such layout
         net = _network_of(autoencoder, self.parts)
         self.net = net.to(device, self.dtype, memory_format=self.layout)
 

@@ -274,7 +274,8 @@ def _model(weights, about, solver: str = "euler") -> tuple[UNet, object, dict]:
         net = UNet(**about["network"])
         _check_weights(about["file"], weights, net.state_dict())
         net.load_state_dict(weights)
-        flow = make_flow(about["flow"], about["times"], net.settings["channels"], solver)
+        flow = make_flow(about["recipe"] | {name: about[name] for name in ("flow", "times")}, net.settings["channels"],
+                         solver)
     return net, flow, about
 
 

@@ -62,6 +62,8 @@ class Recipe:
 
     flow: str = setting("Flow and matching", "what the network learns", "rectified", choices=dansm.FLOWS)
     times: str = setting("Flow and matching", "how the times to train at are drawn", "uniform", choices=dansm.TIMES)
+    target: str = setting("Flow and matching", "what the network of a diffusion says; velocity learns sooner", "noise",
+                          choices=dansm.TARGETS)
     method: str = setting("Flow and matching", "how noises are paired with samples", "greedy", choices=dansm.METHODS)
     match_size: int = setting("Flow and matching", "noises in the pool; 0 or 1 is vanilla training", 10_000, least=0)
     cost: str = setting("Flow and matching", "what near means", "squared", choices=dansm.COSTS)
@@ -118,11 +120,12 @@ class Recipe:
         return settings
 
 
-def make_flow(name: str, times: str, channels: int, solver: str = "euler"):
-    """The flow of that name for samples of so many channels; a diffusion of pixels knows that they are bounded."""
-    if name == "diffusion":
-        return dansm.Diffusion(times, bound=1.0 if dansm.is_picture(channels) else None)
-    return dansm.FLOWS[name](times, solver)
+def make_flow(recipe: dict, channels: int, solver: str = "euler"):
+    """The flow of a recipe for samples of so many channels; a diffusion of pixels knows that they are bounded."""
+    if recipe["flow"] == "diffusion":
+        target = recipe.get("target", "noise")  # older recipes have none
+        return dansm.Diffusion(recipe["times"], target, bound=1.0 if dansm.is_picture(channels) else None)
+    return dansm.FLOWS[recipe["flow"]](recipe["times"], solver)
 
 
 SETTINGS = {field.name: field for field in dataclasses.fields(Recipe)}

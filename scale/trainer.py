@@ -54,7 +54,7 @@ def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, 
     torch.manual_seed(recipe.seed)  # the same weights on all processes
     run = FastTraining(new_network(images, recipe), recipe, device)
     torch.manual_seed(recipe.seed if rank == 0 else _seed_of(recipe.seed, rank))
-    flow = make_flow(recipe.flow, recipe.times, images.shape[1])
+    flow = make_flow(dataclasses.asdict(recipe), images.shape[1])
     pool = dansm.NoisePool(recipe.match_size, images.shape[1:], cost=recipe.cost, device=device, seed=recipe.seed,
                            fast=recipe.fast, match_scope=recipe.match_scope, compile=recipe.compile)
     keeper = Keeper(out, recipe, len(images), fresh, console)

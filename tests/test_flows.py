@@ -38,6 +38,11 @@ def noise_around_the_point(x, level):
     return (x - a.sqrt() * POINT) / (1 - a).sqrt()
 
 
+def diffusion_velocity_to_the_point(x, level):
+    a = alphas()[level.long()][:, None]
+    return a.sqrt() * noise_around_the_point(x, level) - (1 - a).sqrt() * POINT
+
+
 # ------------------------------------------------------------------------------- one point
 
 
@@ -55,8 +60,9 @@ def test_euler_reaches_the_point_but_for_the_paper_shift_of_time(steps):
 @pytest.mark.parametrize("steps", [2, 3, 7, 10, 300, 600, 999, 1000])
 def test_ddim_reaches_the_point(steps):
     """Whatever the levels: an exact noise gives the exact data back, and the last step goes to no noise at all."""
-    x = Diffusion().sample(noise_around_the_point, noise(), steps)
-    torch.testing.assert_close(x, POINT.expand_as(x), rtol=1e-9, atol=1e-9)
+    for target, net in (("noise", noise_around_the_point), ("velocity", diffusion_velocity_to_the_point)):
+        x = Diffusion(target=target).sample(net, noise(), steps)
+        torch.testing.assert_close(x, POINT.expand_as(x), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("steps", [2, 10, 50])
@@ -79,6 +85,7 @@ def test_a_perfect_network_has_no_loss():
     for times in ("uniform", "logit-normal"):
         assert RectifiedFlow(times).loss(velocity_to_the_point, x, z) < 1e-8  # times are float32
         assert Diffusion(times).loss(noise_around_the_point, x, z) < 1e-20
+        assert Diffusion(times, "velocity").loss(diffusion_velocity_to_the_point, x, z) < 1e-20
 
 
 def test_the_loss_of_a_network_that_says_nothing_is_the_mean_square_of_its_target():
@@ -196,18 +203,33 @@ def test_ddim_brings_gaussian_data_out_of_gaussian_noise():
     assert ddim_error(250) < ddim_error(50) < ddim_error(10)
 
 
-def noise_with_an_error_near_pure_noise(x, level):
-    """As of a network that has not learned long: off by a fiftieth where nearly all is noise, exact elsewhere."""
-    return noise_of_gaussian_data(x, level) - 0.02 * (level > 900).view(-1, 1)
+def blind_to_size(said):
+    """As of a network that ends in a norm: it answers as if its input had the size that is usual at the level."""
+    def net(x, level):
+        a = alphas()[level.long()].view(-1, 1)
+        usual = (a * SPREAD**2 + 1 - a).sqrt()
+        return said(x * usual / x.square().mean(1, keepdim=True).sqrt(), a)
+    return net
 
 
-def test_a_bound_keeps_a_small_error_near_pure_noise_from_becoming_the_sample():
-    """Divided by √ᾱ, 0.01 in the first of 20 steps, the error is 2 in the guess; later steps take it for data."""
-    z = torch.special.ndtri(torch.arange(0.5, 200, dtype=torch.float64) / 200)[:, None]
-    free, bound = (Diffusion(bound=b).sample(noise_with_an_error_near_pure_noise, z, 20) for b in (None, 2.0))
-    off = [(x.mean() - MEAN).abs().item() for x in (free, bound)]
-    assert off[0] > 0.3
-    assert off[1] < off[0] / 2
+def noise_of_data_around_zero(x, a):
+    return (1 - a).sqrt() / (a * SPREAD**2 + 1 - a) * x
+
+
+def velocity_of_data_around_zero(x, a):
+    return (noise_of_data_around_zero(x, a) - (1 - a).sqrt() * x) / a.sqrt()
+
+
+@pytest.mark.parametrize("size", [0.98, 1.02])
+def test_a_network_blind_to_size_draws_noise_from_a_large_noise_unless_it_says_velocities(size):
+    """Off by a fiftieth where √ᾱ is 0.01, as noises of 3×32×32 may be: that becomes data."""
+    z = torch.randn(4, 3072, dtype=torch.float64)
+    z *= size / z.square().mean(1, keepdim=True).sqrt()
+    drawn = {target: Diffusion(target=target).sample(blind_to_size(said), z, 50) for target, said in
+             (("noise", noise_of_data_around_zero), ("velocity", velocity_of_data_around_zero))}
+    off = {target: abs(x.std().item() / SPREAD - 1) for target, x in drawn.items()}
+    assert off["noise"] > 0.5
+    assert off["velocity"] < 0.15
 
 
 @pytest.mark.parametrize("steps", [501, 600])
@@ -227,7 +249,7 @@ def test_one_step_of_ddim_is_refused(steps):
 # ------------------------------------------------------------------------------- any network
 
 
-FLOWS = [(RectifiedFlow(), 1), (RectifiedFlow(solver="heun"), 2), (Diffusion(), 1)]
+FLOWS = [(RectifiedFlow(), 1), (RectifiedFlow(solver="heun"), 2), (Diffusion(), 1), (Diffusion(target="velocity"), 1)]
 
 
 def fewest(flow):
@@ -298,7 +320,8 @@ def test_more_steps_than_levels_are_refused_in_a_diffusion_only():
 
 
 def test_times_and_solvers_of_other_names_are_refused():
-    for wrong in (lambda: RectifiedFlow("cosine"), lambda: RectifiedFlow(solver="rk4"), lambda: Diffusion("cosine")):
+    for wrong in (lambda: RectifiedFlow("cosine"), lambda: RectifiedFlow(solver="rk4"), lambda: Diffusion("cosine"),
+                  lambda: Diffusion(target="data")):
         with pytest.raises(BadInput, match="expected one of"):
             wrong()
 
