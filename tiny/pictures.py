@@ -14,6 +14,8 @@ matplotlib.use("Agg")  # files only, so that no screen is needed
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from matplotlib.collections import LineCollection
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.patheffects import withStroke
@@ -238,7 +240,8 @@ def draw_average(x: Tensor, one_step: Tensor, bent: Iterable[Tensor], w2: dict[i
     middle, mean = ends.mean((0, 1)), ends[1].mean(0)
     draw_lines(meeting, ends, size=45, width=2)
     draw_dots(meeting, middle[None], INK, 30)
-    meeting.annotate("", mean, middle, arrowprops=dict(arrowstyle="-|>", color=INK, linewidth=2, shrinkA=0, shrinkB=0))
+    arrow = dict(arrowstyle="-|>", color=INK, linewidth=2, shrinkA=0, shrinkB=0)
+    meeting.annotate("", mean.tolist(), middle.tolist(), arrowprops=arrow)
     label(meeting, "the average", mean, (6, 0))
     title(meeting, "two lines meet at t = ½")
     draw_dots(one, one_step, INK, 14)
@@ -257,7 +260,7 @@ def draw_pool(data: Tensor, x: Tensor, z: Tensor, moments: Sequence[int], path: 
     for panel, served in zip(planes, moments, strict=True):
         draw_dots(panel, data, PALE, 3, alpha=0.6, layer=1)
         draw_lines(panel, torch.stack([z[:served], x[:served]]), size=26, width=1.8)
-        panel.scatter(*z[served:].T, s=26, facecolors="white", edgecolors=NOISE, linewidths=1.5, zorder=3)
+        panel.scatter(*z[served:].numpy().T, s=26, facecolors="white", edgecolors=NOISE, linewidths=1.5, zorder=3)
         for number, place in enumerate(x[:served], 1):
             label(panel, str(number), place, (5, 5))
         title(panel, f"{served} served, {len(z) - served} left")
@@ -277,13 +280,13 @@ def draw_prior(x: Tensor, noises: dict[str, Tensor], match_size: int, batch: int
     for end in range(match_size, len(x), match_size):
         order.axvline(end, color=INK, linestyle=":", linewidth=1.5)
         order.text(end, 0.96, " new pool", transform=order.get_xaxis_transform(), va="top", fontsize=9)
-    order.set(xlim=(0, len(x)), ylim=(0, 1.1 * lengths.max()))
+    order.set(xlim=(0, len(x)), ylim=(0, 1.1 * lengths.max().item()))
     order.legend(fontsize=9, loc="upper left", framealpha=1, edgecolor="none", markerscale=2)
     name_axes(order, f"samples served (stripes: batches of {batch})", "length of the line")
     bins = np.linspace(0, 4, 41)
     looks = dict(color=NOISE, alpha=0.7), dict(color=DATA, histtype="step", linewidth=1.8)
     for (name, noise), look in zip(noises.items(), looks, strict=True):
-        prior.hist(noise.norm(dim=1), bins, density=True, label=name, **look)
+        prior.hist(noise.norm(dim=1).numpy(), bins, density=True, label=name, **look)
     prior.plot(bins, bins * np.exp(-(bins**2) / 2), color=INK, linestyle="--", label="N(0, I)")
     prior.legend(frameon=False, fontsize=9)
     name_axes(prior, "length of the noises used, ‖z‖", "density")
@@ -317,7 +320,7 @@ def draw_trainings(losses: dict[str, list], least: float, paths: dict[str, Itera
     for method, of_method in losses.items():
         smooth = torch.stack(list(of_method)).unfold(0, 20, 1).mean(1)
         curves.plot(torch.arange(len(smooth)) + 10, smooth, color=LOOKS[method]["color"])
-        curves.text(len(smooth) / 2, smooth[len(smooth) // 2] + 0.1, NAMES[method], fontsize=9, ha="center")
+        curves.text(len(smooth) / 2, smooth[len(smooth) // 2].item() + 0.1, NAMES[method], fontsize=9, ha="center")
     curves.axhline(least, color=INK, linestyle=":", linewidth=1.5)
     curves.text(len(smooth) / 2, least - 0.05, "perfect network, random pairs", fontsize=9, ha="center", va="top")
     curves.set(ylim=(0, 2))
@@ -369,13 +372,14 @@ def draw_dimensions(images: Tensor, distances: dict[str, Tensor], shares: dict[s
     """Some images (N, 1, H, W); how far all noises are from a sample, (N, M); lengths of lines by match_size, as shares
     of those of random pairs. Both of the plane, then of images."""
     figure, (some, near, curves) = row_of(3)
-    tiles = torch.nn.functional.pad(images[:36], (1, 1, 1, 1), value=-1)
-    some.imshow(torch.cat([torch.cat(list(row), 2) for row in tiles.split(6)], 1)[0], cmap="gray_r", vmin=-1, vmax=1)
+    spaced = F.pad(images[:36], (1, 1, 1, 1), value=-1)
+    tiles = rearrange(spaced, "(row column) 1 h w -> (row h) (column w)", row=6)
+    some.imshow(tiles.numpy(), cmap="gray_r", vmin=-1, vmax=1)
     some.axis("off")
     title(some, "samples of 64 numbers")
     for (name, of_all), look in zip(distances.items(), LOOKS.values(), strict=True):
         relative = (of_all / of_all.mean(1, keepdim=True)).flatten()
-        near.hist(relative, np.linspace(0, 2.5, 76), density=True, histtype="step", color=look["color"],
+        near.hist(relative.numpy(), np.linspace(0, 2.5, 76), density=True, histtype="step", color=look["color"],
                   linestyle=look.get("linestyle", "-"), linewidth=1.8, label=name)
     near.legend(frameon=False, fontsize=9)
     name_axes(near, "distance of a noise ÷ mean of all", "density")
@@ -410,9 +414,9 @@ def frame(panel, words: bool = True, limit: float = 2.7) -> None:
         panel.set_ylabel("second number", fontsize=9, color=NOTE)
 
 
-def label(panel, text: str, at, offset: tuple[float, float]) -> None:
+def label(panel, text: str, at: Tensor, offset: tuple[float, float]) -> None:
     """Words beside a point, readable over what lies below; the offset in points of type."""
-    panel.annotate(text, tuple(at), offset, textcoords="offset points", fontsize=9, va="center", zorder=5,
+    panel.annotate(text, at.tolist(), offset, textcoords="offset points", fontsize=9, va="center", zorder=5,
                    path_effects=[withStroke(linewidth=2.5, foreground="white")])
 
 
