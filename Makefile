@@ -24,7 +24,7 @@ toy: $(READY)  ## what matching does, in 2D: pictures and a table in runs/toy (a
 
 lesson: $(READY)  ## what matching does, step by step: runs tiny/lesson.py into tiny/lesson.ipynb (half a minute)
 	$(PYTHON) -m jupytext --quiet --update --to ipynb --set-kernel python3 tiny/lesson.py
-	PYTHONPATH=$(CURDIR) LESSON_OUT=$(CURDIR)/runs/lesson $(NBCONVERT) --execute --ExecutePreprocessor.record_timing=False
+	PYTHONPATH="$(CURDIR)" LESSON_OUT="$(CURDIR)/runs/lesson" $(NBCONVERT) --execute --ExecutePreprocessor.record_timing=False
 	$(NBCONVERT) --coalesce-streams
 
 digits: $(READY)  ## first images: 1,797 handwritten digits, two ways of pairing, in runs/digits (three minutes)

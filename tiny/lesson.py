@@ -48,8 +48,9 @@ pictures.draw_lines_that_cross(x, z, OUT / "1-lines.png")
 # that passes x_t on its way to a sample x has begun at z = (x_t − t·x) / (1 − t); the likelier this noise is, the more
 # the sample counts, and that is one softmax. So here is the perfect network. At t = 0 all samples count alike, so its
 # single step ends at the mean of all data, where there is none; in many small steps it does arrive, on bent paths. W2²
-# tells how far from the data it ends: the mean squared distance when both sets are paired as cheaply as can be. No
-# training can do better, as this is the best answer itself; other pairs can.
+# tells how far from the data it ends: the mean squared distance when both sets are paired as cheaply as can be.
+# Training on random pairs leads towards this network and no further, as it is the best answer itself; other pairs have
+# another.
 
 # %%
 def perfect(x_t, t):
@@ -87,11 +88,11 @@ pictures.draw_pool(x, few, taken, (1, 4, 7, 10), OUT / "3-pool.png")
 # ## 4  The pool runs empty, and the prior stays what it was
 #
 # The last samples of a pool get long lines, as only far noises are left over. An empty pool is filled anew, in the
-# middle of a batch if need be. Nothing drawn is ever thrown away, so the noises used are exactly the noises drawn:
-# samples of another shape take the very same ones from a pool of the same seed, in another order. It would be easier to
-# draw a few noises for each sample, keep the nearest and throw away the rest; but those kept crowd around the data, and
-# are N(0, I) no more, while sampling still starts from N(0, I). A test of their lengths tells the two apart: p is the
-# chance that true noise strays as far from the curve.
+# middle of a batch if need be. Nothing drawn is thrown away, so over whole pools the noises used are exactly the noises
+# drawn: samples of another shape take the very same ones from a pool of the same seed, in another order. It would be
+# easier to draw a few noises for each sample, keep the nearest and throw away the rest; but those kept crowd around the
+# data, and are N(0, I) no more, while sampling still starts from N(0, I). A test of their lengths tells the two apart:
+# p is the chance that true noise strays as far from the curve.
 
 # %%
 stream = toy.points(SHAPE, 3000, "stream", SEED)
@@ -178,8 +179,8 @@ pictures.draw_few_steps(x, samples, w2, OUT / "7-steps.png")
 # Others pair each batch within itself, by linear assignment: the cheapest pairing that there is. Its scope ends with
 # the batch, so small batches gain little, and a batch of one nothing. Large models are trained with few samples a GPU.
 # The pool outlives the batch: served one by one, the samples get the very noises that they get in large batches. A
-# large batch, assigned as well as can be, does beat a pool of its own size, which serves its last samples badly; but
-# assignment soon takes longer than the training step.
+# large batch, assigned as well as can be, does beat the pool, which serves its last samples badly; but the time that
+# assignment takes grows with the cube of the batch.
 
 # %%
 pool = dansm.NoisePool(1000, (2,), seed=SEED)
@@ -202,10 +203,10 @@ pictures.draw_batches(crossing, of_pool, stream, shown, OUT / "8-batches.png")
 # Most carries over as it is: the pool, the prior, that the batch size does not matter. One thing becomes smaller. With
 # many numbers to a sample all noises are about equally far away, so the nearest is hardly nearer than the rest: on
 # these handwritten digits, small as they are, matching takes some per cent off the lines where in the plane it takes
-# most, and on larger images less still. That is enough to be seen: `dansm digits` trains on these images both ways, and
-# shows what both draw in few steps. In your own trainer, `pool(images)` below is what comes in the place of
-# `torch.randn_like(images)`, and that is all. From here, `dansm train FOLDER` does it with images of yours, and
-# `dansm.py` is the method itself, to be read from top to bottom.
+# most, and on larger images less still (`results/foundations`). That is enough to be seen: `dansm digits` trains on
+# these images both ways, and shows what both draw in few steps. In your own trainer, `pool(images)` below is what comes
+# in the place of `torch.randn_like(images)`, and that is all. From here, `dansm train FOLDER` does it with images of
+# yours, and `dansm.py` is the method itself, to be read from top to bottom.
 
 # %%
 images = digits.load_digits()
