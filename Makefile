@@ -9,9 +9,10 @@ READY = .venv/ready
 endif
 CIFAR10 ?= cifar10
 DANSM = $(PYTHON) dansm.py
+NBCONVERT = $(PYTHON) -m nbconvert --log-level WARN --to notebook --inplace tiny/lesson.ipynb
 
 .DEFAULT_GOAL = help
-.PHONY: help toy digits cifar10 test soak lint bench bench-train clean
+.PHONY: help toy lesson digits cifar10 test soak lint bench bench-train clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | awk -F'\t' '{printf "  make %-12s%s\n", $$1, $$2}'
@@ -20,6 +21,11 @@ help:  ## this list
 
 toy: $(READY)  ## what matching does, in 2D: pictures and a table in runs/toy (about a minute)
 	$(DANSM) toy
+
+lesson: $(READY)  ## what matching does, step by step: runs tiny/lesson.py into tiny/lesson.ipynb (half a minute)
+	$(PYTHON) -m jupytext --quiet --update --to ipynb --set-kernel python3 tiny/lesson.py
+	PYTHONPATH="$(CURDIR)" LESSON_OUT="$(CURDIR)/runs/lesson" $(NBCONVERT) --execute --ExecutePreprocessor.record_timing=False
+	$(NBCONVERT) --coalesce-streams
 
 digits: $(READY)  ## first images: 1,797 handwritten digits, two ways of pairing, in runs/digits (three minutes)
 	$(DANSM) digits

@@ -84,6 +84,14 @@ def test_no_part_of_a_pool_is_measured():
     assert whole["path_length"] > 1.02 * dansm.path_length(x[:1000], z[:1000])
 
 
+def test_matched_paths_are_farther_from_each_other():
+    random, matched = (toy.measure_pairs(toy.training_pairs("two-moons", "greedy", size, 0), size) for size in (1, 300))
+    assert matched["inter_path_mean"] > 1.2 * random["inter_path_mean"]
+    x, z = (torch.cat(part)[:1000] for part in zip(*islice(toy.training_pairs("two-moons", "greedy", 1, 0), 4),
+                                                   strict=True))
+    assert random["inter_path_mean"] == pytest.approx(dansm.inter_path_distance(x, z).mean)
+
+
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(toy, "POINTS", 200)
@@ -151,6 +159,13 @@ def test_the_same_seed_gives_the_same_flow(small):
     pairs = [toy.training_pairs("two-moons", "greedy", 100, seed=4) for _ in range(2)]
     first, second = (toy.train_flow(pair, 10, seed=4) for pair in pairs)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_each_step_of_a_training_tells_its_loss(small):
+    losses = []
+    toy.train_flow(toy.training_pairs("two-moons", "greedy", 100, seed=4), 30, seed=4, each_step=losses.append)
+    assert len(losses) == 30 and not any(loss.requires_grad for loss in losses)
+    assert torch.stack(losses[-5:]).mean() < torch.stack(losses[:5]).mean()
 
 
 def test_greedy_beats_random_at_few_steps():

@@ -1,8 +1,10 @@
-"""The pictures of `tiny.toy`: noise is soft blue, data a warm red, and a line goes from one to the other."""
+"""The pictures of `tiny.toy` and of the lesson: noise is soft blue, data a warm red, and a line goes from one to the
+other."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -12,8 +14,11 @@ matplotlib.use("Agg")  # files only, so that no screen is needed
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from matplotlib.collections import LineCollection
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
+from matplotlib.patheffects import withStroke
 from PIL import Image
 from torch import Tensor, nn
 
@@ -150,19 +155,19 @@ def make_panels(rows: int, columns: int, side: float = 2.6, limit: float = 2.7):
     return figure, panels
 
 
-def draw_lines(panel, path: Tensor) -> None:
+def draw_lines(panel, path: Tensor, size: float = 4, width: float = 0.6) -> None:
     """path: (steps + 1, N, 2), from dot to dot, each line coloured by the time at which it is where it is."""
     if len(path) == 2:  # a straight line in pieces, for the sake of its colours
         path = torch.lerp(path[0], path[1], torch.linspace(0, 1, 21, device=path.device)[:, None, None])
     pieces = torch.stack([path[:-1], path[1:]], 2).cpu().numpy()  # (steps, N, 2 ends, 2)
     times = np.repeat(np.linspace(0, 1, len(pieces)), pieces.shape[1])
-    draw_dots(panel, path[0], NOISE, 4)
-    panel.add_collection(LineCollection(pieces.reshape(-1, 2, 2), colors=FROM_NOISE_TO_DATA(times), linewidths=0.6))
-    draw_dots(panel, path[-1], DATA, 4)
+    draw_dots(panel, path[0], NOISE, size)
+    panel.add_collection(LineCollection(pieces.reshape(-1, 2, 2), colors=FROM_NOISE_TO_DATA(times), linewidths=width))
+    draw_dots(panel, path[-1], DATA, size)
 
 
-def draw_dots(panel, x: Tensor, color: str, size: float, alpha: float = 1.0):
-    return panel.scatter(*x.cpu().numpy().T, s=size, color=color, alpha=alpha, linewidths=0, zorder=3)
+def draw_dots(panel, x: Tensor, color: str, size: float, alpha: float = 1.0, layer: float = 3):
+    return panel.scatter(*x.cpu().numpy().T, s=size, color=color, alpha=alpha, linewidths=0, zorder=layer)
 
 
 def title(panel, text: str):
@@ -184,13 +189,246 @@ def name(results: dict, method: str) -> str:
             "optimal": f"optimal, match size {match_size:,}", "nearest": f"nearest of {match_size:,}"}[method]
 
 
-def save(figure, path: Path) -> None:
+def save(figure, path: Path, dpi: int = 150) -> Image.Image:
     """As a PNG of 128 colours: a third of the size, and to the eye the same."""
-    to_image(figure, dpi=150, bbox_inches="tight", pad_inches=0.08).quantize(128).save(path, optimize=True)
+    image = to_image(figure, dpi=dpi, bbox_inches="tight", pad_inches=0.08).quantize(128)
+    image.save(path, optimize=True)
     plt.close(figure)
+    return image
 
 
 def to_image(figure, **how) -> Image.Image:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", **how)
     return Image.open(buffer).convert("RGB")
+
+
+# The lesson. Its pictures go into a notebook too, which shows what a function returns; and its planes have frames and
+# numbers, as a reader sees here for the first time that a sample is two numbers.
+
+LESSON_DPI = 110  # a notebook holds its pictures
+NAMES = {"random": "random pairs", "greedy": "matched pairs"}
+LOOKS = {"random": dict(color="#75869b", marker="o", linestyle="--"), "greedy": dict(color=DATA, marker="s")}
+
+
+def draw_lines_that_cross(x: Tensor, z: Tensor, path: Path) -> Image.Image:
+    """x, z: (N, 2), paired at random. All points; one line with the times along it; sixty lines."""
+    figure, (clouds, line, lines) = row_of_planes(3)
+    draw_dots(clouds, z, NOISE, 6)
+    draw_dots(clouds, x, DATA, 6)
+    title(clouds, "noise z (pale), data x (dark)")
+    draw_dots(line, x, PALE, 6, layer=1)
+    ends = torch.tensor([[[-1.9, -1.9]], [[0.35, 1.15]]])
+    draw_lines(line, ends, size=45, width=2)
+    for t in (0, 0.25, 0.5, 0.75, 1):
+        x_t = torch.lerp(*ends[:, 0], t)
+        draw_dots(line, x_t[None], INK, 18 * (0 < t < 1))
+        label(line, f"t = {t:g}", x_t, (8, -7))
+    title(line, "one line: x_t = t·x + (1 − t)·z")
+    draw_lines(lines, torch.stack([z[:60], x[:60]]), size=12, width=0.8)
+    title(lines, "sixty lines, paired at random")
+    return save(figure, path, dpi=LESSON_DPI)
+
+
+def draw_average(x: Tensor, one_step: Tensor, bent: Iterable[Tensor], w2: dict[int, float], path: Path) -> Image.Image:
+    """Two lines that meet; where the perfect network for random pairs ends in one step, and its paths in many.
+    All (N, 2)."""
+    figure, (meeting, one, many) = row_of_planes(3)
+    for panel in (meeting, one, many):
+        draw_dots(panel, x, PALE, 6, layer=1)
+    ends = torch.tensor([[[-1.1, -1.24], [-2.3, 1.6]], [[-0.3, 1.44], [0.9, -1.4]]])
+    middle, mean = ends.mean((0, 1)), ends[1].mean(0)
+    draw_lines(meeting, ends, size=45, width=2)
+    draw_dots(meeting, middle[None], INK, 30)
+    arrow = dict(arrowstyle="-|>", color=INK, linewidth=2, shrinkA=0, shrinkB=0)
+    meeting.annotate("", mean.tolist(), middle.tolist(), arrowprops=arrow)
+    label(meeting, "the average", mean, (6, 0))
+    title(meeting, "two lines meet at t = ½")
+    draw_dots(one, one_step, INK, 14)
+    label(one, "every noise\nends here", one_step.mean(0), (8, 0))
+    title(one, f"perfect network, 1 step: W2² {w2[1]:.3f}")
+    bent = torch.stack(list(bent))
+    draw_lines(many, bent, size=8)
+    title(many, f"{len(bent) - 1} steps: W2² {w2[len(bent) - 1]:.3f}")
+    return save(figure, path, dpi=LESSON_DPI)
+
+
+def draw_pool(data: Tensor, x: Tensor, z: Tensor, moments: Sequence[int], path: Path) -> Image.Image:
+    """x, z: (N, 2), a whole pool in the order served; a plane for each count of samples served. Beneath in pale the
+    data."""
+    figure, planes = row_of_planes(len(moments))
+    for panel, served in zip(planes, moments, strict=True):
+        draw_dots(panel, data, PALE, 3, alpha=0.6, layer=1)
+        draw_lines(panel, torch.stack([z[:served], x[:served]]), size=26, width=1.8)
+        panel.scatter(*z[served:].numpy().T, s=26, facecolors="white", edgecolors=NOISE, linewidths=1.5, zorder=3)
+        for number, place in enumerate(x[:served], 1):
+            label(panel, str(number), place, (5, 5))
+        title(panel, f"{served} served, {len(z) - served} left")
+    return save(figure, path, dpi=LESSON_DPI)
+
+
+def draw_prior(x: Tensor, noises: dict[str, Tensor], match_size: int, batch: int, path: Path) -> Image.Image:
+    """The lengths of the lines to x in the order served, from the first of the noises, a pool's; and the lengths of all
+    noises, beside that of N(0, I), whose density in the plane is r·exp(−r²/2). All (N, 2)."""
+    figure, (order, prior) = row_of(2, width_ratios=(1.25, 1))
+    lengths = (x - next(iter(noises.values()))).norm(dim=1)
+    draw_dots(order, torch.stack([torch.arange(len(x)), lengths], 1), NOISE, 5).set_label("one line")
+    smooth = lengths.unfold(0, 50, 1).mean(1)
+    order.plot(torch.arange(len(smooth)) + 25, smooth, color=DATA, linewidth=2, zorder=4, label="mean of 50")
+    for start in range(0, len(x), 2 * batch):
+        order.axvspan(start, start + batch, color=PALE, alpha=0.4, linewidth=0)
+    for end in range(match_size, len(x), match_size):
+        order.axvline(end, color=INK, linestyle=":", linewidth=1.5)
+        order.text(end, 0.96, " new pool", transform=order.get_xaxis_transform(), va="top", fontsize=9)
+    order.set(xlim=(0, len(x)), ylim=(0, 1.1 * lengths.max().item()))
+    order.legend(fontsize=9, loc="upper left", framealpha=1, edgecolor="none", markerscale=2)
+    name_axes(order, f"samples served (stripes: batches of {batch})", "length of the line")
+    bins = np.linspace(0, 4, 41)
+    looks = dict(color=NOISE, alpha=0.7), dict(color=DATA, histtype="step", linewidth=1.8)
+    for (name, noise), look in zip(noises.items(), looks, strict=True):
+        prior.hist(noise.norm(dim=1).numpy(), bins, density=True, label=name, **look)
+    prior.plot(bins, bins * np.exp(-(bins**2) / 2), color=INK, linestyle="--", label="N(0, I)")
+    prior.legend(frameon=False, fontsize=9)
+    name_axes(prior, "length of the noises used, ‖z‖", "density")
+    return save(figure, path, dpi=LESSON_DPI)
+
+
+def draw_match_sizes(measured: dict[int, dict[str, float]], shortest: float, path: Path) -> Image.Image:
+    """What `toy.measure_pairs` finds for each match_size; the mean length of the best pairing."""
+    figure, (crossing, lengths) = row_of(2)
+    crossing.plot(list(measured), [100 * found["crossing"] for found in measured.values()], **LOOKS["greedy"])
+    log_axis(crossing, "y", (0.5, 1, 2, 5, 10, 20))
+    name_axes(crossing, "match_size", "pairs of lines that cross, %")
+    for key, name, look in (("inter_path_mean", "between two lines where they are nearest", "random"),
+                            ("path_length", "from end to end of a line", "greedy")):
+        lengths.plot(list(measured), [found[key] for found in measured.values()], **LOOKS[look], label=name)
+    lengths.axhline(shortest, color=INK, linestyle=":", linewidth=1.5)
+    lengths.text(1, shortest - 0.05, "from end to end, best pairing", fontsize=9, va="top")
+    lengths.set(ylim=(0, 2.2))
+    for panel in (crossing, lengths):
+        log_axis(panel, "x", (1, 10, 100, 1000, 10_000))
+    lengths.legend(frameon=False, fontsize=9)
+    name_axes(lengths, "match_size", "mean distance")
+    return save(figure, path, dpi=LESSON_DPI)
+
+
+def draw_trainings(losses: dict[str, list], least: float, paths: dict[str, Iterable[Tensor]],
+                   found: dict[str, dict], path: Path) -> Image.Image:
+    """Left the losses of both trainings and the least that random pairs allow; right the paths learned, (N, 2) each
+    step, with the bend `toy.measure_flow` found."""
+    figure, (curves, *planes) = row_of(3)
+    for method, of_method in losses.items():
+        smooth = torch.stack(list(of_method)).unfold(0, 20, 1).mean(1)
+        curves.plot(torch.arange(len(smooth)) + 10, smooth, color=LOOKS[method]["color"])
+        curves.text(len(smooth) / 2, smooth[len(smooth) // 2].item() + 0.1, NAMES[method], fontsize=9, ha="center")
+    curves.axhline(least, color=INK, linestyle=":", linewidth=1.5)
+    curves.text(len(smooth) / 2, least - 0.05, "perfect network, random pairs", fontsize=9, ha="center", va="top")
+    curves.set(ylim=(0, 2))
+    name_axes(curves, "training step", "loss, mean of 20 steps")
+    for panel, (method, of_method) in zip(planes, paths.items(), strict=True):
+        frame(panel, words=panel is planes[0])
+        draw_lines(panel, torch.stack(list(of_method)), size=8)
+        title(panel, f"{NAMES[method]}: bend {found[method]['straightness']:.2f}")
+    return save(figure, path, dpi=LESSON_DPI)
+
+
+def draw_few_steps(x: Tensor, samples: dict[str, dict[int, Tensor]], w2: dict[str, dict[str, float]],
+                   path: Path) -> Image.Image:
+    """A row for each method, a column for each count of steps, with the W2²; beneath in pale the data. All (N, 2)."""
+    figure, planes = plt.subplots(len(samples), len(toy.STEPS_SHOWN), figsize=(9.6, 4.3), layout="constrained")
+    for row, (method, of_method) in zip(planes, samples.items(), strict=True):
+        for panel, (steps, found) in zip(row, of_method.items(), strict=True):
+            frame(panel, words=False, limit=2.4)
+            draw_dots(panel, x, PALE, 6, layer=1)
+            draw_dots(panel, found, DATA, 3)
+            title(panel, f"W2² {w2[method][str(steps)]:.3f}")
+            if panel in planes[-1]:
+                panel.set_xlabel(f"{steps} step{'s' * (steps > 1)}")
+        row[0].set_ylabel(NAMES[method])
+    return save(figure, path, dpi=LESSON_DPI)
+
+
+def draw_batches(crossing: dict[int, float], of_pool: float, x: Tensor, noises: dict[str, Tensor],
+                 path: Path) -> Image.Image:
+    """The share of lines that cross by batch size, assigned within each batch, and from the pool; and some lines of
+    each, from their noises to x, all (N, 2)."""
+    figure, (curves, *planes) = row_of(3)
+    curves.plot(list(crossing), [100 * share for share in crossing.values()], **LOOKS["random"],
+                label="assigned within the batch")
+    curves.plot(list(crossing), [100 * of_pool] * len(crossing), **LOOKS["greedy"], label="pool")
+    log_axis(curves, "x", crossing)
+    log_axis(curves, "y", (0.5, 1, 2, 5, 10, 20, 50))
+    curves.legend(frameon=False, fontsize=9)
+    name_axes(curves, "batch size", "pairs of lines that cross, %")
+    for panel, (name, noise) in zip(planes, noises.items(), strict=True):
+        frame(panel, words=panel is planes[0])
+        draw_lines(panel, torch.stack([noise[::20], x[::20]]), size=8)  # from all over the pools, which begin well
+        title(panel, name)
+    return save(figure, path, dpi=LESSON_DPI)
+
+
+def draw_dimensions(images: Tensor, distances: dict[str, Tensor], shares: dict[str, dict[int, float]],
+                    path: Path) -> Image.Image:
+    """Some images (N, 1, H, W); how far all noises are from a sample, (N, M); lengths of lines by match_size, as shares
+    of those of random pairs. Both of the plane, then of images."""
+    figure, (some, near, curves) = row_of(3)
+    spaced = F.pad(images[:36], (1, 1, 1, 1), value=-1)
+    tiles = rearrange(spaced, "(row column) 1 h w -> (row h) (column w)", row=6)
+    some.imshow(tiles.numpy(), cmap="gray_r", vmin=-1, vmax=1)
+    some.axis("off")
+    title(some, "samples of 64 numbers")
+    for (name, of_all), look in zip(distances.items(), LOOKS.values(), strict=True):
+        relative = (of_all / of_all.mean(1, keepdim=True)).flatten()
+        near.hist(relative.numpy(), np.linspace(0, 2.5, 76), density=True, histtype="step", color=look["color"],
+                  linestyle=look.get("linestyle", "-"), linewidth=1.8, label=name)
+    near.legend(frameon=False, fontsize=9)
+    name_axes(near, "distance of a noise ÷ mean of all", "density")
+    for (name, of_size), look in zip(shares.items(), LOOKS.values(), strict=True):
+        curves.plot(list(of_size), [100 * share for share in of_size.values()], **look, label=name)
+    log_axis(curves, "x", of_size)
+    curves.set(ylim=(0, 105))
+    curves.legend(frameon=False, fontsize=9)
+    name_axes(curves, "match_size", "mean length, % of random pairs'")
+    return save(figure, path, dpi=LESSON_DPI)
+
+
+def row_of(count: int, height: float = 3.3, **how):
+    """A figure of `count` panels as wide as a page; → (figure, panels)."""
+    return plt.subplots(1, count, figsize=(9.6, height), layout="constrained", **how)
+
+
+def row_of_planes(count: int):
+    figure, panels = row_of(count, 9.6 / count + 0.2)
+    for panel in panels:
+        frame(panel, words=panel is panels[0])
+    return figure, panels
+
+
+def frame(panel, words: bool = True, limit: float = 2.7) -> None:
+    """Make a panel a plane; the names of its two axes, if `words`, once in a picture is enough."""
+    panel.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xticks=(-2, 0, 2), yticks=(-2, 0, 2))
+    panel.tick_params(labelsize=8, colors=NOTE, length=2)
+    panel.spines[:].set_color(PALE)
+    if words:
+        panel.set_xlabel("first number", fontsize=9, color=NOTE)
+        panel.set_ylabel("second number", fontsize=9, color=NOTE)
+
+
+def label(panel, text: str, at: Tensor, offset: tuple[float, float]) -> None:
+    """Words beside a point, readable over what lies below; the offset in points of type."""
+    panel.annotate(text, at.tolist(), offset, textcoords="offset points", fontsize=9, va="center", zorder=5,
+                   path_effects=[withStroke(linewidth=2.5, foreground="white")])
+
+
+def name_axes(panel, x: str, y: str) -> None:
+    panel.set(xlabel=x, ylabel=y)
+    panel.grid(True, alpha=0.25)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def log_axis(panel, which: str, ticks: Iterable[float]) -> None:
+    """Make axis "x" or "y" logarithmic, its ticks plain numbers: 1,000 and not 10³."""
+    panel.set(**{f"{which}scale": "log"})
+    axis = {"x": panel.xaxis, "y": panel.yaxis}[which]
+    axis.set_ticks(list(ticks), [f"{tick:,}" for tick in ticks])
+    axis.set_ticks([], minor=True)

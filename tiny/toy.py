@@ -83,12 +83,13 @@ def training_pairs(shape: str, method: str, match_size: int, seed: int, device="
     return dansm.pairs(batches(shape, seed, device), method, match_size, cost=cost, seed=seed_for("noise", seed))
 
 
-def train_flow(pairs, steps: int, seed: int, device="cpu", each_step: Callable[[], None] = lambda: None) -> nn.Module:
-    """A flow trained on `steps` batches of pairs; its averaged network. `each_step` is called after each of them."""
+def train_flow(pairs, steps: int, seed: int, device="cpu",
+               each_step: Callable[[Tensor], None] = lambda loss: None) -> nn.Module:
+    """A flow trained on `steps` batches of pairs; its averaged network. `each_step` gets the loss of each of them."""
     torch.manual_seed(seed_for("network and times", seed))
     training = dansm.Training(MLP().to(device), lr=5e-3, decay=0.998)
-    for _ in islice(dansm.train(training, dansm.RectifiedFlow(), pairs), steps):
-        each_step()
+    for loss in islice(dansm.train(training, dansm.RectifiedFlow(), pairs), steps):
+        each_step(loss)
     return training.average
 
 
@@ -118,7 +119,8 @@ def measure_pairs(pairs, match_size: int) -> dict[str, float]:
     count = math.ceil(POINTS / match_size) * match_size
     x, z = (torch.cat(part)[:count] for part in zip(*islice(pairs, math.ceil(count / BATCH)), strict=True))
     every = torch.arange(POINTS) * count // POINTS
-    return {"path_length": dansm.path_length(x, z), "crossing": crossing_share(x[every], z[every])}
+    return {"path_length": dansm.path_length(x, z), "crossing": crossing_share(x[every], z[every]),
+            "inter_path_mean": dansm.inter_path_distance(x[every], z[every]).mean}
 
 
 @torch.no_grad()
@@ -202,7 +204,7 @@ def run_shape(shape: str, out: Path, settings: dict) -> tuple[dict, dict[str, nn
             for seed in seeds:  # the outer loop, so that a run that is stopped has every method equally often
                 for method in dansm.METHODS:
                     bar.update(task, description=f"{shape}, {method}, seed {seed}")
-                    net, found = train_and_measure(shape, method, seed, settings, lambda: bar.advance(task))
+                    net, found = train_and_measure(shape, method, seed, settings, lambda loss: bar.advance(task))
                     nets.setdefault(method, net)
                     results["trainings"].append(found)
                     results["summary"] = summary(results["trainings"])
