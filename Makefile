@@ -8,16 +8,21 @@ PYTHON = .venv/bin/python
 READY = .venv/ready
 endif
 CIFAR10 ?= cifar10
+LSUN ?= data/bedroom_train_lmdb
+AUTOENCODER ?= data/v2-1_512-ema-pruned.ckpt
 DANSM = $(PYTHON) dansm.py
 NBCONVERT = $(PYTHON) -m nbconvert --log-level WARN --to notebook --inplace tiny/lesson.ipynb
 
 .DEFAULT_GOAL = help
-.PHONY: help toy lesson digits cifar10 test soak lint bench bench-train clean
+.PHONY: help toy lesson digits cifar10 latent-bedroom test soak lint bench bench-train clean
 
 help:  ## this list
-	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | awk -F'\t' '{printf "  make %-12s%s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | awk -F'\t' '{printf "  make %-15s%s\n", $$1, $$2}'
 	@echo; echo "  PYTHON=...      use this interpreter as it is, no .venv is made"
 	@echo "  CIFAR10=...     a folder of images for make cifar10 (default: download CIFAR-10)"
+	@echo "  LSUN=...        for make latent-bedroom: the lmdb, a folder or an archive of images ($(LSUN))"
+	@echo "  AUTOENCODER=... Stable Diffusion's, one file or a diffusers folder ($(AUTOENCODER))"
+	@echo "  ENCODE=... TRAIN=... SAMPLE=... EVALUATE=...   more options for the stages of make latent-bedroom"
 
 toy: $(READY)  ## what matching does, in 2D: pictures and a table in runs/toy (about a minute)
 	$(DANSM) toy
@@ -33,6 +38,12 @@ digits: $(READY)  ## first images: 1,797 handwritten digits, two ways of pairing
 cifar10: $(READY)  ## train on CIFAR-10 for eight minutes (on a GPU), samples in runs/cifar10
 	$(DANSM) train $(CIFAR10) --network ddpm --batch 256 --lr 3e-4 --decay 0.9999 --minutes 8.2 --sample-steps 20 \
 	  --out runs/cifar10
+
+latent-bedroom: $(READY)  ## LSUN encoded, trained on, sampled, FID; each stage goes on where it was stopped
+	$(DANSM) encode $(LSUN) --autoencoder $(AUTOENCODER) --out data/latent-bedroom $(ENCODE)
+	$(DANSM) train latent-bedroom $(TRAIN)
+	$(DANSM) sample runs/latent-bedroom --autoencoder $(AUTOENCODER) --steps 5 --out runs/latent-bedroom-samples $(SAMPLE)
+	$(DANSM) evaluate runs/latent-bedroom --autoencoder $(AUTOENCODER) --out runs/latent-bedroom-evaluate $(EVALUATE)
 
 test: $(READY)  ## all tests (seven minutes on two cores)
 	$(PYTHON) -m pytest -q

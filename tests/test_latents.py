@@ -424,6 +424,22 @@ def test_the_whole_chain_from_an_lmdb_to_pictures(kind, encoded, run, weights, t
     assert code == 2 and "decodes 8" in err
 
 
+def test_make_latent_bedroom_runs_every_stage(source, weights, tmp_path):
+    pytest.importorskip("torch_fidelity")
+    train = "--width 8 --multipliers 1 --blocks 1 --batch 4 --match-size 8 --decay 0.9 --steps 2 --device cpu"
+    command = ["make", "-f", ROOT / "Makefile", "latent-bedroom", f"PYTHON={sys.executable}",
+               f"DANSM={sys.executable} {ROOT / 'dansm.py'}", f"LSUN={source}", f"AUTOENCODER={weights}",
+               "ENCODE=--size 16 --device cpu", f"TRAIN={train}", "SAMPLE=--count 4 --device cpu",
+               "EVALUATE=--features test_evaluate:seen --steps 2 --count 4 --device cpu --cache cache"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+    said = subprocess.run(list(map(str, command)), cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert said.returncode == 0, said
+    assert "9 latents of 4×4×4" in said.stdout
+    assert Image.open(tmp_path / "runs" / "latent-bedroom-samples" / "samples.png").size == (2 * 34 + 2, 2 * 34 + 2)
+    rows = json.loads((tmp_path / "runs" / "latent-bedroom-evaluate" / "evaluate.json").read_text())["rows"]
+    assert [row.get("trained_steps") for row in rows] == [None, 2]
+
+
 def test_an_autoencoder_for_a_network_of_images_is_refused(run, weights, tmp_path, monkeypatch):
     monkeypatch.setitem(dansm.NETWORKS, "small", TINY)
     source = as_folder(tmp_path / "images", {f"{i}.png": picture(i, size=(8, 8)) for i in range(4)})
