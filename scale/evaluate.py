@@ -309,8 +309,9 @@ def _digest(*parts) -> str:
 
 
 def score(features: Tensor, real: Real, extractor: Extractor, *, logits: Tensor | None = None, seed: int = 0,
-          device="cpu") -> dict:
-    """How near generated images come to the real ones. features: (N, D) of the generated ones, N ≥ 2.
+          device="cpu", measures: str = "all") -> dict:
+    """How near generated images come to the real ones. features: (N, D) of the generated ones, N ≥ 2. measures: "all",
+    or "distance" for the first alone.
 
     fid                 Fréchet distance of the Gaussians around both sets of features; against all real images
     kid, kid_std        squared distance of their means under a cubic kernel: mean and deviation over 100 draws of up
@@ -323,13 +324,16 @@ def score(features: Tensor, real: Real, extractor: Extractor, *, logits: Tensor 
     """
     others = _shuffled(real.features, seed)[-len(features) :]
     frechet, kernel = extractor.distances
-    row = {frechet: frechet_distance(features, real), **_kernel_distance(features, real.features, kernel)}
+    row = {frechet: frechet_distance(features, real)}
+    if measures == "distance":
+        return row
+    row |= _kernel_distance(features, real.features, kernel)
     if logits is not None:
         row |= _inception_score(logits)
     return row | _precision_recall(features, others, device)
 
 
-def floor(real: Real, count: int, extractor: Extractor, *, seed: int = 0, device="cpu") -> dict:
+def floor(real: Real, count: int, extractor: Extractor, *, seed: int = 0, device="cpu", measures: str = "all") -> dict:
     """The scores of `count` random real images: what no generator can be expected to beat.
 
     The Fréchet distance is to all real images; all of them would be at 0, so they are half at most where `count` asks
@@ -340,8 +344,10 @@ def floor(real: Real, count: int, extractor: Extractor, *, seed: int = 0, device
     features = _shuffled(real.features, seed)
     apart = min(count, len(features) // 2)
     frechet, kernel = extractor.distances
-    return {"count": count, frechet: frechet_distance(features[:count], real),
-            **_kernel_distance(features[:apart], features[-apart:], kernel),
+    row = {"count": count, frechet: frechet_distance(features[:count], real)}
+    if measures == "distance":
+        return row
+    return {**row, **_kernel_distance(features[:apart], features[-apart:], kernel),
             **_precision_recall(features[:apart], features[-apart:], device)}
 
 

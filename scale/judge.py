@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -21,7 +22,8 @@ CACHE = Path("~/.cache/dansm")  # of the features of real images, as that of dan
 
 
 class Judge:
-    """Scores the averaged network each `recipe.evaluate_every` steps, never if that is 0.
+    """Scores the averaged network each `recipe.evaluate_every` steps, never if that is 0, and after those of
+    `recipe.evaluate_at`.
 
     Every process must make one and call it in the same step: each draws its share of the images. What is scored is
     the first one's to log. BadInput at once, before any training, for what cannot be evaluated.
@@ -30,8 +32,9 @@ class Judge:
     def __init__(self, images, recipe: Recipe, device: torch.device, console: Console):
         self.recipe, self.device, self.console = recipe, device, console
         self.rank, self.processes = ranks()
-        if not recipe.evaluate_every:
+        if not (recipe.evaluate_every or recipe.evaluate_at):
             return
+        self.measures = recipe.evaluate_measures
         evaluate.check_real(images)
         for steps in recipe.evaluate_steps:
             dansm.check_steps("--evaluate-steps", steps, dansm.FLOWS[recipe.flow])
@@ -41,7 +44,8 @@ class Judge:
         self.extractor = evaluate.load_extractor(recipe.evaluate_features, device, weights)
         if self.rank == 0:
             self.real = self._real(images)
-            self.floor = evaluate.floor(self.real, recipe.evaluate_count, self.extractor, seed=SEED, device=device)
+            self.floor = evaluate.floor(self.real, recipe.evaluate_count, self.extractor, seed=SEED, device=device,
+                                        measures=self.measures)
             if self.processes > 1:
                 group.barrier()
 
@@ -56,7 +60,8 @@ class Judge:
         return 500 if self.device.type == "cuda" else 64
 
     def due(self, step: int) -> bool:
-        return bool(self.recipe.evaluate_every) and step % self.recipe.evaluate_every == 0
+        every = self.recipe.evaluate_every
+        return bool(every and step % every == 0) or step in self.recipe.evaluate_at
 
     def __call__(self, run: FastTraining, flow, seconds: float, show, stop) -> dict | None:
         """A line of the log: "frechet_distance/5" and the like are of images in 5 steps, "…/real" of real images.
@@ -69,16 +74,20 @@ class Judge:
         begin = time.monotonic()
         line = {"step": run.step, "images": run.step * self.recipe.batch, "seconds": round(seconds, 2)}
         net = sampler(run.average, self.device, self.recipe.precision)
-        for steps in self.recipe.evaluate_steps:
-            try:
-                features, logits = self._draw(net, flow, run.net.settings, steps, show, stop)
-            except _GivenUp:
-                return None
-            if self.rank == 0:
-                row = evaluate.score(features, self.real, self.extractor, logits=logits, seed=SEED, device=self.device)
-                line |= _of_steps(row, steps)
+        rows = {}
+        with ThreadPoolExecutor(1) as scores:  # the CPU scores these images while the GPU draws the next
+            for steps in self.recipe.evaluate_steps:
+                try:
+                    features, logits = self._draw(net, flow, run.net.settings, steps, show, stop)
+                except _GivenUp:
+                    return None
+                if self.rank == 0:
+                    rows[steps] = scores.submit(evaluate.score, features, self.real, self.extractor, logits=logits,
+                                                seed=SEED, device=self.device, measures=self.measures)
         if self.rank:
             return None
+        for steps, row in rows.items():
+            line |= _of_steps(row.result(), steps)
         line |= _of_steps(self.floor, "real") | {"evaluation_seconds": round(time.monotonic() - begin, 2)}
         self._say(line)
         return line

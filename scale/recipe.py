@@ -70,6 +70,8 @@ class Recipe:
     match_scope: str = setting("Flow and matching", "a pool for each process, or one over all", "rank",
                                choices=("rank", "global"))
     fast: bool = setting("Flow and matching", "match in tf32 on a GPU: quicker, as good in the mean", False)
+    pool: str = setting("Flow and matching", "numbers of the noises; bf16 takes half the memory", "fp32",
+                        choices=("fp32", "bf16"))
 
     batch: int = setting("Steps", "samples a step, over all processes together", 128, least=1)
     accumulate: int = setting("Steps", "parts a process cuts its share of the batch into", 1, least=1)
@@ -93,9 +95,13 @@ class Recipe:
 
     evaluate_every: int = setting("Evaluation", "training steps between two evaluations; 0: none", 0, least=0,
                                   free=True)
+    evaluate_at: tuple[int, ...] = setting("Evaluation", "training steps after which to evaluate besides", (), least=1,
+                                           empty=True, free=True)
     evaluate_steps: tuple[int, ...] = setting("Evaluation", "counts of steps from noise to image, a row each",
                                               (3, 5, 10), least=1, most=10_000, free=True)
     evaluate_count: int = setting("Evaluation", "images drawn for each row", 10_000, least=2, free=True)
+    evaluate_measures: str = setting("Evaluation", "all, or the Fréchet distance alone, a third of the time", "all",
+                                     choices=("all", "distance"), free=True)
     evaluate_features: str = setting("Evaluation", "inception, or another network as module:callable", "inception",
                                      free=True)
     inception_weights: str = setting("Evaluation", "file of its weights, where there is no network", "", free=True)

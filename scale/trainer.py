@@ -24,7 +24,7 @@ import dansm
 from scale import checkpoint, data
 from scale.judge import Judge
 from scale.recipe import Recipe, changed, make_flow, write
-from scale.step import FastTraining, make_deterministic, operations_per_image, peak, ranks, sampler
+from scale.step import FastTraining, make_deterministic, number_type, operations_per_image, peak, ranks, sampler
 
 AGREE = 0.5  # seconds between two moments at which processes agree whether to stop or to save
 GRID_SHARE = 0.1  # of the time between two checkpoints that the grid of samples beside each may take
@@ -56,7 +56,8 @@ def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, 
     torch.manual_seed(recipe.seed if rank == 0 else _seed_of(recipe.seed, rank))
     flow = make_flow(dataclasses.asdict(recipe), images.shape[1])
     pool = dansm.NoisePool(recipe.match_size, images.shape[1:], cost=recipe.cost, device=device, seed=recipe.seed,
-                           fast=recipe.fast, match_scope=recipe.match_scope, compile=recipe.compile)
+                           dtype=number_type(recipe.pool, device), fast=recipe.fast, match_scope=recipe.match_scope,
+                           compile=recipe.compile)
     keeper = Keeper(out, recipe, len(images), fresh, console)
     keeper.resume(run, pool, device)
     with keeper.paused():

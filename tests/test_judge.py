@@ -70,6 +70,18 @@ def test_a_run_says_of_its_checkpoint_what_the_command_says(run, images, tmp_pat
             assert line[f"{name}/{of}"] == pytest.approx(row[name], rel=1e-4, abs=1e-5)
 
 
+def test_evaluations_at_given_steps_of_the_distance_alone(run, images, tmp_path):
+    """Those of the same step of the run that measures all, and no others."""
+    command = ["train", images, "--steps", 5, *FAST, *SEEN]
+    assert run(*command, "--out", tmp_path / "every", "--evaluate-every", 2)[0] == 0
+    assert run(*command, "--out", tmp_path / "at", "--evaluate-at", "2,5,9", "--evaluate-measures", "distance")[0] == 0
+    at, every = ({line["step"]: line for line in evaluations(tmp_path / name)} for name in ("at", "every"))
+    assert list(at) == [2, 5] and list(every) == [2, 4]
+    assert {name for name in at[2] if "/" in name} == {f"frechet_distance/{of}" for of in (2, 3, "real")}
+    for of in (2, 3, "real"):
+        assert at[2][f"frechet_distance/{of}"] == every[2][f"frechet_distance/{of}"]
+
+
 @needs_gloo
 def test_two_processes_draw_the_images_of_one(run, images, tmp_path):
     command = ["train", images, "--steps", 2, *FAST, *SEEN, "--evaluate-every", 2, "--match-size", 0, "--lr", 1e-9]

@@ -15,7 +15,8 @@ from scale import command, recipe
 from scale.recipe import RECIPES, SETTINGS, Recipe, changed, kind_of, load, names, write
 
 FREE = {"cache", "resident", "steps", "minutes", "save_minutes", "keep", "log_steps", "sample_steps", "compile",
-        "evaluate_every", "evaluate_steps", "evaluate_count", "evaluate_features", "inception_weights"}
+        "evaluate_every", "evaluate_at", "evaluate_steps", "evaluate_measures", "evaluate_count",
+        "evaluate_features", "inception_weights"}
 
 # ------------------------------------------------------------------------------- values
 

@@ -1,0 +1,280 @@
+"""The proof: does matching pay, when, and by how much? Runs that are equal in all but their pairs.
+
+A run is the recipe "proof" with the settings that its name stands for, and a seed. What its evaluations say goes into
+one table, distances.csv, as soon as it is there; what is there is not measured again, so that calls add up, whatever
+ends them. `summarize` and `scale.proof_figures` make of the table what a reader wants to know.
+"""
+
+from __future__ import annotations
+
+import csv
+import gc
+import json
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import dansm
+from dansm import counted, say
+from scale import checkpoint, command, trainer
+from scale.bench import write_csv
+from scale.recipe import Recipe, load, shown
+
+LONG, MIDDLE, SHORT = 5_120_000, 2_048_000, 1_024_000  # images
+MARKS = (256_000, 512_000, SHORT, MIDDLE, 3_584_000, LONG)  # images after which a run is evaluated
+FEW = 512_000, 128_000  # images of the runs with batches of 8 and of 1: each step takes as long as one of 256
+FIELDS = ("run", "seed", "images", "seconds", "steps", "distance", "real", "gpu")
+
+
+class Run(NamedTuple):
+    """What is compared: the settings in which it departs from the recipe, how many images it sees, and how often it is
+    trained from another seed."""
+
+    name: str
+    settings: dict
+    images: int
+    seeds: int
+    label: str  # as figures call it
+
+
+OFF, MATCHED = "off", "greedy-10000"
+RUNS = {run.name: run for run in [
+    Run(OFF, dict(method="random"), LONG, 3, "off: random pairs"),
+    Run(MATCHED, dict(), LONG, 3, "pool of 10,000"),
+    Run("greedy-1000", dict(match_size=1000), MIDDLE, 1, "pool of 1,000"),
+    Run("greedy-100000", dict(match_size=100_000), MIDDLE, 3, "pool of 100,000"),
+    Run("greedy-1000000", dict(match_size=1_000_000, pool="bf16"), MIDDLE, 1, "pool of 1,000,000"),
+    Run("assigned-256", dict(method="optimal", match_size=256), MIDDLE, 1, "assignment within batches of 256"),
+    Run("nearest-16", dict(method="nearest", match_size=16), MIDDLE, 1, "nearest of 16"),
+    Run("optimal-10000", dict(method="optimal"), MIDDLE, 1, "assignment over 10,000"),
+    Run("diffusion-off", dict(flow="diffusion", method="random"), MIDDLE, 1, "diffusion, off"),
+    Run("diffusion-greedy-10000", dict(flow="diffusion"), MIDDLE, 1, "diffusion, pool of 10,000"),
+    Run("inner-10000", dict(cost="inner"), SHORT, 3, "pool of 10,000, inner product"),
+    Run("inner-100000", dict(cost="inner", match_size=100_000), SHORT, 3, "pool of 100,000, inner product"),
+    Run("batch8-off", dict(batch=8, lr=1e-4, method="random"), FEW[0], 1, "batch 8, off"),
+    Run("batch8-assigned", dict(batch=8, lr=1e-4, method="optimal", match_size=8), FEW[0], 1,
+        "batch 8, assignment within batches"),
+    Run("batch8-greedy-10000", dict(batch=8, lr=1e-4), FEW[0], 1, "batch 8, pool of 10,000"),
+    Run("batch1-off", dict(batch=1, lr=4e-5, method="random"), FEW[1], 1, "batch 1, off"),
+    Run("batch1-greedy-10000", dict(batch=1, lr=4e-5), FEW[1], 1, "batch 1, pool of 10,000"),
+]}
+
+
+def recipe_of(run: Run, seed: int, data: str, **more) -> Recipe:
+    """All settings of a run: it ends after its images, and is evaluated at the MARKS up to there, and at its end."""
+    batch = run.settings.get("batch", load("proof").batch)
+    marks = [images // batch for images in (*MARKS, *FEW) if images <= run.images and images % batch == 0]
+    steps = run.images // batch
+    return load("proof", {**run.settings, "data": data, "seed": seed, "steps": steps,
+                          "evaluate_at": sorted({*marks, steps}), "log_steps": max(50, steps // 100), **more})
+
+
+def command_of(run: Run, seed: int, data: str = "cifar10") -> str:
+    """The command that makes this run by itself."""
+    recipe, usual = recipe_of(run, seed, data), load("proof")
+    given = {name: getattr(recipe, name) for name in (*run.settings, "seed", "steps", "evaluate_at", "log_steps")}
+    words = [f"--{name.replace('_', '-')} {shown(value)}" for name, value in given.items()
+             if value != getattr(usual, name)]
+    return " ".join(["dansm train proof", *([f"--data {data}"] if data != "cifar10" else []), *words])
+
+
+def todo(names: list[str], rows: list[dict]) -> Iterator[tuple[Run, int]]:
+    """Of these runs those that are not measured to their end, the first seed of each before the second."""
+    ended = {(row["run"], row["seed"]) for row in rows if row["images"] >= RUNS[row["run"]].images}
+    for seed in range(max(RUNS[name].seeds for name in names)):
+        yield from ((RUNS[name], seed) for name in names if seed < RUNS[name].seeds and (name, seed) not in ended)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The table
+# ---------------------------------------------------------------------------------------------------
+
+
+def read_rows(path: Path) -> list[dict]:
+    """What was measured so far. BadInput for a table of others."""
+    if not path.exists():
+        return []
+    kinds = dict(seed=int, images=int, seconds=float, steps=int, distance=float, real=float)
+    try:
+        with open(path, newline="") as file:
+            rows = [{name: kinds.get(name, str)(row[name]) for name in FIELDS} for row in csv.DictReader(file)]
+    except (KeyError, ValueError, TypeError, OSError) as error:
+        raise dansm.BadInput(f"{path} cannot be read ({error}): expected what dansm proof wrote, or another --out"
+                             ) from error
+    if strange := next((row["run"] for row in rows if row["run"] not in RUNS), None):
+        raise dansm.BadInput(f"{path} holds a run {strange!r}: expected one of {', '.join(RUNS)}, or another --out")
+    return rows
+
+
+def rows_of(run: Run, seed: int, log: Path, gpu: str) -> list[dict]:
+    """What the evaluations in a run's metrics.jsonl say."""
+    rows = []
+    for line in map(json.loads, log.read_text().splitlines()):
+        for name, value in line.items():
+            kind, _, steps = name.partition("/")
+            if kind in ("frechet_distance", "fid") and steps.isdecimal():
+                rows.append(dict(run=run.name, seed=seed, images=line["images"], seconds=line["seconds"],
+                                 steps=int(steps), distance=value, real=line[f"{kind}/real"], gpu=gpu))
+    return rows
+
+
+def speed_of(run: Run, seed: int, log: Path, gpu: str) -> dict | None:
+    """How fast the run trained: medians over the lines of its log, the first two left out, in which it warms up."""
+    lines = [line for line in map(json.loads, log.read_text().splitlines()) if "loss" in line][2:]
+    if not lines:
+        return None
+    rates = [line["images_per_second"] for line in lines]
+    return dict(run=run.name, seed=seed, images_per_second=round(statistics.median(rates), 1),
+                least=min(rates), most=max(rates),
+                matching=round(statistics.median(line["matching"] for line in lines), 4),
+                distance=round(statistics.fmean(line["distance"] for line in lines), 4),
+                distance_unmatched=round(statistics.fmean(line["distance_unmatched"] for line in lines), 4), gpu=gpu)
+
+
+def merged(rows: list[dict], new: list[dict], *keys: str) -> list[dict]:
+    """`rows` with those of `new` in the place of any of equal keys, in the order of RUNS."""
+    by_key = {tuple(row[key] for key in keys): row for row in [*rows, *new]}
+    order = list(RUNS)
+    return sorted(by_key.values(), key=lambda row: (order.index(row["run"]), *(row[key] for key in keys[1:])))
+
+
+# ---------------------------------------------------------------------------------------------------
+# The runs
+# ---------------------------------------------------------------------------------------------------
+
+
+def prove(data: str, out: Path, work: Path, device: torch.device, *, names: list[str], minutes: float,
+          cache: Path | None) -> None:
+    """Train and evaluate what is not in the table yet, for `minutes` at most if not 0; then summarize and draw.
+
+    out    gets distances.csv, speed.csv, commands.txt, summary.csv and the figures
+    work   the folder of the runs themselves, their checkpoints among them: what a call did not finish goes on there
+    """
+    begin, table = time.monotonic(), out / "distances.csv"
+    rows, waiting = read_rows(table), list(todo(names, read_rows(table)))
+    (out / "commands.txt").write_text("".join(f"{command_of(run, seed)}\n" for run, seed in todo(list(RUNS), [])))
+    say(f"{counted(len(waiting), 'run')} of {sum(RUNS[name].seeds for name in names)} to go")
+    images = command.read(recipe_of(*waiting[0], data, cache=str(cache or "")))[0] if waiting else None
+    for run, seed in waiting:
+        left = minutes - (time.monotonic() - begin) / 60 if minutes else 0
+        if minutes and left <= 0:
+            break
+        rows, stopped = one_run(run, seed, images, recipe_of(run, seed, data, minutes=left), out, work, device, rows)
+        if stopped:
+            break
+    if rows:
+        finish(rows, out)
+
+
+def one_run(run: Run, seed: int, images, recipe: Recipe, out: Path, work: Path, device,
+            rows: list[dict]) -> tuple[list[dict], bool]:
+    """Train it as far as the recipe's minutes go, and put what was measured into the tables. Returns the new rows and
+    whether Ctrl-C or SIGTERM ended it."""
+    folder, gpu = dansm.make_folder(work / f"{run.name}-{seed}"), dansm.hardware(device)["gpu"] or "CPU"
+    say(f"{run.name}, seed {seed}: {command_of(run, seed)}")
+    with checkpoint.lock(folder):
+        summary, *_ = trainer.fit(images, recipe, out=folder, fresh=False, device=device, console=dansm.console)
+    log = folder / "metrics.jsonl"
+    rows = merged(rows, rows_of(run, seed, log, gpu), "run", "seed", "images", "steps")
+    write_csv(rows, out / "distances.csv")
+    speeds = out / "speed.csv"
+    known = list(csv.DictReader(open(speeds, newline=""))) if speeds.exists() else []
+    known = [{**row, "seed": int(row["seed"])} for row in known]
+    if speed := speed_of(run, seed, log, gpu):
+        write_csv(merged(known, [speed], "run", "seed"), speeds)
+    gc.collect()  # a run's graphs hold memory
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return rows, summary["stopped_early"]
+
+
+def finish(rows: list[dict], out: Path) -> None:
+    from scale.proof_figures import draw
+
+    found = summarize(rows)
+    write_csv(found, out / "summary.csv")
+    dansm.say_files(out, "distances.csv", "speed.csv", "commands.txt", "summary.csv", *draw(rows, out))
+
+
+# ---------------------------------------------------------------------------------------------------
+# What it says
+# ---------------------------------------------------------------------------------------------------
+
+
+def curve(rows: list[dict], name: str, steps: int, seed: int | None = None) -> list[tuple[int, float]]:
+    """(images, distance) of a run in that many steps, in the order of images; without a seed the mean of all seeds
+    that there are at these images."""
+    by_images = {}
+    for row in rows:
+        if row["run"] == name and row["steps"] == steps and seed in (None, row["seed"]):
+            by_images.setdefault(row["images"], []).append(row["distance"])
+    most = max(map(len, by_images.values()), default=0)
+    return [(images, statistics.fmean(found)) for images, found in sorted(by_images.items()) if len(found) == most]
+
+
+def images_to(distance: float, found: list[tuple[int, float]]) -> float | None:
+    """How many images it takes to come to that distance, by straight lines between the logarithms of a curve's points;
+    None where it does not come so far, or was nearer at its first point."""
+    for (before, worse), (after, better) in zip(found, found[1:], strict=False):
+        if worse >= distance > better or distance == better:
+            share = (math.log(worse) - math.log(distance)) / max(math.log(worse) - math.log(better), 1e-12)
+            return math.exp(math.log(before) + share * (math.log(after) - math.log(before)))
+    return None
+
+
+def summarize(rows: list[dict]) -> list[dict]:
+    """A row for each run, steps and images at which both it and off (of its own kind) were measured:
+
+    distance, off     means over seeds, with `seeds` and `off_seeds`, how many those are
+    spread, off_spread   standard deviations over seeds, None of one
+    of_off            distance / off
+    images_off        that off needs for the run's distance, and `saved`, 1 − images / images_off; None where off does not
+                      come to it in its run. least_saved and most_saved: of all pairs of seeds
+    """
+    found = []
+    for name, run in RUNS.items():
+        base = base_of(run)
+        if name == base:
+            continue
+        for steps in sorted({row["steps"] for row in rows if row["run"] == name}):
+            off = dict(curve(rows, base, steps))
+            for images, distance in curve(rows, name, steps):
+                if images in off:
+                    found.append(_compared(rows, name, base, steps, images, distance, off))
+    return found
+
+
+def base_of(run: Run) -> str:
+    """The run that this one is compared with: of the same flow and batch, with random pairs."""
+    kind = {key: run.settings.get(key) for key in ("flow", "batch")}
+    return next(other.name for other in RUNS.values() if other.settings.get("method") == "random" and
+                kind == {key: other.settings.get(key) for key in kind})
+
+
+def _compared(rows, name, base, steps, images, distance, off) -> dict:
+    ours, theirs = (seeds_of(rows, each, steps, images) for each in (name, base))
+    saved = [1 - images / needed for seed, other in product(ours, theirs)
+             if (needed := images_to(ours[seed], curve(rows, base, steps, other)))]
+    needed = images_to(distance, sorted(off.items()))
+    return {"run": name, "steps": steps, "images": images, "distance": round(distance, 3), "off": round(off[images], 3),
+            "seeds": len(ours), "off_seeds": len(theirs), "spread": _spread(ours), "off_spread": _spread(theirs),
+            "of_off": round(distance / off[images], 4), "images_off": needed and round(needed),
+            "saved": needed and round(1 - images / needed, 3),
+            "least_saved": round(min(saved), 3) if saved else None,
+            "most_saved": round(max(saved), 3) if saved else None}
+
+
+def seeds_of(rows, name: str, steps: int, images: int) -> dict[int, float]:
+    """The distance of each seed."""
+    return {row["seed"]: row["distance"] for row in rows
+            if (row["run"], row["steps"], row["images"]) == (name, steps, images)}
+
+
+def _spread(of_seeds: dict[int, float]) -> float | None:
+    return round(statistics.stdev(of_seeds.values()), 3) if len(of_seeds) > 1 else None
