@@ -266,17 +266,19 @@ def draw_gains(panel, result: dict) -> None:
     panel.legend(frameon=False, loc="upper left", borderaxespad=0, handlelength=1.8)
 
 
-def main(data: str = "data/train", out: Path = Path("results/theory"), draws: int = DRAWS) -> None:
-    result = measure(load_pixels(data), draws)
-    out = dansm.make_folder(out)
+def write(result: dict, out: Path) -> None:
     dansm.write_json(out / "theory.json", result)
     with (out / "theory.csv").open("w", newline="") as file:
-        names = list(dict.fromkeys(name for row in result["rows"] for name in row))
-        table = csv.DictWriter(file, names)
+        table = csv.DictWriter(file, list(dict.fromkeys(name for row in result["rows"] for name in row)))
         table.writeheader()
         table.writerows(result["rows"])
     draw(result, out / "theory.png")
     dansm.say_files(out, "theory.json", "theory.csv", "theory.png")
+
+
+def main(data: str = "data/train", out: Path = Path("results/theory"), draws: int = DRAWS) -> None:
+    images = load_pixels(data)
+    write(measure(images, draws), dansm.make_folder(out))
 
 
 if __name__ == "__main__":
