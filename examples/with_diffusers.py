@@ -10,8 +10,8 @@ One line differs from diffusers' own way: the one with "was:" behind it, which s
   pool it makes no difference.
 
     python examples/with_diffusers.py           a rectified flow, half a minute on two cores
-    python examples/with_diffusers.py --ddpm    a diffusion, sampled by DDIM's steps; as it learns more slowly its table
-                                                says little before --steps 2000, some minutes
+    python examples/with_diffusers.py --ddpm    a diffusion, sampled by DDIM's steps. It learns more slowly, from the
+                                                pool's pairs later still: judge it after --steps 2000, some minutes
 """
 
 from __future__ import annotations
