@@ -66,4 +66,5 @@ clean:  ## remove the environment and the caches; runs and data stay
 .venv/ready: pyproject.toml
 	python3 -m venv .venv
 	.venv/bin/python -m pip install --quiet -e '.[dev]'
+	.venv/bin/python -m pip install --quiet --no-deps torchcfm
 	touch $@

@@ -1,0 +1,101 @@
+"""The pool in a training by torchcfm: its flow matchers, its network; on the 1,797 digits of scikit-learn.
+
+One line differs from torchcfm's own way: the one with "was:" behind it, which says what stood there. torchcfm's t too
+runs from noise (x0, at 0) to data (x1, at 1).
+
+The pool takes the place of the optimal transport within a batch: use it with the plain ConditionalFlowMatcher. A plan
+of ExactOptimalTransportConditionalFlowMatcher knows the noises of one batch alone, and in a batch of one, all that fits
+where samples are large, there is nothing to plan; a pool's noises outlive the batch. A plan is also drawn from with
+replacement, so some of a batch come twice and others not at all; a pool hands out each noise once.
+
+    python examples/with_torchcfm.py        half a minute on two cores
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from statistics import fmean
+
+import numpy as np
+import torch
+import typer
+from torch import Tensor
+from torchcfm.conditional_flow_matching import ConditionalFlowMatcher, ExactOptimalTransportConditionalFlowMatcher
+from torchcfm.models import MLP
+
+from dansm import NoisePool
+from tiny.comparison import Trained, compare
+from tiny.digits import load_digits
+
+BATCH = 64
+
+
+def draw_paths(matcher: ConditionalFlowMatcher, pool: NoisePool, x1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Times t: (B,), the places xt: (B, D) on the paths to x1: (B, D), and the velocities ut: (B, D) there."""
+    x0 = pool(x1)  # was: x0 = torch.randn_like(x1)
+    return matcher.sample_location_and_conditional_flow(x0, x1)
+
+
+def train(images: Tensor, matcher, steps: int, match_size: int, seed: int):
+    """Returns the network and the lengths of the paths. images: (N, D). match_size 1 is a random noise for each image:
+    vanilla training."""
+    set_seed(seed)
+    net = MLP(dim=images.shape[1], w=256, time_varying=True)
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    pool = NoisePool(match_size, images.shape[1:], seed=seed)
+    lengths = []
+    for _ in range(steps):
+        t, xt, ut = draw_paths(matcher, pool, images[torch.randint(len(images), (BATCH,))])
+        vt = net(torch.cat([xt, t[:, None]], 1))
+        loss = (vt - ut).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        lengths.append(length(ut))
+    return net, fmean(lengths)
+
+
+def length_in_batches_of_one(images: Tensor, matcher, match_size: int, seed: int, count: int) -> float:
+    """Mean length of `count` paths to images: (N, D), drawn one at a time. Whole pools: the first of each get near."""
+    set_seed(seed)
+    pool = NoisePool(match_size, images.shape[1:], seed=seed)
+    drawn = images[torch.randint(len(images), (count,))]
+    return fmean(length(draw_paths(matcher, pool, x1)[2]) for x1 in drawn.split(1))
+
+
+def length(ut: Tensor) -> float:
+    """Mean length of straight paths: their velocity is constant."""
+    return ut.norm(dim=1).mean().item()
+
+
+def set_seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed)  # an optimal transport plan is drawn from by numpy
+
+
+@torch.no_grad()
+def sample(net: MLP, count: int, steps: int, generator: torch.Generator) -> Tensor:
+    """(count, D) by Euler's steps from noise (t = 0) to data (t = 1)."""
+    x = torch.randn(count, net.net[-1].out_features, generator=generator)
+    for step in range(steps):
+        x = x + net(torch.cat([x, torch.full((count, 1), step / steps)], 1)) / steps
+    return x
+
+
+def main(steps: int = 800, seeds: int = 2, match_size: int = 1000) -> list:
+    torch.set_num_threads(1)  # to so small a network more are no help, and on a busy machine they wait for each other
+    images = load_digits().flatten(1)
+
+    def trained(matcher, size, seed):
+        net, together = train(images, matcher, steps, size, seed)
+        alone = length_in_batches_of_one(images, matcher, size, seed, 2 * match_size)
+        return Trained({f"path,\nbatch {BATCH}": together, "path,\nbatch 1": alone}, partial(sample, net))
+
+    ways = {"random": partial(trained, ConditionalFlowMatcher(), 1),
+            "batch OT": partial(trained, ExactOptimalTransportConditionalFlowMatcher(), 1),
+            f"pool of {match_size:,}": partial(trained, ConditionalFlowMatcher(), match_size)}
+    return compare(ways, images, seeds, f"Digits, {steps:,} steps of {BATCH}", step_counts=(1, 2, 5))
+
+
+if __name__ == "__main__":
+    typer.run(main)
