@@ -14,7 +14,7 @@ DANSM = $(PYTHON) dansm.py
 NBCONVERT = $(PYTHON) -m nbconvert --log-level WARN --to notebook --inplace tiny/lesson.ipynb
 
 .DEFAULT_GOAL = help
-.PHONY: help toy lesson digits cifar10 latent-bedroom test soak lint bench bench-train clean
+.PHONY: help toy lesson digits cifar10 latent-bedroom test soak lint bench bench-train proof clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | awk -F'\t' '{printf "  make %-15s%s\n", $$1, $$2}'
@@ -59,6 +59,9 @@ bench: $(READY)  ## what matching costs here: the paper's loop, other libraries,
 
 bench-train: $(READY)  ## what training costs here: steps, input, sampling, a profile, in runs/bench (for a GPU)
 	$(DANSM) bench train
+
+proof: $(READY)  ## does matching pay? trains and judges what results/proof lacks (hours, on a GPU; goes on where it was stopped)
+	$(DANSM) proof --data $(CIFAR10) $(PROOF)
 
 clean:  ## remove the environment and the caches; runs and data stay
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -14,7 +14,8 @@ Read top to bottom:
     4 training    train: the plain loop
     5 measuring   path length, crossing, straightness, inter-path distance, Fréchet distance
     6 refusing    what a batch, a count or a pool cannot be, said in one line
-    7 commands     toy, digits, train, export, encode, decode, sample, evaluate, compare, grid, tsne, paths, loss, bench
+    7 commands     toy, digits, train, export, encode, decode, sample, evaluate, compare, grid, tsne, paths, loss,
+                  proof, bench
 
 Names used throughout: x is data, z is noise, both (B, C, H, W) or any (B, ...); t runs from noise (0) to
 data (1); B is the batch, M the pool's match_size, D the count of numbers in one sample.
@@ -1267,6 +1268,7 @@ COMMANDS = {
     "tsne": "Foundation 2: noises and samples in the plane, random pairs above, the model's own below.",
     "paths": "How long paths are and how near they come to each other: random, matched, and models' own pairs.",
     "loss": "A model's loss by t under random, matched and its own pairs.",
+    "proof": "Does matching pay? Equal runs, paired in many ways; adds what is missing to the tables in results/proof.",
     "bench": "Time matching, training or judging, against the paper's code, other libraries and the machine's floor.",
 }
 for _name, _says in COMMANDS.items():

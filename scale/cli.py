@@ -161,6 +161,26 @@ def bench_command(
         console=dansm.console)
 
 
+@_command("proof")
+def proof_command(
+    data: Annotated[str, typer.Option(help="images, as for dansm train")] = "cifar10",
+    only: Annotated[str | None, typer.Option(help="of the runs, those of these names, parted by commas; a wrong name "
+                                                  "lists them")] = None,
+    minutes: Annotated[float, typer.Option(min=0, help="end this call after so many; 0: when all is done")] = 0.0,
+    work: Annotated[Path, typer.Option(help="folder of the runs themselves")] = Path("runs/proof"),
+    cache: Annotated[Path | None, typer.Option(help="folder that keeps the decoded images")] = None,
+    device: Device = "auto",
+    out: Annotated[Path, typer.Option(help="folder of the tables, which are added to, and the figures")] = (
+        Path("results/proof")),
+) -> None:
+    from scale.proof import RUNS, prove
+
+    names = list(RUNS) if only is None else only.split(",")
+    for name in names:
+        dansm.check_choice("--only", name, RUNS)
+    prove(data, dansm.make_folder(out), work, dansm.pick_device(device), names=names, minutes=minutes, cache=cache)
+
+
 Autoencoder = Annotated[Path, typer.Option(
     help="Stable Diffusion's: a diffusers folder, or a .safetensors or .ckpt with keys first_stage_model.…",
     show_default=False)]

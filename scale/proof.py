@@ -11,10 +11,11 @@ import csv
 import gc
 import json
 import math
+import shlex
 import statistics
 import time
 from collections.abc import Iterator
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ from scale.recipe import Recipe, load, shown
 
 LONG, MIDDLE, SHORT = 5_120_000, 2_048_000, 1_024_000  # images
 MARKS = (256_000, 512_000, SHORT, MIDDLE, 3_584_000, LONG)  # images after which a run is evaluated
-FEW = 512_000, 128_000  # images of the runs with batches of 8 and of 1: each step takes as long as one of 256
+FEW = 128_000, 256_000, 512_000  # those with batches of 1 and of 8, whose steps take nearly as long as one of 256
 FIELDS = ("run", "seed", "images", "seconds", "steps", "distance", "real", "gpu")
 
 
@@ -57,19 +58,19 @@ RUNS = {run.name: run for run in [
     Run("diffusion-greedy-10000", dict(flow="diffusion"), MIDDLE, 1, "diffusion, pool of 10,000"),
     Run("inner-10000", dict(cost="inner"), SHORT, 3, "pool of 10,000, inner product"),
     Run("inner-100000", dict(cost="inner", match_size=100_000), SHORT, 3, "pool of 100,000, inner product"),
-    Run("batch8-off", dict(batch=8, lr=1e-4, method="random"), FEW[0], 1, "batch 8, off"),
-    Run("batch8-assigned", dict(batch=8, lr=1e-4, method="optimal", match_size=8), FEW[0], 1,
+    Run("batch8-off", dict(batch=8, lr=1e-4, method="random"), FEW[2], 1, "batch 8, off"),
+    Run("batch8-assigned", dict(batch=8, lr=1e-4, method="optimal", match_size=8), FEW[2], 1,
         "batch 8, assignment within batches"),
-    Run("batch8-greedy-10000", dict(batch=8, lr=1e-4), FEW[0], 1, "batch 8, pool of 10,000"),
-    Run("batch1-off", dict(batch=1, lr=4e-5, method="random"), FEW[1], 1, "batch 1, off"),
-    Run("batch1-greedy-10000", dict(batch=1, lr=4e-5), FEW[1], 1, "batch 1, pool of 10,000"),
+    Run("batch8-greedy-10000", dict(batch=8, lr=1e-4), FEW[2], 1, "batch 8, pool of 10,000"),
+    Run("batch1-off", dict(batch=1, lr=4e-5, method="random"), FEW[0], 1, "batch 1, off"),
+    Run("batch1-greedy-10000", dict(batch=1, lr=4e-5), FEW[0], 1, "batch 1, pool of 10,000"),
 ]}
 
 
 def recipe_of(run: Run, seed: int, data: str, **more) -> Recipe:
     """All settings of a run: it ends after its images, and is evaluated at the MARKS up to there, and at its end."""
     batch = run.settings.get("batch", load("proof").batch)
-    marks = [images // batch for images in (*MARKS, *FEW) if images <= run.images and images % batch == 0]
+    marks = [images // batch for images in (MARKS if run.images > FEW[-1] else FEW) if images <= run.images]
     steps = run.images // batch
     return load("proof", {**run.settings, "data": data, "seed": seed, "steps": steps,
                           "evaluate_at": sorted({*marks, steps}), "log_steps": max(50, steps // 100), **more})
@@ -79,9 +80,9 @@ def command_of(run: Run, seed: int, data: str = "cifar10") -> str:
     """The command that makes this run by itself."""
     recipe, usual = recipe_of(run, seed, data), load("proof")
     given = {name: getattr(recipe, name) for name in (*run.settings, "seed", "steps", "evaluate_at", "log_steps")}
-    words = [f"--{name.replace('_', '-')} {shown(value)}" for name, value in given.items()
+    words = [f"--{name.replace('_', '-')} {shlex.quote(shown(value))}" for name, value in given.items()
              if value != getattr(usual, name)]
-    return " ".join(["dansm train proof", *([f"--data {data}"] if data != "cifar10" else []), *words])
+    return " ".join(["dansm train proof", *([f"--data {shlex.quote(data)}"] if data != "cifar10" else []), *words])
 
 
 def todo(names: list[str], rows: list[dict]) -> Iterator[tuple[Run, int]]:
@@ -110,6 +111,13 @@ def read_rows(path: Path) -> list[dict]:
     if strange := next((row["run"] for row in rows if row["run"] not in RUNS), None):
         raise dansm.BadInput(f"{path} holds a run {strange!r}: expected one of {', '.join(RUNS)}, or another --out")
     return rows
+
+
+def read_speeds(path: Path) -> list[dict]:
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return [{**row, "seed": int(row["seed"])} for row in csv.DictReader(file)]
 
 
 def rows_of(run: Run, seed: int, log: Path, gpu: str) -> list[dict]:
@@ -183,11 +191,8 @@ def one_run(run: Run, seed: int, images, recipe: Recipe, out: Path, work: Path, 
     log = folder / "metrics.jsonl"
     rows = merged(rows, rows_of(run, seed, log, gpu), "run", "seed", "images", "steps")
     write_csv(rows, out / "distances.csv")
-    speeds = out / "speed.csv"
-    known = list(csv.DictReader(open(speeds, newline=""))) if speeds.exists() else []
-    known = [{**row, "seed": int(row["seed"])} for row in known]
     if speed := speed_of(run, seed, log, gpu):
-        write_csv(merged(known, [speed], "run", "seed"), speeds)
+        write_csv(merged(read_speeds(out / "speed.csv"), [speed], "run", "seed"), out / "speed.csv")
     gc.collect()  # a run's graphs hold memory
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -221,7 +226,7 @@ def curve(rows: list[dict], name: str, steps: int, seed: int | None = None) -> l
 def images_to(distance: float, found: list[tuple[int, float]]) -> float | None:
     """How many images it takes to come to that distance, by straight lines between the logarithms of a curve's points;
     None where it does not come so far, or was nearer at its first point."""
-    for (before, worse), (after, better) in zip(found, found[1:], strict=False):
+    for (before, worse), (after, better) in pairwise(found):
         if worse >= distance > better or distance == better:
             share = (math.log(worse) - math.log(distance)) / max(math.log(worse) - math.log(better), 1e-12)
             return math.exp(math.log(before) + share * (math.log(after) - math.log(before)))
@@ -234,8 +239,8 @@ def summarize(rows: list[dict]) -> list[dict]:
     distance, off     means over seeds, with `seeds` and `off_seeds`, how many those are
     spread, off_spread   standard deviations over seeds, None of one
     of_off            distance / off
-    images_off        that off needs for the run's distance, and `saved`, 1 − images / images_off; None where off does not
-                      come to it in its run. least_saved and most_saved: of all pairs of seeds
+    images_off        that off needs for the run's distance, and `saved`, 1 − images / images_off; None where off does
+                      not come to it in its run. least_saved and most_saved: of all pairs of seeds
     """
     found = []
     for name, run in RUNS.items():

@@ -15,7 +15,7 @@ from PIL import Image
 from test_data import noise_image
 
 import dansm
-from tiny import theory
+from scale import theory
 
 RESULTS = Path(__file__).parent.parent / "results"
 PAGE = " ".join((RESULTS / "theory" / "README.md").read_text().replace("−", "-").split())

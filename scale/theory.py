@@ -1,6 +1,6 @@
 """The theory's page in numbers: how near greedy comes to the optimum, what the prior keeps, and where the gain lies.
 
-    python -m tiny.theory --data data/train        50,000 CIFAR-10 images; writes results/theory
+    python -m scale.theory --data data/train        50,000 CIFAR-10 images; writes results/theory
 
 Each draw takes 4,000 images and as many noises. The same are paired in pools of each size: 40 pools of 100, 4 of 1,000,
 one of 4,000. A gain is by how much the mean squared path is shorter than the mean over all pairings of a pool.
@@ -20,7 +20,8 @@ import typer
 from torch import Tensor
 
 import dansm
-from tiny.pictures import DATA, INK, NOISE, NOTE, PALE
+from scale.data import load_images
+from scale.figures import DATA, INK, NOISE, NOTE, PALE
 
 MATCH_SIZES = (100, 1000, 4000)
 WAYS = ("squared", "inner", "optimal")  # greedy by either cost, and the linear assignment
@@ -32,8 +33,6 @@ BINS = np.linspace(-5, 5, 41)
 
 def load_pixels(source: str) -> Tensor:
     """(N, D) in [−1, 1]."""
-    from scale.data import load_images  # only here: what is measured below needs no trainer
-
     images = load_images(source)
     return torch.as_tensor(np.asarray(images)).flatten(1).float() / 127.5 - 1
 

@@ -1,0 +1,125 @@
+"""The figures of `scale.proof`: distance against images and minutes, and all ways of pairing side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import fmean
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from scale import proof
+from scale.figures import COLUMN, DATA, INK, NOISE, PAGE, PALE, STYLE, save
+
+OTHER = {"greedy-1000": "#e0a458", "greedy-100000": "#7a4b94", "greedy-1000000": "#2a7f62"}
+LOOKS = {proof.OFF: dict(color=NOISE, marker="o", linestyle=(0, (4, 2))),
+         proof.MATCHED: dict(color=DATA, marker="s", linestyle="-"),
+         **{name: dict(color=color, marker=marker, linestyle=(0, (1, 1.2)))
+            for (name, color), marker in zip(OTHER.items(), "^vD", strict=True)}}
+DIFFUSION = {"diffusion-off": LOOKS[proof.OFF], "diffusion-greedy-10000": LOOKS[proof.MATCHED]}
+PEERS = [proof.OFF, "assigned-256", "nearest-16", "optimal-10000", "greedy-1000", proof.MATCHED, "greedy-100000",
+         "greedy-1000000"]
+MARKERS = "osD^v"
+DISTANCE = "Fréchet distance\n(EfficientNet-Lite0)"
+SMALL = ["batch8-off", "batch8-assigned", "batch8-greedy-10000", "batch1-off", "batch1-greedy-10000"]
+
+
+def draw(rows: list[dict], out: Path) -> list[str]:
+    """Every figure that there are rows for; returns the names of the files."""
+    written = []
+    for name, figure in (("images", curves(rows, LOOKS, "images")), ("seconds", curves(rows, LOOKS, "seconds")),
+                         ("diffusion", curves(rows, DIFFUSION, "images")),
+                         ("others", side_by_side(rows, PEERS, proof.MIDDLE)),
+                         ("small-batches", side_by_side(rows, SMALL, None))):
+        if figure is not None:
+            written += save(figure, out / name)
+    return written
+
+
+@matplotlib.rc_context(STYLE)
+def curves(rows: list[dict], looks: dict[str, dict], along: str) -> Figure | None:
+    """Distance against "images" or "seconds", a panel for each count of steps, a line for each run: the mean over its
+    seeds, and a band from the least to the most."""
+    rows = [row for row in rows if row["run"] in looks]
+    if not rows:
+        return None
+    counts = sorted({row["steps"] for row in rows})
+    figure = Figure((PAGE, 2.6), layout="constrained")
+    panels = figure.subplots(1, len(counts), squeeze=False)[0]
+    unit = 1e6 if along == "images" else 60
+    for axes, steps in zip(panels, counts, strict=True):
+        axes.set(xscale="log", yscale="log")
+        for axis in axes.xaxis, axes.yaxis:
+            _few_plain_numbers(axis)
+        for name, look in looks.items():
+            _draw_run(axes, [row for row in rows if (row["run"], row["steps"]) == (name, steps)], look, along, unit)
+        axes.set_title(f"{steps} steps", pad=3)
+    panels[0].set_ylabel(DISTANCE)
+    figure.supxlabel("images trained on, millions" if along == "images" else "minutes of training", fontsize=8)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
+    return figure
+
+
+def _draw_run(axes, rows: list[dict], look: dict, along: str, unit: float) -> None:
+    if not rows:
+        return
+    places = sorted({row["images"] for row in rows})
+    at = [[row for row in rows if row["images"] == place] for place in places]
+    x = [fmean(row[along] for row in each) / unit for each in at]
+    found = [[row["distance"] for row in each] for each in at]
+    axes.plot(x, list(map(fmean, found)), markersize=3, linewidth=1.1, label=proof.RUNS[rows[0]["run"]].label, **look)
+    axes.fill_between(x, list(map(min, found)), list(map(max, found)), color=look["color"], alpha=0.25, linewidth=0)
+
+
+def _few_plain_numbers(axis) -> None:
+    """On a logarithmic axis 0.5, 1, 2, 5, … in place of powers of ten."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
+    axis.grid(color=PALE, linewidth=0.5)
+
+
+@matplotlib.rc_context(STYLE)
+def side_by_side(rows: list[dict], names: list[str], images: int | None) -> Figure | None:
+    """Distance of each run as a multiple of that of its own kind with random pairs, after equally many images (None: as
+    many as it saw): a dot for each count of steps, and a line from the least to the most of the seeds."""
+    found = {name: ratios(rows, name, images) for name in names if any(row["run"] == name for row in rows)}
+    found = {name: of_steps for name, of_steps in found.items() if of_steps}
+    if len(found) < 2:
+        return None
+    counts = sorted({steps for of_steps in found.values() for steps in of_steps})
+    figure = Figure((COLUMN, 1.0 + 0.34 * len(found)), layout="constrained")
+    axes = figure.subplots()
+    for place, of_steps in enumerate(reversed(found.values())):
+        for number, steps in enumerate(counts):
+            if steps in of_steps:
+                y = place + 0.3 - 0.6 * number / max(1, len(counts) - 1)
+                color = matplotlib.colormaps["cividis"](number / len(counts))
+                axes.plot([min(of_steps[steps]), max(of_steps[steps])], [y, y], color=color, linewidth=1)
+                axes.plot(fmean(of_steps[steps]), y, MARKERS[number % len(MARKERS)], color=color, markersize=3.5)
+    for number, steps in enumerate(counts):
+        axes.plot([], [], MARKERS[number % len(MARKERS)], color=matplotlib.colormaps["cividis"](number / len(counts)),
+                  markersize=3.5, label=f"{steps} steps")
+    axes.axvline(1, color=INK, linewidth=0.6)
+    axes.set_yticks(range(len(found)), [proof.RUNS[name].label for name in reversed(found)], fontsize=6.5)
+    axes.set_xlabel("distance, as a multiple of that with random pairs", fontsize=7)
+    axes.grid(axis="x", color=PALE, linewidth=0.5)
+    figure.legend(loc="outside upper center", ncols=5, frameon=False, handletextpad=0.1, columnspacing=0.8)
+    return figure
+
+
+def ratios(rows: list[dict], name: str, images: int | None) -> dict[int, list[float]]:
+    """Steps → of each seed its distance over the mean of its kind's random pairs."""
+    run = proof.RUNS[name]
+    at = [row for row in rows if row["images"] == (images or run.images)]
+    off = {}
+    for row in at:
+        if row["run"] == proof.base_of(run):
+            off.setdefault(row["steps"], []).append(row["distance"])
+    found = {}
+    for row in at:
+        if row["run"] == name and row["steps"] in off:
+            found.setdefault(row["steps"], []).append(row["distance"] / fmean(off[row["steps"]]))
+    return found

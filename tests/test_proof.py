@@ -1,0 +1,211 @@
+"""The proof: its plan, its table that adds up over calls, what it makes of known curves, and the test of the prior."""
+
+import csv
+import json
+import math
+import shlex
+
+import pytest
+import test_commands
+import torch
+from test_commands import make_images
+
+from scale import judge, prior, proof, proof_figures, trainer
+from scale.recipe import load
+
+run = test_commands.run
+SMALL = dict(width=8, multipliers=(1,), blocks=1, attention_at=(), batch=8, warmup=0, decay=(0.9,),
+             evaluate_features="test_evaluate:seen", evaluate_count=20, evaluate_steps=(2, 3), match_size=16)
+THREE = [proof.Run("off", dict(SMALL, method="random"), 64, 2, "off"), proof.Run("greedy-10000", SMALL, 64, 1, "pool"),
+         proof.Run("assigned-256", dict(SMALL, method="optimal", match_size=8), 32, 1, "assigned")]
+
+
+# ------------------------------------------------------------------------------- the plan
+
+
+@pytest.mark.parametrize("name", proof.RUNS)
+def test_every_run_is_the_command_that_stands_beside_it(name):
+    """Read back as dansm train reads it, the command is the run's recipe, to the last setting."""
+    from scale.command import parse
+
+    for seed in range(proof.RUNS[name].seeds):
+        words = shlex.split(proof.command_of(proof.RUNS[name], seed))
+        assert words[:3] == ["dansm", "train", "proof"]
+        given = {option[2:].replace("-", "_"): value for option, value in zip(words[3::2], words[4::2], strict=True)}
+        recipe = load("proof", {option: parse(option, value) for option, value in given.items()})
+        assert recipe == proof.recipe_of(proof.RUNS[name], seed, "cifar10")
+        assert recipe.steps * recipe.batch == proof.RUNS[name].images and max(recipe.evaluate_at) == recipe.steps
+
+
+def test_runs_differ_from_off_in_their_pairs_alone():
+    """But for flow, batch and the learning rate that goes with it, in which their own off differs too."""
+    pairs = {"method", "match_size", "cost", "pool"}
+    for entry in proof.RUNS.values():
+        off = proof.RUNS[proof.base_of(entry)]
+        differing = {key for key in entry.settings | off.settings if entry.settings.get(key) != off.settings.get(key)}
+        assert differing <= pairs, entry.name
+        assert off.images >= entry.images
+
+
+# ------------------------------------------------------------------------------- runs
+
+
+@pytest.fixture
+def three(monkeypatch, tmp_path):
+    """Three short runs in the place of the plan; returns what calls the command on some images."""
+    pytest.importorskip("torch_fidelity")
+    monkeypatch.setattr(proof, "RUNS", {entry.name: entry for entry in THREE})
+    monkeypatch.setattr(proof, "FEW", (32, 64))
+    monkeypatch.setattr(judge, "CACHE", tmp_path / "cache")
+    images = make_images(tmp_path / "images", count=40, width=8, height=8)
+    return ["proof", "--data", images, "--device", "cpu", "--work", tmp_path / "work", "--out", tmp_path / "out"]
+
+
+def table(folder):
+    with open(folder / "out" / "distances.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_all_runs_are_measured_and_a_second_call_measures_nothing(run, three, tmp_path):
+    code, said, err = run(*three)
+    assert (code, err) == (0, "") and "4 runs of 4 to go" in said
+    rows = table(tmp_path)
+    found = {(row["run"], row["seed"], row["images"], row["steps"]) for row in rows}
+    wanted = {("off", seed, images) for seed in "01" for images in ("32", "64")}
+    wanted |= {("greedy-10000", "0", "32"), ("greedy-10000", "0", "64"), ("assigned-256", "0", "32")}
+    assert found == {(*key, steps) for key in wanted for steps in "23"} and len(rows) == len(found)
+    logged = [json.loads(line) for line in (tmp_path / "work" / "off-1" / "metrics.jsonl").read_text().splitlines()]
+    by_steps = {line["images"]: line for line in logged if "frechet_distance/2" in line}
+    row, = (row for row in rows if (row["run"], row["seed"], row["images"], row["steps"]) == ("off", "1", "64", "3"))
+    assert float(row["distance"]) == by_steps[64]["frechet_distance/3"]
+    assert len({float(row["distance"]) for row in rows if row["steps"] == "2"}) == len(rows) / 2
+    out = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"summary.csv", "speed.csv", "commands.txt", "images.png", "others.png"} <= out
+    before = (tmp_path / "out" / "distances.csv").read_bytes()
+    code, said, _ = run(*three)
+    assert code == 0 and "0 runs of 4 to go" in said and (tmp_path / "out" / "distances.csv").read_bytes() == before
+
+
+def test_calls_that_end_early_add_up(run, three, tmp_path, monkeypatch):
+    """Each call makes one step of each run: they go on in the next, and the table is that of one call."""
+    assert run(*three)[0] == 0
+    whole = (tmp_path / "out" / "distances.csv").read_text()
+    three = [*three[:-3], tmp_path / "again", "--out", tmp_path / "cut"]
+    monkeypatch.setattr(trainer.Decide, "__call__", lambda self: (True, False))
+    begun = []
+    for _ in range(9):
+        code, said, err = run(*three)
+        assert (code, err) == (0, "")
+        begun.append(said.partition("\n")[0])
+    assert begun == ["4 runs of 4 to go"] * 4 + ["3 runs of 4 to go"] * 4 + ["0 runs of 4 to go"]
+    cut, once = ([{name: row[name] for name in row if name != "seconds"} for row in csv.DictReader(text.splitlines())]
+                 for text in ((tmp_path / "cut" / "distances.csv").read_text(), whole))
+    assert cut == once
+
+
+def test_no_minutes_left_begin_nothing(run, three, tmp_path):
+    code, said, err = run(*three, "--minutes", 1e-9)
+    assert (code, err) == (0, "") and "4 runs of 4 to go" in said and not (tmp_path / "work").exists()
+
+
+def test_some_runs_alone_and_unknown_ones(run, three, tmp_path):
+    code, said, _ = run(*three, "--only", "assigned-256")
+    assert code == 0 and "1 run of 1 to go" in said and {row["run"] for row in table(tmp_path)} == {"assigned-256"}
+    code, _, err = run(*three, "--only", "assigned")
+    assert code == 2 and err.count("\n") == 1 and "off, greedy-10000, assigned-256" in err
+
+
+@pytest.mark.parametrize("content", ["run,seed\nother,0\n", "nothing\n1\n",
+                                     ",".join(proof.FIELDS) + "\nother,0,1,1,1,1,1,CPU\n"])
+def test_a_table_of_others_is_refused_and_left(run, three, tmp_path, content):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "distances.csv").write_text(content)
+    code, _, err = run(*three)
+    assert code == 2 and err.count("\n") == 1 and "distances.csv" in err
+    assert (tmp_path / "out" / "distances.csv").read_text() == content and not (tmp_path / "work").exists()
+
+
+# ------------------------------------------------------------------------------- what it says
+
+
+def rows_by(distance, name, seeds=1, images=(256_000, 512_000, 1_024_000, 2_048_000)):
+    return [dict(run=name, seed=seed, images=each, seconds=each / 1000, steps=3, distance=distance(each, seed),
+                 real=1.0, gpu="none") for seed in range(seeds) for each in images]
+
+
+def test_what_is_saved_is_read_off_curves_that_are_known():
+    """Off falls with the root of the images; what is as good after n images as off after 1.6 n has saved 37.5 %."""
+    rows = rows_by(lambda n, _: n**-0.5, "off") + rows_by(lambda n, _: (1.6 * n) ** -0.5, "greedy-10000")
+    found = {row["images"]: row for row in proof.summarize(rows)}
+    for images in (256_000, 512_000, 1_024_000):
+        assert found[images]["images_off"] == pytest.approx(1.6 * images, rel=1e-6)
+        assert found[images]["saved"] == pytest.approx(1 - 1 / 1.6, abs=1e-3)
+        assert found[images]["of_off"] == pytest.approx(1.6**-0.5, abs=1e-4)
+    assert found[2_048_000]["saved"] is None  # off does not come so far
+    worse = rows_by(lambda n, _: n**-0.5, "off") + rows_by(lambda n, _: (n / 2) ** -0.5, "greedy-10000")
+    assert [row["saved"] for row in proof.summarize(worse)] == [None, -1.0, -1.0, -1.0]
+
+
+def test_seeds_give_means_and_spreads():
+    factor = (1.0, 1.1, 1.2)
+    rows = rows_by(lambda n, seed: factor[seed] * n**-0.5, "off", 3) + rows_by(
+        lambda n, seed: factor[seed] * (1.6 * n) ** -0.5, "greedy-10000", 3)
+    row = next(row for row in proof.summarize(rows) if row["images"] == 512_000)
+    assert (row["seeds"], row["off_seeds"]) == (3, 3)
+    assert row["off"] == pytest.approx(1.1 * 512_000**-0.5, abs=1e-3)
+    assert row["saved"] == pytest.approx(0.375, abs=1e-3)
+    assert row["least_saved"] == pytest.approx(1 - (1.2 / 1.0) ** 2 / 1.6, abs=1e-3)
+    assert row["most_saved"] == pytest.approx(1 - (1.0 / 1.2) ** 2 / 1.6, abs=1e-3)
+
+
+def test_a_curve_that_never_comes_so_near_has_no_images():
+    falling = [(100, 4.0), (200, 2.0), (400, 1.0)]
+    assert proof.images_to(2.0, falling) == pytest.approx(200)
+    assert proof.images_to(math.sqrt(8), falling) == pytest.approx(100 * math.sqrt(2))
+    assert proof.images_to(0.5, falling) is None and proof.images_to(5.0, falling) is None
+    assert proof.images_to(1.5, []) is None
+
+
+def test_the_ratio_of_each_run_is_to_random_pairs_of_its_own_batch():
+    known = {"off": 9.0, "batch8-off": 4.0, "batch8-assigned": 3.0}
+    rows = [row for name in known for row in rows_by(lambda *_, name=name: known[name], name, images=(512_000,))]
+    assert proof_figures.ratios(rows, "batch8-assigned", None) == {3: [0.75]}
+    assert proof_figures.ratios(rows, "off", 512_000) == {3: [1.0]}
+
+
+# ------------------------------------------------------------------------------- the prior
+
+TESTS = ("size_p", "mean_p", "variance_p", "covariance_p")
+
+
+@pytest.mark.parametrize("shape", [(3000, 20), (400, 300)])
+def test_normal_noise_passes_about_as_often_as_it_should(shape):
+    """Of 40 draws, each test finds p below 0.1 in four; fourteen would be a chance of one in 10⁵."""
+    torch.manual_seed(1)
+    found = [prior.tests_of(torch.randn(shape)) for _ in range(40)]
+    for test in TESTS:
+        assert sum(each[test] < 0.1 for each in found) < 14, test
+        assert sum(each[test] > 0.5 for each in found) > 8, test
+
+
+@pytest.mark.parametrize(("change", "test"), [
+    (lambda z: 1.03 * z, "size_p"), (lambda z: z + 0.05, "mean_p"),
+    (lambda z: z * torch.linspace(0.9, 1.1, z.shape[1]), "variance_p"),
+    (lambda z: z + 0.15 * z.roll(1, 1), "covariance_p")])
+def test_noise_that_is_not_normal_is_found(change, test):
+    z = torch.randn(3000, 40, generator=torch.Generator().manual_seed(2))
+    assert prior.tests_of(change(z))[test] < 1e-4 < prior.tests_of(z)[test]
+
+
+def test_whole_pools_keep_the_prior_and_the_nearest_of_k_does_not():
+    images = torch.randn(2000, 1, 4, 4, generator=torch.Generator().manual_seed(3)) * 0.4 + 0.6
+    ways = [prior.Way("pool", "greedy", 500), prior.Way("first", "greedy", 500, (0.0, 0.25)),
+            prior.Way("nearest", "nearest", 16)]
+    pool, first, nearest = prior.prior(images, ways)
+    assert pool["noises"] == nearest["noises"] == 2000 and first["noises"] == 500
+    assert min(pool[test] for test in TESTS) > 1e-3
+    assert max(first["mean_p"], nearest["mean_p"], nearest["size_p"]) < 1e-6
+
+
+def test_the_proof_of_nothing_draws_nothing(tmp_path):
+    assert proof_figures.draw([], tmp_path) == [] and not list(tmp_path.iterdir())
