@@ -80,7 +80,7 @@ def test_all_runs_are_measured_and_a_second_call_measures_nothing(run, three, tm
     assert float(row["distance"]) == by_steps[64]["frechet_distance/3"]
     assert len({float(row["distance"]) for row in rows if row["steps"] == "2"}) == len(rows) / 2
     out = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"summary.csv", "speed.csv", "commands.txt", "images.png", "others.png"} <= out
+    assert {"summary.csv", "commands.txt", "images.png", "seconds.svg"} <= out
     before = (tmp_path / "out" / "distances.csv").read_bytes()
     code, said, _ = run(*three)
     assert code == 0 and "0 runs of 4 to go" in said and (tmp_path / "out" / "distances.csv").read_bytes() == before
@@ -144,6 +144,17 @@ def test_what_is_saved_is_read_off_curves_that_are_known():
     assert found[2_048_000]["saved"] is None  # off does not come so far
     worse = rows_by(lambda n, _: n**-0.5, "off") + rows_by(lambda n, _: (n / 2) ** -0.5, "greedy-10000")
     assert [row["saved"] for row in proof.summarize(worse)] == [None, -1.0, -1.0, -1.0]
+
+
+def test_speed_is_the_median_of_the_lines_after_two(tmp_path):
+    lines = [dict(step=n, loss=1.0, images_per_second=rate, matching=rate / 1e4, distance=2.0, distance_unmatched=3.0)
+             for n, rate in enumerate((1.0, 50.0, 100.0, 120.0, 90.0))]
+    lines.insert(3, {"step": 3, "frechet_distance/3": 5.0})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    speed = proof.speed_of(proof.RUNS["off"], 1, tmp_path / "metrics.jsonl", "none")
+    assert (speed["images_per_second"], speed["least"], speed["most"], speed["matching"]) == (100.0, 90.0, 120.0, 0.01)
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(lines[0]) + "\n")
+    assert proof.speed_of(proof.RUNS["off"], 1, tmp_path / "metrics.jsonl", "none") is None
 
 
 def test_seeds_give_means_and_spreads():
