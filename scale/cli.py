@@ -164,8 +164,8 @@ def bench_command(
 @_command("proof")
 def proof_command(
     data: Annotated[str, typer.Option(help="images, as for dansm train")] = "cifar10",
-    only: Annotated[str | None, typer.Option(help="of the runs, those of these names, parted by commas; a wrong name "
-                                                  "lists them")] = None,
+    only: Annotated[str | None, typer.Option(help="of the runs, those of these names, parted by commas, and prior, the test "
+                                                  "of the noises; a wrong name lists them")] = None,
     minutes: Annotated[float, typer.Option(min=0, help="end this call after so many; 0: when all is done")] = 0.0,
     work: Annotated[Path, typer.Option(help="folder of the runs themselves")] = Path("runs/proof"),
     cache: Annotated[Path | None, typer.Option(help="folder that keeps the decoded images")] = None,
@@ -175,9 +175,10 @@ def proof_command(
 ) -> None:
     from scale.proof import RUNS, prove
 
-    names = list(RUNS) if only is None else only.split(",")
+    known = [*RUNS, "prior"]
+    names = known if only is None else only.split(",")
     for name in names:
-        dansm.check_choice("--only", name, RUNS)
+        dansm.check_choice("--only", name, known)
     prove(data, dansm.make_folder(out), work, dansm.pick_device(device), names=names, minutes=minutes, cache=cache)
 
 

@@ -19,17 +19,20 @@ from itertools import pairwise, product
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 import dansm
 from dansm import counted, say
 from scale import checkpoint, command, trainer
 from scale.bench import write_csv
+from scale.prior import prior
 from scale.recipe import Recipe, load, shown
 
 LONG, MIDDLE, SHORT = 5_120_000, 2_048_000, 1_024_000  # images
 MARKS = (256_000, 512_000, SHORT, MIDDLE, 3_584_000, LONG)  # images after which a run is evaluated
 FEW = 128_000, 256_000, 512_000  # those with batches of 1 and of 8, whose steps take nearly as long as one of 256
+PRIOR = 10_000  # the largest pool whose noises are tested
 FIELDS = ("run", "seed", "images", "seconds", "steps", "distance", "real", "gpu")
 
 
@@ -88,7 +91,7 @@ def command_of(run: Run, seed: int, data: str = "cifar10") -> str:
 def todo(names: list[str], rows: list[dict]) -> Iterator[tuple[Run, int]]:
     """Of these runs those that are not measured to their end, the first seed of each before the second."""
     ended = {(row["run"], row["seed"]) for row in rows if row["images"] >= RUNS[row["run"]].images}
-    for seed in range(max(RUNS[name].seeds for name in names)):
+    for seed in range(max((RUNS[name].seeds for name in names), default=0)):
         yield from ((RUNS[name], seed) for name in names if seed < RUNS[name].seeds and (name, seed) not in ended)
 
 
@@ -165,9 +168,10 @@ def prove(data: str, out: Path, work: Path, device: torch.device, *, names: list
     work   the folder of the runs themselves, their checkpoints among them: what a call did not finish goes on there
     """
     begin, table = time.monotonic(), out / "distances.csv"
-    rows, waiting = read_rows(table), list(todo(names, read_rows(table)))
+    rows, runs = read_rows(table), [name for name in names if name in RUNS]
+    waiting = list(todo(runs, rows))
     (out / "commands.txt").write_text("".join(f"{command_of(run, seed)}\n" for run, seed in todo(list(RUNS), [])))
-    say(f"{counted(len(waiting), 'run')} of {sum(RUNS[name].seeds for name in names)} to go")
+    say(f"{counted(len(waiting), 'run')} of {sum(RUNS[name].seeds for name in runs)} to go")
     images = command.read(recipe_of(*waiting[0], data, cache=str(cache or "")))[0] if waiting else None
     for run, seed in waiting:
         left = minutes - (time.monotonic() - begin) / 60 if minutes else 0
@@ -178,6 +182,9 @@ def prove(data: str, out: Path, work: Path, device: torch.device, *, names: list
             break
     if rows:
         finish(rows, out)
+    if "prior" in names and not (out / "prior.csv").exists() and not minutes:
+        images = command.read(recipe_of(RUNS[OFF], 0, data, cache=str(cache or "")))[0] if images is None else images
+        measure_prior(images, out, device)
 
 
 def one_run(run: Run, seed: int, images, recipe: Recipe, out: Path, work: Path, device,
@@ -197,6 +204,18 @@ def one_run(run: Run, seed: int, images, recipe: Recipe, out: Path, work: Path, 
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return rows, summary["stopped_early"]
+
+
+def measure_prior(images, out: Path, device) -> None:
+    """The prior of each way of pairing, on as many of the images, in random order, as fill whole pools."""
+    count = len(images) // PRIOR * PRIOR
+    if not count:
+        say(f"the prior is not tested: that takes {PRIOR:,} images, there are {len(images):,}")
+        return
+    some = np.random.default_rng(0).permutation(len(images))[:count]
+    images = torch.from_numpy(np.asarray(images)[some]).to(device).float() / 127.5 - 1
+    write_csv(prior(images), out / "prior.csv")
+    dansm.say_files(out, "prior.csv")
 
 
 def finish(rows: list[dict], out: Path) -> None:

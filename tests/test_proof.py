@@ -103,6 +103,17 @@ def test_calls_that_end_early_add_up(run, three, tmp_path, monkeypatch):
     assert cut == once
 
 
+def test_the_prior_is_tested_once_there_are_images_for_a_whole_pool(run, three, tmp_path, monkeypatch):
+    assert "40" in run(*three)[1].partition("the prior is not tested")[2]
+    monkeypatch.setattr(proof, "PRIOR", 16)
+    monkeypatch.setattr(proof, "prior", lambda images: [{"way": "all", "noises": len(images),
+                                                         "largest": images.abs().max().item()}])
+    assert run(*three, "--only", "prior")[0] == 0
+    with open(tmp_path / "out" / "prior.csv", newline="") as file:
+        row, = csv.DictReader(file)
+    assert row["noises"] == "32" and 0.5 < float(row["largest"]) <= 1
+
+
 def test_no_minutes_left_begin_nothing(run, three, tmp_path):
     code, said, err = run(*three, "--minutes", 1e-9)
     assert (code, err) == (0, "") and "4 runs of 4 to go" in said and not (tmp_path / "work").exists()
@@ -112,7 +123,7 @@ def test_some_runs_alone_and_unknown_ones(run, three, tmp_path):
     code, said, _ = run(*three, "--only", "assigned-256")
     assert code == 0 and "1 run of 1 to go" in said and {row["run"] for row in table(tmp_path)} == {"assigned-256"}
     code, _, err = run(*three, "--only", "assigned")
-    assert code == 2 and err.count("\n") == 1 and "off, greedy-10000, assigned-256" in err
+    assert code == 2 and err.count("\n") == 1 and "off, greedy-10000, assigned-256, prior" in err
 
 
 @pytest.mark.parametrize("content", ["run,seed\nother,0\n", "nothing\n1\n",
