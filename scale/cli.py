@@ -164,8 +164,8 @@ def bench_command(
 @_command("proof")
 def proof_command(
     data: Annotated[str, typer.Option(help="images, as for dansm train")] = "cifar10",
-    only: Annotated[str | None, typer.Option(help="of the runs, those of these names, parted by commas, and prior, the test "
-                                                  "of the noises; a wrong name lists them")] = None,
+    only: Annotated[str | None, typer.Option(
+        help="those of these names, parted by commas; prior tests the noises; a wrong name lists all")] = None,
     minutes: Annotated[float, typer.Option(min=0, help="end this call after so many; 0: when all is done")] = 0.0,
     work: Annotated[Path, typer.Option(help="folder of the runs themselves")] = Path("runs/proof"),
     cache: Annotated[Path | None, typer.Option(help="folder that keeps the decoded images")] = None,
