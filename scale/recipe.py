@@ -82,7 +82,7 @@ class Recipe:
                                        least=0, most=1)
     precision: str = setting("Steps", "auto: bf16, on older GPUs fp16, on the CPU fp32", "auto",
                              choices=("auto", "bf16", "fp16", "fp32"))
-    compile: bool = setting("Steps", "compile the network: later first step, then faster", True, free=True)
+    compile: bool = setting("Steps", "on a GPU, compile kernels: begins later, then faster", True, free=True)
     deterministic: bool = setting("Steps", "same result to the last bit, slower", False)
 
     steps: int = setting("Run", "training steps in all", 100_000, least=1, free=True)
@@ -100,7 +100,7 @@ class Recipe:
     evaluate_steps: tuple[int, ...] = setting("Evaluation", "counts of steps from noise to image, a row each",
                                               (3, 5, 10), least=1, most=10_000, free=True)
     evaluate_count: int = setting("Evaluation", "images drawn for each row", 10_000, least=2, free=True)
-    evaluate_measures: str = setting("Evaluation", "all, or the Fréchet distance alone, a third of the time", "all",
+    evaluate_measures: str = setting("Evaluation", "all, or the Fréchet distance alone, which is quicker", "all",
                                      choices=("all", "distance"), free=True)
     evaluate_features: str = setting("Evaluation", "inception, or another network as module:callable", "inception",
                                      free=True)

@@ -587,6 +587,26 @@ def test_processes_that_share_a_pool_train_on_the_pairs_of_one_process(images, t
 
 
 @needs_gloo
+def test_a_pool_of_bfloat16_trains_on_other_noises_and_goes_on_only_as_that(run, refused, images, tmp_path):
+    command = ["train", images, "--steps", 2, *FAST, "--log-steps", 1]
+    for pool in ("fp32", "bf16"):
+        assert run(*command, "--pool", pool, "--out", tmp_path / pool)[0] == 0
+    kept = {pool: state_of(tmp_path / pool)["ranks"][0]["pool"]["made_for"]["dtype"] for pool in ("fp32", "bf16")}
+    assert kept == {"fp32": "torch.float32", "bf16": "torch.bfloat16"}
+    distances = [[line["distance"] for line in log_of(tmp_path / pool)] for pool in ("fp32", "bf16")]
+    assert distances[0] != distances[1] and distances[0] == pytest.approx(distances[1], rel=0.05)
+    assert "pool fp32 → bf16" in refused(*command, "--pool", "bf16", "--out", tmp_path / "fp32")
+
+
+@pytest.mark.parametrize("resident", ["yes", "no"])
+def test_where_the_data_lives_changes_no_batch_and_may_change_when_a_run_goes_on(run, images, tmp_path, resident):
+    command = ["train", images, *FAST, "--log-steps", 1]
+    assert run(*command, "--steps", 4, "--out", tmp_path / "auto")[0] == 0
+    assert run(*command, "--steps", 2, "--out", tmp_path / "other")[0] == 0
+    assert run(*command, "--steps", 4, "--resident", resident, "--out", tmp_path / "other")[0] == 0
+    assert same(*(state_of(tmp_path / name)["training"] for name in ("auto", "other")))
+
+
 def count_decoded(rank, folder):
     """Leave a file for each image that this process decodes."""
     decode = data.decode_one
