@@ -912,7 +912,7 @@ def test_path_noise_of_no_images_is_empty():
 
 def test_a_pool_that_is_not_to_compile_asks_for_no_kernels(monkeypatch):
     asked = []
-    monkeypatch.setattr(dansm, "gpu_kernels", lambda *way: asked.append(way))
+    monkeypatch.setattr("dansm.gpu_kernels", lambda *way: asked.append(way))
     NoisePool(10, (2,), compile=False), NoisePool(1, (2,))
     assert asked == []
     NoisePool(10, (2,))
