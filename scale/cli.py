@@ -169,6 +169,9 @@ def proof_command(
     minutes: Annotated[float, typer.Option(min=0, help="end this call after so many; 0: when all is done")] = 0.0,
     work: Annotated[Path, typer.Option(help="folder of the runs themselves")] = Path("runs/proof"),
     cache: Annotated[Path | None, typer.Option(help="folder that keeps the decoded images")] = None,
+    features: Annotated[str, typer.Option(
+        help="inception makes the distances standard FIDs")] = "scale.evaluate:efficientnet_lite0",
+    inception_weights: Annotated[Path | None, typer.Option(help="its weights, where there is no network")] = None,
     device: Device = "auto",
     out: Annotated[Path, typer.Option(help="folder of the tables, which are added to, and the figures")] = (
         Path("results/proof")),
@@ -179,7 +182,8 @@ def proof_command(
     names = known if only is None else only.split(",")
     for name in names:
         dansm.check_choice("--only", name, known)
-    prove(data, dansm.make_folder(out), work, dansm.pick_device(device), names=names, minutes=minutes, cache=cache)
+    prove(data, dansm.make_folder(out), work, dansm.pick_device(device), names=names, minutes=minutes, cache=cache,
+          more={"evaluate_features": features, "inception_weights": str(inception_weights or "")})
 
 
 Autoencoder = Annotated[Path, typer.Option(

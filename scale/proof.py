@@ -33,7 +33,7 @@ LONG, MIDDLE, SHORT = 5_120_000, 2_048_000, 1_024_000  # images
 MARKS = (256_000, 512_000, SHORT, MIDDLE, 3_584_000, LONG)  # images after which a run is evaluated
 FEW = 128_000, 256_000, 512_000  # those with batches of 1 and of 8, whose steps take nearly as long as one of 256
 PRIOR = 10_000  # the largest pool whose noises are tested
-FIELDS = ("run", "seed", "images", "seconds", "steps", "distance", "real", "gpu")
+FIELDS = ("run", "seed", "images", "seconds", "steps", "distance", "real", "features", "gpu")
 
 
 class Run(NamedTuple):
@@ -100,8 +100,8 @@ def todo(names: list[str], rows: list[dict]) -> Iterator[tuple[Run, int]]:
 # ---------------------------------------------------------------------------------------------------
 
 
-def read_rows(path: Path) -> list[dict]:
-    """What was measured so far. BadInput for a table of others."""
+def read_rows(path: Path, features: str) -> list[dict]:
+    """What was measured so far, of these features. BadInput for a table of others."""
     if not path.exists():
         return []
     kinds = dict(seed=int, images=int, seconds=float, steps=int, distance=float, real=float)
@@ -113,6 +113,9 @@ def read_rows(path: Path) -> list[dict]:
                              ) from error
     if strange := next((row["run"] for row in rows if row["run"] not in RUNS), None):
         raise dansm.BadInput(f"{path} holds a run {strange!r}: expected one of {', '.join(RUNS)}, or another --out")
+    if rows and rows[0]["features"] != features:
+        raise dansm.BadInput(f"{path} holds distances of {rows[0]['features']}, --features is {features}: expected the "
+                             "same, or another --out")
     return rows
 
 
@@ -161,29 +164,32 @@ def merged(rows: list[dict], new: list[dict], *keys: str) -> list[dict]:
 
 
 def prove(data: str, out: Path, work: Path, device: torch.device, *, names: list[str], minutes: float,
-          cache: Path | None) -> None:
+          cache: Path | None, more: dict) -> None:
     """Train and evaluate what is not in the table yet, for `minutes` at most if not 0; then summarize and draw.
 
     out    gets distances.csv, speed.csv, commands.txt, summary.csv and the figures
     work   the folder of the runs themselves, their checkpoints among them: what a call did not finish goes on there
+    more   settings of every run: the features that distances are taken of
     """
-    begin, table = time.monotonic(), out / "distances.csv"
-    rows, runs = read_rows(table), [name for name in names if name in RUNS]
+    begin, more = time.monotonic(), {**more, "cache": str(cache or "")}
+    features = recipe_of(RUNS[OFF], 0, data, **more).evaluate_features
+    rows, runs = read_rows(out / "distances.csv", features), [name for name in names if name in RUNS]
     waiting = list(todo(runs, rows))
     (out / "commands.txt").write_text("".join(f"{command_of(run, seed)}\n" for run, seed in todo(list(RUNS), [])))
     say(f"{counted(len(waiting), 'run')} of {sum(RUNS[name].seeds for name in runs)} to go")
-    images = command.read(recipe_of(*waiting[0], data, cache=str(cache or "")))[0] if waiting else None
+    images = command.read(recipe_of(*waiting[0], data, **more))[0] if waiting else None
     for run, seed in waiting:
         left = minutes - (time.monotonic() - begin) / 60 if minutes else 0
         if minutes and left <= 0:
             break
-        rows, stopped = one_run(run, seed, images, recipe_of(run, seed, data, minutes=left), out, work, device, rows)
+        recipe = recipe_of(run, seed, data, minutes=left, **more)
+        rows, stopped = one_run(run, seed, images, recipe, out, work, device, rows)
         if stopped:
             break
     if rows:
         finish(rows, out)
     if "prior" in names and not (out / "prior.csv").exists() and not minutes:
-        images = command.read(recipe_of(RUNS[OFF], 0, data, cache=str(cache or "")))[0] if images is None else images
+        images = command.read(recipe_of(RUNS[OFF], 0, data, **more))[0] if images is None else images
         measure_prior(images, out, device)
 
 
@@ -196,7 +202,8 @@ def one_run(run: Run, seed: int, images, recipe: Recipe, out: Path, work: Path, 
     with checkpoint.lock(folder):
         summary, *_ = trainer.fit(images, recipe, out=folder, fresh=False, device=device, console=dansm.console)
     log = folder / "metrics.jsonl"
-    rows = merged(rows, rows_of(run, seed, log, gpu), "run", "seed", "images", "steps")
+    new = [row | {"features": recipe.evaluate_features} for row in rows_of(run, seed, log, gpu)]
+    rows = merged(rows, new, "run", "seed", "images", "steps")
     write_csv(rows, out / "distances.csv")
     if speed := speed_of(run, seed, log, gpu):
         write_csv(merged(read_speeds(out / "speed.csv"), [speed], "run", "seed"), out / "speed.csv")

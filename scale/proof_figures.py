@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from scale import proof
+from scale.evaluate import INCEPTION
 from scale.figures import COLUMN, DATA, INK, NOISE, PAGE, PALE, STYLE, save
 
 OTHER = {"greedy-1000": "#e0a458", "greedy-100000": "#7a4b94", "greedy-1000000": "#2a7f62"}
@@ -21,7 +22,6 @@ DIFFUSION = {"diffusion-off": LOOKS[proof.OFF], "diffusion-greedy-10000": LOOKS[
 PEERS = [proof.OFF, "assigned-256", "nearest-16", "optimal-10000", "greedy-1000", proof.MATCHED, "greedy-100000",
          "greedy-1000000"]
 MARKERS = "osD^v"
-DISTANCE = "Fréchet distance\n(EfficientNet-Lite0)"
 SMALL = ["batch8-off", "batch8-assigned", "batch8-greedy-10000", "batch1-off", "batch1-greedy-10000"]
 
 
@@ -55,7 +55,8 @@ def curves(rows: list[dict], looks: dict[str, dict], along: str) -> Figure | Non
         for name, look in looks.items():
             _draw_run(axes, [row for row in rows if (row["run"], row["steps"]) == (name, steps)], look, along, unit)
         axes.set_title(f"{steps} steps", pad=3)
-    panels[0].set_ylabel(DISTANCE)
+    features = rows[0]["features"]
+    panels[0].set_ylabel("FID" if features == INCEPTION else f"Fréchet distance\n({features.partition(':')[2]})")
     figure.supxlabel("images trained on, millions" if along == "images" else "minutes of training", fontsize=8)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)

@@ -15,7 +15,7 @@ from scale.recipe import load
 
 run = test_commands.run
 SMALL = dict(width=8, multipliers=(1,), blocks=1, attention_at=(), batch=8, warmup=0, decay=(0.9,),
-             evaluate_features="test_evaluate:seen", evaluate_count=20, evaluate_steps=(2, 3), match_size=16)
+             evaluate_count=20, evaluate_steps=(2, 3), match_size=16)
 THREE = [proof.Run("off", dict(SMALL, method="random"), 64, 2, "off"), proof.Run("greedy-10000", SMALL, 64, 1, "pool"),
          proof.Run("assigned-256", dict(SMALL, method="optimal", match_size=8), 32, 1, "assigned")]
 
@@ -58,7 +58,8 @@ def three(monkeypatch, tmp_path):
     monkeypatch.setattr(proof, "FEW", (32, 64))
     monkeypatch.setattr(judge, "CACHE", tmp_path / "cache")
     images = make_images(tmp_path / "images", count=40, width=8, height=8)
-    return ["proof", "--data", images, "--device", "cpu", "--work", tmp_path / "work", "--out", tmp_path / "out"]
+    return ["proof", "--data", images, "--features", "test_evaluate:seen", "--device", "cpu", "--work",
+            tmp_path / "work", "--out", tmp_path / "out"]
 
 
 def table(folder):
@@ -127,7 +128,8 @@ def test_some_runs_alone_and_unknown_ones(run, three, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["run,seed\nother,0\n", "nothing\n1\n",
-                                     ",".join(proof.FIELDS) + "\nother,0,1,1,1,1,1,CPU\n"])
+                                     ",".join(proof.FIELDS) + "\nother,0,1,1,1,1,1,test_evaluate:seen,CPU\n",
+                                     ",".join(proof.FIELDS) + "\noff,0,1,1,1,1,1,inception,CPU\n"])
 def test_a_table_of_others_is_refused_and_left(run, three, tmp_path, content):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "distances.csv").write_text(content)
@@ -141,7 +143,7 @@ def test_a_table_of_others_is_refused_and_left(run, three, tmp_path, content):
 
 def rows_by(distance, name, seeds=1, images=(256_000, 512_000, 1_024_000, 2_048_000)):
     return [dict(run=name, seed=seed, images=each, seconds=each / 1000, steps=3, distance=distance(each, seed),
-                 real=1.0, gpu="none") for seed in range(seeds) for each in images]
+                 real=1.0, features="inception", gpu="none") for seed in range(seeds) for each in images]
 
 
 def test_what_is_saved_is_read_off_curves_that_are_known():
