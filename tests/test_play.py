@@ -501,6 +501,37 @@ def test_pictures_are_drawn_in_the_colours_of_the_scheme(page, scheme, panel):
     assert counts[noise] > 500 and counts[data] > 500
 
 
+def test_every_dot_is_where_its_point_is_in_its_colour(page):
+    click(page, "reach")
+    click(page, "one-sample")
+    drawn(page)
+    run_until(page, "d.view.grown === 1")
+    shown, image = state(page), picture(page, "pairs")
+    free = run(page, "const {pool} = d.run(); return pool.free.map(j => pool.noise[j])")
+    radius = round(0.78 * image.width / 170)
+    noise, data, panel = (143, 168, 196), (200, 68, 27), (246, 247, 249)
+
+    def share(points, colour, aside=0):
+        """Of the points those with almost this colour at their place; others may lie upon them."""
+        places = [(image.width / 2 * (1 + h / 3.1) + aside, image.width / 2 * (1 - v / 3.1)) for h, v in points]
+        seen = [image.getpixel(place) for place in places if 0 <= min(place) <= max(place) < image.width - 1]
+        return sum(max(abs(a - b) for a, b in zip(one, colour, strict=True)) < 40 for one in seen) / len(seen)
+
+    assert len(free) == 59 and share(free, noise, radius) > 0.6 > 0.3 > share(free, noise)
+    assert share(shown["z"], noise) == 1
+    assert share(shown["x"][:1], data) == 1
+    assert len(shown["x"]) == 40 and share(shown["x"][1:], panel) > 0.6
+
+
+def test_an_address_may_name_a_suggestion(page):
+    page.get("about:blank")
+    page.get(PAGE.as_uri() + "#3")
+    assert state(page)["batch"] == 3
+    page.get("about:blank")
+    page.get(PAGE.as_uri() + "#nothing")
+    assert state(page)["batch"] == 1
+
+
 @pytest.mark.parametrize("width", [320, 360, 800, 1280, 2000])
 def test_nothing_sticks_out_at_the_side(page, width):
     look(page, width)
