@@ -394,28 +394,27 @@ def test_a_slider_and_its_field_move_together(page, name, setting):
     assert slider.get_attribute("aria-valuetext") == "13"
 
 
-@pytest.mark.parametrize("name, given, line", [
-    ("match-size", "many", "match_size is many: expected a whole number from 0 to 2000"),
-    ("match-size", "-1", "match_size is -1: expected a whole number from 0 to 2000"),
-    ("match-size", "2001", "match_size is 2001: expected a whole number from 0 to 2000"),
-    ("match-size", "", "match_size is empty: expected a whole number from 0 to 2000"),
-    ("match-size", "9" * 40, f"match_size is {'9' * 23}…: expected a whole number from 0 to 2000"),
-    ("batch-size", "0", "batch size is 0: expected a whole number from 1 to 256"),
-    ("batch-size", "2.5", "batch size is 2.5: expected a whole number from 1 to 256"),
-    ("batch-size", "1e2", "batch size is 1e2: expected a whole number from 1 to 256"),
-    ("seed", "<b>", "seed is <b>: expected a whole number from 0 to 999999"),
+@pytest.mark.parametrize("name, expected, wrong", [
+    ("match-size", "a whole number from 0 to 2000",
+     {"many": "match_size is many", "-1": "match_size is -1", "2001": "match_size is 2001", "": "match_size is empty",
+      "9" * 40: f"match_size is {'9' * 23}…"}),
+    ("batch-size", "a whole number from 1 to 256",
+     {"0": "batch size is 0", "2.5": "batch size is 2.5", "1e2": "batch size is 1e2"}),
+    ("seed", "a whole number from 0 to 999999", {"<b>": "seed is <b>"}),
 ])
-def test_what_cannot_be_used_is_named_beside_its_field_and_the_page_goes_on(page, name, given, line):
-    before = state(page)
-    fill(page, name, given)
-    wrong, field = says(page, f"{name}-wrong"), page.find_element("id", name)
-    assert wrong == line
-    assert field.get_attribute("aria-invalid") == "true" and field.get_attribute("aria-describedby") == f"{name}-wrong"
+def test_what_cannot_be_used_is_named_beside_its_field_and_the_page_goes_on(page, name, expected, wrong):
+    before, field = state(page), page.find_element("id", name)
+    assert field.get_attribute("aria-describedby") == f"{name}-wrong"
+    for given, line in wrong.items():
+        fill(page, name, given)
+        assert says(page, f"{name}-wrong") == f"{line}: expected {expected}"
+        assert field.get_attribute("aria-invalid") == "true"
     assert state(page) == before
     click(page, "one-sample")
     assert state(page)["served"] == before["served"] + 1
     fill(page, name, "7")
     assert says(page, f"{name}-wrong") == "" and field.get_attribute("aria-invalid") == "false"
+    assert state(page)["settings"] != before["settings"]
 
 
 def test_play_serves_samples_until_it_is_paused(page):
@@ -532,7 +531,7 @@ def test_an_address_may_name_a_suggestion(page):
     assert state(page)["batch"] == 1
 
 
-@pytest.mark.parametrize("width", [320, 360, 800, 1280, 2000])
+@pytest.mark.parametrize("width", [320, 360, 900, 1280])
 def test_nothing_sticks_out_at_the_side(page, width):
     look(page, width)
     fill(page, "match-size", "-" + 20 * "9")
