@@ -181,8 +181,9 @@ def prove(data: str, out: Path, work: Path, device: torch.device, *, names: list
         images, _ = command.read(recipe_of(RUNS[OFF], 0, data, **more))
         which = f"{len(images):,} images, {digest_of_images(np.asarray(images))[:8]}"
         check_same(rows, out / "distances.csv", features=more["evaluate_features"], data=which)
-    commands = [command_of(run, seed, data, **more) for run, seed in todo(list(RUNS), [])]
-    (out / "commands.txt").write_text("".join(f"{each}\n" for each in commands))
+    if waiting:
+        commands = [command_of(run, seed, data, **more) for run, seed in todo(list(RUNS), [])]
+        (out / "commands.txt").write_text("".join(f"{each}\n" for each in commands))
     for run, seed in waiting:
         left = minutes - (time.monotonic() - begin) / 60 if minutes else 0
         if minutes and left <= 0:
