@@ -300,21 +300,31 @@ def _line(error: Exception) -> str:
 
 
 def _settings_by_shapes(found: dict[str, Tensor], file: Path) -> dict:
-    """SETTINGS with the sizes that the weights show. What a partial file does not show is taken as it is there."""
+    """SETTINGS with the sizes that the weights show: as large as any of them needs, so that what a partial file lacks
+    is missed by its name."""
     if any(re.match(r"encoder\.down_blocks|decoder\.up_blocks", name) for name in found):
         raise BadInput(f"{file} has diffusers' names, and no config.json beside it: expected its folder")
-    down = [match.groups() for name in found if (match := re.match(r"encoder\.down\.(\d+)\.block\.(\d+)\.", name))]
-    up = [match.groups() for name in found if (match := re.match(r"decoder\.up\.(\d+)\.block\.(\d+)\.", name))]
-    known = SETTINGS["block_out_channels"]
-    widths = []
-    for level in range(1 + max((int(level) for level, _ in down + up), default=len(known) - 1)):
+    known, widths = SETTINGS["block_out_channels"], []
+    for level in range(_levels(found) or len(known)):
         one = re.compile(rf"(encoder\.down|decoder\.up)\.{level}\.block\.\d+\.conv")
         shown = [len(weight) for name, weight in found.items() if one.match(name) and weight.ndim]
         widths.append(shown[0] if shown else known[min(level, len(known) - 1)])
-    layers = 1 + max((int(layer) for _, layer in down), default=SETTINGS["layers_per_block"] - 1)
+    down, up = _counted(r"encoder\.down\.\d+\.block", found), _counted(r"decoder\.up\.\d+\.block", found)
+    layers = max(down, up - 1) if down or up else SETTINGS["layers_per_block"]  # the decoder has one more
     quantized = found.get("post_quant_conv.bias")
     latent = SETTINGS["latent_channels"] if quantized is None else len(quantized)
     return {**SETTINGS, "block_out_channels": tuple(widths), "layers_per_block": layers, "latent_channels": latent}
+
+
+def _levels(found: dict[str, Tensor]) -> int:
+    """How many levels either half shows; an encoder's level that is halved has one below it."""
+    halved = _counted(r"encoder\.down(?=\.\d+\.downsample)", found)
+    return max(halved + 1 if halved else 0, _counted(r"encoder\.down", found), _counted(r"decoder\.up", found))
+
+
+def _counted(begin: str, found: dict[str, Tensor]) -> int:
+    """One more than the largest number that follows `begin` in a name, 0 where none does."""
+    return 1 + max((int(match[1]) for name in found if (match := re.match(rf"(?:{begin})\.(\d+)\.", name))), default=-1)
 
 
 def _by_diffusers_names(found: dict[str, Tensor], settings: dict, file: Path) -> dict[str, Tensor]:
@@ -324,17 +334,18 @@ def _by_diffusers_names(found: dict[str, Tensor], settings: dict, file: Path) ->
     levels = len(settings["block_out_channels"])
     namings = {True: lambda name: name, False: lambda name: original_name(name, levels)}
     naming = namings[any(".resnets." in name for name in found)]
-    weights, missing, unlike = {}, [], []
+    weights, missing, unlike, unused = {}, [], [], set(found)
     for name, like in expected.items():
-        key = naming(name)
-        weight = found.get(key, found.get(_older_name(key)))
+        key = next((each for each in (naming(name), _older_name(naming(name))) if each in found), naming(name))
+        weight = found.get(key)
+        unused.discard(key)
         if weight is None:
             missing.append(key)
         elif _flat(weight, like).shape != like.shape:
             unlike.append(f"{key} {tuple(weight.shape)}, not {tuple(like.shape)}")
         else:
             weights[name] = _flat(weight, like)
-    _check_all_there(file, len(expected), missing, unlike)
+    _check_all_there(file, len(expected), missing, unlike, sorted(unused))
     for name, weight in weights.items():
         if not torch.isfinite(weight.float().sum()):
             raise BadInput(f"{file} holds NaN or infinite numbers in {naming(name)}: expected finite weights")
@@ -347,12 +358,13 @@ def _flat(weight: Tensor, like: Tensor) -> Tensor:
     return weight.flatten(1) if one_pixel else weight
 
 
-def _check_all_there(file, expected, missing, unlike):
-    for wrong, what in (missing, "lacks"), (unlike, "holds other shapes in"):
+def _check_all_there(file, expected, missing, unlike, unused):
+    for wrong, what in (missing, "lacks"), (unlike, "holds other shapes in"), (unused, "has more than"):
         if wrong:
+            of = "the" if wrong is unused else f"{len(wrong):,} of the"
             some = ", ".join(wrong[:3]) + ", …" * (len(wrong) > 3)
-            raise BadInput(f"{file} {what} {len(wrong):,} of the autoencoder's {expected:,} keys ({some}): expected a "
-                           "whole autoencoder of Stable Diffusion")
+            raise BadInput(f"{file} {what} {of} autoencoder's {expected:,} keys ({some}): expected a whole autoencoder "
+                           "of Stable Diffusion, and no other")
 
 
 def original_name(name: str, levels: int) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import sys
 
 import numpy as np
@@ -36,12 +37,19 @@ def folder(network, tmp_path):
     return tmp_path / "model" / "vae"
 
 
-def original(network, prefix="first_stage_model."):
+class Weights:
+    """Stands for a network that has them."""
+
+    def __init__(self, weights):
+        self.state_dict = lambda: weights
+
+
+def original(network, prefix="first_stage_model.", levels=LEVELS):
     """The weights as in Stable Diffusion's own files: its names, and attention by convolutions of one pixel."""
     weights = {}
     for name, weight in network.state_dict().items():
         one_pixel = "attentions" in name and weight.ndim == 2
-        weights[prefix + original_name(name, LEVELS)] = weight[:, :, None, None].clone() if one_pixel else weight
+        weights[prefix + original_name(name, levels)] = weight[:, :, None, None].clone() if one_pixel else weight
     return weights
 
 
@@ -164,6 +172,33 @@ def test_missing_keys_are_named_and_counted(network, tmp_path):
     refused(path, "lacks 2 of", "(quant_conv.bias, post_quant_conv.bias)")
     path = without(tmp_path / "c.ckpt", network, lambda name: "down.2" in name)
     refused(path, "lacks 10 of the autoencoder's 152 keys", "encoder.down.2.block.0.norm1.weight")
+
+
+LIKE_SD = {"block_out_channels": (32, 64, 64), "layers_per_block": 2, "sample_size": 16}  # the last widths are equal
+
+
+@pytest.mark.parametrize(("lacking", "told"), [
+    (r"down\.2\.|up\.2\.", ["encoder.down.2.block.0.norm1.weight"]),  # the deepest level, in both halves
+    (r"down\.2\.", ["lacks 16 of the autoencoder's 200 keys", "encoder.down.2.block.0.norm1.weight"]),
+    (r"up\.2\.", ["lacks 26 of the autoencoder's 200 keys", "decoder.up.2.block.0.norm1.weight"]),
+    (r"down\.\d\.block\.1", ["lacks 24 of the autoencoder's 200 keys", "encoder.down.0.block.1.norm1.weight"]),
+    (r"up\.\d\.block\.2", ["lacks 24 of the autoencoder's 200 keys", "decoder.up.2.block.2.norm1.weight"]),
+    (r"down\.0\.block\.1", ["lacks 8 of the autoencoder's 200 keys", "encoder.down.0.block.1.norm1.weight"]),
+    (r"up\.0\.|up\.1\.", ["decoder.up.1.block.0.norm1.weight"]),
+])
+def test_a_file_without_a_level_or_a_layer_is_no_smaller_autoencoder(lacking, told, tmp_path):
+    weights = original(Weights(random_autoencoder(LIKE_SD, 3).weights), levels=3)
+    torch.save({"state_dict": weights}, tmp_path / "whole.ckpt")
+    assert read_autoencoder(tmp_path / "whole.ckpt").settings["layers_per_block"] == 2
+    kept = {name: weight for name, weight in weights.items() if not re.search(lacking, name)}
+    torch.save({"state_dict": kept}, tmp_path / "partial.ckpt")
+    refused(tmp_path / "partial.ckpt", "lacks", *told)
+
+
+def test_keys_that_are_not_of_the_network_are_named(network, tmp_path):
+    more = {f"first_stage_model.encoder.down.2.attn.0.{name}": torch.zeros(2) for name in ("norm.bias", "q.bias")}
+    path = without(tmp_path / "a.ckpt", network, lambda _: False, **more)
+    refused(path, "more than the autoencoder's 152 keys (", *(name.removeprefix("first_stage_model.") for name in more))
 
 
 def test_a_weight_of_another_shape_or_not_finite_is_named(network, tmp_path):

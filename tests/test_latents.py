@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_autoencoder import SMALL, as_ckpt
+from test_autoencoder import SMALL, Weights, as_ckpt
 from test_read import as_folder, lsun, packed, picture
 
 pytest.importorskip("diffusers")
@@ -36,12 +36,7 @@ TINY = dict(width=8, multipliers=(1,), blocks=1, attention_at=(), dropout=0.1)
 def weights(tmp_path_factory):
     """A small autoencoder as Stable Diffusion comes: one .ckpt."""
     made = random_autoencoder(SMALL, 3)
-    return as_ckpt(tmp_path_factory.mktemp("weights") / "sd.ckpt", Network(made.weights))
-
-
-class Network:
-    def __init__(self, weights):
-        self.state_dict = lambda: weights
+    return as_ckpt(tmp_path_factory.mktemp("weights") / "sd.ckpt", Weights(made.weights))
 
 
 @pytest.fixture
@@ -131,7 +126,7 @@ def test_another_source_or_autoencoder_is_refused(encoded, weights, tmp_path):
     encoded()
     other = lsun(tmp_path / "other_lmdb", dict(list(PICTURES.items())[:3]))
     assert "source_digest" in encoded(expect=2, source=other)
-    others = as_ckpt(tmp_path / "other.ckpt", Network(random_autoencoder(SMALL, 4).weights))
+    others = as_ckpt(tmp_path / "other.ckpt", Weights(random_autoencoder(SMALL, 4).weights))
     assert "autoencoder" in encoded(expect=2, weights=others)
 
 
@@ -384,7 +379,7 @@ def test_latents_that_cannot_be_decoded_are_refused(encoded, run, weights, tmp_p
     assert "NaN" in refused(np.full((4, 4, 4), np.inf, np.float16))
     assert "decodes to NaN" in refused(np.full((2, 4, 4, 4), 3e38, np.float32))
     assert "does not exist" in refused(source=tmp_path / "nowhere")
-    others = as_ckpt(tmp_path / "other.ckpt", Network(random_autoencoder(SMALL, 4).weights))
+    others = as_ckpt(tmp_path / "other.ckpt", Weights(random_autoencoder(SMALL, 4).weights))
     assert "expected the same autoencoder" in refused(source=encoded(), autoencoder=others)
     as_folder(tmp_path / "images", {"a.png": picture(0)})
     assert "holds images" in refused(source=tmp_path / "images")
@@ -415,11 +410,11 @@ def test_the_whole_chain_from_an_lmdb_to_pictures(kind, encoded, run, weights, t
     assert json.loads((tmp_path / "samples" / "sample.json").read_text())["autoencoder"] == str(weights)
     code, _, err = run(*sample)
     assert code == 2 and "4 channels" in err and "--autoencoder" in err
-    other = as_ckpt(tmp_path / "other.ckpt", Network(random_autoencoder(SMALL, 4).weights))
+    other = as_ckpt(tmp_path / "other.ckpt", Weights(random_autoencoder(SMALL, 4).weights))
     code, _, err = run(*sample, "--autoencoder", other)
     assert code == 2 and err.count("\n") == 1 and "expected the same autoencoder" in err
     others = {**SMALL, "latent_channels": 8}
-    other = as_ckpt(tmp_path / "eight.ckpt", Network(random_autoencoder(others, 4).weights))
+    other = as_ckpt(tmp_path / "eight.ckpt", Weights(random_autoencoder(others, 4).weights))
     code, _, err = run(*sample, "--autoencoder", other)
     assert code == 2 and "decodes 8" in err
 
