@@ -1296,11 +1296,6 @@ def sample_images(net, flow, images: range, shape, steps: int, *, seed: int = 0,
         yield before.cpu()
 
 
-def is_picture(channels: int) -> bool:
-    """Of one or three channels; latents have more, are unbounded, and cannot be shown."""
-    return channels in (1, 3)
-
-
 def to_uint8(x: Tensor) -> Tensor:
     """[−1, 1] to the 0 … 255 of an image file."""
     return ((x + 1) * 127.5).round().clamp(0, 255).byte()

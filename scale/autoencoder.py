@@ -52,6 +52,11 @@ class Autoencoder:
         return digest.hexdigest()
 
     @property
+    def identity(self) -> dict:
+        """By what latents tell whose they are, as their index has it."""
+        return {"autoencoder": self.digest, "factor": self.factor, "shift": self.shift}
+
+    @property
     def factor(self) -> float:
         return self.settings.get("scaling_factor") or SETTINGS["scaling_factor"]
 
@@ -68,6 +73,14 @@ class Autoencoder:
     def shrinks(self) -> int:
         """How many pixels of an image a latent has one for, in width and in height."""
         return 2 ** (len(self.settings["block_out_channels"]) - 1)
+
+    def check(self, known: dict, whose: str) -> None:
+        """BadInput if latents of which so much is known, see `latents.known_of`, are those of another autoencoder.
+        whose: who holds or draws them."""
+        for name, value in self.identity.items() if known else ():
+            if known.get(name, value) != value:
+                raise BadInput(f"{whose} latents made with {name} {known[name]}, {self.path} has {value}: expected the "
+                               "same autoencoder")
 
     def scaled(self, moments: Tensor) -> Tensor:
         """Mean and log-variance (B, 2C, h, w) as the encoder gives them → those of latents as they are trained on."""

@@ -19,6 +19,7 @@ from rich.progress import track
 import dansm
 from dansm import counted, say
 from scale import checkpoint, data, trainer
+from scale.latents import known_of, known_on_disk
 from scale.recipe import SETTINGS, Recipe, kind_of, load, names, shown
 from scale.step import processes, ranks, sampler
 
@@ -138,7 +139,7 @@ def _run(recipe, out, device, fresh, first):
     if summary["steps"] < recipe.steps:
         say(f"stopped at step {summary['steps']:,} of {recipe.steps:,}, saved;",
             f"the same command{' without --fresh' * fresh} goes on")
-    pictures = dansm.is_picture(images.shape[1])
+    pictures = known_of(images) is None
     current = grid.exists() and grid.stat().st_mtime >= saved.stat().st_mtime  # it is this checkpoint's already
     if pictures and not summary["stopped_early"] and not current:
         draw_grid(sampler(net, device, recipe.precision), flow, images.shape[1:], recipe.sample_steps, recipe.seed,
@@ -163,7 +164,7 @@ def read(recipe: Recipe):
     if left_out:
         say(f"left out {len(left_out):,} of {counted(len(images) + len(left_out), 'image')}, not readable:",
             ", ".join(map(str, left_out[:3])) + ", …" * (len(left_out) > 3))
-    kind = "image" if dansm.is_picture(images.shape[1]) else "latent"
+    kind = "image" if known_of(images) is None else "latent"
     say(f"{counted(len(images), kind)} of {'×'.join(map(str, images.shape[1:]))}")
     return images, len(left_out)
 
@@ -226,22 +227,20 @@ def sample(model: Path, device: torch.device, out: Path, *, count: int, steps: i
 def decoder_for(model: Path, channels: int, about: dict, file: Path | None, device: torch.device, precision: str):
     """What makes uint8 images (B, 3, H, W) of a network's samples: a decoder of latents, None for a network of images.
     Raises BadInput where there is no autoencoder, one that is not needed, or another than the data's."""
-    pictures = dansm.is_picture(channels)
-    if pictures and file is None:
-        return None
-    if pictures:
+    if about["latents"] is None:
+        if file is None:
+            return None
         raise dansm.BadInput(f"--autoencoder is {file}, and {model} draws images of {counted(channels, 'channel')}: "
                              "expected none")
     if file is None:
         raise dansm.BadInput(f"{model} draws latents of {channels} channels, which are no pictures: expected a "
-                             "network of images, of 1 or 3 channels, or --autoencoder to decode them")
+                             "network of images, or --autoencoder to decode them")
     from scale.autoencoder import Decoder, read_autoencoder
-    from scale.encode import check_autoencoder
 
     autoencoder = read_autoencoder(file)
     if autoencoder.channels != channels:
         raise dansm.BadInput(f"{model} draws latents of {channels} channels, {file} decodes {autoencoder.channels}: "
                              "expected the autoencoder of its data")
-    if about.get("data"):
-        check_autoencoder(Path(about["data"]), autoencoder)
+    known = about["latents"] or (known_on_disk(Path(about["data"])) if about["data"] else {})  # runs of old do not say
+    autoencoder.check(known, f"{model} draws")
     return Decoder(autoencoder, device, precision)

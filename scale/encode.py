@@ -272,7 +272,7 @@ def read_latents(source: Path, autoencoder: Autoencoder):
     BadInput for those of another autoencoder."""
     if not source.exists():
         raise BadInput(f"{source} does not exist: expected latents, a .npy file, a folder of them or of dansm encode")
-    check_autoencoder(source, autoencoder)
+    autoencoder.check(latents.known_on_disk(source), f"{source} holds")
     if source.is_file() and source.suffix.lower() == ".npy" and open_latents(source, (3, 4)).ndim == 3:
         found = open_latents(source, (3,))[None]
         check_finite(source, found)
@@ -284,13 +284,3 @@ def read_latents(source: Path, autoencoder: Autoencoder):
         raise BadInput(f"{source} holds latents of {found.shape[1]} channels, {autoencoder.path} decodes "
                        f"{autoencoder.channels}: expected the same")
     return found
-
-
-def check_autoencoder(source: Path, autoencoder: Autoencoder) -> None:
-    """BadInput if `source` is known to hold latents of another one; only dansm encode says so of what it writes."""
-    index = latents.read_index(source) or {}
-    of_ours = {"autoencoder": autoencoder.digest, "factor": autoencoder.factor, "shift": autoencoder.shift}
-    for name, value in of_ours.items():
-        if index.get(name, value) != value:
-            raise BadInput(f"{source} holds latents made with {name} {index[name]}, {autoencoder.path} has {value}: "
-                           "expected the same autoencoder")

@@ -479,7 +479,7 @@ def evaluate(paths: list[Path], data: str | None, device: torch.device, out: Pat
                 flow = [model.about[part] for part in ("network", "flow", "times")]
                 weighed = [*made_from, digest_of_weights(model.net.state_dict()), flow, solver,
                            str(number_type(precision, device))]
-                weighed += [model.decoder.autoencoder.digest] if model.decoder else []
+                weighed += [model.decoder.autoencoder.identity] if model.decoder else []
                 weighed += [model.flow.bound, model.flow.target] if isinstance(model.flow, dansm.Diffusion) else []
                 for each in steps:
                     row = {"model": str(model.path), "steps": each, "count": count, "file": str(model.about["file"]),

@@ -20,20 +20,22 @@ from scale.read import open_latents
 
 VERSION = 1  # of what an encode writes
 INDEX, UNFINISHED = "index.json", "unfinished.json"
+KNOWN = "autoencoder", "factor", "shift", "moments", "flips", "size", "source"  # that a run keeps of its latents
 
 
 class Shards:
     """The latents of several files as one array (N, C, h, w) that stays on the disk: indexed, and taken from by
     np.take, as an array is.
 
+    about    what is known of them, see KNOWN
     moments  whether the files hold means and log-variances, (2C, h, w) each. What is indexed are the means; `take` and
              `on` give both, for whoever draws from them.
     """
 
     ndim = 4
 
-    def __init__(self, files: list[Path], moments: bool = False):
-        self.parts, self.moments = [open_latents(path) for path in files], moments
+    def __init__(self, files: list[Path], about: dict):
+        self.parts, self.about, self.moments = [open_latents(path) for path in files], about, about["moments"]
         first = self.parts[0]
         for path, part in zip(files, self.parts, strict=True):
             if part.shape[1:] != first.shape[1:] or part.dtype != first.dtype:
@@ -41,7 +43,7 @@ class Shards:
                                f"{first.shape[1:]}: expected latents of equal shape and type")
         self.ends = np.cumsum([len(part) for part in self.parts])
         self.dtype, self.stored = first.dtype, first.shape[1:]
-        self.shape = (int(self.ends[-1]), self.stored[0] // (1 + moments), *self.stored[1:])
+        self.shape = (int(self.ends[-1]), self.stored[0] // (1 + self.moments), *self.stored[1:])
         self.nbytes = sum(part.nbytes for part in self.parts)
 
     def __len__(self) -> int:
@@ -82,6 +84,14 @@ class Shards:
         return there
 
 
+def known_of(images) -> dict | None:
+    """What is known of the latents that `data.load_images` gave, {} where nothing is; None of images, which are what is
+    uint8 whatever its channels."""
+    if str(images.dtype).endswith("uint8"):
+        return None
+    return getattr(images, "about", {})
+
+
 def draw(moments: Tensor, noise: Tensor) -> Tensor:
     """Latents of an encoder's posterior. moments (B, 2C, h, w): mean and log-variance; noise (B, C, h, w) normal."""
     mean, log_variance = moments.chunk(2, 1)
@@ -94,6 +104,11 @@ def draw(moments: Tensor, noise: Tensor) -> Tensor:
 def read_index(folder: Path) -> dict | None:
     """What the latents in `folder` are: None where there is no index of ours, as while it is being encoded."""
     return _read(folder / INDEX)
+
+
+def known_on_disk(folder: Path) -> dict:
+    """What the encode that wrote into `folder` says of its latents, finished or not; {} of what is none."""
+    return read_index(folder) or read_unfinished(folder) or {}
 
 
 def read_unfinished(folder: Path) -> dict | None:
@@ -122,7 +137,7 @@ def open_encoded(folder: Path, index: dict) -> Shards:
     than the index says."""
     try:
         files = [folder / shard["file"] for shard in index["shards"]]
-        shards, expected = Shards(files, index["moments"]), (index["count"], *index["shape"])
+        shards, expected = Shards(files, {name: index[name] for name in KNOWN}), (index["count"], *index["shape"])
     except (LookupError, TypeError) as error:
         raise BadInput(f"{folder / INDEX} lacks {error}: expected it as dansm encode wrote it") from error
     if (len(shards), *shards.stored) != expected:

@@ -126,11 +126,11 @@ class Recipe:
         return settings
 
 
-def make_flow(recipe: dict, channels: int, solver: str = "euler"):
-    """The flow of a recipe for samples of so many channels; a diffusion of pixels knows that they are bounded."""
+def make_flow(recipe: dict, pictures: bool, solver: str = "euler"):
+    """The flow of a recipe for pictures or for latents; a diffusion of pixels knows that they are bounded."""
     if recipe["flow"] == "diffusion":
         target = recipe.get("target", "noise")  # older recipes have none
-        return dansm.Diffusion(recipe["times"], target, bound=1.0 if dansm.is_picture(channels) else None)
+        return dansm.Diffusion(recipe["times"], target, bound=1.0 if pictures else None)
     return dansm.FLOWS[recipe["flow"]](recipe["times"], solver)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 import dansm
 from scale import checkpoint, data
 from scale.judge import Judge
+from scale.latents import known_of
 from scale.recipe import Recipe, changed, make_flow, write
 from scale.step import FastTraining, make_deterministic, number_type, operations_per_image, peak, ranks, sampler
 
@@ -54,11 +55,11 @@ def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, 
     torch.manual_seed(recipe.seed)  # the same weights on all processes
     run = FastTraining(new_network(images, recipe), recipe, device)
     torch.manual_seed(recipe.seed if rank == 0 else _seed_of(recipe.seed, rank))
-    flow = make_flow(dataclasses.asdict(recipe), images.shape[1])
+    flow = make_flow(dataclasses.asdict(recipe), known_of(images) is None)
     pool = dansm.NoisePool(recipe.match_size, images.shape[1:], cost=recipe.cost, device=device, seed=recipe.seed,
                            dtype=number_type(recipe.pool, device), fast=recipe.fast, match_scope=recipe.match_scope,
                            compile=recipe.compile)
-    keeper = Keeper(out, recipe, len(images), fresh, console)
+    keeper = Keeper(out, recipe, images, fresh, console)
     keeper.resume(run, pool, device)
     with keeper.paused():
         judge = Judge(images, recipe, device, console) if run.step < recipe.steps else None
@@ -117,8 +118,9 @@ class Keeper:
     seconds  that the run has trained, in earlier calls and in this one, without evaluations
     """
 
-    def __init__(self, out: Path, recipe: Recipe, images: int, fresh: bool, console: Console):
-        self.out, self.recipe, self.images, self.console = out, recipe, images, console
+    def __init__(self, out: Path, recipe: Recipe, images, fresh: bool, console: Console):
+        self.out, self.recipe, self.console = out, recipe, console
+        self.images, self.latents = len(images), known_of(images)
         self.rank, self.processes = ranks()
         self.metrics, self.aside = out / "metrics.jsonl", out / "metrics.partial"
         if fresh and self._restarted():
@@ -192,6 +194,7 @@ class Keeper:
             for part, words in {"size": "images of {} pixels", "channels": "images of {} channels"}.items():
                 if state["network"][part] != run.net.settings[part]:
                     differences.append(f"{words.format(state['network'][part])} → {run.net.settings[part]}")
+            differences += _of_others(state.get("latents", self.latents), self.latents)
             if state["network"] != run.net.settings and not differences:
                 differences.append(f"network {state['network']} → {run.net.settings}")
             was, now = ("fp16" if scaler else "bf16 or fp32"  # auto is what the device can
@@ -234,7 +237,8 @@ class Keeper:
         if self.rank == 0:
             checkpoint.save(self.out, {
                 "network": run.net.settings, "recipe": dataclasses.asdict(self.recipe), "data": self.recipe.data,
-                "images": self.images, "training": run.state_dict(), "ranks": everyones, "seconds": self.seconds,
+                "images": self.images, "latents": self.latents,
+                "training": run.state_dict(), "ranks": everyones, "seconds": self.seconds,
             }, self.recipe.keep, drop=self.others)
             if self.keeps_other:
                 os.replace(self.aside, self.metrics)
@@ -245,7 +249,7 @@ class Keeper:
 
     def grid(self, run: FastTraining, flow, shape, device) -> None:
         """64 images beside the checkpoint, from the noise that is theirs in every grid of this run."""
-        if self.rank or not dansm.is_picture(shape[0]):
+        if self.rank or self.latents is not None:
             return
         part = self.recipe.batch // (self.processes * self.recipe.accumulate)  # fits into memory: a step had it
         draws = dansm.sample_images(sampler(run.average, device, self.recipe.precision), flow, range(64), shape,
@@ -263,6 +267,15 @@ class Keeper:
     def _say(self, line):
         if self.rank == 0:
             self.console.print(line, soft_wrap=True, markup=False)
+
+
+def _of_others(before: dict | None, now: dict | None) -> list[str]:
+    """By what latents differ that were known by `before` from those known by `now`, as far as both are known; where
+    their images lay is no difference."""
+    if before is None or now is None:
+        return [] if before is now else ["images → latents" if before is None else "latents → images"]
+    return [f"latents of {name} {str(before[name])[:12]} → {str(now[name])[:12]}"
+            for name in before if name != "source" and before[name] != now.get(name, before[name])]
 
 
 def _take_up_random_numbers(path, state, pool, device):

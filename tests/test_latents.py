@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from test_autoencoder import SMALL, Weights, as_ckpt
 from test_read import as_folder, lsun, packed, picture
 
@@ -19,8 +21,8 @@ pytest.importorskip("diffusers")
 
 import dansm
 from dansm import BadInput
-from scale import encode, latents
-from scale.autoencoder import Decoder, Encoder, random_autoencoder, read_autoencoder
+from scale import checkpoint, encode, latents
+from scale.autoencoder import FILES, Decoder, Encoder, random_autoencoder, read_autoencoder
 from scale.data import batches, load_images
 from scale.latents import Shards
 from scale.read import read_image
@@ -433,6 +435,124 @@ def test_make_latent_bedroom_runs_every_stage(source, weights, tmp_path):
     assert Image.open(tmp_path / "runs" / "latent-bedroom-samples" / "samples.png").size == (2 * 34 + 2, 2 * 34 + 2)
     rows = json.loads((tmp_path / "runs" / "latent-bedroom-evaluate" / "evaluate.json").read_text())["rows"]
     assert [row.get("trained_steps") for row in rows] == [None, 2]
+
+
+OWN = {"moments": False, "flips": False, "size": 16}
+
+
+def as_weights(path, **settings):
+    """A diffusers folder with the weights of the fixture, and these settings."""
+    made = random_autoencoder(SMALL, 3)
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL", **made.settings, **settings}))
+    save_file(made.weights, path / FILES[0])
+    return path
+
+
+@pytest.fixture
+def trained(run, monkeypatch, tmp_path):
+    """Trains a small network on data for so many steps in all: exit code, what it printed."""
+    monkeypatch.setitem(dansm.NETWORKS, "small", TINY)
+
+    def trained(data, steps=1, *options):
+        return run("train", data, "--network", "small", "--batch", 4, "--match-size", 4, "--steps", steps, "--device",
+                   "cpu", "--sample-steps", 2, "--out", tmp_path / "run", *options)
+
+    return trained
+
+
+@pytest.mark.parametrize(("name", "ours", "other"), [("factor", 0.5, 0.25), ("shift", 0.1, 0.0)])
+def test_latents_of_another_factor_are_told_by_the_run_itself(name, ours, other, run, encoded, trained, source,
+                                                              tmp_path):
+    pytest.importorskip("torch_fidelity")
+    named = {"factor": "scaling_factor", "shift": "shift_factor"}[name]
+    ours, other = as_weights(tmp_path / "ours", **{named: ours}), as_weights(tmp_path / "other", **{named: other})
+    data = encoded("latents", weights=ours)
+    code, _, err = trained(data)
+    assert code == 0, err
+    state = checkpoint.load(checkpoint.newest(tmp_path / "run"))
+    known = {**OWN, **read_autoencoder(ours).identity, "source": str(source)}
+    assert state["latents"] == known
+    assert run("export", tmp_path / "run", "--out", tmp_path / "w.safetensors")[0] == 0
+    assert checkpoint.load_model(tmp_path / "w.safetensors", CPU)[2]["latents"] == known
+    shutil.rmtree(data)
+    encoded("latents", weights=other)
+    code, _, err = trained(data, 2)
+    assert code == 2 and err.count("\n") == 1 and f"(latents of {name} {known[name]} → " in err, err
+    measured = ["--data", source, "--size", 16, "--features", "test_evaluate:seen", "--cache", tmp_path / "cache"]
+    for gone in (False, True):
+        if gone:
+            shutil.rmtree(data)
+        for model in (tmp_path / "run", tmp_path / "w.safetensors"):
+            for command in (["sample", model, "--count", 2, "--steps", 2], ["grid", model, "--steps", 2, "--side", 1],
+                            ["evaluate", model, "--count", 6, "--steps", 2, *measured]):
+                command += ["--device", "cpu", "--out", tmp_path / "out", "--autoencoder"]
+                code, _, err = run(*command, other)
+                assert code == 2 and f"draws latents made with {name} {known[name]}" in err, err
+        assert run(*command, ours)[0] == 0
+
+
+def test_other_factors_make_other_rows(run, trained, source, tmp_path):
+    """Of latents of which nothing is known, which any autoencoder may decode."""
+    pytest.importorskip("torch_fidelity")
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).normal(size=(9, 4, 4, 4)).astype(np.float32))
+    assert trained(tmp_path / "a.npy")[0] == 0
+    for number, settings in enumerate(({}, {"scaling_factor": 0.5}, {"shift_factor": 0.1})):
+        weights = as_weights(tmp_path / str(number), **settings)
+        code, _, err = run("evaluate", tmp_path / "run", "--autoencoder", weights, "--data", source, "--size", 16,
+                           "--features", "test_evaluate:seen", "--steps", 2, "--count", 6, "--device", "cpu", "--cache",
+                           tmp_path / "cache", "--out", tmp_path / "evaluated")
+        assert code == 0, err
+    rows = json.loads((tmp_path / "evaluated" / "evaluate.json").read_text())["rows"]
+    assert len(rows) == len({row["frechet_distance"] for row in rows}) == 4
+
+
+def test_runs_of_earlier_versions_are_held_against_what_their_data_says(run, encoded, trained, tmp_path):
+    ours, other = as_weights(tmp_path / "ours"), as_weights(tmp_path / "other", scaling_factor=0.5)
+    data = encoded("latents", weights=ours)
+    assert trained(data)[0] == 0
+    state = checkpoint.load(checkpoint.newest(tmp_path / "run"))
+    del state["latents"], state["dansm"]
+    checkpoint.save(tmp_path / "run", state)
+    assert trained(data, 2)[0] == 0
+    state["training"]["step"] = 9
+    checkpoint.save(tmp_path / "run", state)
+    sample = ["sample", tmp_path / "run", "--count", 2, "--steps", 2, "--device", "cpu", "--out", tmp_path / "out",
+              "--autoencoder"]
+    assert run(*sample, ours)[0] == 0
+    code, _, err = run(*sample, other)
+    assert code == 2 and "made with factor 0.18215" in err
+    shutil.rmtree(data)
+    assert run(*sample, other)[0] == 0  # nobody knows
+
+
+def test_latents_of_three_channels_are_no_pictures(run, encoded, trained, tmp_path):
+    weights = as_ckpt(tmp_path / "3.ckpt", Weights(random_autoencoder({**SMALL, "latent_channels": 3}, 3).weights))
+    code, said, err = trained(encoded("three", weights=weights), 1, "--flow", "diffusion")
+    assert code == 0 and "9 latents of 3×4×4" in said and "dansm sample" not in said, err
+    assert not list((tmp_path / "run").glob("*.png"))
+    assert checkpoint.load_model(tmp_path / "run", CPU)[1].bound is None
+    sample = ["sample", tmp_path / "run", "--count", 2, "--steps", 2, "--device", "cpu", "--out", tmp_path / "out"]
+    code, _, err = run(*sample)
+    assert code == 2 and "draws latents of 3 channels" in err
+    assert run(*sample, "--autoencoder", weights)[0] == 0
+    assert Image.open(tmp_path / "out" / "samples.png").size == (2 * 34 + 2, 36)
+
+
+@pytest.mark.parametrize("kind", ["images", "latents"])
+def test_a_run_of_images_does_not_go_on_with_latents_nor_the_other_way_round(kind, trained, tmp_path):
+    data, made = tmp_path / "data", []
+    for each in ((kind, "latents" if kind == "images" else "images")):
+        shutil.rmtree(data, ignore_errors=True)
+        data.mkdir()
+        for number in range(4):
+            if each == "images":
+                (data / f"{number}.png").write_bytes(picture(number, size=(8, 8)))
+            else:
+                np.save(data / f"{number}.npy", np.zeros((3, 8, 8), np.float32))
+        made.append(trained(data, 1 + len(made), "--no-flip"))
+    assert made[0][0] == 0 and made[1][0] == 2
+    assert f"({kind} → {'latents' if kind == 'images' else 'images'})" in made[1][2]
 
 
 def test_an_autoencoder_for_a_network_of_images_is_refused(run, weights, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import dansm
 from dansm import BadInput
 from scale import command, recipe
-from scale.recipe import RECIPES, SETTINGS, Recipe, changed, kind_of, load, names, write
+from scale.recipe import RECIPES, SETTINGS, Recipe, changed, kind_of, load, make_flow, names, write
 
 FREE = {"cache", "resident", "steps", "minutes", "save_minutes", "keep", "log_steps", "sample_steps", "compile",
         "evaluate_every", "evaluate_at", "evaluate_steps", "evaluate_measures", "evaluate_count",
@@ -317,6 +317,16 @@ def test_what_a_recipe_says_of_the_network_goes_before_its_name():
 def test_images_that_the_network_cannot_halve_are_refused_with_the_option_that_helps():
     with pytest.raises(BadInput, match=r"18 pixels wide: expected a multiple of 4 .*--size N"):
         Recipe("x", multipliers=(1, 1, 1)).network_settings(3, 18)
+
+
+def test_the_flow_is_the_recipes_and_bounded_for_pictures_alone():
+    for pictures, bound in ((True, 1.0), (False, None)):
+        for target in dansm.TARGETS:
+            some = Recipe("x", flow="diffusion", target=target, times="logit-normal")
+            flow = make_flow(dataclasses.asdict(some), pictures)
+            assert (flow.bound, flow.target, flow.times) == (bound, target, "logit-normal")
+    flow = make_flow(dataclasses.asdict(Recipe("x")), True, "heun")
+    assert isinstance(flow, dansm.RectifiedFlow) and flow.solver == "heun"
 
 
 # ------------------------------------------------------------------------------- the command
