@@ -166,6 +166,8 @@ def read(recipe: Recipe):
             ", ".join(map(str, left_out[:3])) + ", …" * (len(left_out) > 3))
     kind = "image" if known_of(images) is None else "latent"
     say(f"{counted(len(images), kind)} of {'×'.join(map(str, images.shape[1:]))}")
+    if kind == "latent" and recipe.flip:
+        say("half are mirrored, as asked: not the latents of the mirrored images, which dansm encode --flips makes")
     return images, len(left_out)
 
 

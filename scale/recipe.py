@@ -45,7 +45,7 @@ class Recipe:
 
     data: str = setting("Data", "cifar10, or the path of a folder or an archive of images, an lmdb, or latents")
     size: int = setting("Data", "make images squares of so many pixels; 0: as is", 0, least=0, most=4096)
-    flip: bool = setting("Data", "mirror half of the images, anew each epoch", True)
+    flip: bool | None = setting("Data", "mirror half of them, anew each epoch [images yes, latents no]", None)
     skip_unreadable: bool = setting("Data", "leave out images that cannot be read", False)
     cache: str = setting("Data", "folder that keeps the decoded images; several processes share one anyhow", "",
                          free=True)

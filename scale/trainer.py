@@ -43,6 +43,8 @@ def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, 
     first. A run that has made its steps already is left as it is. Under torchrun every process calls it; the first
     writes.
     """
+    if recipe.flip is None:  # a mirrored latent is not the latent of the mirrored image
+        recipe = dataclasses.replace(recipe, flip=known_of(images) is None)
     rank, processes = ranks()
     if recipe.batch % (processes * recipe.accumulate):
         raise dansm.BadInput(f"--batch is {recipe.batch}: expected a multiple of {processes * recipe.accumulate}, "

@@ -112,7 +112,7 @@ def test_train_writes_what_it_says(run, images, tmp_path, flow, method):
     assert described["hardware"]["device"] == "cpu" and described["parameters"] > 1000
     assert described["unreadable_images"] == 0 and described["this_call"]["images_per_second"] > 0
     assert f"dansm sample {out}\n" in said
-    given = dict(network="small", flow=flow, method=method, match_size=10, batch=8, steps=4, sample_steps=2)
+    given = dict(flip=True, network="small", flow=flow, method=method, match_size=10, batch=8, steps=4, sample_steps=2)
     recipe = dataclasses.asdict(Recipe(str(images), **given))
     assert described["recipe"] == json.loads(json.dumps(recipe))
     assert load(str(out / "recipe.toml")) == Recipe(str(images), **given)

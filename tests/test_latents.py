@@ -21,11 +21,12 @@ pytest.importorskip("diffusers")
 
 import dansm
 from dansm import BadInput
-from scale import checkpoint, encode, latents
+from scale import checkpoint, encode, latents, trainer
 from scale.autoencoder import FILES, Decoder, Encoder, random_autoencoder, read_autoencoder
 from scale.data import batches, load_images
 from scale.latents import Shards
 from scale.read import read_image
+from scale.recipe import load
 
 ROOT = Path(__file__).parent.parent
 PICTURES = {f"{seed * 7919 % 2**20:05x}": picture(seed, [".jpg", ".webp"][seed % 2], (24 + seed, 20))
@@ -555,12 +556,31 @@ def test_a_run_of_images_does_not_go_on_with_latents_nor_the_other_way_round(kin
     assert f"({kind} → {'latents' if kind == 'images' else 'images'})" in made[1][2]
 
 
+@pytest.mark.parametrize(("given", "mirrored"), [((), False), (("--flip",), True), (("--no-flip",), False)])
+def test_latents_are_mirrored_only_where_that_is_asked_for(given, mirrored, encoded, trained, tmp_path, monkeypatch):
+    served, real = [], trainer.data.batches
+
+    def seen(*arguments, **settings):
+        for x in (made := real(*arguments, **settings)):
+            served.append(x.clone())
+            yield x
+        made.close()
+
+    monkeypatch.setattr(trainer.data, "batches", seen)
+    code, said, err = trained(encoded(), 9, *given)
+    assert code == 0 and ("half are mirrored" in said) == mirrored, err
+    known = {tuple(latent.ravel()) for latent in load_images(str(tmp_path / "latents"))[:].astype(np.float32)}
+    assert ({tuple(latent.flatten().tolist()) for latent in torch.cat(served)} <= known) != mirrored
+    assert load(str(tmp_path / "run" / "recipe.toml")).flip == mirrored
+
+
 def test_an_autoencoder_for_a_network_of_images_is_refused(run, weights, tmp_path, monkeypatch):
     monkeypatch.setitem(dansm.NETWORKS, "small", TINY)
     source = as_folder(tmp_path / "images", {f"{i}.png": picture(i, size=(8, 8)) for i in range(4)})
     code, _, err = run("train", source, "--network", "small", "--batch", 4, "--match-size", 4, "--steps", 1,
                        "--sample-steps", 2, "--device", "cpu", "--out", tmp_path / "run")
     assert code == 0, err
+    assert load(str(tmp_path / "run" / "recipe.toml")).flip  # as images are where nothing is said
     code, _, err = run("sample", tmp_path / "run", "--autoencoder", weights, "--device", "cpu", "--out", tmp_path / "x")
     assert code == 2 and err.count("\n") == 1 and "draws images of 3 channels: expected none" in err
 
