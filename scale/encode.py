@@ -72,10 +72,19 @@ def encode(source: Path, weights: Path | Autoencoder, device: torch.device, out:
                     batch or BATCH.get(device.type, 8), shard)
         first = ranks()[0] == 0
         with lock(out, "encoded") if first else nullcontext(), quiet(not first):
-            if not _is_done(out, plan):
+            index = _check_earlier(out, plan)
+            _wait_for_all()  # to have read it before it is changed
+            if first and index:
+                _check_shards(out, index, plan)
+            _wait_for_all()
+            if latents.read_index(out) is None:
                 _encode(source, files, encoder, plan, out, workers, skip_unreadable, first)
-            elif first:
-                latents.remove_notes(out)  # of an encode that was killed after its last shard
+
+
+def _wait_for_all() -> None:
+    """For the other processes, where there are any."""
+    if group.is_initialized():
+        group.barrier()
 
 
 def cores() -> int:
@@ -93,23 +102,33 @@ def _image_files(source: Path) -> list[Path]:
     return files
 
 
-def _is_done(out: Path, plan: Plan) -> bool:
-    """Whether `out` holds all these latents; BadInput if it holds others."""
+def _check_earlier(out: Path, plan: Plan) -> dict | None:
+    """The index of an encode that came to its end in `out`, None where none did; BadInput if it is of other latents."""
     finished = latents.read_index(out)
     before = finished or latents.read_unfinished(out)
     if before is None:
         if strange := next(out.glob("*.npy"), None):
-            raise BadInput(f"--out is {out}, which holds {strange.name} of another origin: expected a folder without "
-                           "latents")
-        return False
+            raise BadInput(f"--out is {out}, which holds {strange.name} of another origin, or of an encode whose "
+                           f"{latents.INDEX} is gone: expected another --out, or one without .npy files")
+        return None
     differing = [f"{name} {before.get(name)} → {value}" for name, value in plan.settings().items()
                  if name != "source" and before.get(name) != value]
     if differing:
         raise BadInput(f"{out} holds latents that were made otherwise ({', '.join(differing)}): expected the same "
                        "settings, or another --out")
-    if finished:
-        say(f"{out} holds all {counted(finished['count'], 'latent')} already: nothing to do")
-    return finished is not None
+    return finished
+
+
+def _check_shards(out: Path, index: dict, plan: Plan) -> None:
+    """Say that all latents are there; or make of the encode an unfinished one, if a shard is missing or cut off."""
+    damaged = [note["file"] for note in index["shards"] if not latents.is_as_noted(out, note)]
+    if damaged:
+        say(f"{out} has lost {counted(len(damaged), 'shard')} of {len(index['shards']):,}, missing or cut off",
+            f"({', '.join(damaged[:3])}{', …' * (len(damaged) > 3)}): made anew")
+        latents.reopen(out, index, plan.settings())
+        return
+    latents.remove_notes(out)  # of an encode that was killed after its last shard
+    say(f"{out} holds all {counted(index['count'], 'latent')} already: nothing to do")
 
 
 def _encode(source, files, encoder, plan, out, workers, skip_unreadable, first):
@@ -119,12 +138,10 @@ def _encode(source, files, encoder, plan, out, workers, skip_unreadable, first):
         missing = [number for number in range(shards) if not latents.is_finished(out, number)]
         if first:
             _begin(out, plan, read.count, len(missing), encoder.autoencoder)
-        if group.is_initialized():
-            group.barrier()  # all have the same list, and the settings are there, before the first shard is
+        _wait_for_all()  # all have the same list, and the settings are there, before the first shard is
         rank, processes = ranks()
         _work(read, encoder, plan, out, missing[rank::processes], workers, skip_unreadable)
-    if group.is_initialized():
-        group.barrier()
+    _wait_for_all()
     if first:
         _end(out, plan, shards, min(read.count, len(missing) * plan.shard), time.perf_counter() - begin)
 
@@ -132,7 +149,7 @@ def _encode(source, files, encoder, plan, out, workers, skip_unreadable, first):
 def _begin(out, plan, count, missing, autoencoder):
     for half_written in out.glob("*.partial"):
         half_written.unlink(missing_ok=True)
-    latents.write_json(out / latents.UNFINISHED, plan.settings())
+    latents.begin(out, plan.settings(), count)
     left = min(count, missing * plan.shard)
     needed = left * (1 + plan.flips) * 2 * math.prod(_shape(plan, autoencoder))
     if needed > (free := shutil.disk_usage(out).free):

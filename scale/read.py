@@ -304,7 +304,8 @@ def open_latents(path: Path, dims: tuple[int, ...] = (4,)) -> np.ndarray:
     except MemoryError:
         raise
     except Exception as error:  # a header is parsed as Python
-        raise Unreadable(f"{path} cannot be read as latents: expected a whole .npy file of float16 or float32 "
+        reason = f" ({error.strerror})" if isinstance(error, OSError) and error.strerror else ""
+        raise Unreadable(f"{path} cannot be read as latents{reason}: expected a whole .npy file of float16 or float32 "
                          "numbers") from error
     if not isinstance(array, np.ndarray) or array.dtype not in (np.float16, np.float32):
         raise BadInput(f"{path} holds {getattr(array, 'dtype', 'several arrays')}: expected latents of float16 or "

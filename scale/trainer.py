@@ -184,15 +184,18 @@ class Keeper:
         self.begin = time.monotonic()
 
     def _check_shared(self, found: str):
-        """BadInput on all processes if one finds another checkpoint than the others do: it would train other weights.
-        Behind this all have looked at the folder, and the first may write."""
+        """BadInput on all processes if one finds another checkpoint than the others do: it would train other weights;
+        or another count of images, as of latents that are being encoded: it would serve others. Behind this all have
+        looked at the folder, and the first may write."""
         if self.processes == 1:
             return
         everyones = [None] * self.processes
-        group.all_gather_object(everyones, found)
-        if len(set(everyones)) > 1:
-            raise dansm.BadInput(f"--out is {self.out}: the processes find {', '.join(everyones)} there, expected one "
-                                 "folder that all of them see")
+        group.all_gather_object(everyones, (found, f"{self.images:,}"))
+        for (name, folder), finds in zip((("--out", self.out), ("--data", self.recipe.data)),
+                                         zip(*everyones, strict=True), strict=True):
+            if len(set(finds)) > 1:
+                raise dansm.BadInput(f"{name} is {folder}: the processes find {', '.join(finds)} there, expected one "
+                                     "folder that all of them see, and that stays as it is")
 
     def _check(self, path, state, run):
         """BadInput if the checkpoint is of a run with other settings, images or processes."""

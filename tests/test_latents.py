@@ -3,10 +3,12 @@
 import errno
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -188,22 +190,197 @@ def test_ctrl_c_keeps_the_shards_and_the_rest_follows(encoded, tmp_path, monkeyp
 
 
 def test_a_full_disk_is_one_line_and_what_was_encoded_is_usable(encoded, tmp_path, monkeypatch):
-    whole, save, calls = contents(encoded()), np.save, []
+    whole, sync, calls = contents(encoded()), os.fsync, []
 
-    def full(file, array):
-        calls.append(0)
-        if len(calls) == 2:
-            file.write(b"some")
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 7:  # after the settings, a shard and its note, each with its folder
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        save(file, array)
+        sync(descriptor)
 
-    monkeypatch.setattr(np, "save", full)
+    monkeypatch.setattr(os, "fsync", full)
     err = encoded("full", expect=2)
     assert err.count("\n") == 1 and "No space left on device" in err and "1 of 3 shards were written" in err
     assert not list((tmp_path / "full").glob("*.partial"))
     assert len(load_images(str(tmp_path / "full"))) == 4
     monkeypatch.undo()
     assert contents(encoded("full")) == whole
+
+
+@contextmanager
+def small_disk(folder):
+    """A folder on a disk of 64 KB, and what fills that up."""
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("no file system may be mounted here")
+
+    def fill():
+        with pytest.raises(OSError, match="No space left"), open(folder / "filling", "wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        os.truncate(folder / "filling", (folder / "filling").stat().st_size - 4096)  # a shard begins and does not end
+
+    try:
+        yield fill
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_really_is_full_is_called_so(encoded, tmp_path, monkeypatch):
+    large, write = ["--size", 64, "--shard", 8], latents.write_shard
+    whole = contents(encoded("whole", *large))
+
+    def filling(out, number, *rest):
+        if number == 0:
+            fill()
+        write(out, number, *rest)
+
+    with small_disk(tmp_path / "disk") as fill:
+        monkeypatch.setattr(latents, "write_shard", filling)
+        err = encoded("disk/latents", *large, expect=2)
+        assert err.count("\n") == 1 and "No space left on device" in err and "0 of 2 shards" in err
+        monkeypatch.undo()
+        (tmp_path / "disk" / "filling").unlink()
+        assert contents(encoded("disk/latents", *large)) == whole
+
+
+def test_a_file_that_may_not_grow_is_called_so(encoded):
+    """As on a full disk the system takes a part of what is written, and then no more."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        err = encoded("latents", "--size", 64, "--shard", 8, expect=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert err.count("\n") == 1 and "File too large" in err and "0 of 2 shards were written" in err
+
+
+def test_a_shard_is_the_file_that_numpy_writes(tmp_path):
+    array = np.random.default_rng(0).normal(size=(3, 4, 5, 5)).astype(np.float16)
+    latents.write_shard(tmp_path, 7, array, 4, [])
+    np.save(tmp_path / "numpy.npy", array)
+    assert latents.shard_path(tmp_path, 7).read_bytes() == (tmp_path / "numpy.npy").read_bytes()
+
+
+@pytest.fixture
+def stopped(encoded, monkeypatch, tmp_path):
+    """Encodes with more options into a folder of that name, and stops before the second shard."""
+
+    def stopped(name, *options, **settings):
+        write = latents.write_shard
+
+        def stopping(out, number, *rest):
+            if number == 1:
+                raise KeyboardInterrupt
+            write(out, number, *rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(latents, "write_shard", stopping)
+            encoded(name, *options, expect=130, **settings)
+        return tmp_path / name
+
+    return stopped
+
+
+@pytest.mark.parametrize("options", [(), ("--moments",), ("--flips",), ("--moments", "--flips")])
+def test_what_an_unfinished_encode_has_is_read_as_what_it_is(options, encoded, stopped, trained, tmp_path):
+    part, whole = stopped("part", *options), load_images(str(encoded("whole", *options)))
+    found = load_images(str(part))
+    assert found.shape == (4 * (1 + ("--flips" in options)), 4, 4, 4) and found.moments == ("--moments" in options)
+    assert np.array_equal(found[:], whole[: len(found)]) and found.about == whole.about
+    code, said, err = trained(part)
+    assert code == 0 and "part: 4 of 9 images encoded so far; the same dansm encode goes on" in said, err
+    assert f"{len(found)} latents of 4×4×4" in said
+    state = checkpoint.load(checkpoint.newest(tmp_path / "run"))
+    assert state["network"]["channels"] == 4 and state["latents"] == whole.about
+
+
+def test_a_run_of_a_part_does_not_go_on_with_the_whole(encoded, stopped, trained):
+    assert trained(stopped("part"))[0] == 0
+    code, _, err = trained(encoded("part"), 2)
+    assert code == 2 and "(images 4 → 9)" in err
+
+
+def test_an_unfinished_encode_knows_its_autoencoder(stopped, run, tmp_path):
+    part, other = stopped("part", weights=as_weights(tmp_path / "ours")), as_weights(tmp_path / "x", scaling_factor=0.5)
+    code, _, err = run("decode", part, "--autoencoder", other, "--device", "cpu", "--out", tmp_path / "out")
+    assert code == 2 and "holds latents made with factor 0.18215" in err
+    assert run("decode", part, "--autoencoder", tmp_path / "ours", "--device", "cpu", "--out", tmp_path / "out")[0] == 0
+    assert len(list((tmp_path / "out").glob("*.png"))) == 4
+
+
+def test_an_encode_of_no_whole_shard_cannot_be_read_yet(stopped):
+    part = stopped("part")
+    (part / "latents-00000.json").unlink()
+    with pytest.raises(BadInput, match="0 of 9 images encoded so far; expected some, the same dansm encode goes on"):
+        load_images(str(part))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("how", [Path.unlink, cut, lambda path: path.write_bytes(b""),
+                                 lambda path: np.save(path, np.zeros((3, 4, 4, 4), np.float16))])
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_shard_that_is_lost_or_cut_off_is_made_anew_and_no_other(how, finished, encoded, stopped, run, weights,
+                                                                   source):
+    out, whole = encoded() if finished else stopped("latents"), contents(encoded("whole"))
+    lost = out / f"latents-0000{int(finished)}.npy"
+    how(lost)
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("*.npy") if path != lost}
+    with pytest.raises(BadInput, match="the same dansm encode"):
+        load_images(str(out))
+    code, said, err = run("encode", source, "--autoencoder", weights, "--out", out, "--size", 16, "--shard", 4,
+                          "--batch", 3, "--device", "cpu")
+    assert code == 0 and contents(out) == whole, err
+    assert ("has lost 1 shard of 3, missing or cut off (latents-00001.npy)" in said) == finished
+    assert f"this time {4 if finished else 9} images" in said
+    assert kept == {path: path.stat().st_mtime_ns for path in kept}
+
+
+def test_what_is_left_of_a_damaged_encode_stays_usable_while_it_is_mended(encoded, monkeypatch):
+    out = encoded()
+    (out / "latents-00000.npy").unlink()
+
+    def stopping(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(latents, "write_shard", stopping)
+        encoded(expect=130)
+    assert len(load_images(str(out))) == 5
+    assert len(load_images(str(encoded()))) == 9
+
+
+def test_shards_without_their_index_are_refused_with_what_to_do(encoded):
+    out = encoded()
+    (out / "index.json").unlink()
+    err = encoded(expect=2)
+    assert "latents-0000" in err and "whose index.json is gone: expected another --out, or one without .npy" in err
+
+
+def test_more_shards_than_a_process_may_have_files_open(encoded):
+    out = encoded("many", "--shard", 1, "--batch", 1)
+    limit, opened = resource.getrlimit(resource.RLIMIT_NOFILE), len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 4, limit[1]))
+    try:
+        shards = load_images(str(out))
+        served = batches(shards, 9, flip=False)
+        assert len(next(served)) == len(shards.on(CPU)) == 9
+        served.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+
+
+def test_a_file_that_cannot_be_opened_says_why(encoded, monkeypatch):
+    def failing(*_, **__):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    out = encoded()
+    monkeypatch.setattr(np, "load", failing)
+    with pytest.raises(BadInput, match=r"cannot be read as latents \(Too many open files\)"):
+        load_images(str(out))
 
 
 def test_a_disk_without_room_for_all_is_told_before_anything_is_encoded(encoded, monkeypatch):
