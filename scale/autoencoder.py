@@ -125,12 +125,18 @@ class Encoder(_Half):
 
 
 class Decoder(_Half):
-    """The decoder alone, on a device: latents to images."""
+    """The decoder alone, on a device: latents to images, within `memory` gigabytes; None for a quarter of what the
+    device has free."""
 
     parts = "post_quant_conv", "decoder"
 
+    def __init__(self, autoencoder: Autoencoder, device: torch.device, precision: str = "auto",
+                 memory: float | None = None):
+        super().__init__(autoencoder, device, precision)
+        self.memory = memory
+
     @torch.no_grad()
-    def decode(self, latents: Tensor, first: int = 0, memory: int | None = None) -> Tensor:
+    def decode(self, latents: Tensor, first: int = 0) -> Tensor:
         """Latents times the factor → images, as many at a time as `fits` says. (B, C, h, w) float → uint8
         (B, 3, H, W), on the device.
 
@@ -139,7 +145,7 @@ class Decoder(_Half):
         if latents.ndim != 4 or latents.shape[1] != self.autoencoder.channels:
             raise BadInput(f"latents are {tuple(latents.shape)}, and {self.autoencoder.path} decodes "
                            f"{self.autoencoder.channels} channels: expected (B, {self.autoencoder.channels}, h, w)")
-        batch = self.fits(max(latents.shape[2:]), memory)
+        batch = self.fits(max(latents.shape[2:]))
         return torch.cat([self.decode_at_once(part, first + number * batch)
                           for number, part in enumerate(latents.split(batch))])
 
@@ -155,17 +161,17 @@ class Decoder(_Half):
                            + ": expected finite images; --precision fp32 may give them")
         return dansm.to_uint8(images)
 
-    def fits(self, size: int, memory: int | None = None) -> int:
-        """How many latents of `size` numbers square can be decoded at a time within `memory` bytes, at least one; None
-        for a quarter of what the device has free. More than LARGEST would be no faster.
+    def fits(self, size: int) -> int:
+        """How many latents of `size` numbers square can be decoded at a time within the memory, at least one. More than
+        LARGEST would be no faster.
 
         About seven of the largest tensor that one becomes are there at once: the branch that is kept, the norm's
         float32 copy, what goes into a convolution, what comes out, and what it works in.
         """
         widths = self.autoencoder.settings["block_out_channels"]
         largest = widths[min(1, len(widths) - 1)] * (size * self.autoencoder.shrinks) ** 2
-        memory = dansm.free_memory(self.device) // 4 if memory is None else memory
-        return max(1, min(LARGEST[self.device.type != "cpu"], memory // (7 * largest * self.dtype.itemsize)))
+        memory = dansm.free_memory(self.device) / 4 if self.memory is None else 1e9 * self.memory
+        return int(max(1, min(LARGEST[self.device.type != "cpu"], memory / (7 * largest * self.dtype.itemsize))))
 
 
 def _not_finite(batch: Tensor) -> list[int]:

@@ -195,11 +195,12 @@ def draw_grid(net, flow, shape, steps: int, seed: int, device, saved: Path, path
 
 
 def sample(model: Path, device: torch.device, out: Path, *, count: int, steps: int, solver: str, batch: int,
-           files: bool, precision: str, seed: int, autoencoder: Path | None = None) -> None:
+           files: bool, precision: str, seed: int, autoencoder: Path | None = None,
+           memory: float | None = None) -> None:
     """Draw images 0 … count − 1 of a seed from a run, a checkpoint or exported weights, and decode latents."""
     net, flow, about = checkpoint.load_model(model, device, solver, say=say)
     dansm.check_steps("--steps", steps, type(flow))
-    decoder = decoder_for(model, net.settings["channels"], about, autoencoder, device, precision)
+    decoder = decoder_for(model, net.settings["channels"], about, autoencoder, device, precision, memory)
     out = dansm.make_folder(out)
     batch = batch or (500 if device.type == "cuda" else 64)
     shape = (net.settings["channels"], net.settings["size"], net.settings["size"])
@@ -226,8 +227,10 @@ def sample(model: Path, device: torch.device, out: Path, *, count: int, steps: i
     dansm.say_files(out, "samples.png", "sample.json", *(["000000.png and so on"] if files else []))
 
 
-def decoder_for(model: Path, channels: int, about: dict, file: Path | None, device: torch.device, precision: str):
-    """What makes uint8 images (B, 3, H, W) of a network's samples: a decoder of latents, None for a network of images.
+def decoder_for(model: Path, channels: int, about: dict, file: Path | None, device: torch.device, precision: str,
+                memory: float | None = None):
+    """What makes uint8 images (B, 3, H, W) of a network's samples: a decoder of latents within so many gigabytes, None
+    for a network of images.
     Raises BadInput where there is no autoencoder, one that is not needed, or another than the data's."""
     if about["latents"] is None:
         if file is None:
@@ -245,4 +248,4 @@ def decoder_for(model: Path, channels: int, about: dict, file: Path | None, devi
                              "expected the autoencoder of its data")
     known = about["latents"] or (known_on_disk(Path(about["data"])) if about["data"] else {})  # runs of old do not say
     autoencoder.check(known, f"{model} draws")
-    return Decoder(autoencoder, device, precision)
+    return Decoder(autoencoder, device, precision, memory)

@@ -3,6 +3,7 @@ through its decoder to images."""
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -111,9 +112,7 @@ def _check_earlier(out: Path, plan: Plan) -> dict | None:
             raise BadInput(f"--out is {out}, which holds {strange.name} of another origin, or of an encode whose "
                            f"{latents.INDEX} is gone: expected another --out, or one without .npy files")
         return None
-    differing = [f"{name} {before.get(name)} → {value}" for name, value in plan.settings().items()
-                 if name != "source" and before.get(name) != value]
-    if differing:
+    if differing := _differences(before, plan.settings()):
         raise BadInput(f"{out} holds latents that were made otherwise ({', '.join(differing)}): expected the same "
                        "settings, or another --out")
     return finished
@@ -245,7 +244,8 @@ def _latents(images: np.ndarray, encoder: Encoder, plan: Plan) -> Tensor:
 
 def decode(source: Path, weights: Path | Autoencoder, device: torch.device, out: Path, *, count: int | None, batch: int,
            memory: float | None, precision: str) -> None:
-    """Write the first `count` latents of `source`, or all, as 000000.png and so on into `out`.
+    """Write the first `count` latents of `source`, or all, as 000000.png and so on into `out`. The same call goes on
+    where an earlier one was ended.
 
     memory  gigabytes to decode in; None for a quarter of what the device has free
     batch   latents at a time at most; 0 for what fits
@@ -253,35 +253,77 @@ def decode(source: Path, weights: Path | Autoencoder, device: torch.device, out:
     data.check_out(str(source), out)
     autoencoder = weights if isinstance(weights, Autoencoder) else read_autoencoder(weights)
     found = read_latents(source, autoencoder)
-    decoder, out = Decoder(autoencoder, device, precision), dansm.make_folder(out)
-    memory = None if memory is None else int(memory * 1e9)
-    batch = min(batch or LARGEST[1], decoder.fits(max(found.shape[2:]), memory))
-    count, begin, done = min(count or len(found), len(found)), time.perf_counter(), 0
-
-    def images():
-        for start in range(0, count, batch):
-            some = found[start : min(start + batch, count)]
-            some = some if isinstance(some, Tensor) else torch.from_numpy(np.array(some))
-            yield from enumerate(decoder.decode(some, start, memory).cpu(), start)
-
+    decoder, out = Decoder(autoencoder, device, precision, memory), dansm.make_folder(out)
+    _check_decoded(out, source, decoder)
+    batch, count = min(batch or LARGEST[1], decoder.fits(max(found.shape[2:]))), min(count or len(found), len(found))
+    there, begin = set(os.listdir(out)), time.perf_counter()
+    missing = [number for number in range(count) if _name(number) not in there]
+    if not missing:
+        say(f"{out} holds {counted(count, 'image')} already: nothing to do")
+        return
+    done = count - len(missing)
     try:
-        writing = data.ahead(partial(_save, out), images(), threads=os.cpu_count(), depth=batch)
-        with closing(writing):
-            for _ in track(writing, "decoding", total=count, console=dansm.console):
+        images = _decoded(found, decoder, missing, batch)
+        with closing(data.ahead(partial(_save, out), images, threads=os.cpu_count(), depth=batch)) as writing:
+            for _ in track(writing, "decoding", total=len(missing), console=dansm.console):
                 done += 1
     except KeyboardInterrupt as stop:
-        raise dansm.Stopped(f"stopped; {done:,} of {counted(count, 'image')} are written") from stop
+        raise dansm.Stopped(f"stopped; {done:,} of {counted(count, 'image')} are written, the same command goes on"
+                            ) from stop
     except OSError as error:
         raise BadInput(f"{out} cannot be written to: {error.strerror or error}; {done:,} of {counted(count, 'image')} "
                        "are there, expected room for all") from error
     seconds = time.perf_counter() - begin
-    say(f"{counted(count, 'image')} in {seconds:.1f} s, {batch} at a time")
-    dansm.say_files(out, "000000.png", *["and so on"] * (count > 1))
+    say(f"{counted(len(missing), 'image')} in {seconds:.1f} s, {batch} at a time")
+    dansm.say_files(out, _name(0), *["and so on"] * (count > 1))
+
+
+def _check_decoded(out: Path, source: Path, decoder: Decoder) -> None:
+    """Note in decode.json what images are to be decoded from; BadInput if `out` holds those of anything else."""
+    made_from = {"source": str(source), "latents": digest_of_files(source, files_of(source), None),
+                 **decoder.autoencoder.identity, "precision": str(decoder.dtype).removeprefix("torch.")}
+    note = out / "decode.json"
+    try:
+        before = json.loads(note.read_text())
+    except (OSError, ValueError):
+        before = None
+    if not isinstance(before, dict) and (strange := next(out.glob("[0-9]*.png"), None)):
+        raise BadInput(f"--out is {out}, which holds {strange.name} of another origin: expected one without images")
+    if isinstance(before, dict) and (differing := _differences(before, made_from)):
+        raise BadInput(f"{out} holds images that were decoded otherwise ({', '.join(differing)}): expected the same "
+                       "latents and settings, or another --out")
+    latents.write_json(note, made_from)
+
+
+def _differences(before: dict, now: dict) -> list[str]:
+    """What was noted before and is another one now, but for where it lies."""
+    return [f"{name} {before.get(name)} → {value}" for name, value in now.items()
+            if name != "source" and before.get(name) != value]
+
+
+def _decoded(found, decoder: Decoder, missing: list[int], batch: int) -> Iterator[tuple[int, Tensor]]:
+    """The missing images by their numbers. They are decoded in the batches of all, of which some may be there."""
+    for number, of_batch in groupby(missing, lambda number: number // batch):
+        start, numbers = number * batch, list(of_batch)
+        some = found[start : numbers[-1] + 1]
+        images = decoder.decode(some if isinstance(some, Tensor) else torch.from_numpy(np.array(some)), start).cpu()
+        yield from ((number, images[number - start]) for number in numbers)
+
+
+def _name(number: int) -> str:
+    return f"{number:06d}.png"
 
 
 def _save(out: Path, numbered: tuple[int, Tensor]) -> None:
+    """Whole or not at all."""
     number, image = numbered
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(out / f"{number:06d}.png")
+    partial = out / f"{number:06d}.partial"
+    try:
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(partial, "PNG")
+        os.replace(partial, out / _name(number))
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def read_latents(source: Path, autoencoder: Autoencoder):

@@ -260,12 +260,12 @@ def compare(paths: list[Path], *, count: int, pictured: int, steps: int, labels,
 
 
 def grid(paths: list[Path], *, step_counts: str, side: int, labels, batch: int, precision: str, seed: int,
-         device: torch.device, out: Path, autoencoder: Path | None = None) -> dict:
+         device: torch.device, out: Path, autoencoder: Path | None = None, memory: float | None = None) -> dict:
     """A picture of side × side samples for each model and each count of steps, all from the same noises. Latents are
-    decoded by `autoencoder`."""
+    decoded by `autoencoder`, in so many gigabytes of memory."""
     counts = parse_counts("--steps", step_counts)
     models = load_models(paths, device, steps=counts, labels=labels, precision=precision)
-    decoders = [decoder_for(path, model.shape[0], model.about, autoencoder, device, precision)
+    decoders = [decoder_for(path, model.shape[0], model.about, autoencoder, device, precision, memory)
                 for path, model in zip(paths, models, strict=True)]
     out = dansm.make_folder(out)
     numbers = range(side * side)

@@ -116,7 +116,11 @@ def test_both_halves_compute_what_the_whole_does(network, folder):
     assert torch.allclose((log_variance / 2).exp(), posterior.std * 0.18215, rtol=1e-4)
     ours = Decoder(read, CPU).decode(z)
     assert ours.dtype == torch.uint8 and ours.shape == (2, 3, 16, 16)
-    assert (ours.float() - (decoded + 1) * 127.5).clamp(-1, 1).abs().max() <= 0.51 or decoded.abs().max() > 1
+    levels = ((decoded + 1) * 127.5).clamp(0, 255)
+    assert levels.std() > 5 and (ours.float() - levels).abs().max() <= 0.51
+    with torch.no_grad():
+        unscaled = ((network.decode(z).sample + 1) * 127.5).clamp(0, 255)
+    assert (levels - unscaled).abs().max() > 5  # the factor is seen
 
 
 def test_a_half_holds_the_weights_of_no_other(folder):
@@ -134,6 +138,7 @@ def test_factor_and_shift_are_the_folders_own_both_ways(folder):
     assert torch.allclose(mean, (raw[:, :4] - 0.25) * 0.5)
     assert torch.allclose(log_variance.exp(), raw[:, 4:].exp() * 0.25)
     assert torch.allclose(read.unscaled(mean), raw[:, :4], atol=1e-6)
+    assert read.identity == {"autoencoder": read_autoencoder(folder).digest, "factor": 0.5, "shift": 0.25}
 
 
 def test_another_weight_gives_another_digest():
@@ -287,6 +292,31 @@ def test_nan_and_other_shapes_are_refused_by_the_decoder(folder):
     decoder.net[1].conv_out.bias.fill_(torch.inf)
     with pytest.raises(BadInput, match="latent 0 decodes to NaN in float32"):
         decoder.decode(torch.zeros(1, 4, 4, 4))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_of_several_batches_a_latent_has_its_own_number(folder, batch):
+    decoder = Decoder(read_autoencoder(folder), CPU)
+    decoder.fits = lambda size: batch
+    for wrong in range(5):
+        z = torch.zeros(5, 4, 4, 4)
+        z[wrong] = torch.nan
+        with pytest.raises(BadInput, match=f"latent {40 + wrong} holds NaN"):
+            decoder.decode(z, 40)
+
+
+def test_as_many_are_decoded_at_a_time_as_the_memory_holds(folder, monkeypatch):
+    read, sizes = read_autoencoder(folder), []
+    one = 7 * 32 * 16**2 * 4 / 1e9  # gigabytes: seven times 32 channels of 16×16 float32 numbers
+    for memory, batch in ((0, 1), (0.9 * one, 1), (1.1 * one, 1), (2.1 * one, 2), (5.5 * one, 5), (9e9, 8)):
+        assert Decoder(read, CPU, memory=memory).fits(4) == batch
+    assert Decoder(read, CPU, memory=4.4 * one).fits(8) == 1 == Decoder(read, CPU, "bf16", memory=2.2 * one).fits(8)
+    assert Decoder(read, CPU, "bf16", memory=2.2 * one).fits(4) == 4
+    monkeypatch.setattr(module.dansm, "free_memory", lambda _: 4e9 * 3.3 * one)
+    assert Decoder(read, CPU).fits(4) == 3  # a quarter of what is free
+    decoder = Decoder(read, CPU, memory=2.1 * one)
+    decoder.net.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+    assert len(decoder.decode(torch.zeros(5, 4, 4, 4))) == 5 and sizes == [2, 2, 1]
 
 
 def test_images_that_do_not_divide_are_refused(folder):

@@ -565,6 +565,78 @@ def test_latents_that_cannot_be_decoded_are_refused(encoded, run, weights, tmp_p
     assert "holds images" in refused(source=tmp_path / "images")
 
 
+def stamps(folder):
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")}
+
+
+@pytest.fixture
+def decoded(run, encoded, weights, tmp_path):
+    """Decodes the encoded source into a folder, with more options."""
+    source = encoded()
+
+    def decoded(*options, expect=0, source=source, weights=weights):
+        code, said, err = run("decode", source, "--autoencoder", weights, "--out", tmp_path / "images", "--device",
+                              "cpu", *options)
+        assert code == expect, (said, err)
+        return said if expect == 0 else err
+
+    return decoded
+
+
+def test_what_is_decoded_already_is_left_as_it_is(decoded, tmp_path):
+    images = tmp_path / "images"
+    decoded("--count", 5, "--batch", 2)
+    before = stamps(images)
+    assert len(before) == 5
+    assert "images holds 5 images already: nothing to do" in decoded("--count", 5)
+    (images / "000001.png").unlink()
+    assert "5 images in" in decoded("--batch", 4)
+    after = stamps(images)
+    kept = {name for name in before if before[name] == after[name]}
+    assert len(after) == 9 and kept == before.keys() - {"000001.png"}
+    assert not list(images.glob("*.partial"))
+
+
+def test_images_that_go_on_are_those_of_one_call(decoded, tmp_path):
+    decoded()
+    whole = {path.name: np.asarray(Image.open(path)) for path in (tmp_path / "images").glob("*.png")}
+    for name in list(whole)[::2]:
+        (tmp_path / "images" / name).unlink()
+    decoded()
+    for name, image in whole.items():
+        assert np.array_equal(image, np.asarray(Image.open(tmp_path / "images" / name)))
+
+
+def test_images_of_other_latents_are_no_part_of_these(decoded, encoded, weights, tmp_path):
+    decoded("--count", 1)
+    before = stamps(tmp_path / "images")
+    other = as_weights(tmp_path / "other", scaling_factor=0.5)
+    assert "precision float32 → bfloat16" in decoded("--precision", "bf16", expect=2)
+    for options in (dict(weights=other, source=encoded("b", weights=other)), dict(source=encoded("flipped", "--flips"))):
+        err = decoded(expect=2, **options)
+        assert err.count("\n") == 1 and "images that were decoded otherwise" in err and "another --out" in err
+    assert stamps(tmp_path / "images") == before
+    (tmp_path / "images" / "decode.json").unlink()
+    assert "000000.png of another origin" in decoded(expect=2)
+
+
+def test_decoding_stopped_by_ctrl_c_goes_on(decoded, tmp_path, monkeypatch):
+    save = encode._save
+
+    def stopping(out, numbered):
+        if numbered[0] == 6:
+            raise KeyboardInterrupt
+        save(out, numbered)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encode, "_save", stopping)
+        assert "of 9 images are written, the same command goes on" in decoded("--batch", 2, expect=130)
+    before = stamps(tmp_path / "images")
+    decoded()
+    after = stamps(tmp_path / "images")
+    assert len(after) == 9 and before.items() <= after.items()
+
+
 def test_a_full_disk_while_decoding_is_one_line(encoded, run, weights, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -749,6 +821,44 @@ def test_latents_are_mirrored_only_where_that_is_asked_for(given, mirrored, enco
     known = {tuple(latent.ravel()) for latent in load_images(str(tmp_path / "latents"))[:].astype(np.float32)}
     assert ({tuple(latent.flatten().tolist()) for latent in torch.cat(served)} <= known) != mirrored
     assert load(str(tmp_path / "run" / "recipe.toml")).flip == mirrored
+
+
+def test_latents_are_decoded_in_the_memory_that_is_given(run, encoded, trained, weights, tmp_path, monkeypatch):
+    pytest.importorskip("torch_fidelity")
+    sizes, real = [], Decoder.decode_at_once
+
+    def counting(self, latents, *rest):
+        sizes.append(len(latents))
+        return real(self, latents, *rest)
+
+    assert trained(encoded())[0] == 0
+    monkeypatch.setattr(Decoder, "decode_at_once", counting)
+    model, both = tmp_path / "run", ["--autoencoder", weights, "--device", "cpu", "--out", tmp_path / "out"]
+    for command in (["sample", model, "--count", 4, "--steps", 2], ["grid", model, "--steps", 2, "--side", 2],
+                    ["evaluate", model, "--count", 4, "--steps", 2, "--features", "test_evaluate:seen", "--cache",
+                     tmp_path / "cache"]):
+        for memory, batch in ((1e-6, 1), (7 * 32 * 16**2 * 4 * 2.5 / 1e9, 2), (1, 4)):
+            sizes.clear()
+            shutil.rmtree(tmp_path / "out", ignore_errors=True)
+            code, _, err = run(*command, *both, "--memory", memory)
+            assert code == 0 and sizes == [batch] * (4 // batch), err
+
+
+def test_a_sample_that_is_nan_is_named_by_its_number(run, encoded, trained, weights, tmp_path, monkeypatch):
+    assert trained(encoded())[0] == 0
+    real, drawn = dansm.RectifiedFlow.sample, []
+
+    def broken(self, net, z, steps):
+        x = real(self, net, z, steps)
+        drawn.extend(x)
+        if len(drawn) == 12:
+            x[-1] = torch.nan
+        return x
+
+    monkeypatch.setattr(dansm.RectifiedFlow, "sample", broken)
+    code, _, err = run("sample", tmp_path / "run", "--autoencoder", weights, "--device", "cpu", "--count", 16,
+                       "--batch", 4, "--steps", 2, "--out", tmp_path / "out")
+    assert code == 2 and "latent 11 holds NaN" in err
 
 
 def test_an_autoencoder_for_a_network_of_images_is_refused(run, weights, tmp_path, monkeypatch):
