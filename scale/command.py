@@ -60,8 +60,10 @@ def _with_options(function):
         metavar="PATH", rich_help_panel="Where")]
     fresh = Annotated[bool, typer.Option("--fresh", rich_help_panel="Where",
                                          help="begin anew where --out holds a run already")]
+    all_steps = Annotated[bool, typer.Option("--all-steps", rich_help_panel="Where",
+                                             help="exit code 130 where the run stops before, for scripts that go on")]
     taken = {"recipe": (source, inspect.Parameter.empty)} | {name: (_option(name), None) for name in SETTINGS}
-    taken |= {"out": (out, None), "device": (device, "auto"), "fresh": (fresh, False)}
+    taken |= {"out": (out, None), "device": (device, "auto"), "fresh": (fresh, False), "all_steps": (all_steps, False)}
 
     def command(**given):
         function(**given)
@@ -85,11 +87,13 @@ def _option(name: str):
         rich_help_panel=rules["part"])]
 
 
-def _train(recipe: str, out: Path | None, device: str, fresh: bool, **given) -> None:
+def _train(recipe: str, out: Path | None, device: str, fresh: bool, all_steps: bool, **given) -> None:
     """Read the recipe and train by it. `given`: the settings of the command line, None where it says nothing."""
     overrides = {name: parse(name, value) for name, value in given.items() if value is not None}
     device = dansm.pick_device(device)
-    run(load(recipe, overrides), out or Path("runs") / name_of_run(recipe), device, fresh)
+    whole = run(load(recipe, overrides), out or Path("runs") / name_of_run(recipe), device, fresh)
+    if all_steps and not whole:
+        raise dansm.Stopped("not all steps are made, as --all-steps asks for; what comes after waits until they are")
 
 
 def parse(name: str, text: str | bool):
@@ -108,23 +112,24 @@ def name_of_run(source: str) -> str:
     return source if source in names() else Path(source).resolve().name.split(".")[0] or "train"
 
 
-def run(recipe: Recipe, out: Path, device: torch.device, fresh: bool) -> None:
+def run(recipe: Recipe, out: Path, device: torch.device, fresh: bool) -> bool:
     """Read the data, train, write what the run was and a grid of samples, and say where they are. Under torchrun every
-    process does so, and the first one speaks and writes."""
+    process does so, and the first one speaks and writes. Returns whether all steps are made."""
     dansm.check_steps("--sample-steps", recipe.sample_steps, dansm.FLOWS[recipe.flow])
     data.check_out(recipe.data, out)
     out = dansm.make_folder(out)
     with processes(device) as device:
         first = ranks()[0] == 0
         with checkpoint.lock(out) if first else nullcontext(), quiet(not first):
-            _run(recipe, out, device, fresh, first)
+            return _run(recipe, out, device, fresh, first)
 
 
-def _run(recipe, out, device, fresh, first):
+def _run(recipe, out, device, fresh, first) -> bool:
     images, left_out = read(recipe)
     summary, net, flow = trainer.fit(images, recipe, out=out, fresh=fresh, device=device, console=dansm.console)
+    whole = summary["steps"] >= recipe.steps
     if not first:
-        return
+        return whole
     saved, grid, written = checkpoint.newest(out), out / "samples.png", []
     if summary["this_call"]["steps"]:
         dansm.write_json(out / "train.json", {
@@ -136,7 +141,7 @@ def _run(recipe, out, device, fresh, first):
     else:
         say(f"already at step {summary['steps']:,} of --steps {recipe.steps:,}: nothing to do; a larger --steps",
             "goes on")
-    if summary["steps"] < recipe.steps:
+    if not whole:
         say(f"stopped at step {summary['steps']:,} of {recipe.steps:,}, saved;",
             f"the same command{' without --fresh' * fresh} goes on")
     pictures = known_of(images) is None
@@ -149,6 +154,7 @@ def _run(recipe, out, device, fresh, first):
         dansm.say_files(out, *written)
     if pictures:
         say("images from it: dansm sample", shlex.quote(str(out)))
+    return whole
 
 
 def read(recipe: Recipe):

@@ -138,6 +138,14 @@ def test_minutes_stop_a_run_that_has_steps_left(run, images, tmp_path):
     assert code == 0 and 0 < described["steps"] < 10**6 and described["seconds"] < 60
 
 
+def test_who_waits_for_all_steps_is_told_by_the_exit_code_that_some_are_left(run, images, tmp_path):
+    command = ["train", images, "--out", tmp_path / "out", *FAST]
+    code, said, err = run(*command, "--steps", 10**6, "--minutes", 1e-6, "--all-steps")
+    assert code == 130 and "not all steps are made, as --all-steps asks for" in err and "stopped at step 1 " in said
+    for steps in (3, 2):  # makes them, has made them
+        assert run(*command, "--steps", steps, "--all-steps")[::2] == (0, "")
+
+
 def test_size_trains_on_images_of_unequal_size(run, refused, images, tmp_path):
     noise_image(17, 20).save(images / "other.png")
     said = refused("train", images, "--out", tmp_path / "out", *FAST)

@@ -612,7 +612,8 @@ def test_images_of_other_latents_are_no_part_of_these(decoded, encoded, weights,
     before = stamps(tmp_path / "images")
     other = as_weights(tmp_path / "other", scaling_factor=0.5)
     assert "precision float32 → bfloat16" in decoded("--precision", "bf16", expect=2)
-    for options in (dict(weights=other, source=encoded("b", weights=other)), dict(source=encoded("flipped", "--flips"))):
+    for options in (dict(weights=other, source=encoded("b", weights=other)),
+                    dict(source=encoded("flipped", "--flips"))):
         err = decoded(expect=2, **options)
         assert err.count("\n") == 1 and "images that were decoded otherwise" in err and "another --out" in err
     assert stamps(tmp_path / "images") == before
@@ -673,14 +674,23 @@ def test_the_whole_chain_from_an_lmdb_to_pictures(kind, encoded, run, weights, t
 
 def test_make_latent_bedroom_runs_every_stage(source, weights, tmp_path):
     pytest.importorskip("torch_fidelity")
-    train = "--width 8 --multipliers 1 --blocks 1 --batch 4 --match-size 8 --decay 0.9 --steps 2 --device cpu"
+    train = "--width 8 --multipliers 1 --blocks 1 --batch 4 --match-size 8 --decay 0.9 --device cpu --steps"
     command = ["make", "-f", ROOT / "Makefile", "latent-bedroom", f"PYTHON={sys.executable}",
                f"DANSM={sys.executable} {ROOT / 'dansm.py'}", f"LSUN={source}", f"AUTOENCODER={weights}",
-               "ENCODE=--size 16 --device cpu", f"TRAIN={train}", "SAMPLE=--count 4 --device cpu",
+               "ENCODE=--size 16 --device cpu", "SAMPLE=--count 4 --device cpu",
                "EVALUATE=--features test_evaluate:seen --steps 2 --count 4 --device cpu --cache cache"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
-    said = subprocess.run(list(map(str, command)), cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert said.returncode == 0, said
+
+    def made(steps):
+        return subprocess.run([*map(str, command), f"TRAIN={train} {steps}"], cwd=tmp_path, env=environment,
+                              capture_output=True, text=True)
+
+    said = made("100000 --minutes 0.000001")
+    assert said.returncode and "not all steps are made" in said.stderr, said  # as by Ctrl-C: there is nothing to judge
+    assert (tmp_path / "runs" / "latent-bedroom").exists()
+    assert not (tmp_path / "runs" / "latent-bedroom-samples").exists()
+    said = made(2)
+    assert said.returncode == 0 and "going on from step 1" in said.stdout, said
     assert "9 latents of 4×4×4" in said.stdout
     assert Image.open(tmp_path / "runs" / "latent-bedroom-samples" / "samples.png").size == (2 * 34 + 2, 2 * 34 + 2)
     rows = json.loads((tmp_path / "runs" / "latent-bedroom-evaluate" / "evaluate.json").read_text())["rows"]
