@@ -93,7 +93,12 @@ def _one_file_of_latents(path: Path, size: int | None, track) -> np.ndarray:
     check_no_size(size, path)
     latents = open_latents(path)
     parts = np.array_split(latents, max(1, latents.nbytes // 2**26))
-    with closing(ahead(partial(check_finite, path), parts, threads=os.cpu_count(), depth=os.cpu_count())) as checked:
+    starts = np.cumsum([0, *map(len, parts)])
+
+    def check(number):
+        check_finite(path, parts[number], starts[number])
+
+    with closing(ahead(check, range(len(parts)), threads=os.cpu_count(), depth=os.cpu_count())) as checked:
         for _ in track(checked, len(parts)):
             pass
     return latents

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dansm import BadInput, say
 from scale.checkpoint import written
-from scale.read import Unreadable, open_latents
+from scale.read import Unreadable, check_finite, open_latents
 
 VERSION = 1  # of what an encode writes
 INDEX, UNFINISHED = "index.json", "unfinished.json"
@@ -35,7 +35,8 @@ class Shards:
     ndim = 4
 
     def __init__(self, files: list[Path], about: dict):
-        self.parts, self.about, self.moments = [_mapped(path) for path in files], about, about["moments"]
+        self.files, self.about, self.moments = files, about, about["moments"]
+        self.parts = [_mapped(path) for path in files]
         first = self.parts[0]
         for path, part in zip(files, self.parts, strict=True):
             if part.shape[1:] != first.shape[1:] or part.dtype != first.dtype:
@@ -75,6 +76,14 @@ class Shards:
         out = np.empty_like(found) if out is None else out
         out[order] = found
         return out
+
+    def check_finite(self) -> None:
+        """BadInput naming the file where a number is not finite. They were when they were written."""
+        for path, part in zip(self.files, self.parts, strict=True):
+            try:
+                check_finite(path, part)
+            except BadInput as error:
+                raise BadInput(f"{error}; without this file the same dansm encode makes it anew") from error
 
     def on(self, device: torch.device) -> Tensor:
         """All of it in the memory of a device, (N, *stored)."""

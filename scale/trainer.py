@@ -72,7 +72,7 @@ def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, 
     watch = Watch(recipe, run, images.shape[1:], device)
     paired = watch.paired(dansm.pairs(watch.samples(batches), recipe.method, recipe.match_size, cost=recipe.cost,
                                       pool=pool))
-    with keeper.log(run.step) as log, progress(run, recipe, console, rank) as show, \
+    with _blamed_on_data(images), keeper.log(run.step) as log, progress(run, recipe, console, rank) as show, \
             Interrupt(lambda: show("stopping after this step")) as interrupt:
         decide = Decide(recipe, run, interrupt)
 
@@ -102,6 +102,18 @@ def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, 
         if watch.steps:
             keeper.save(run, pool, device)
     return watch.summary(keeper.seconds, bool(interrupt)), run.average, flow
+
+
+@contextmanager
+def _blamed_on_data(images):
+    """Where training fails for a number that is not finite, and some latents are not, it names these. To look for them
+    before would be to read all of the data once more."""
+    try:
+        yield
+    except dansm.BadInput:
+        if isinstance(images, data.Shards):
+            images.check_finite()
+        raise
 
 
 def new_network(images, recipe: Recipe) -> dansm.UNet:

@@ -854,6 +854,27 @@ def test_latents_are_decoded_in_the_memory_that_is_given(run, encoded, trained, 
             assert code == 0 and sizes == [batch] * (4 // batch), err
 
 
+@pytest.mark.parametrize("method", ["greedy", "random"])
+def test_a_latent_that_is_nan_is_named_with_its_file_by_the_training(method, encoded, trained):
+    shard = encoded() / "latents-00001.npy"
+    array = np.load(shard)
+    array[2, 0, 1, 1] = np.nan
+    np.save(shard, array)
+    code, _, err = trained(shard.parent, 9, "--method", method)
+    assert code == 2 and err.count("\n") == 1, err
+    assert f"{shard} holds NaN or infinite numbers, in latent 2: expected finite latents; without this file" in err
+    code, _, err = trained(encoded("whole"), 9, "--lr", 1e30)
+    assert code == 2 and "--lr is 1e+30" in err
+
+
+def test_a_latent_of_one_large_file_is_named_by_its_number(tmp_path):
+    array = np.zeros((3000, 4, 64, 64), np.float16)
+    array[2345, 3, 9, 9] = np.inf
+    np.save(tmp_path / "a.npy", array)
+    with pytest.raises(BadInput, match=r"a\.npy holds NaN or infinite numbers, in latent 2345: expected"):
+        load_images(str(tmp_path / "a.npy"))
+
+
 def test_a_sample_that_is_nan_is_named_by_its_number(run, encoded, trained, weights, tmp_path, monkeypatch):
     assert trained(encoded())[0] == 0
     real, drawn = dansm.RectifiedFlow.sample, []
