@@ -93,7 +93,8 @@ class Recipe:
     sample_steps: int = setting("Run", "steps from noise to image for the grids of samples", 20, least=1, free=True)
     seed: int = setting("Run", "same seed, same result on the same machine", 0, least=0, most=2**32 - 1)
 
-    evaluate_every: int = setting("Evaluation", "training steps between two evaluations; 0: none", 0, least=0,
+    evaluate_every: int = setting("Evaluation", "training steps between two evaluations; 0: none; of "
+                                  "latents none, they are judged afterwards: dansm evaluate --autoencoder", 0, least=0,
                                   free=True)
     evaluate_at: tuple[int, ...] = setting("Evaluation", "training steps after which to evaluate besides", (), least=1,
                                            empty=True, free=True)
