@@ -79,8 +79,8 @@ class Autoencoder:
         whose: who holds or draws them."""
         for name, value in self.identity.items() if known else ():
             if known.get(name, value) != value:
-                raise BadInput(f"{whose} latents made with {name} {known[name]}, {self.path} has {value}: expected the "
-                               "same autoencoder")
+                raise BadInput(f"{whose} latents made with {name} {str(known[name])[:12]}, {self.path} has "
+                               f"{str(value)[:12]}: expected the same autoencoder")
 
     def scaled(self, moments: Tensor) -> Tensor:
         """Mean and log-variance (B, 2C, h, w) as the encoder gives them → those of latents as they are trained on."""

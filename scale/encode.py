@@ -108,7 +108,7 @@ def _check_earlier(out: Path, plan: Plan) -> dict | None:
     finished = latents.read_index(out)
     before = finished or latents.read_unfinished(out)
     if before is None:
-        if strange := next(out.glob("*.npy"), None):
+        if strange := min(out.glob("*.npy"), default=None):
             raise BadInput(f"--out is {out}, which holds {strange.name} of another origin, or of an encode whose "
                            f"{latents.INDEX} is gone: expected another --out, or one without .npy files")
         return None
@@ -287,11 +287,13 @@ def _check_decoded(out: Path, source: Path, decoder: Decoder) -> None:
         before = json.loads(note.read_text())
     except (OSError, ValueError):
         before = None
-    if not isinstance(before, dict) and (strange := next(out.glob("[0-9]*.png"), None)):
+    if isinstance(before, dict):
+        if differing := _differences(before, made_from):
+            raise BadInput(f"{out} holds images that were decoded otherwise ({', '.join(differing)}): expected the "
+                           "same latents and settings, or another --out")
+        return
+    if strange := min(out.glob("[0-9]*.png"), default=None):
         raise BadInput(f"--out is {out}, which holds {strange.name} of another origin: expected one without images")
-    if isinstance(before, dict) and (differing := _differences(before, made_from)):
-        raise BadInput(f"{out} holds images that were decoded otherwise ({', '.join(differing)}): expected the same "
-                       "latents and settings, or another --out")
     latents.write_json(note, made_from)
 
 
