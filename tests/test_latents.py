@@ -362,7 +362,7 @@ def test_shards_without_their_index_are_refused_with_what_to_do(encoded):
 
 def test_more_shards_than_a_process_may_have_files_open(encoded):
     out = encoded("many", "--shard", 1, "--batch", 1)
-    limit, opened = resource.getrlimit(resource.RLIMIT_NOFILE), len(os.listdir("/proc/self/fd"))
+    limit, opened = resource.getrlimit(resource.RLIMIT_NOFILE), len(os.listdir("/dev/fd"))
     resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 4, limit[1]))
     try:
         shards = load_images(str(out))
