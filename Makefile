@@ -41,7 +41,7 @@ cifar10: $(READY)  ## train on CIFAR-10 for eight minutes (on a GPU), samples in
 
 latent-bedroom: $(READY)  ## LSUN encoded, trained on, sampled, FID; each stage goes on where it was stopped
 	$(DANSM) encode $(LSUN) --autoencoder $(AUTOENCODER) --out data/latent-bedroom $(ENCODE)
-	$(DANSM) train latent-bedroom $(TRAIN)
+	$(DANSM) train latent-bedroom --all-steps $(TRAIN)
 	$(DANSM) sample runs/latent-bedroom --autoencoder $(AUTOENCODER) --steps 5 --out runs/latent-bedroom-samples $(SAMPLE)
 	$(DANSM) evaluate runs/latent-bedroom --autoencoder $(AUTOENCODER) --out runs/latent-bedroom-evaluate $(EVALUATE)
 

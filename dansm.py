@@ -1283,22 +1283,18 @@ def check_steps(option: str, steps: int, flow: type) -> None:
 
 def sample_images(net, flow, images: range, shape, steps: int, *, seed: int = 0, batch: int = 64,
                   device="cpu", decode=None) -> Iterator[Tensor]:
-    """Images by their numbers, a batch at a time, as uint8 (B, C, H, W) on the CPU: what decode(samples) makes of
-    latents, `to_uint8` if None. While a GPU works on one batch the noises of the next are drawn."""
+    """Images by their numbers, a batch at a time, as uint8 (B, C, H, W) on the CPU: what decode(x, number of x[0])
+    makes of latents, `to_uint8` if None. While a GPU works on one batch the noises of the next are drawn."""
     before = None
     for start in range(0, len(images), batch):
         z = path_noise(images[start : start + batch], shape, seed, device)
-        drawn = (decode or to_uint8)(flow.sample(net, z, steps))
+        x = flow.sample(net, z, steps)
+        drawn = decode(x, images[start]) if decode else to_uint8(x)
         if before is not None:
             yield before.cpu()
         before = drawn
     if before is not None:
         yield before.cpu()
-
-
-def is_picture(channels: int) -> bool:
-    """Of one or three channels; latents have more, are unbounded, and cannot be shown."""
-    return channels in (1, 3)
 
 
 def to_uint8(x: Tensor) -> Tensor:

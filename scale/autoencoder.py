@@ -52,6 +52,11 @@ class Autoencoder:
         return digest.hexdigest()
 
     @property
+    def identity(self) -> dict:
+        """By what latents tell whose they are, as their index has it."""
+        return {"autoencoder": self.digest, "factor": self.factor, "shift": self.shift}
+
+    @property
     def factor(self) -> float:
         return self.settings.get("scaling_factor") or SETTINGS["scaling_factor"]
 
@@ -68,6 +73,14 @@ class Autoencoder:
     def shrinks(self) -> int:
         """How many pixels of an image a latent has one for, in width and in height."""
         return 2 ** (len(self.settings["block_out_channels"]) - 1)
+
+    def check(self, known: dict, whose: str) -> None:
+        """BadInput if latents of which so much is known, see `latents.known_of`, are those of another autoencoder.
+        whose: who holds or draws them."""
+        for name, value in self.identity.items() if known else ():
+            if known.get(name, value) != value:
+                raise BadInput(f"{whose} latents made with {name} {str(known[name])[:12]}, {self.path} has "
+                               f"{str(value)[:12]}: expected the same autoencoder")
 
     def scaled(self, moments: Tensor) -> Tensor:
         """Mean and log-variance (B, 2C, h, w) as the encoder gives them → those of latents as they are trained on."""
@@ -112,12 +125,18 @@ class Encoder(_Half):
 
 
 class Decoder(_Half):
-    """The decoder alone, on a device: latents to images."""
+    """The decoder alone, on a device: latents to images, within `memory` gigabytes; None for a quarter of what the
+    device has free."""
 
     parts = "post_quant_conv", "decoder"
 
+    def __init__(self, autoencoder: Autoencoder, device: torch.device, precision: str = "auto",
+                 memory: float | None = None):
+        super().__init__(autoencoder, device, precision)
+        self.memory = memory
+
     @torch.no_grad()
-    def decode(self, latents: Tensor, first: int = 0, memory: int | None = None) -> Tensor:
+    def decode(self, latents: Tensor, first: int = 0) -> Tensor:
         """Latents times the factor → images, as many at a time as `fits` says. (B, C, h, w) float → uint8
         (B, 3, H, W), on the device.
 
@@ -126,7 +145,7 @@ class Decoder(_Half):
         if latents.ndim != 4 or latents.shape[1] != self.autoencoder.channels:
             raise BadInput(f"latents are {tuple(latents.shape)}, and {self.autoencoder.path} decodes "
                            f"{self.autoencoder.channels} channels: expected (B, {self.autoencoder.channels}, h, w)")
-        batch = self.fits(max(latents.shape[2:]), memory)
+        batch = self.fits(max(latents.shape[2:]))
         return torch.cat([self.decode_at_once(part, first + number * batch)
                           for number, part in enumerate(latents.split(batch))])
 
@@ -142,17 +161,17 @@ class Decoder(_Half):
                            + ": expected finite images; --precision fp32 may give them")
         return dansm.to_uint8(images)
 
-    def fits(self, size: int, memory: int | None = None) -> int:
-        """How many latents of `size` numbers square can be decoded at a time within `memory` bytes, at least one; None
-        for a quarter of what the device has free. More than LARGEST would be no faster.
+    def fits(self, size: int) -> int:
+        """How many latents of `size` numbers square can be decoded at a time within the memory, at least one. More than
+        LARGEST would be no faster.
 
         About seven of the largest tensor that one becomes are there at once: the branch that is kept, the norm's
         float32 copy, what goes into a convolution, what comes out, and what it works in.
         """
         widths = self.autoencoder.settings["block_out_channels"]
         largest = widths[min(1, len(widths) - 1)] * (size * self.autoencoder.shrinks) ** 2
-        memory = dansm.free_memory(self.device) // 4 if memory is None else memory
-        return max(1, min(LARGEST[self.device.type != "cpu"], memory // (7 * largest * self.dtype.itemsize)))
+        memory = dansm.free_memory(self.device) / 4 if self.memory is None else 1e9 * self.memory
+        return int(max(1, min(LARGEST[self.device.type != "cpu"], memory / (7 * largest * self.dtype.itemsize))))
 
 
 def _not_finite(batch: Tensor) -> list[int]:
@@ -300,21 +319,31 @@ def _line(error: Exception) -> str:
 
 
 def _settings_by_shapes(found: dict[str, Tensor], file: Path) -> dict:
-    """SETTINGS with the sizes that the weights show. What a partial file does not show is taken as it is there."""
+    """SETTINGS with the sizes that the weights show: as large as any of them needs, so that what a partial file lacks
+    is missed by its name."""
     if any(re.match(r"encoder\.down_blocks|decoder\.up_blocks", name) for name in found):
         raise BadInput(f"{file} has diffusers' names, and no config.json beside it: expected its folder")
-    down = [match.groups() for name in found if (match := re.match(r"encoder\.down\.(\d+)\.block\.(\d+)\.", name))]
-    up = [match.groups() for name in found if (match := re.match(r"decoder\.up\.(\d+)\.block\.(\d+)\.", name))]
-    known = SETTINGS["block_out_channels"]
-    widths = []
-    for level in range(1 + max((int(level) for level, _ in down + up), default=len(known) - 1)):
+    known, widths = SETTINGS["block_out_channels"], []
+    for level in range(_levels(found) or len(known)):
         one = re.compile(rf"(encoder\.down|decoder\.up)\.{level}\.block\.\d+\.conv")
         shown = [len(weight) for name, weight in found.items() if one.match(name) and weight.ndim]
         widths.append(shown[0] if shown else known[min(level, len(known) - 1)])
-    layers = 1 + max((int(layer) for _, layer in down), default=SETTINGS["layers_per_block"] - 1)
+    down, up = _counted(r"encoder\.down\.\d+\.block", found), _counted(r"decoder\.up\.\d+\.block", found)
+    layers = max(down, up - 1) if down or up else SETTINGS["layers_per_block"]  # the decoder has one more
     quantized = found.get("post_quant_conv.bias")
     latent = SETTINGS["latent_channels"] if quantized is None else len(quantized)
     return {**SETTINGS, "block_out_channels": tuple(widths), "layers_per_block": layers, "latent_channels": latent}
+
+
+def _levels(found: dict[str, Tensor]) -> int:
+    """How many levels either half shows; an encoder's level that is halved has one below it."""
+    halved = _counted(r"encoder\.down(?=\.\d+\.downsample)", found)
+    return max(halved + 1 if halved else 0, _counted(r"encoder\.down", found), _counted(r"decoder\.up", found))
+
+
+def _counted(begin: str, found: dict[str, Tensor]) -> int:
+    """One more than the largest number that follows `begin` in a name, 0 where none does."""
+    return 1 + max((int(match[1]) for name in found if (match := re.match(rf"(?:{begin})\.(\d+)\.", name))), default=-1)
 
 
 def _by_diffusers_names(found: dict[str, Tensor], settings: dict, file: Path) -> dict[str, Tensor]:
@@ -324,17 +353,18 @@ def _by_diffusers_names(found: dict[str, Tensor], settings: dict, file: Path) ->
     levels = len(settings["block_out_channels"])
     namings = {True: lambda name: name, False: lambda name: original_name(name, levels)}
     naming = namings[any(".resnets." in name for name in found)]
-    weights, missing, unlike = {}, [], []
+    weights, missing, unlike, unused = {}, [], [], set(found)
     for name, like in expected.items():
-        key = naming(name)
-        weight = found.get(key, found.get(_older_name(key)))
+        key = next((each for each in (naming(name), _older_name(naming(name))) if each in found), naming(name))
+        weight = found.get(key)
+        unused.discard(key)
         if weight is None:
             missing.append(key)
         elif _flat(weight, like).shape != like.shape:
             unlike.append(f"{key} {tuple(weight.shape)}, not {tuple(like.shape)}")
         else:
             weights[name] = _flat(weight, like)
-    _check_all_there(file, len(expected), missing, unlike)
+    _check_all_there(file, len(expected), missing, unlike, sorted(unused))
     for name, weight in weights.items():
         if not torch.isfinite(weight.float().sum()):
             raise BadInput(f"{file} holds NaN or infinite numbers in {naming(name)}: expected finite weights")
@@ -347,12 +377,13 @@ def _flat(weight: Tensor, like: Tensor) -> Tensor:
     return weight.flatten(1) if one_pixel else weight
 
 
-def _check_all_there(file, expected, missing, unlike):
-    for wrong, what in (missing, "lacks"), (unlike, "holds other shapes in"):
+def _check_all_there(file, expected, missing, unlike, unused):
+    for wrong, what in (missing, "lacks"), (unlike, "holds other shapes in"), (unused, "has more than"):
         if wrong:
+            of = "the" if wrong is unused else f"{len(wrong):,} of the"
             some = ", ".join(wrong[:3]) + ", …" * (len(wrong) > 3)
-            raise BadInput(f"{file} {what} {len(wrong):,} of the autoencoder's {expected:,} keys ({some}): expected a "
-                           "whole autoencoder of Stable Diffusion")
+            raise BadInput(f"{file} {what} {of} autoencoder's {expected:,} keys ({some}): expected a whole autoencoder "
+                           "of Stable Diffusion, and no other")
 
 
 def original_name(name: str, levels: int) -> str:

@@ -117,7 +117,7 @@ def commands(autoencoder: Autoencoder, size: int, count: int, device) -> Iterato
         source = zip_of_photographs(folder / "images.zip", size, count)
         seconds = {"dansm encode": [], "dansm decode": []}
         for repeat in range(REPEATS[1]):
-            latents, images = folder / f"latents-{repeat}", folder / "images"
+            latents, images = folder / f"latents-{repeat}", folder / f"images-{repeat}"
             with quiet(True):
                 seconds["dansm encode"].append(_seconds(lambda: encode.encode(
                     source, autoencoder, device, latents, size=size, flips=False, moments=False, batch=0, shard=4096,  # noqa: B023

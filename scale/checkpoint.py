@@ -27,6 +27,7 @@ NAME = re.compile(r"checkpoint-(\d{8,})\.pt")
 BEFORE = "checkpoint.pt"  # the only one of a run's folder, when versions were 1
 MARK = b"sha256:"  # then 64 hexadecimal digits end the file, of all bytes before them
 DESCRIBED = ("dansm", "network", "flow", "times", "step", "decay", "data", "recipe")  # beside exported weights
+ADDED = ("latents",)  # there too, but not by earlier versions
 EXPECTED = "expected a file that dansm train wrote"
 
 
@@ -41,6 +42,7 @@ def save(out: Path, state: dict, keep: int = 3, *, drop: Iterable[Path] = ()) ->
     state   {"network": settings, "recipe": {...}, "training": {"step": int, "averages": [{"decay": float, "weights":
             state_dict}, ...], ...}, "ranks": [{...} of each process], ...}, of tensors and plain values; the first
             average is the one to sample from
+            "latents": what is known of those that the run is of, see `latents.known_of`; None where it is of images
     keep    how many to keep, this one included; at least 1
     drop    checkpoints that do not lead to this one: of another run, or damaged ones that were not gone on from
 
@@ -221,7 +223,16 @@ def _lacking(state) -> str | None:
     if not _dicts(averages) or not all(isinstance(average.get("weights"), dict) and
                                        isinstance(average.get("decay"), float | int) for average in averages):
         return "averages"
+    if not isinstance(state.get("latents"), dict | None):
+        return "what its latents are"
     return None if _dicts(ranks) else "ranks"
+
+
+def latents_of(state: dict) -> dict | None:
+    """What a checkpoint or an export knows of the latents that it draws, None where it draws images. Earlier versions
+    do not say: there, what had one or three channels was taken for images."""
+    images = state["network"].get("channels") in (1, 3)
+    return state.get("latents", None if images else {})
 
 
 def _dicts(parts) -> bool:
@@ -260,7 +271,8 @@ def load_model(path: Path, device, solver: str = "euler", average: int = 0,
     average   which one, where a checkpoint holds several
     say       gets a line for each newer checkpoint of a folder that cannot be read
 
-    The dict has "file", "step", "decay", "recipe", "network", "flow", "times", "data". Raises BadInput.
+    The dict has "file", "step", "decay", "recipe", "network", "flow", "times", "data", "latents", see `latents_of`.
+    Raises BadInput.
     """
     net, flow, about = _model(*_averaged(path, average, say), solver)
     if isinstance(flow, Diffusion) and solver != "euler":
@@ -274,14 +286,14 @@ def _model(weights, about, solver: str = "euler") -> tuple[UNet, object, dict]:
         net = UNet(**about["network"])
         _check_weights(about["file"], weights, net.state_dict())
         net.load_state_dict(weights)
-        flow = make_flow(about["recipe"] | {name: about[name] for name in ("flow", "times")}, net.settings["channels"],
-                         solver)
+        flow = make_flow(about["recipe"] | {name: about[name] for name in ("flow", "times")},
+                         about["latents"] is None, solver)
     return net, flow, about
 
 
 def export(path: Path, out: Path, average: int = 0, say: Callable[[str], None] = print) -> dict:
     """Write the averaged weights of a run's folder or a checkpoint to `out`, which ends in .safetensors; returns what
-    is written beside them: each of DESCRIBED, there as JSON."""
+    is written beside them: each of DESCRIBED and ADDED, there as JSON."""
     if out.suffix != ".safetensors":
         raise BadInput(f"--out is {out}: expected a name that ends in .safetensors")
     if path.suffix == ".safetensors":
@@ -292,7 +304,7 @@ def export(path: Path, out: Path, average: int = 0, say: Callable[[str], None] =
     with written(out) as partial:
         try:
             save_file({name: weight.contiguous() for name, weight in weights.items()}, partial,
-                      {key: json.dumps(about[key]) for key in DESCRIBED})
+                      {key: json.dumps(about[key]) for key in DESCRIBED + ADDED})
             with open(partial, "rb") as file:
                 os.fsync(file.fileno())
         except SafetensorError as error:  # its word for a full disk
@@ -317,7 +329,7 @@ def _averaged(path, average, say) -> tuple[dict[str, Tensor], dict]:
     check_average(path, average, averages)
     about = {"dansm": VERSION, "network": state["network"], "flow": recipe["flow"], "times": recipe["times"],
              "step": training["step"], "decay": averages[average]["decay"],
-             "data": state.get("data", recipe.get("data", "")), "recipe": recipe}
+             "data": state.get("data", recipe.get("data", "")), "recipe": recipe, "latents": latents_of(state)}
     return averages[average]["weights"], {"file": path, **about}
 
 
@@ -337,13 +349,14 @@ def _exported(path, average) -> tuple[dict[str, Tensor], dict]:
             beside, weights = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if lacking := ", ".join(key for key in DESCRIBED if key not in beside):
             raise BadInput(f"{path} does not say what its weights are, its metadata lacks {lacking}: {wanted}")
-        about = {"file": path, **{key: json.loads(beside[key]) for key in DESCRIBED}}
+        about = {"file": path, **{key: json.loads(beside[key]) for key in DESCRIBED + ADDED if key in beside}}
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise BadInput(f"{path} cannot be read ({error}): {wanted}") from error
-    if about["dansm"] != VERSION or not isinstance(about["step"], int) or not isinstance(about["recipe"], dict):
+    if about["dansm"] != VERSION or not isinstance(about["step"], int) or not all(
+            isinstance(about[part], dict) for part in ("network", "recipe")):
         raise BadInput(f"{path} is of version {about['dansm']!r:.20}, or another's: {wanted}, of version {VERSION}")
     check_average(path, average, [about])
-    return weights, about
+    return weights, about | {"latents": latents_of(about)}
 
 
 def _check_weights(path, weights: dict, wanted: dict[str, Tensor]) -> None:

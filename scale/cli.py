@@ -37,6 +37,9 @@ Batch = Annotated[int, typer.Option(min=1, help="samples at a time")]
 Precision = Annotated[Literal["auto", "bf16", "fp16", "fp32"], typer.Option(
     help="auto: bf16, on older GPUs fp16, on the CPU fp32")]
 
+Memory = Annotated[float | None, typer.Option(
+    min=0.0, help="gigabytes to decode latents in; without it a quarter of what is free")]
+
 
 def parse_shape(text: str) -> tuple[int, ...]:
     """4x32x32 → (4, 32, 32)."""
@@ -72,6 +75,7 @@ def sample_command(
     autoencoder: Annotated[Path | None, typer.Option(
         help="that decodes what a network of latents draws: a diffusers folder, or a .safetensors or .ckpt with keys "
              "first_stage_model.…")] = None,
+    memory: Memory = None,
     seed: Seed = 0,
     device: Device = "auto",
     out: Out = Path("runs/sample"),
@@ -79,7 +83,7 @@ def sample_command(
     from scale.command import sample
 
     sample(model, dansm.pick_device(device), out, count=count, steps=steps, solver=solver, batch=batch,
-           files=files, precision=precision, seed=seed, autoencoder=autoencoder)
+           files=files, precision=precision, seed=seed, autoencoder=autoencoder, memory=memory)
 
 
 @_command("evaluate")
@@ -97,6 +101,7 @@ def evaluate_command(
     inception_weights: Annotated[Path | None, typer.Option(help="its weights, where there is no network")] = None,
     autoencoder: Annotated[Path | None, typer.Option(
         help="Stable Diffusion's, for models of latents, as for dansm encode")] = None,
+    memory: Memory = None,
     solver: Annotated[Literal["euler", "heun"], typer.Option(help="heun takes two evaluations a step")] = "euler",
     batch: Annotated[int, typer.Option(min=0, help="images at a time: memory and speed; 0: 500 on a GPU, or 64")] = 0,
     precision: Annotated[Literal["auto", "bf16", "fp16", "fp32"], typer.Option(
@@ -110,7 +115,7 @@ def evaluate_command(
 
     evaluate(models, data, dansm.pick_device(device), out, steps=steps, count=count, size=size, features=features,
              weights=inception_weights, solver=solver, batch=batch, precision=precision, seed=seed,
-             cache=cache.expanduser(), autoencoder=autoencoder)
+             cache=cache.expanduser(), autoencoder=autoencoder, memory=memory)
 
 
 @_command("bench")
@@ -221,8 +226,7 @@ def decode_command(
     autoencoder: Autoencoder,
     count: Annotated[int | None, typer.Option(min=1, help="only the first so many")] = None,
     batch: Annotated[int, typer.Option(min=0, help="latents at a time at most; 0: what --memory holds")] = 0,
-    memory: Annotated[float | None, typer.Option(
-        min=0.0, help="gigabytes to decode in; without it a quarter of what is free")] = None,
+    memory: Memory = None,
     precision: Precision = "auto",
     device: Device = "auto",
     out: Out = Path("runs/decode"),
@@ -258,6 +262,7 @@ def grid_command(
     steps: Annotated[str, typer.Option(help="counts of steps, a row each, parted by commas")] = "3,4,5,10",
     side: Annotated[int, typer.Option(min=1, max=16, help="samples a side of each cell")] = 3,
     autoencoder: Annotated[Path | None, typer.Option(help="Stable Diffusion's, for models of latents")] = None,
+    memory: Memory = None,
     label: Labels = None,
     batch: Batch = 64,
     precision: Precision = "auto",
@@ -268,7 +273,7 @@ def grid_command(
     from scale.foundations import grid
 
     grid(models, step_counts=steps, side=side, labels=label, batch=batch, precision=precision, seed=seed,
-         device=dansm.pick_device(device), out=out, autoencoder=autoencoder)
+         device=dansm.pick_device(device), out=out, autoencoder=autoencoder, memory=memory)
 
 
 @_command("tsne")

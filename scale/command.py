@@ -19,6 +19,7 @@ from rich.progress import track
 import dansm
 from dansm import counted, say
 from scale import checkpoint, data, trainer
+from scale.latents import known_of, known_on_disk
 from scale.recipe import SETTINGS, Recipe, kind_of, load, names, shown
 from scale.step import processes, ranks, sampler
 
@@ -59,8 +60,10 @@ def _with_options(function):
         metavar="PATH", rich_help_panel="Where")]
     fresh = Annotated[bool, typer.Option("--fresh", rich_help_panel="Where",
                                          help="begin anew where --out holds a run already")]
+    all_steps = Annotated[bool, typer.Option("--all-steps", rich_help_panel="Where",
+                                             help="exit code 130 where the run stops before, for scripts that go on")]
     taken = {"recipe": (source, inspect.Parameter.empty)} | {name: (_option(name), None) for name in SETTINGS}
-    taken |= {"out": (out, None), "device": (device, "auto"), "fresh": (fresh, False)}
+    taken |= {"out": (out, None), "device": (device, "auto"), "fresh": (fresh, False), "all_steps": (all_steps, False)}
 
     def command(**given):
         function(**given)
@@ -84,11 +87,13 @@ def _option(name: str):
         rich_help_panel=rules["part"])]
 
 
-def _train(recipe: str, out: Path | None, device: str, fresh: bool, **given) -> None:
+def _train(recipe: str, out: Path | None, device: str, fresh: bool, all_steps: bool, **given) -> None:
     """Read the recipe and train by it. `given`: the settings of the command line, None where it says nothing."""
     overrides = {name: parse(name, value) for name, value in given.items() if value is not None}
     device = dansm.pick_device(device)
-    run(load(recipe, overrides), out or Path("runs") / name_of_run(recipe), device, fresh)
+    whole = run(load(recipe, overrides), out or Path("runs") / name_of_run(recipe), device, fresh)
+    if all_steps and not whole:
+        raise dansm.Stopped("not all steps are made, as --all-steps asks for; what comes after waits until they are")
 
 
 def parse(name: str, text: str | bool):
@@ -107,23 +112,24 @@ def name_of_run(source: str) -> str:
     return source if source in names() else Path(source).resolve().name.split(".")[0] or "train"
 
 
-def run(recipe: Recipe, out: Path, device: torch.device, fresh: bool) -> None:
+def run(recipe: Recipe, out: Path, device: torch.device, fresh: bool) -> bool:
     """Read the data, train, write what the run was and a grid of samples, and say where they are. Under torchrun every
-    process does so, and the first one speaks and writes."""
+    process does so, and the first one speaks and writes. Returns whether all steps are made."""
     dansm.check_steps("--sample-steps", recipe.sample_steps, dansm.FLOWS[recipe.flow])
     data.check_out(recipe.data, out)
     out = dansm.make_folder(out)
     with processes(device) as device:
         first = ranks()[0] == 0
         with checkpoint.lock(out) if first else nullcontext(), quiet(not first):
-            _run(recipe, out, device, fresh, first)
+            return _run(recipe, out, device, fresh, first)
 
 
-def _run(recipe, out, device, fresh, first):
+def _run(recipe, out, device, fresh, first) -> bool:
     images, left_out = read(recipe)
     summary, net, flow = trainer.fit(images, recipe, out=out, fresh=fresh, device=device, console=dansm.console)
+    whole = summary["steps"] >= recipe.steps
     if not first:
-        return
+        return whole
     saved, grid, written = checkpoint.newest(out), out / "samples.png", []
     if summary["this_call"]["steps"]:
         dansm.write_json(out / "train.json", {
@@ -135,10 +141,10 @@ def _run(recipe, out, device, fresh, first):
     else:
         say(f"already at step {summary['steps']:,} of --steps {recipe.steps:,}: nothing to do; a larger --steps",
             "goes on")
-    if summary["steps"] < recipe.steps:
+    if not whole:
         say(f"stopped at step {summary['steps']:,} of {recipe.steps:,}, saved;",
             f"the same command{' without --fresh' * fresh} goes on")
-    pictures = dansm.is_picture(images.shape[1])
+    pictures = known_of(images) is None
     current = grid.exists() and grid.stat().st_mtime >= saved.stat().st_mtime  # it is this checkpoint's already
     if pictures and not summary["stopped_early"] and not current:
         draw_grid(sampler(net, device, recipe.precision), flow, images.shape[1:], recipe.sample_steps, recipe.seed,
@@ -148,6 +154,7 @@ def _run(recipe, out, device, fresh, first):
         dansm.say_files(out, *written)
     if pictures:
         say("images from it: dansm sample", shlex.quote(str(out)))
+    return whole
 
 
 def read(recipe: Recipe):
@@ -163,8 +170,10 @@ def read(recipe: Recipe):
     if left_out:
         say(f"left out {len(left_out):,} of {counted(len(images) + len(left_out), 'image')}, not readable:",
             ", ".join(map(str, left_out[:3])) + ", …" * (len(left_out) > 3))
-    kind = "image" if dansm.is_picture(images.shape[1]) else "latent"
+    kind = "image" if known_of(images) is None else "latent"
     say(f"{counted(len(images), kind)} of {'×'.join(map(str, images.shape[1:]))}")
+    if kind == "latent" and recipe.flip:
+        say("half are mirrored, as asked: not the latents of the mirrored images, which dansm encode --flips makes")
     return images, len(left_out)
 
 
@@ -192,11 +201,12 @@ def draw_grid(net, flow, shape, steps: int, seed: int, device, saved: Path, path
 
 
 def sample(model: Path, device: torch.device, out: Path, *, count: int, steps: int, solver: str, batch: int,
-           files: bool, precision: str, seed: int, autoencoder: Path | None = None) -> None:
+           files: bool, precision: str, seed: int, autoencoder: Path | None = None,
+           memory: float | None = None) -> None:
     """Draw images 0 … count − 1 of a seed from a run, a checkpoint or exported weights, and decode latents."""
     net, flow, about = checkpoint.load_model(model, device, solver, say=say)
     dansm.check_steps("--steps", steps, type(flow))
-    decoder = decoder_for(model, net.settings["channels"], about, autoencoder, device, precision)
+    decoder = decoder_for(model, net.settings["channels"], about, autoencoder, device, precision, memory)
     out = dansm.make_folder(out)
     batch = batch or (500 if device.type == "cuda" else 64)
     shape = (net.settings["channels"], net.settings["size"], net.settings["size"])
@@ -223,25 +233,25 @@ def sample(model: Path, device: torch.device, out: Path, *, count: int, steps: i
     dansm.say_files(out, "samples.png", "sample.json", *(["000000.png and so on"] if files else []))
 
 
-def decoder_for(model: Path, channels: int, about: dict, file: Path | None, device: torch.device, precision: str):
-    """What makes uint8 images (B, 3, H, W) of a network's samples: a decoder of latents, None for a network of images.
+def decoder_for(model: Path, channels: int, about: dict, file: Path | None, device: torch.device, precision: str,
+                memory: float | None = None):
+    """What makes uint8 images (B, 3, H, W) of a network's samples: a decoder of latents within so many gigabytes, None
+    for a network of images.
     Raises BadInput where there is no autoencoder, one that is not needed, or another than the data's."""
-    pictures = dansm.is_picture(channels)
-    if pictures and file is None:
-        return None
-    if pictures:
+    if about["latents"] is None:
+        if file is None:
+            return None
         raise dansm.BadInput(f"--autoencoder is {file}, and {model} draws images of {counted(channels, 'channel')}: "
                              "expected none")
     if file is None:
         raise dansm.BadInput(f"{model} draws latents of {channels} channels, which are no pictures: expected a "
-                             "network of images, of 1 or 3 channels, or --autoencoder to decode them")
+                             "network of images, or --autoencoder to decode them")
     from scale.autoencoder import Decoder, read_autoencoder
-    from scale.encode import check_autoencoder
 
     autoencoder = read_autoencoder(file)
     if autoencoder.channels != channels:
         raise dansm.BadInput(f"{model} draws latents of {channels} channels, {file} decodes {autoencoder.channels}: "
                              "expected the autoencoder of its data")
-    if about.get("data"):
-        check_autoencoder(Path(about["data"]), autoencoder)
-    return Decoder(autoencoder, device, precision)
+    known = about["latents"] or (known_on_disk(Path(about["data"])) if about["data"] else {})  # runs of old do not say
+    autoencoder.check(known, f"{model} draws")
+    return Decoder(autoencoder, device, precision, memory)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dansm import BadInput, check_count, free_memory
 from scale.cache import cached
-from scale.latents import Shards, draw, open_encoded, read_index
+from scale.latents import Shards, draw, known_on_disk, open_encoded
 from scale.read import Source, Unreadable, check_finite, check_no_size, files_of, open_latents, opened, square
 
 RESIDENT = 1 / 2  # of the device's free memory may be taken by the data: the rest is for training
@@ -53,9 +53,9 @@ def load_images(source: str, *, size: int | None = None, skip_unreadable: bool =
     if source == "cifar10" and not Path(source).exists():
         return _cifar10(root, size)
     source, left_out = Path(source), [] if left_out is None else left_out
-    if index := read_index(source):
+    if known := known_on_disk(source):
         check_no_size(size, source)
-        return open_encoded(source, index)
+        return open_encoded(source, known)
     files = files_of(source)
     if files[0] == source and source.suffix.lower() == ".npy":
         return _one_file_of_latents(source, size, track)
@@ -93,7 +93,12 @@ def _one_file_of_latents(path: Path, size: int | None, track) -> np.ndarray:
     check_no_size(size, path)
     latents = open_latents(path)
     parts = np.array_split(latents, max(1, latents.nbytes // 2**26))
-    with closing(ahead(partial(check_finite, path), parts, threads=os.cpu_count(), depth=os.cpu_count())) as checked:
+    starts = np.cumsum([0, *map(len, parts)])
+
+    def check(number):
+        check_finite(path, parts[number], starts[number])
+
+    with closing(ahead(check, range(len(parts)), threads=os.cpu_count(), depth=os.cpu_count())) as checked:
         for _ in track(checked, len(parts)):
             pass
     return latents

@@ -3,6 +3,7 @@ through its decoder to images."""
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -72,10 +73,19 @@ def encode(source: Path, weights: Path | Autoencoder, device: torch.device, out:
                     batch or BATCH.get(device.type, 8), shard)
         first = ranks()[0] == 0
         with lock(out, "encoded") if first else nullcontext(), quiet(not first):
-            if not _is_done(out, plan):
+            index = _check_earlier(out, plan)
+            _wait_for_all()  # to have read it before it is changed
+            if first and index:
+                _check_shards(out, index, plan)
+            _wait_for_all()
+            if latents.read_index(out) is None:
                 _encode(source, files, encoder, plan, out, workers, skip_unreadable, first)
-            elif first:
-                latents.remove_notes(out)  # of an encode that was killed after its last shard
+
+
+def _wait_for_all() -> None:
+    """For the other processes, where there are any."""
+    if group.is_initialized():
+        group.barrier()
 
 
 def cores() -> int:
@@ -93,23 +103,31 @@ def _image_files(source: Path) -> list[Path]:
     return files
 
 
-def _is_done(out: Path, plan: Plan) -> bool:
-    """Whether `out` holds all these latents; BadInput if it holds others."""
+def _check_earlier(out: Path, plan: Plan) -> dict | None:
+    """The index of an encode that came to its end in `out`, None where none did; BadInput if it is of other latents."""
     finished = latents.read_index(out)
     before = finished or latents.read_unfinished(out)
     if before is None:
-        if strange := next(out.glob("*.npy"), None):
-            raise BadInput(f"--out is {out}, which holds {strange.name} of another origin: expected a folder without "
-                           "latents")
-        return False
-    differing = [f"{name} {before.get(name)} → {value}" for name, value in plan.settings().items()
-                 if name != "source" and before.get(name) != value]
-    if differing:
+        if strange := min(out.glob("*.npy"), default=None):
+            raise BadInput(f"--out is {out}, which holds {strange.name} of another origin, or of an encode whose "
+                           f"{latents.INDEX} is gone: expected another --out, or one without .npy files")
+        return None
+    if differing := _differences(before, plan.settings()):
         raise BadInput(f"{out} holds latents that were made otherwise ({', '.join(differing)}): expected the same "
                        "settings, or another --out")
-    if finished:
-        say(f"{out} holds all {counted(finished['count'], 'latent')} already: nothing to do")
-    return finished is not None
+    return finished
+
+
+def _check_shards(out: Path, index: dict, plan: Plan) -> None:
+    """Say that all latents are there; or make of the encode an unfinished one, if a shard is missing or cut off."""
+    damaged = [note["file"] for note in index["shards"] if not latents.is_as_noted(out, note)]
+    if damaged:
+        say(f"{out} has lost {counted(len(damaged), 'shard')} of {len(index['shards']):,}, missing or cut off",
+            f"({', '.join(damaged[:3])}{', …' * (len(damaged) > 3)}): made anew")
+        latents.reopen(out, index, plan.settings())
+        return
+    latents.remove_notes(out)  # of an encode that was killed after its last shard
+    say(f"{out} holds all {counted(index['count'], 'latent')} already: nothing to do")
 
 
 def _encode(source, files, encoder, plan, out, workers, skip_unreadable, first):
@@ -119,12 +137,10 @@ def _encode(source, files, encoder, plan, out, workers, skip_unreadable, first):
         missing = [number for number in range(shards) if not latents.is_finished(out, number)]
         if first:
             _begin(out, plan, read.count, len(missing), encoder.autoencoder)
-        if group.is_initialized():
-            group.barrier()  # all have the same list, and the settings are there, before the first shard is
+        _wait_for_all()  # all have the same list, and the settings are there, before the first shard is
         rank, processes = ranks()
         _work(read, encoder, plan, out, missing[rank::processes], workers, skip_unreadable)
-    if group.is_initialized():
-        group.barrier()
+    _wait_for_all()
     if first:
         _end(out, plan, shards, min(read.count, len(missing) * plan.shard), time.perf_counter() - begin)
 
@@ -132,7 +148,7 @@ def _encode(source, files, encoder, plan, out, workers, skip_unreadable, first):
 def _begin(out, plan, count, missing, autoencoder):
     for half_written in out.glob("*.partial"):
         half_written.unlink(missing_ok=True)
-    latents.write_json(out / latents.UNFINISHED, plan.settings())
+    latents.begin(out, plan.settings(), count)
     left = min(count, missing * plan.shard)
     needed = left * (1 + plan.flips) * 2 * math.prod(_shape(plan, autoencoder))
     if needed > (free := shutil.disk_usage(out).free):
@@ -228,7 +244,8 @@ def _latents(images: np.ndarray, encoder: Encoder, plan: Plan) -> Tensor:
 
 def decode(source: Path, weights: Path | Autoencoder, device: torch.device, out: Path, *, count: int | None, batch: int,
            memory: float | None, precision: str) -> None:
-    """Write the first `count` latents of `source`, or all, as 000000.png and so on into `out`.
+    """Write the first `count` latents of `source`, or all, as 000000.png and so on into `out`. The same call goes on
+    where an earlier one was ended.
 
     memory  gigabytes to decode in; None for a quarter of what the device has free
     batch   latents at a time at most; 0 for what fits
@@ -236,35 +253,79 @@ def decode(source: Path, weights: Path | Autoencoder, device: torch.device, out:
     data.check_out(str(source), out)
     autoencoder = weights if isinstance(weights, Autoencoder) else read_autoencoder(weights)
     found = read_latents(source, autoencoder)
-    decoder, out = Decoder(autoencoder, device, precision), dansm.make_folder(out)
-    memory = None if memory is None else int(memory * 1e9)
-    batch = min(batch or LARGEST[1], decoder.fits(max(found.shape[2:]), memory))
-    count, begin, done = min(count or len(found), len(found)), time.perf_counter(), 0
-
-    def images():
-        for start in range(0, count, batch):
-            some = found[start : min(start + batch, count)]
-            some = some if isinstance(some, Tensor) else torch.from_numpy(np.array(some))
-            yield from enumerate(decoder.decode(some, start, memory).cpu(), start)
-
+    decoder, out = Decoder(autoencoder, device, precision, memory), dansm.make_folder(out)
+    _check_decoded(out, source, decoder)
+    batch, count = min(batch or LARGEST[1], decoder.fits(max(found.shape[2:]))), min(count or len(found), len(found))
+    there, begin = set(os.listdir(out)), time.perf_counter()
+    missing = [number for number in range(count) if _name(number) not in there]
+    if not missing:
+        say(f"{out} holds {counted(count, 'image')} already: nothing to do")
+        return
+    done = count - len(missing)
     try:
-        writing = data.ahead(partial(_save, out), images(), threads=os.cpu_count(), depth=batch)
-        with closing(writing):
-            for _ in track(writing, "decoding", total=count, console=dansm.console):
+        images = _decoded(found, decoder, missing, batch)
+        with closing(data.ahead(partial(_save, out), images, threads=os.cpu_count(), depth=batch)) as writing:
+            for _ in track(writing, "decoding", total=len(missing), console=dansm.console):
                 done += 1
     except KeyboardInterrupt as stop:
-        raise dansm.Stopped(f"stopped; {done:,} of {counted(count, 'image')} are written") from stop
+        raise dansm.Stopped(f"stopped; {done:,} of {counted(count, 'image')} are written, the same command goes on"
+                            ) from stop
     except OSError as error:
         raise BadInput(f"{out} cannot be written to: {error.strerror or error}; {done:,} of {counted(count, 'image')} "
                        "are there, expected room for all") from error
     seconds = time.perf_counter() - begin
-    say(f"{counted(count, 'image')} in {seconds:.1f} s, {batch} at a time")
-    dansm.say_files(out, "000000.png", *["and so on"] * (count > 1))
+    say(f"{counted(len(missing), 'image')} in {seconds:.1f} s, {batch} at a time")
+    dansm.say_files(out, _name(0), *["and so on"] * (count > 1))
+
+
+def _check_decoded(out: Path, source: Path, decoder: Decoder) -> None:
+    """Note in decode.json what images are to be decoded from; BadInput if `out` holds those of anything else."""
+    made_from = {"source": str(source), "latents": digest_of_files(source, files_of(source), None),
+                 **decoder.autoencoder.identity, "precision": str(decoder.dtype).removeprefix("torch.")}
+    note = out / "decode.json"
+    try:
+        before = json.loads(note.read_text())
+    except (OSError, ValueError):
+        before = None
+    if isinstance(before, dict):
+        if differing := _differences(before, made_from):
+            raise BadInput(f"{out} holds images that were decoded otherwise ({', '.join(differing)}): expected the "
+                           "same latents and settings, or another --out")
+        return
+    if strange := min(out.glob("[0-9]*.png"), default=None):
+        raise BadInput(f"--out is {out}, which holds {strange.name} of another origin: expected one without images")
+    latents.write_json(note, made_from)
+
+
+def _differences(before: dict, now: dict) -> list[str]:
+    """What was noted before and is another one now, but for where it lies."""
+    return [f"{name} {before.get(name)} → {value}" for name, value in now.items()
+            if name != "source" and before.get(name) != value]
+
+
+def _decoded(found, decoder: Decoder, missing: list[int], batch: int) -> Iterator[tuple[int, Tensor]]:
+    """The missing images by their numbers. They are decoded in the batches of all, of which some may be there."""
+    for number, of_batch in groupby(missing, lambda number: number // batch):
+        start, numbers = number * batch, list(of_batch)
+        some = found[start : numbers[-1] + 1]
+        images = decoder.decode(some if isinstance(some, Tensor) else torch.from_numpy(np.array(some)), start).cpu()
+        yield from ((number, images[number - start]) for number in numbers)
+
+
+def _name(number: int) -> str:
+    return f"{number:06d}.png"
 
 
 def _save(out: Path, numbered: tuple[int, Tensor]) -> None:
+    """Whole or not at all."""
     number, image = numbered
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(out / f"{number:06d}.png")
+    partial = out / f"{number:06d}.partial"
+    try:
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(partial, "PNG")
+        os.replace(partial, out / _name(number))
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def read_latents(source: Path, autoencoder: Autoencoder):
@@ -272,7 +333,7 @@ def read_latents(source: Path, autoencoder: Autoencoder):
     BadInput for those of another autoencoder."""
     if not source.exists():
         raise BadInput(f"{source} does not exist: expected latents, a .npy file, a folder of them or of dansm encode")
-    check_autoencoder(source, autoencoder)
+    autoencoder.check(latents.known_on_disk(source), f"{source} holds")
     if source.is_file() and source.suffix.lower() == ".npy" and open_latents(source, (3, 4)).ndim == 3:
         found = open_latents(source, (3,))[None]
         check_finite(source, found)
@@ -284,13 +345,3 @@ def read_latents(source: Path, autoencoder: Autoencoder):
         raise BadInput(f"{source} holds latents of {found.shape[1]} channels, {autoencoder.path} decodes "
                        f"{autoencoder.channels}: expected the same")
     return found
-
-
-def check_autoencoder(source: Path, autoencoder: Autoencoder) -> None:
-    """BadInput if `source` is known to hold latents of another one; only dansm encode says so of what it writes."""
-    index = latents.read_index(source) or {}
-    of_ours = {"autoencoder": autoencoder.digest, "factor": autoencoder.factor, "shift": autoencoder.shift}
-    for name, value in of_ours.items():
-        if index.get(name, value) != value:
-            raise BadInput(f"{source} holds latents made with {name} {index[name]}, {autoencoder.path} has {value}: "
-                           "expected the same autoencoder")

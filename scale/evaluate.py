@@ -413,7 +413,7 @@ class Model(NamedTuple):
 
 
 def load_models(paths: Iterable[Path], steps: list[int], solver: str, autoencoder: Path | None, device,
-                precision: str) -> list[Model]:
+                precision: str, memory: float | None = None) -> list[Model]:
     """The models on the CPU, with decoders on the device for those of latents. BadInput for one that cannot be read,
     makes latents that `autoencoder` does not decode, or takes not so many steps."""
     from scale.command import decoder_for
@@ -423,7 +423,7 @@ def load_models(paths: Iterable[Path], steps: list[int], solver: str, autoencode
         net, flow, about = checkpoint.load_model(path, "cpu", solver, say=say)
         for count in steps:
             dansm.check_steps("--steps", count, type(flow))
-        decoder = decoder_for(path, net.settings["channels"], about, autoencoder, device, precision)
+        decoder = decoder_for(path, net.settings["channels"], about, autoencoder, device, precision, memory)
         models.append(Model(path, net, flow, about, decoder))
     return models
 
@@ -449,16 +449,16 @@ def draw_features(net, flow, numbers: range, shape, steps: int, extractor: Extra
 
 def evaluate(paths: list[Path], data: str | None, device: torch.device, out: Path, *, steps: str, count: int,
              size: int | None, features: str, weights: Path | None, solver: str, batch: int, precision: str, seed: int,
-             cache: Path, autoencoder: Path | None = None) -> None:
+             cache: Path, autoencoder: Path | None = None, memory: float | None = None) -> None:
     """Score each model at each count of steps, write evaluate.json and evaluate.csv row by row, print one table.
 
     data         the real images; None: what the models say they were trained on, or what their latents are of
     steps        counts parted by commas
-    autoencoder  decodes the latents of models of latents
+    autoencoder  decodes the latents of models of latents, in `memory` gigabytes
     A row that evaluate.json has already, of the same weights, images and settings, is not measured again.
     """
     steps = parse_steps(steps)
-    models = load_models(paths, steps, solver, autoencoder, device, precision)
+    models = load_models(paths, steps, solver, autoencoder, device, precision, memory)
     out = dansm.make_folder(out)
     rows = read_rows(out / "evaluate.json")
     extractor = load_extractor(features, device, weights)
@@ -479,7 +479,7 @@ def evaluate(paths: list[Path], data: str | None, device: torch.device, out: Pat
                 flow = [model.about[part] for part in ("network", "flow", "times")]
                 weighed = [*made_from, digest_of_weights(model.net.state_dict()), flow, solver,
                            str(number_type(precision, device))]
-                weighed += [model.decoder.autoencoder.digest] if model.decoder else []
+                weighed += [model.decoder.autoencoder.identity] if model.decoder else []
                 weighed += [model.flow.bound, model.flow.target] if isinstance(model.flow, dansm.Diffusion) else []
                 for each in steps:
                     row = {"model": str(model.path), "steps": each, "count": count, "file": str(model.about["file"]),

@@ -42,6 +42,11 @@ class Model(NamedTuple):
     shape: tuple[int, int, int]  # of one sample
     about: dict  # see `checkpoint.load_model`
 
+    @property
+    def pictures(self) -> bool:
+        """Whether it draws these, and not latents."""
+        return self.about["latents"] is None
+
     def described(self) -> dict:
         """What stands in the JSON beside a figure."""
         return {"label": self.label, "file": str(self.about["file"]), "flow": self.about["flow"],
@@ -105,7 +110,7 @@ def own_pairs(model: Model, numbers: range, steps: int, *, seed: int, batch: int
     for start in shown(starts, f"sampling from {model.label}"):
         z = dansm.path_noise(range(start, min(start + batch, numbers.stop)), model.shape, seed, device)
         path = torch.stack(list(model.flow.path(model.net, z, steps)))
-        parts.append((path[-1].clamp(-1, 1) if dansm.is_picture(model.shape[0]) else path[-1], z))
+        parts.append((path[-1].clamp(-1, 1) if model.pictures else path[-1], z))
         bend += dansm.straightness(path) * len(z)
     x, z = (torch.cat(part) for part in zip(*parts, strict=True))
     return Pairs(x, z, bend / len(x))
@@ -246,7 +251,7 @@ def compare(paths: list[Path], *, count: int, pictured: int, steps: int, labels,
     from scale import figures
 
     images = {model.label: pair.x[:pictured] for model, pair in zip(models, pairs, strict=True)}
-    if not dansm.is_picture(models[0].shape[0]):
+    if not models[0].pictures:
         say(f"latents of {models[0].shape[0]} channels are no pictures: only their distances are drawn")
         images = {}
     names = figures.draw_compare(images, pairs[0].z[:pictured], found, out / "compare")
@@ -255,12 +260,12 @@ def compare(paths: list[Path], *, count: int, pictured: int, steps: int, labels,
 
 
 def grid(paths: list[Path], *, step_counts: str, side: int, labels, batch: int, precision: str, seed: int,
-         device: torch.device, out: Path, autoencoder: Path | None = None) -> dict:
+         device: torch.device, out: Path, autoencoder: Path | None = None, memory: float | None = None) -> dict:
     """A picture of side × side samples for each model and each count of steps, all from the same noises. Latents are
-    decoded by `autoencoder`."""
+    decoded by `autoencoder`, in so many gigabytes of memory."""
     counts = parse_counts("--steps", step_counts)
     models = load_models(paths, device, steps=counts, labels=labels, precision=precision)
-    decoders = [decoder_for(path, model.shape[0], model.about, autoencoder, device, precision)
+    decoders = [decoder_for(path, model.shape[0], model.about, autoencoder, device, precision, memory)
                 for path, model in zip(paths, models, strict=True)]
     out = dansm.make_folder(out)
     numbers = range(side * side)

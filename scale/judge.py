@@ -14,6 +14,7 @@ from torch import Tensor
 
 import dansm
 from scale import evaluate
+from scale.latents import known_of
 from scale.recipe import Recipe
 from scale.step import FastTraining, ranks, sampler
 
@@ -46,6 +47,10 @@ class Judge:
         if not (recipe.evaluate_every or recipe.evaluate_at):
             return
         self.measures = recipe.evaluate_measures
+        if known_of(images) is not None:
+            raise dansm.BadInput("--evaluate-every and --evaluate-at judge images, and these are latents: expected "
+                                 "neither; dansm evaluate --autoencoder judges a run's checkpoints, of which --keep N "
+                                 "keeps more")
         evaluate.check_real(images)
         for steps in recipe.evaluate_steps:
             dansm.check_steps("--evaluate-steps", steps, dansm.FLOWS[recipe.flow])

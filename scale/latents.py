@@ -1,7 +1,7 @@
 """Latents on the disk as dansm encode leaves them: shards of .npy, and an index of what they are and were made from.
 
-While it encodes, unfinished.json says by which settings, and each shard has its own .json; what has both is finished.
-At the end these are joined in index.json, which is written last.
+While it encodes, unfinished.json says by which settings, and each shard has a note of its own, latents-00000.json; what
+has both is finished, and can be read. At the end the notes are joined in index.json, which is written last.
 """
 
 from __future__ import annotations
@@ -14,26 +14,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dansm import BadInput
+from dansm import BadInput, say
 from scale.checkpoint import written
-from scale.read import open_latents
+from scale.read import Unreadable, check_finite, open_latents
 
 VERSION = 1  # of what an encode writes
 INDEX, UNFINISHED = "index.json", "unfinished.json"
+KNOWN = "autoencoder", "factor", "shift", "moments", "flips", "size", "source"  # that a run keeps of its latents
 
 
 class Shards:
     """The latents of several files as one array (N, C, h, w) that stays on the disk: indexed, and taken from by
     np.take, as an array is.
 
+    about    what is known of them, see KNOWN
     moments  whether the files hold means and log-variances, (2C, h, w) each. What is indexed are the means; `take` and
              `on` give both, for whoever draws from them.
     """
 
     ndim = 4
 
-    def __init__(self, files: list[Path], moments: bool = False):
-        self.parts, self.moments = [open_latents(path) for path in files], moments
+    def __init__(self, files: list[Path], about: dict):
+        self.files, self.about, self.moments = files, about, about["moments"]
+        self.parts = [_mapped(path) for path in files]
         first = self.parts[0]
         for path, part in zip(files, self.parts, strict=True):
             if part.shape[1:] != first.shape[1:] or part.dtype != first.dtype:
@@ -41,7 +44,7 @@ class Shards:
                                f"{first.shape[1:]}: expected latents of equal shape and type")
         self.ends = np.cumsum([len(part) for part in self.parts])
         self.dtype, self.stored = first.dtype, first.shape[1:]
-        self.shape = (int(self.ends[-1]), self.stored[0] // (1 + moments), *self.stored[1:])
+        self.shape = (int(self.ends[-1]), self.stored[0] // (1 + self.moments), *self.stored[1:])
         self.nbytes = sum(part.nbytes for part in self.parts)
 
     def __len__(self) -> int:
@@ -74,12 +77,41 @@ class Shards:
         out[order] = found
         return out
 
+    def check_finite(self) -> None:
+        """BadInput naming the file where a number is not finite. They were when they were written."""
+        for path, part in zip(self.files, self.parts, strict=True):
+            try:
+                check_finite(path, part)
+            except BadInput as error:
+                raise BadInput(f"{error}; without this file the same dansm encode makes it anew") from error
+
     def on(self, device: torch.device) -> Tensor:
         """All of it in the memory of a device, (N, *stored)."""
         there = torch.empty(len(self), *self.stored, dtype=getattr(torch, str(self.dtype)), device=device)
         for end, part in zip(self.ends, self.parts, strict=True):
             there[end - len(part) : end] = torch.from_numpy(part).to(device)
         return there
+
+
+def _mapped(path: Path) -> np.ndarray:
+    """As `open_latents`, but without a file that stays open: there may be more shards than a process may have open."""
+    array = open_latents(path)
+    if not array.flags.c_contiguous:  # none of ours
+        return array
+    begin, kind = array.offset // array.itemsize, getattr(torch, str(array.dtype))
+    try:
+        return torch.from_file(str(path), size=begin + array.size, dtype=kind)[begin:].numpy().reshape(array.shape)
+    except RuntimeError as error:  # the system takes some 65,000 mappings
+        raise BadInput(f"{path} cannot be mapped ({str(error).partition(chr(10))[0]}): expected fewer shards, as a "
+                       "larger --shard of dansm encode makes") from error
+
+
+def known_of(images) -> dict | None:
+    """What is known of the latents that `data.load_images` gave, {} where nothing is; None of images, which are what is
+    uint8 whatever its channels."""
+    if str(images.dtype).endswith("uint8"):
+        return None
+    return getattr(images, "about", {})
 
 
 def draw(moments: Tensor, noise: Tensor) -> Tensor:
@@ -94,6 +126,11 @@ def draw(moments: Tensor, noise: Tensor) -> Tensor:
 def read_index(folder: Path) -> dict | None:
     """What the latents in `folder` are: None where there is no index of ours, as while it is being encoded."""
     return _read(folder / INDEX)
+
+
+def known_on_disk(folder: Path) -> dict:
+    """What the encode that wrote into `folder` says of its latents, finished or not; {} of what is none."""
+    return read_index(folder) or read_unfinished(folder) or {}
 
 
 def read_unfinished(folder: Path) -> dict | None:
@@ -117,18 +154,36 @@ def _read(path: Path) -> dict | None:
     return content
 
 
-def open_encoded(folder: Path, index: dict) -> Shards:
-    """The latents of a finished encode, memory-mapped. Raises BadInput for shards that are missing, cut off or others
-    than the index says."""
+def open_encoded(folder: Path, known: dict) -> Shards:
+    """The latents that dansm encode wrote into `folder`, memory-mapped. known: what `known_on_disk` says of them. Of an
+    unfinished encode those of its whole shards, which is said.
+
+    Raises BadInput for shards that are missing, cut off or others than the index says.
+    """
     try:
-        files = [folder / shard["file"] for shard in index["shards"]]
-        shards, expected = Shards(files, index["moments"]), (index["count"], *index["shape"])
+        shards = _whole_shards(folder, known) if "images" in known else known["shards"]
+        files, expected = [folder / shard["file"] for shard in shards], sum(shard["count"] for shard in shards)
+        found, expected = Shards(files, {name: known[name] for name in KNOWN}), (expected, *shards[0]["shape"])
     except (LookupError, TypeError) as error:
-        raise BadInput(f"{folder / INDEX} lacks {error}: expected it as dansm encode wrote it") from error
-    if (len(shards), *shards.stored) != expected:
-        raise BadInput(f"{folder} holds latents {(len(shards), *shards.stored)}: expected {expected}, as its {INDEX} "
-                       "says")
-    return shards
+        raise BadInput(f"{folder} lacks {error} in what dansm encode says of it: expected it as it was written"
+                       ) from error
+    except Unreadable as error:
+        raise BadInput(f"{error}; the same dansm encode makes anew what is missing") from error
+    if (len(found), *found.stored) != expected:
+        raise BadInput(f"{folder} holds latents {(len(found), *found.stored)}: expected {expected}, as its {INDEX} "
+                       "says; the same dansm encode makes anew what is missing")
+    return found
+
+
+def _whole_shards(folder: Path, unfinished: dict) -> list[dict]:
+    """The notes of the shards of an unfinished encode, and a word on how many there are."""
+    notes = [note for each in sorted(folder.glob("latents-*.json")) if (note := _whole(each.with_suffix(".npy")))]
+    done = sum(note["count"] // (1 + unfinished["flips"]) + len(note["left_out"]) for note in notes)
+    so_far = f"{done:,} of {unfinished['images']:,} images encoded so far"
+    if not (filled := [note for note in notes if note["count"]]):
+        raise BadInput(f"{folder}: {so_far}; expected some, the same dansm encode goes on")
+    say(f"{folder}: {so_far}; the same dansm encode goes on")
+    return filled
 
 
 # ------------------------------------------------------------------------------- writing
@@ -139,53 +194,90 @@ def shard_path(out: Path, number: int) -> Path:
 
 
 def is_finished(out: Path, number: int) -> bool:
-    path = shard_path(out, number)
-    return path.is_file() and path.with_suffix(".json").is_file()
+    return _whole(shard_path(out, number)) is not None
+
+
+def _whole(path: Path) -> dict | None:
+    """The note of a shard that is as its note says; None where it has none, is missing or cut off."""
+    try:
+        note = json.loads(path.with_suffix(".json").read_text())
+        return note if is_as_noted(path.parent, note) else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def is_as_noted(folder: Path, note: dict) -> bool:
+    """Whether a shard is there and as large as was noted. Where no image was readable there is a note alone."""
+    if not note["count"]:
+        return True
+    try:
+        return open_latents(folder / note["file"]).shape == (note["count"], *note["shape"])
+    except BadInput:
+        return False
 
 
 def write_shard(out: Path, number: int, latents: np.ndarray, channels: int, left_out: list[Path]) -> None:
     """Latents (n, C or 2C, h, w) float16, whole or not at all, then what the index is to know of them."""
-    path = shard_path(out, number)
-    with written(path) as partial, open(partial, "wb") as file:
-        np.save(file, latents)
-        file.flush()
-        os.fsync(file.fileno())
-    means = latents[:, :channels].astype(np.float64)
+    path, means = shard_path(out, number), latents[:, :channels].astype(np.float64)
+    if len(latents):
+        _write_npy(path, latents)
     write_json(path.with_suffix(".json"), {
-        "count": len(latents), "shape": latents.shape[1:], "sum": means.sum((0, 2, 3)).tolist(),
+        "file": path.name, "count": len(latents), "shape": latents.shape[1:], "sum": means.sum((0, 2, 3)).tolist(),
         "sum_of_squares": np.square(means).sum((0, 2, 3)).tolist(), "left_out": [str(each) for each in left_out]})
 
 
+def _write_npy(path: Path, array: np.ndarray) -> None:
+    """As np.save, which does not tell a full disk from others."""
+    form = np.lib.format
+    with written(path) as partial, open(partial, "wb") as file:
+        form.write_array_header_1_0(file, form.header_data_from_array_1_0(array))
+        file.write(np.ascontiguousarray(array).data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def write_index(out: Path, settings: dict, shards: int) -> dict:
-    """Join what the shards' own files say, remove these, and return it: `settings` and
+    """Join the notes of the shards, remove them, and return it: `settings` and
 
     count, shape     of the latents: shape is that of one, of its mean and log-variance together where both are kept
     mean, variance   of each channel, of the means where log-variances are kept too
-    shards           the files and how many latents each has
+    shards           the notes: the file, how many latents it has, their sums
     left_out         the images that could not be read
     """
-    about = [json.loads(shard_path(out, number).with_suffix(".json").read_text()) for number in range(shards)]
-    filled = [number for number in range(shards) if about[number]["count"]]
-    count = sum(each["count"] for each in about)
+    notes = [json.loads(shard_path(out, number).with_suffix(".json").read_text()) for number in range(shards)]
+    filled = [note for note in notes if note["count"]]
+    count = sum(note["count"] for note in notes)
     if not count:
         raise BadInput(f"{settings['source']} holds no readable image: expected at least one")
-    shape = about[filled[0]]["shape"]
+    shape = filled[0]["shape"]
     numbers = count * int(np.prod(shape[1:]))
-    mean = np.sum([each["sum"] for each in about], axis=0) / numbers
-    variance = np.sum([each["sum_of_squares"] for each in about], axis=0) / numbers - mean**2
+    mean = np.sum([note["sum"] for note in notes], axis=0) / numbers
+    variance = np.sum([note["sum_of_squares"] for note in notes], axis=0) / numbers - mean**2
     index = {**settings, "count": count, "shape": shape, "dtype": "float16", "mean": mean.tolist(),
-             "variance": variance.tolist(), "left_out": [name for each in about for name in each["left_out"]],
-             "shards": [{"file": shard_path(out, n).name, "count": about[n]["count"]} for n in filled]}
+             "variance": variance.tolist(), "left_out": [name for note in notes for name in note["left_out"]],
+             "shards": filled}
     write_json(out / INDEX, index)
     remove_notes(out)
     return index
 
 
+def begin(out: Path, settings: dict, images: int) -> None:
+    """Say by which settings and of how many images latents are to be encoded into `out`."""
+    write_json(out / UNFINISHED, {**settings, "images": images})
+
+
+def reopen(out: Path, index: dict, settings: dict) -> None:
+    """Make a finished encode an unfinished one of the shards that are whole, for the others to be made anew."""
+    for note in index["shards"]:
+        if is_as_noted(out, note):
+            write_json((out / note["file"]).with_suffix(".json"), note)
+    begin(out, settings, index["count"] // (1 + index["flips"]) + len(index["left_out"]))
+    (out / INDEX).unlink()
+
+
 def remove_notes(out: Path) -> None:
-    """What only an unfinished encode needs, and the shards of which no image was readable."""
+    """What only an unfinished encode needs."""
     for note in out.glob("latents-*.json"):
-        if not json.loads(note.read_text())["count"]:
-            note.with_suffix(".npy").unlink(missing_ok=True)
         note.unlink()
     (out / UNFINISHED).unlink(missing_ok=True)
 

@@ -304,7 +304,8 @@ def open_latents(path: Path, dims: tuple[int, ...] = (4,)) -> np.ndarray:
     except MemoryError:
         raise
     except Exception as error:  # a header is parsed as Python
-        raise Unreadable(f"{path} cannot be read as latents: expected a whole .npy file of float16 or float32 "
+        reason = f" ({error.strerror})" if isinstance(error, OSError) and error.strerror else ""
+        raise Unreadable(f"{path} cannot be read as latents{reason}: expected a whole .npy file of float16 or float32 "
                          "numbers") from error
     if not isinstance(array, np.ndarray) or array.dtype not in (np.float16, np.float32):
         raise BadInput(f"{path} holds {getattr(array, 'dtype', 'several arrays')}: expected latents of float16 or "
@@ -315,11 +316,13 @@ def open_latents(path: Path, dims: tuple[int, ...] = (4,)) -> np.ndarray:
     return array
 
 
-def check_finite(path: Path, latents: np.ndarray) -> None:
-    """BadInput naming the file if one of its numbers is not finite."""
+def check_finite(path: Path, latents: np.ndarray, first: int = 0) -> None:
+    """BadInput naming the file and the latent if one of its numbers is not finite. first: the number of latents[0]."""
     for start in range(0, len(latents), 1024):
-        if not np.isfinite(latents[start : start + 1024]).all():
-            raise BadInput(f"{path} holds NaN or infinite numbers: expected finite latents")
+        finite = np.isfinite(latents[start : start + 1024])
+        if not finite.all():
+            wrong = first + start + int((~finite).any((1, 2, 3)).argmax())
+            raise BadInput(f"{path} holds NaN or infinite numbers, in latent {wrong}: expected finite latents")
 
 
 def check_no_size(size: int | None, path: Path) -> None:

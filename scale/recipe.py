@@ -45,7 +45,7 @@ class Recipe:
 
     data: str = setting("Data", "cifar10, or the path of a folder or an archive of images, an lmdb, or latents")
     size: int = setting("Data", "make images squares of so many pixels; 0: as is", 0, least=0, most=4096)
-    flip: bool = setting("Data", "mirror half of the images, anew each epoch", True)
+    flip: bool | None = setting("Data", "mirror half of them, anew each epoch [images yes, latents no]", None)
     skip_unreadable: bool = setting("Data", "leave out images that cannot be read", False)
     cache: str = setting("Data", "folder that keeps the decoded images; several processes share one anyhow", "",
                          free=True)
@@ -93,7 +93,8 @@ class Recipe:
     sample_steps: int = setting("Run", "steps from noise to image for the grids of samples", 20, least=1, free=True)
     seed: int = setting("Run", "same seed, same result on the same machine", 0, least=0, most=2**32 - 1)
 
-    evaluate_every: int = setting("Evaluation", "training steps between two evaluations; 0: none", 0, least=0,
+    evaluate_every: int = setting("Evaluation", "training steps between two evaluations; 0: none; of "
+                                  "latents none, they are judged afterwards: dansm evaluate --autoencoder", 0, least=0,
                                   free=True)
     evaluate_at: tuple[int, ...] = setting("Evaluation", "training steps after which to evaluate besides", (), least=1,
                                            empty=True, free=True)
@@ -126,11 +127,11 @@ class Recipe:
         return settings
 
 
-def make_flow(recipe: dict, channels: int, solver: str = "euler"):
-    """The flow of a recipe for samples of so many channels; a diffusion of pixels knows that they are bounded."""
+def make_flow(recipe: dict, pictures: bool, solver: str = "euler"):
+    """The flow of a recipe for pictures or for latents; a diffusion of pixels knows that they are bounded."""
     if recipe["flow"] == "diffusion":
         target = recipe.get("target", "noise")  # older recipes have none
-        return dansm.Diffusion(recipe["times"], target, bound=1.0 if dansm.is_picture(channels) else None)
+        return dansm.Diffusion(recipe["times"], target, bound=1.0 if pictures else None)
     return dansm.FLOWS[recipe["flow"]](recipe["times"], solver)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 import dansm
 from scale import checkpoint, data
 from scale.judge import Judge, due, is_evaluation
+from scale.latents import known_of
 from scale.recipe import Recipe, changed, make_flow, write
 from scale.step import FastTraining, make_deterministic, number_type, operations_per_image, peak, ranks, sampler
 
@@ -42,6 +43,8 @@ def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, 
     first. A run that has made its steps already is left as it is. Under torchrun every process calls it; the first
     writes.
     """
+    if recipe.flip is None:  # a mirrored latent is not the latent of the mirrored image
+        recipe = dataclasses.replace(recipe, flip=known_of(images) is None)
     rank, processes = ranks()
     if recipe.batch % (processes * recipe.accumulate):
         raise dansm.BadInput(f"--batch is {recipe.batch}: expected a multiple of {processes * recipe.accumulate}, "
@@ -54,11 +57,11 @@ def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, 
     torch.manual_seed(recipe.seed)  # the same weights on all processes
     run = FastTraining(new_network(images, recipe), recipe, device)
     torch.manual_seed(recipe.seed if rank == 0 else _seed_of(recipe.seed, rank))
-    flow = make_flow(dataclasses.asdict(recipe), images.shape[1])
+    flow = make_flow(dataclasses.asdict(recipe), known_of(images) is None)
     pool = dansm.NoisePool(recipe.match_size, images.shape[1:], cost=recipe.cost, device=device, seed=recipe.seed,
                            dtype=number_type(recipe.pool, device), fast=recipe.fast, match_scope=recipe.match_scope,
                            compile=recipe.compile)
-    keeper = Keeper(out, recipe, len(images), fresh, console)
+    keeper = Keeper(out, recipe, images, fresh, console)
     keeper.resume(run, pool, device)
     owed = due(recipe, run.step) and keeper.lacks_evaluation(run.step)  # as it was cut off, after the checkpoint
     with keeper.paused():
@@ -69,7 +72,7 @@ def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, 
     watch = Watch(recipe, run, images.shape[1:], device)
     paired = watch.paired(dansm.pairs(watch.samples(batches), recipe.method, recipe.match_size, cost=recipe.cost,
                                       pool=pool))
-    with keeper.log(run.step) as log, progress(run, recipe, console, rank) as show, \
+    with _blamed_on_data(images), keeper.log(run.step) as log, progress(run, recipe, console, rank) as show, \
             Interrupt(lambda: show("stopping after this step")) as interrupt:
         decide = Decide(recipe, run, interrupt)
 
@@ -101,6 +104,18 @@ def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, 
     return watch.summary(keeper.seconds, bool(interrupt)), run.average, flow
 
 
+@contextmanager
+def _blamed_on_data(images):
+    """Where training fails for a number that is not finite, and some latents are not, it names these. To look for them
+    before would be to read all of the data once more."""
+    try:
+        yield
+    except dansm.BadInput:
+        if isinstance(images, data.Shards):
+            images.check_finite()
+        raise
+
+
 def new_network(images, recipe: Recipe) -> dansm.UNet:
     """A new network of the recipe's kind for such images, or BadInput that names --size, which makes them fit."""
     if images.shape[2] != images.shape[3]:
@@ -124,8 +139,9 @@ class Keeper:
     seconds  that the run has trained, in earlier calls and in this one, without evaluations
     """
 
-    def __init__(self, out: Path, recipe: Recipe, images: int, fresh: bool, console: Console):
-        self.out, self.recipe, self.images, self.console = out, recipe, images, console
+    def __init__(self, out: Path, recipe: Recipe, images, fresh: bool, console: Console):
+        self.out, self.recipe, self.console = out, recipe, console
+        self.images, self.latents = len(images), known_of(images)
         self.rank, self.processes = ranks()
         self.metrics, self.aside = out / "metrics.jsonl", out / "metrics.partial"
         if fresh and self._restarted():
@@ -180,15 +196,18 @@ class Keeper:
         self.begin = time.monotonic()
 
     def _check_shared(self, found: str):
-        """BadInput on all processes if one finds another checkpoint than the others do: it would train other weights.
-        Behind this all have looked at the folder, and the first may write."""
+        """BadInput on all processes if one finds another checkpoint than the others do: it would train other weights;
+        or another count of images, as of latents that are being encoded: it would serve others. Behind this all have
+        looked at the folder, and the first may write."""
         if self.processes == 1:
             return
         everyones = [None] * self.processes
-        group.all_gather_object(everyones, found)
-        if len(set(everyones)) > 1:
-            raise dansm.BadInput(f"--out is {self.out}: the processes find {', '.join(everyones)} there, expected one "
-                                 "folder that all of them see")
+        group.all_gather_object(everyones, (found, f"{self.images:,}"))
+        for (name, folder), finds in zip((("--out", self.out), ("--data", self.recipe.data)),
+                                         zip(*everyones, strict=True), strict=True):
+            if len(set(finds)) > 1:
+                raise dansm.BadInput(f"{name} is {folder}: the processes find {', '.join(finds)} there, expected one "
+                                     "folder that all of them see, and that stays as it is")
 
     def _check(self, path, state, run):
         """BadInput if the checkpoint is of a run with other settings, images or processes."""
@@ -199,6 +218,7 @@ class Keeper:
             for part, words in {"size": "images of {} pixels", "channels": "images of {} channels"}.items():
                 if state["network"][part] != run.net.settings[part]:
                     differences.append(f"{words.format(state['network'][part])} → {run.net.settings[part]}")
+            differences += _of_others(state.get("latents", self.latents), self.latents)
             if state["network"] != run.net.settings and not differences:
                 differences.append(f"network {state['network']} → {run.net.settings}")
             was, now = ("fp16" if scaler else "bf16 or fp32"  # auto is what the device can
@@ -249,7 +269,8 @@ class Keeper:
         if self.rank == 0:
             checkpoint.save(self.out, {
                 "network": run.net.settings, "recipe": dataclasses.asdict(self.recipe), "data": self.recipe.data,
-                "images": self.images, "training": run.state_dict(), "ranks": everyones, "seconds": self.seconds,
+                "images": self.images, "latents": self.latents,
+                "training": run.state_dict(), "ranks": everyones, "seconds": self.seconds,
             }, self.recipe.keep, drop=self.others)
             if self.keeps_other:
                 os.replace(self.aside, self.metrics)
@@ -260,7 +281,7 @@ class Keeper:
 
     def grid(self, run: FastTraining, flow, shape, device) -> None:
         """64 images beside the checkpoint, from the noise that is theirs in every grid of this run."""
-        if self.rank or not dansm.is_picture(shape[0]):
+        if self.rank or self.latents is not None:
             return
         part = self.recipe.batch // (self.processes * self.recipe.accumulate)  # fits into memory: a step had it
         draws = dansm.sample_images(sampler(run.average, device, self.recipe.precision), flow, range(64), shape,
@@ -278,6 +299,15 @@ class Keeper:
     def _say(self, line):
         if self.rank == 0:
             self.console.print(line, soft_wrap=True, markup=False)
+
+
+def _of_others(before: dict | None, now: dict | None) -> list[str]:
+    """By what latents differ that were known by `before` from those known by `now`, as far as both are known; where
+    their images lay is no difference."""
+    if before is None or now is None:
+        return [] if before is now else ["images → latents" if before is None else "latents → images"]
+    return [f"latents of {name} {str(before[name])[:12]} → {str(now[name])[:12]}"
+            for name in before if name != "source" and before[name] != now.get(name, before[name])]
 
 
 def _take_up_random_numbers(path, state, pool, device):

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import sys
 
 import numpy as np
@@ -36,12 +37,19 @@ def folder(network, tmp_path):
     return tmp_path / "model" / "vae"
 
 
-def original(network, prefix="first_stage_model."):
+class Weights:
+    """Stands for a network that has them."""
+
+    def __init__(self, weights):
+        self.state_dict = lambda: weights
+
+
+def original(network, prefix="first_stage_model.", levels=LEVELS):
     """The weights as in Stable Diffusion's own files: its names, and attention by convolutions of one pixel."""
     weights = {}
     for name, weight in network.state_dict().items():
         one_pixel = "attentions" in name and weight.ndim == 2
-        weights[prefix + original_name(name, LEVELS)] = weight[:, :, None, None].clone() if one_pixel else weight
+        weights[prefix + original_name(name, levels)] = weight[:, :, None, None].clone() if one_pixel else weight
     return weights
 
 
@@ -108,7 +116,11 @@ def test_both_halves_compute_what_the_whole_does(network, folder):
     assert torch.allclose((log_variance / 2).exp(), posterior.std * 0.18215, rtol=1e-4)
     ours = Decoder(read, CPU).decode(z)
     assert ours.dtype == torch.uint8 and ours.shape == (2, 3, 16, 16)
-    assert (ours.float() - (decoded + 1) * 127.5).clamp(-1, 1).abs().max() <= 0.51 or decoded.abs().max() > 1
+    levels = ((decoded + 1) * 127.5).clamp(0, 255)
+    assert levels.std() > 5 and (ours.float() - levels).abs().max() <= 0.51
+    with torch.no_grad():
+        unscaled = ((network.decode(z).sample + 1) * 127.5).clamp(0, 255)
+    assert (levels - unscaled).abs().max() > 5  # the factor is seen
 
 
 def test_a_half_holds_the_weights_of_no_other(folder):
@@ -126,6 +138,7 @@ def test_factor_and_shift_are_the_folders_own_both_ways(folder):
     assert torch.allclose(mean, (raw[:, :4] - 0.25) * 0.5)
     assert torch.allclose(log_variance.exp(), raw[:, 4:].exp() * 0.25)
     assert torch.allclose(read.unscaled(mean), raw[:, :4], atol=1e-6)
+    assert read.identity == {"autoencoder": read_autoencoder(folder).digest, "factor": 0.5, "shift": 0.25}
 
 
 def test_another_weight_gives_another_digest():
@@ -164,6 +177,33 @@ def test_missing_keys_are_named_and_counted(network, tmp_path):
     refused(path, "lacks 2 of", "(quant_conv.bias, post_quant_conv.bias)")
     path = without(tmp_path / "c.ckpt", network, lambda name: "down.2" in name)
     refused(path, "lacks 10 of the autoencoder's 152 keys", "encoder.down.2.block.0.norm1.weight")
+
+
+LIKE_SD = {"block_out_channels": (32, 64, 64), "layers_per_block": 2, "sample_size": 16}  # the last widths are equal
+
+
+@pytest.mark.parametrize(("lacking", "told"), [
+    (r"down\.2\.|up\.2\.", ["encoder.down.2.block.0.norm1.weight"]),  # the deepest level, in both halves
+    (r"down\.2\.", ["lacks 16 of the autoencoder's 200 keys", "encoder.down.2.block.0.norm1.weight"]),
+    (r"up\.2\.", ["lacks 26 of the autoencoder's 200 keys", "decoder.up.2.block.0.norm1.weight"]),
+    (r"down\.\d\.block\.1", ["lacks 24 of the autoencoder's 200 keys", "encoder.down.0.block.1.norm1.weight"]),
+    (r"up\.\d\.block\.2", ["lacks 24 of the autoencoder's 200 keys", "decoder.up.2.block.2.norm1.weight"]),
+    (r"down\.0\.block\.1", ["lacks 8 of the autoencoder's 200 keys", "encoder.down.0.block.1.norm1.weight"]),
+    (r"up\.0\.|up\.1\.", ["decoder.up.1.block.0.norm1.weight"]),
+])
+def test_a_file_without_a_level_or_a_layer_is_no_smaller_autoencoder(lacking, told, tmp_path):
+    weights = original(Weights(random_autoencoder(LIKE_SD, 3).weights), levels=3)
+    torch.save({"state_dict": weights}, tmp_path / "whole.ckpt")
+    assert read_autoencoder(tmp_path / "whole.ckpt").settings["layers_per_block"] == 2
+    kept = {name: weight for name, weight in weights.items() if not re.search(lacking, name)}
+    torch.save({"state_dict": kept}, tmp_path / "partial.ckpt")
+    refused(tmp_path / "partial.ckpt", "lacks", *told)
+
+
+def test_keys_that_are_not_of_the_network_are_named(network, tmp_path):
+    more = {f"first_stage_model.encoder.down.2.attn.0.{name}": torch.zeros(2) for name in ("norm.bias", "q.bias")}
+    path = without(tmp_path / "a.ckpt", network, lambda _: False, **more)
+    refused(path, "more than the autoencoder's 152 keys (", *(name.removeprefix("first_stage_model.") for name in more))
 
 
 def test_a_weight_of_another_shape_or_not_finite_is_named(network, tmp_path):
@@ -252,6 +292,31 @@ def test_nan_and_other_shapes_are_refused_by_the_decoder(folder):
     decoder.net[1].conv_out.bias.fill_(torch.inf)
     with pytest.raises(BadInput, match="latent 0 decodes to NaN in float32"):
         decoder.decode(torch.zeros(1, 4, 4, 4))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_of_several_batches_a_latent_has_its_own_number(folder, batch):
+    decoder = Decoder(read_autoencoder(folder), CPU)
+    decoder.fits = lambda size: batch
+    for wrong in range(5):
+        z = torch.zeros(5, 4, 4, 4)
+        z[wrong] = torch.nan
+        with pytest.raises(BadInput, match=f"latent {40 + wrong} holds NaN"):
+            decoder.decode(z, 40)
+
+
+def test_as_many_are_decoded_at_a_time_as_the_memory_holds(folder, monkeypatch):
+    read, sizes = read_autoencoder(folder), []
+    one = 7 * 32 * 16**2 * 4 / 1e9  # gigabytes: seven times 32 channels of 16×16 float32 numbers
+    for memory, batch in ((0, 1), (0.9 * one, 1), (1.1 * one, 1), (2.1 * one, 2), (5.5 * one, 5), (9e9, 8)):
+        assert Decoder(read, CPU, memory=memory).fits(4) == batch
+    assert Decoder(read, CPU, memory=4.4 * one).fits(8) == 1 == Decoder(read, CPU, "bf16", memory=2.2 * one).fits(8)
+    assert Decoder(read, CPU, "bf16", memory=2.2 * one).fits(4) == 4
+    monkeypatch.setattr(module.dansm, "free_memory", lambda _: 4e9 * 3.3 * one)
+    assert Decoder(read, CPU).fits(4) == 3  # a quarter of what is free
+    decoder = Decoder(read, CPU, memory=2.1 * one)
+    decoder.net.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+    assert len(decoder.decode(torch.zeros(5, 4, 4, 4))) == 5 and sizes == [2, 2, 1]
 
 
 def test_images_that_do_not_divide_are_refused(folder):

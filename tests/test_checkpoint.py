@@ -407,6 +407,35 @@ def test_a_diffusion_has_no_solver_to_choose(tmp_path):
         checkpoint.load_model(path, "cpu", "heun")
 
 
+@pytest.mark.parametrize(("latents", "bound"), [(None, 1.0), ({}, None), ({"factor": 0.5}, None)])
+def test_a_diffusion_is_bounded_where_the_run_was_of_images_whatever_their_channels(tmp_path, latents, bound):
+    path = checkpoint.save(tmp_path, trained("diffusion")[0] | {"latents": latents})
+    checkpoint.export(path, tmp_path / "weights.safetensors")
+    for place in (path, tmp_path / "weights.safetensors"):
+        _, flow, about = checkpoint.load_model(place, "cpu")
+        assert flow.bound == bound and about["latents"] == latents
+
+
+@pytest.mark.parametrize(("channels", "latents"), [(1, None), (3, None), (4, {})])
+def test_what_earlier_versions_wrote_tells_images_by_their_channels(tmp_path, channels, latents):
+    state, net = trained()[0], dansm.UNet(**TINY | {"channels": channels})
+    state |= {"network": net.settings}
+    state["training"]["averages"][0]["weights"] = net.state_dict()
+    checkpoint.export(checkpoint.save(tmp_path, state), tmp_path / "weights.safetensors")
+    with checkpoint.safe_open(tmp_path / "weights.safetensors", "pt") as file:
+        beside = {key: value for key, value in file.metadata().items() if key != "latents"}
+    save_file(net.state_dict(), tmp_path / "weights.safetensors", beside)
+    for place in (tmp_path, tmp_path / "weights.safetensors"):
+        assert checkpoint.load_model(place, "cpu")[2]["latents"] == latents
+
+
+def test_the_target_of_a_recipe_is_that_of_its_flow(tmp_path):
+    for target in dansm.TARGETS:
+        state = trained("diffusion")[0]
+        state["recipe"]["target"] = target
+        assert checkpoint.load_model(checkpoint.save(tmp_path, state), "cpu")[1].target == target
+
+
 def test_what_is_exported_is_the_average_and_says_how_to_sample_from_it(tmp_path):
     state, average = trained(decays=(0.5, 0.9))
     path, out = checkpoint.save(tmp_path, state), tmp_path / "deep" / "weights.safetensors"
@@ -415,7 +444,7 @@ def test_what_is_exported_is_the_average_and_says_how_to_sample_from_it(tmp_path
     with checkpoint.safe_open(out, "pt") as file:
         beside = {key: json.loads(value) for key, value in file.metadata().items()}
     assert beside == {"dansm": 2, "network": state["network"], "flow": "rectified", "times": "uniform", "step": 7,
-                      "decay": 0.5, "data": "digits", "recipe": state["recipe"]}
+                      "decay": 0.5, "data": "digits", "recipe": state["recipe"], "latents": None}
     exported, direct = (checkpoint.load_model(place, "cpu", "heun") for place in (out, path))
     assert same(exported[0].state_dict(), direct[0].state_dict()) and not exported[0].training
     assert exported[1].solver == "heun"

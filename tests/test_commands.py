@@ -112,7 +112,7 @@ def test_train_writes_what_it_says(run, images, tmp_path, flow, method):
     assert described["hardware"]["device"] == "cpu" and described["parameters"] > 1000
     assert described["unreadable_images"] == 0 and described["this_call"]["images_per_second"] > 0
     assert f"dansm sample {out}\n" in said
-    given = dict(network="small", flow=flow, method=method, match_size=10, batch=8, steps=4, sample_steps=2)
+    given = dict(flip=True, network="small", flow=flow, method=method, match_size=10, batch=8, steps=4, sample_steps=2)
     recipe = dataclasses.asdict(Recipe(str(images), **given))
     assert described["recipe"] == json.loads(json.dumps(recipe))
     assert load(str(out / "recipe.toml")) == Recipe(str(images), **given)
@@ -136,6 +136,14 @@ def test_minutes_stop_a_run_that_has_steps_left(run, images, tmp_path):
     code, _, _ = run("train", images, "--steps", 10**9, "--minutes", 0.002, "--out", tmp_path / "out", *FAST)
     described = json.loads((tmp_path / "out" / "train.json").read_text())
     assert code == 0 and 0 < described["steps"] < 10**6 and described["seconds"] < 60
+
+
+def test_who_waits_for_all_steps_is_told_by_the_exit_code_that_some_are_left(run, images, tmp_path):
+    command = ["train", images, "--out", tmp_path / "out", *FAST]
+    code, said, err = run(*command, "--steps", 10**6, "--minutes", 1e-6, "--all-steps")
+    assert code == 130 and "not all steps are made, as --all-steps asks for" in err and "stopped at step 1 " in said
+    for steps in (3, 2):  # makes them, has made them
+        assert run(*command, "--steps", steps, "--all-steps")[::2] == (0, "")
 
 
 def test_size_trains_on_images_of_unequal_size(run, refused, images, tmp_path):

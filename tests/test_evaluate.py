@@ -425,6 +425,19 @@ def test_the_same_call_again_measures_nothing_and_says_the_same(run, model, tmp_
         rows = rows_of(tmp_path / "out")
 
 
+def test_equal_weights_that_say_something_else_are_another_row(run, images, tmp_path, monkeypatch):
+    first = make_run(tmp_path / "first", "diffusion", data=images)
+    state = checkpoint.load(first / "checkpoint-00000007.pt")
+    state["recipe"]["target"] = "velocity"
+    (tmp_path / "second").mkdir()
+    checkpoint.save(tmp_path / "second", state)
+    assert run("evaluate", first, tmp_path / "second", *options(tmp_path, "--steps", 2))[0] == 0
+    assert len({row["frechet_distance"] for row in rows_of(tmp_path / "out")}) == 3
+    monkeypatch.setattr(checkpoint, "make_flow", lambda *_: dansm.Diffusion(bound=0.1))
+    assert run("evaluate", first, *options(tmp_path, "--steps", 2))[0] == 0
+    assert len({row["frechet_distance"] for row in rows_of(tmp_path / "out")}) == 4
+
+
 def test_ctrl_c_keeps_the_rows_that_are_done_and_the_same_command_goes_on(run, model, tmp_path, monkeypatch):
     draw = evaluate.draw_features
 

@@ -208,7 +208,8 @@ def test_latents_are_refused(refused, tmp_path):
     import numpy as np
 
     np.save(tmp_path / "latents.npy", np.zeros((8, 4, 8, 8), np.float16))
-    assert "latents" in refused("train", tmp_path / "latents.npy", "--evaluate-every", 1, *SEEN, *FAST)
+    said = refused("train", tmp_path / "latents.npy", "--evaluate-every", 1, *SEEN, *FAST)
+    assert "these are latents: expected neither; dansm evaluate --autoencoder judges" in said
 
 
 def test_the_help_lists_the_settings(run):

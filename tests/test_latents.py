@@ -3,27 +3,32 @@
 import errno
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_autoencoder import SMALL, as_ckpt
+from safetensors.torch import save_file
+from test_autoencoder import SMALL, Weights, as_ckpt
 from test_read import as_folder, lsun, packed, picture
 
 pytest.importorskip("diffusers")
 
 import dansm
 from dansm import BadInput
-from scale import encode, latents
-from scale.autoencoder import Decoder, Encoder, random_autoencoder, read_autoencoder
+from scale import checkpoint, encode, latents, trainer
+from scale.autoencoder import FILES, Decoder, Encoder, random_autoencoder, read_autoencoder
 from scale.data import batches, load_images
 from scale.latents import Shards
 from scale.read import read_image
+from scale.recipe import load
 
 ROOT = Path(__file__).parent.parent
 PICTURES = {f"{seed * 7919 % 2**20:05x}": picture(seed, [".jpg", ".webp"][seed % 2], (24 + seed, 20))
@@ -36,12 +41,7 @@ TINY = dict(width=8, multipliers=(1,), blocks=1, attention_at=(), dropout=0.1)
 def weights(tmp_path_factory):
     """A small autoencoder as Stable Diffusion comes: one .ckpt."""
     made = random_autoencoder(SMALL, 3)
-    return as_ckpt(tmp_path_factory.mktemp("weights") / "sd.ckpt", Network(made.weights))
-
-
-class Network:
-    def __init__(self, weights):
-        self.state_dict = lambda: weights
+    return as_ckpt(tmp_path_factory.mktemp("weights") / "sd.ckpt", Weights(made.weights))
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_another_source_or_autoencoder_is_refused(encoded, weights, tmp_path):
     encoded()
     other = lsun(tmp_path / "other_lmdb", dict(list(PICTURES.items())[:3]))
     assert "source_digest" in encoded(expect=2, source=other)
-    others = as_ckpt(tmp_path / "other.ckpt", Network(random_autoencoder(SMALL, 4).weights))
+    others = as_ckpt(tmp_path / "other.ckpt", Weights(random_autoencoder(SMALL, 4).weights))
     assert "autoencoder" in encoded(expect=2, weights=others)
 
 
@@ -190,22 +190,197 @@ def test_ctrl_c_keeps_the_shards_and_the_rest_follows(encoded, tmp_path, monkeyp
 
 
 def test_a_full_disk_is_one_line_and_what_was_encoded_is_usable(encoded, tmp_path, monkeypatch):
-    whole, save, calls = contents(encoded()), np.save, []
+    whole, sync, calls = contents(encoded()), os.fsync, []
 
-    def full(file, array):
-        calls.append(0)
-        if len(calls) == 2:
-            file.write(b"some")
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 7:  # after the settings, a shard and its note, each with its folder
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        save(file, array)
+        sync(descriptor)
 
-    monkeypatch.setattr(np, "save", full)
+    monkeypatch.setattr(os, "fsync", full)
     err = encoded("full", expect=2)
     assert err.count("\n") == 1 and "No space left on device" in err and "1 of 3 shards were written" in err
     assert not list((tmp_path / "full").glob("*.partial"))
     assert len(load_images(str(tmp_path / "full"))) == 4
     monkeypatch.undo()
     assert contents(encoded("full")) == whole
+
+
+@contextmanager
+def small_disk(folder):
+    """A folder on a disk of 64 KB, and what fills that up."""
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("no file system may be mounted here")
+
+    def fill():
+        with pytest.raises(OSError, match="No space left"), open(folder / "filling", "wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        os.truncate(folder / "filling", (folder / "filling").stat().st_size - 4096)  # a shard begins and does not end
+
+    try:
+        yield fill
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_really_is_full_is_called_so(encoded, tmp_path, monkeypatch):
+    large, write = ["--size", 64, "--shard", 8], latents.write_shard
+    whole = contents(encoded("whole", *large))
+
+    def filling(out, number, *rest):
+        if number == 0:
+            fill()
+        write(out, number, *rest)
+
+    with small_disk(tmp_path / "disk") as fill:
+        monkeypatch.setattr(latents, "write_shard", filling)
+        err = encoded("disk/latents", *large, expect=2)
+        assert err.count("\n") == 1 and "No space left on device" in err and "0 of 2 shards" in err
+        monkeypatch.undo()
+        (tmp_path / "disk" / "filling").unlink()
+        assert contents(encoded("disk/latents", *large)) == whole
+
+
+def test_a_file_that_may_not_grow_is_called_so(encoded):
+    """As on a full disk the system takes a part of what is written, and then no more."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        err = encoded("latents", "--size", 64, "--shard", 8, expect=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert err.count("\n") == 1 and "File too large" in err and "0 of 2 shards were written" in err
+
+
+def test_a_shard_is_the_file_that_numpy_writes(tmp_path):
+    array = np.random.default_rng(0).normal(size=(3, 4, 5, 5)).astype(np.float16)
+    latents.write_shard(tmp_path, 7, array, 4, [])
+    np.save(tmp_path / "numpy.npy", array)
+    assert latents.shard_path(tmp_path, 7).read_bytes() == (tmp_path / "numpy.npy").read_bytes()
+
+
+@pytest.fixture
+def stopped(encoded, monkeypatch, tmp_path):
+    """Encodes with more options into a folder of that name, and stops before the second shard."""
+
+    def stopped(name, *options, **settings):
+        write = latents.write_shard
+
+        def stopping(out, number, *rest):
+            if number == 1:
+                raise KeyboardInterrupt
+            write(out, number, *rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(latents, "write_shard", stopping)
+            encoded(name, *options, expect=130, **settings)
+        return tmp_path / name
+
+    return stopped
+
+
+@pytest.mark.parametrize("options", [(), ("--moments",), ("--flips",), ("--moments", "--flips")])
+def test_what_an_unfinished_encode_has_is_read_as_what_it_is(options, encoded, stopped, trained, tmp_path):
+    part, whole = stopped("part", *options), load_images(str(encoded("whole", *options)))
+    found = load_images(str(part))
+    assert found.shape == (4 * (1 + ("--flips" in options)), 4, 4, 4) and found.moments == ("--moments" in options)
+    assert np.array_equal(found[:], whole[: len(found)]) and found.about == whole.about
+    code, said, err = trained(part)
+    assert code == 0 and "part: 4 of 9 images encoded so far; the same dansm encode goes on" in said, err
+    assert f"{len(found)} latents of 4×4×4" in said
+    state = checkpoint.load(checkpoint.newest(tmp_path / "run"))
+    assert state["network"]["channels"] == 4 and state["latents"] == whole.about
+
+
+def test_a_run_of_a_part_does_not_go_on_with_the_whole(encoded, stopped, trained):
+    assert trained(stopped("part"))[0] == 0
+    code, _, err = trained(encoded("part"), 2)
+    assert code == 2 and "(images 4 → 9)" in err
+
+
+def test_an_unfinished_encode_knows_its_autoencoder(stopped, run, tmp_path):
+    part, other = stopped("part", weights=as_weights(tmp_path / "ours")), as_weights(tmp_path / "x", scaling_factor=0.5)
+    code, _, err = run("decode", part, "--autoencoder", other, "--device", "cpu", "--out", tmp_path / "out")
+    assert code == 2 and "holds latents made with factor 0.18215" in err
+    assert run("decode", part, "--autoencoder", tmp_path / "ours", "--device", "cpu", "--out", tmp_path / "out")[0] == 0
+    assert len(list((tmp_path / "out").glob("*.png"))) == 4
+
+
+def test_an_encode_of_no_whole_shard_cannot_be_read_yet(stopped):
+    part = stopped("part")
+    (part / "latents-00000.json").unlink()
+    with pytest.raises(BadInput, match="0 of 9 images encoded so far; expected some, the same dansm encode goes on"):
+        load_images(str(part))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("how", [Path.unlink, cut, lambda path: path.write_bytes(b""),
+                                 lambda path: np.save(path, np.zeros((3, 4, 4, 4), np.float16))])
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_shard_that_is_lost_or_cut_off_is_made_anew_and_no_other(how, finished, encoded, stopped, run, weights,
+                                                                   source):
+    out, whole = encoded() if finished else stopped("latents"), contents(encoded("whole"))
+    lost = out / f"latents-0000{int(finished)}.npy"
+    how(lost)
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("*.npy") if path != lost}
+    with pytest.raises(BadInput, match="the same dansm encode"):
+        load_images(str(out))
+    code, said, err = run("encode", source, "--autoencoder", weights, "--out", out, "--size", 16, "--shard", 4,
+                          "--batch", 3, "--device", "cpu")
+    assert code == 0 and contents(out) == whole, err
+    assert ("has lost 1 shard of 3, missing or cut off (latents-00001.npy)" in said) == finished
+    assert f"this time {4 if finished else 9} images" in said
+    assert kept == {path: path.stat().st_mtime_ns for path in kept}
+
+
+def test_what_is_left_of_a_damaged_encode_stays_usable_while_it_is_mended(encoded, monkeypatch):
+    out = encoded()
+    (out / "latents-00000.npy").unlink()
+
+    def stopping(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(latents, "write_shard", stopping)
+        encoded(expect=130)
+    assert len(load_images(str(out))) == 5
+    assert len(load_images(str(encoded()))) == 9
+
+
+def test_shards_without_their_index_are_refused_with_what_to_do(encoded):
+    out = encoded()
+    (out / "index.json").unlink()
+    err = encoded(expect=2)
+    assert "latents-0000" in err and "whose index.json is gone: expected another --out, or one without .npy" in err
+
+
+def test_more_shards_than_a_process_may_have_files_open(encoded):
+    out = encoded("many", "--shard", 1, "--batch", 1)
+    limit, opened = resource.getrlimit(resource.RLIMIT_NOFILE), len(os.listdir("/dev/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 4, limit[1]))
+    try:
+        shards = load_images(str(out))
+        served = batches(shards, 9, flip=False)
+        assert len(next(served)) == len(shards.on(CPU)) == 9
+        served.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+
+
+def test_a_file_that_cannot_be_opened_says_why(encoded, monkeypatch):
+    def failing(*_, **__):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    out = encoded()
+    monkeypatch.setattr(np, "load", failing)
+    with pytest.raises(BadInput, match=r"cannot be read as latents \(Too many open files\)"):
+        load_images(str(out))
 
 
 def test_a_disk_without_room_for_all_is_told_before_anything_is_encoded(encoded, monkeypatch):
@@ -384,10 +559,83 @@ def test_latents_that_cannot_be_decoded_are_refused(encoded, run, weights, tmp_p
     assert "NaN" in refused(np.full((4, 4, 4), np.inf, np.float16))
     assert "decodes to NaN" in refused(np.full((2, 4, 4, 4), 3e38, np.float32))
     assert "does not exist" in refused(source=tmp_path / "nowhere")
-    others = as_ckpt(tmp_path / "other.ckpt", Network(random_autoencoder(SMALL, 4).weights))
+    others = as_ckpt(tmp_path / "other.ckpt", Weights(random_autoencoder(SMALL, 4).weights))
     assert "expected the same autoencoder" in refused(source=encoded(), autoencoder=others)
     as_folder(tmp_path / "images", {"a.png": picture(0)})
     assert "holds images" in refused(source=tmp_path / "images")
+
+
+def stamps(folder):
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")}
+
+
+@pytest.fixture
+def decoded(run, encoded, weights, tmp_path):
+    """Decodes the encoded source into a folder, with more options."""
+    source = encoded()
+
+    def decoded(*options, expect=0, source=source, weights=weights):
+        code, said, err = run("decode", source, "--autoencoder", weights, "--out", tmp_path / "images", "--device",
+                              "cpu", *options)
+        assert code == expect, (said, err)
+        return said if expect == 0 else err
+
+    return decoded
+
+
+def test_what_is_decoded_already_is_left_as_it_is(decoded, tmp_path):
+    images = tmp_path / "images"
+    decoded("--count", 5, "--batch", 2)
+    before = stamps(images)
+    assert len(before) == 5
+    assert "images holds 5 images already: nothing to do" in decoded("--count", 5)
+    (images / "000001.png").unlink()
+    assert "5 images in" in decoded("--batch", 4)
+    after = stamps(images)
+    kept = {name for name in before if before[name] == after[name]}
+    assert len(after) == 9 and kept == before.keys() - {"000001.png"}
+    assert not list(images.glob("*.partial"))
+
+
+def test_images_that_go_on_are_those_of_one_call(decoded, tmp_path):
+    decoded()
+    whole = {path.name: np.asarray(Image.open(path)) for path in (tmp_path / "images").glob("*.png")}
+    for name in list(whole)[::2]:
+        (tmp_path / "images" / name).unlink()
+    decoded()
+    for name, image in whole.items():
+        assert np.array_equal(image, np.asarray(Image.open(tmp_path / "images" / name)))
+
+
+def test_images_of_other_latents_are_no_part_of_these(decoded, encoded, weights, tmp_path):
+    decoded("--count", 1)
+    before = stamps(tmp_path / "images")
+    other = as_weights(tmp_path / "other", scaling_factor=0.5)
+    assert "precision float32 → bfloat16" in decoded("--precision", "bf16", expect=2)
+    for options in (dict(weights=other, source=encoded("b", weights=other)),
+                    dict(source=encoded("flipped", "--flips"))):
+        err = decoded(expect=2, **options)
+        assert err.count("\n") == 1 and "images that were decoded otherwise" in err and "another --out" in err
+    assert stamps(tmp_path / "images") == before
+    (tmp_path / "images" / "decode.json").unlink()
+    assert "000000.png of another origin" in decoded(expect=2)
+
+
+def test_decoding_stopped_by_ctrl_c_goes_on(decoded, tmp_path, monkeypatch):
+    save = encode._save
+
+    def stopping(out, numbered):
+        if numbered[0] == 6:
+            raise KeyboardInterrupt
+        save(out, numbered)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encode, "_save", stopping)
+        assert "of 9 images are written, the same command goes on" in decoded("--batch", 2, expect=130)
+    before = stamps(tmp_path / "images")
+    decoded()
+    after = stamps(tmp_path / "images")
+    assert len(after) == 9 and before.items() <= after.items()
 
 
 def test_a_full_disk_while_decoding_is_one_line(encoded, run, weights, tmp_path, monkeypatch):
@@ -415,29 +663,233 @@ def test_the_whole_chain_from_an_lmdb_to_pictures(kind, encoded, run, weights, t
     assert json.loads((tmp_path / "samples" / "sample.json").read_text())["autoencoder"] == str(weights)
     code, _, err = run(*sample)
     assert code == 2 and "4 channels" in err and "--autoencoder" in err
-    other = as_ckpt(tmp_path / "other.ckpt", Network(random_autoencoder(SMALL, 4).weights))
+    other = as_ckpt(tmp_path / "other.ckpt", Weights(random_autoencoder(SMALL, 4).weights))
     code, _, err = run(*sample, "--autoencoder", other)
     assert code == 2 and err.count("\n") == 1 and "expected the same autoencoder" in err
     others = {**SMALL, "latent_channels": 8}
-    other = as_ckpt(tmp_path / "eight.ckpt", Network(random_autoencoder(others, 4).weights))
+    other = as_ckpt(tmp_path / "eight.ckpt", Weights(random_autoencoder(others, 4).weights))
     code, _, err = run(*sample, "--autoencoder", other)
     assert code == 2 and "decodes 8" in err
 
 
 def test_make_latent_bedroom_runs_every_stage(source, weights, tmp_path):
     pytest.importorskip("torch_fidelity")
-    train = "--width 8 --multipliers 1 --blocks 1 --batch 4 --match-size 8 --decay 0.9 --steps 2 --device cpu"
+    train = "--width 8 --multipliers 1 --blocks 1 --batch 4 --match-size 8 --decay 0.9 --device cpu --steps"
     command = ["make", "-f", ROOT / "Makefile", "latent-bedroom", f"PYTHON={sys.executable}",
                f"DANSM={sys.executable} {ROOT / 'dansm.py'}", f"LSUN={source}", f"AUTOENCODER={weights}",
-               "ENCODE=--size 16 --device cpu", f"TRAIN={train}", "SAMPLE=--count 4 --device cpu",
+               "ENCODE=--size 16 --device cpu", "SAMPLE=--count 4 --device cpu",
                "EVALUATE=--features test_evaluate:seen --steps 2 --count 4 --device cpu --cache cache"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
-    said = subprocess.run(list(map(str, command)), cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert said.returncode == 0, said
+
+    def made(steps):
+        return subprocess.run([*map(str, command), f"TRAIN={train} {steps}"], cwd=tmp_path, env=environment,
+                              capture_output=True, text=True)
+
+    said = made("100000 --minutes 0.000001")
+    assert said.returncode and "not all steps are made" in said.stderr, said  # as by Ctrl-C: there is nothing to judge
+    assert (tmp_path / "runs" / "latent-bedroom").exists()
+    assert not (tmp_path / "runs" / "latent-bedroom-samples").exists()
+    said = made(2)
+    assert said.returncode == 0 and "going on from step 1" in said.stdout, said
     assert "9 latents of 4×4×4" in said.stdout
     assert Image.open(tmp_path / "runs" / "latent-bedroom-samples" / "samples.png").size == (2 * 34 + 2, 2 * 34 + 2)
     rows = json.loads((tmp_path / "runs" / "latent-bedroom-evaluate" / "evaluate.json").read_text())["rows"]
     assert [row.get("trained_steps") for row in rows] == [None, 2]
+
+
+OWN = {"moments": False, "flips": False, "size": 16}
+
+
+def as_weights(path, **settings):
+    """A diffusers folder with the weights of the fixture, and these settings."""
+    made = random_autoencoder(SMALL, 3)
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL", **made.settings, **settings}))
+    save_file(made.weights, path / FILES[0])
+    return path
+
+
+@pytest.fixture
+def trained(run, monkeypatch, tmp_path):
+    """Trains a small network on data for so many steps in all: exit code, what it printed."""
+    monkeypatch.setitem(dansm.NETWORKS, "small", TINY)
+
+    def trained(data, steps=1, *options):
+        return run("train", data, "--network", "small", "--batch", 4, "--match-size", 4, "--steps", steps, "--device",
+                   "cpu", "--sample-steps", 2, "--out", tmp_path / "run", *options)
+
+    return trained
+
+
+@pytest.mark.parametrize(("name", "ours", "other"), [("factor", 0.5, 0.25), ("shift", 0.1, 0.0)])
+def test_latents_of_another_factor_are_told_by_the_run_itself(name, ours, other, run, encoded, trained, source,
+                                                              tmp_path):
+    pytest.importorskip("torch_fidelity")
+    named = {"factor": "scaling_factor", "shift": "shift_factor"}[name]
+    ours, other = as_weights(tmp_path / "ours", **{named: ours}), as_weights(tmp_path / "other", **{named: other})
+    data = encoded("latents", weights=ours)
+    code, _, err = trained(data)
+    assert code == 0, err
+    state = checkpoint.load(checkpoint.newest(tmp_path / "run"))
+    known = {**OWN, **read_autoencoder(ours).identity, "source": str(source)}
+    assert state["latents"] == known
+    assert run("export", tmp_path / "run", "--out", tmp_path / "w.safetensors")[0] == 0
+    assert checkpoint.load_model(tmp_path / "w.safetensors", CPU)[2]["latents"] == known
+    shutil.rmtree(data)
+    encoded("latents", weights=other)
+    code, _, err = trained(data, 2)
+    assert code == 2 and err.count("\n") == 1 and f"(latents of {name} {known[name]} → " in err, err
+    measured = ["--data", source, "--size", 16, "--features", "test_evaluate:seen", "--cache", tmp_path / "cache"]
+    for gone in (False, True):
+        if gone:
+            shutil.rmtree(data)
+        for model in (tmp_path / "run", tmp_path / "w.safetensors"):
+            for command in (["sample", model, "--count", 2, "--steps", 2], ["grid", model, "--steps", 2, "--side", 1],
+                            ["evaluate", model, "--count", 6, "--steps", 2, *measured]):
+                command += ["--device", "cpu", "--out", tmp_path / "out", "--autoencoder"]
+                code, _, err = run(*command, other)
+                assert code == 2 and f"draws latents made with {name} {known[name]}" in err, err
+        assert run(*command, ours)[0] == 0
+
+
+def test_other_factors_make_other_rows(run, trained, source, tmp_path):
+    """Of latents of which nothing is known, which any autoencoder may decode."""
+    pytest.importorskip("torch_fidelity")
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).normal(size=(9, 4, 4, 4)).astype(np.float32))
+    assert trained(tmp_path / "a.npy")[0] == 0
+    for number, settings in enumerate(({}, {"scaling_factor": 0.5}, {"shift_factor": 0.1})):
+        weights = as_weights(tmp_path / str(number), **settings)
+        code, _, err = run("evaluate", tmp_path / "run", "--autoencoder", weights, "--data", source, "--size", 16,
+                           "--features", "test_evaluate:seen", "--steps", 2, "--count", 6, "--device", "cpu", "--cache",
+                           tmp_path / "cache", "--out", tmp_path / "evaluated")
+        assert code == 0, err
+    rows = json.loads((tmp_path / "evaluated" / "evaluate.json").read_text())["rows"]
+    assert len(rows) == len({row["frechet_distance"] for row in rows}) == 4
+
+
+def test_runs_of_earlier_versions_are_held_against_what_their_data_says(run, encoded, trained, tmp_path):
+    ours, other = as_weights(tmp_path / "ours"), as_weights(tmp_path / "other", scaling_factor=0.5)
+    data = encoded("latents", weights=ours)
+    assert trained(data)[0] == 0
+    state = checkpoint.load(checkpoint.newest(tmp_path / "run"))
+    del state["latents"], state["dansm"]
+    checkpoint.save(tmp_path / "run", state)
+    assert trained(data, 2)[0] == 0
+    state["training"]["step"] = 9
+    checkpoint.save(tmp_path / "run", state)
+    sample = ["sample", tmp_path / "run", "--count", 2, "--steps", 2, "--device", "cpu", "--out", tmp_path / "out",
+              "--autoencoder"]
+    assert run(*sample, ours)[0] == 0
+    code, _, err = run(*sample, other)
+    assert code == 2 and "made with factor 0.18215" in err
+    shutil.rmtree(data)
+    assert run(*sample, other)[0] == 0  # nobody knows
+
+
+def test_latents_of_three_channels_are_no_pictures(run, encoded, trained, tmp_path):
+    weights = as_ckpt(tmp_path / "3.ckpt", Weights(random_autoencoder({**SMALL, "latent_channels": 3}, 3).weights))
+    code, said, err = trained(encoded("three", weights=weights), 1, "--flow", "diffusion")
+    assert code == 0 and "9 latents of 3×4×4" in said and "dansm sample" not in said, err
+    assert not list((tmp_path / "run").glob("*.png"))
+    assert checkpoint.load_model(tmp_path / "run", CPU)[1].bound is None
+    sample = ["sample", tmp_path / "run", "--count", 2, "--steps", 2, "--device", "cpu", "--out", tmp_path / "out"]
+    code, _, err = run(*sample)
+    assert code == 2 and "draws latents of 3 channels" in err
+    assert run(*sample, "--autoencoder", weights)[0] == 0
+    assert Image.open(tmp_path / "out" / "samples.png").size == (2 * 34 + 2, 36)
+
+
+@pytest.mark.parametrize("kind", ["images", "latents"])
+def test_a_run_of_images_does_not_go_on_with_latents_nor_the_other_way_round(kind, trained, tmp_path):
+    data, made = tmp_path / "data", []
+    for each in ((kind, "latents" if kind == "images" else "images")):
+        shutil.rmtree(data, ignore_errors=True)
+        data.mkdir()
+        for number in range(4):
+            if each == "images":
+                (data / f"{number}.png").write_bytes(picture(number, size=(8, 8)))
+            else:
+                np.save(data / f"{number}.npy", np.zeros((3, 8, 8), np.float32))
+        made.append(trained(data, 1 + len(made), "--no-flip"))
+    assert made[0][0] == 0 and made[1][0] == 2
+    assert f"({kind} → {'latents' if kind == 'images' else 'images'})" in made[1][2]
+
+
+@pytest.mark.parametrize(("given", "mirrored"), [((), False), (("--flip",), True), (("--no-flip",), False)])
+def test_latents_are_mirrored_only_where_that_is_asked_for(given, mirrored, encoded, trained, tmp_path, monkeypatch):
+    served, real = [], trainer.data.batches
+
+    def seen(*arguments, **settings):
+        for x in (made := real(*arguments, **settings)):
+            served.append(x.clone())
+            yield x
+        made.close()
+
+    monkeypatch.setattr(trainer.data, "batches", seen)
+    code, said, err = trained(encoded(), 9, *given)
+    assert code == 0 and ("half are mirrored" in said) == mirrored, err
+    known = {tuple(latent.ravel()) for latent in load_images(str(tmp_path / "latents"))[:].astype(np.float32)}
+    assert ({tuple(latent.flatten().tolist()) for latent in torch.cat(served)} <= known) != mirrored
+    assert load(str(tmp_path / "run" / "recipe.toml")).flip == mirrored
+
+
+def test_latents_are_decoded_in_the_memory_that_is_given(run, encoded, trained, weights, tmp_path, monkeypatch):
+    pytest.importorskip("torch_fidelity")
+    sizes, real = [], Decoder.decode_at_once
+
+    def counting(self, latents, *rest):
+        sizes.append(len(latents))
+        return real(self, latents, *rest)
+
+    assert trained(encoded())[0] == 0
+    monkeypatch.setattr(Decoder, "decode_at_once", counting)
+    model, both = tmp_path / "run", ["--autoencoder", weights, "--device", "cpu", "--out", tmp_path / "out"]
+    for command in (["sample", model, "--count", 4, "--steps", 2], ["grid", model, "--steps", 2, "--side", 2],
+                    ["evaluate", model, "--count", 4, "--steps", 2, "--features", "test_evaluate:seen", "--cache",
+                     tmp_path / "cache"]):
+        for memory, batch in ((1e-6, 1), (7 * 32 * 16**2 * 4 * 2.5 / 1e9, 2), (1, 4)):
+            sizes.clear()
+            shutil.rmtree(tmp_path / "out", ignore_errors=True)
+            code, _, err = run(*command, *both, "--memory", memory)
+            assert code == 0 and sizes == [batch] * (4 // batch), err
+
+
+@pytest.mark.parametrize("method", ["greedy", "random"])
+def test_a_latent_that_is_nan_is_named_with_its_file_by_the_training(method, encoded, trained):
+    shard = encoded() / "latents-00001.npy"
+    array = np.load(shard)
+    array[2, 0, 1, 1] = np.nan
+    np.save(shard, array)
+    code, _, err = trained(shard.parent, 9, "--method", method)
+    assert code == 2 and err.count("\n") == 1, err
+    assert f"{shard} holds NaN or infinite numbers, in latent 2: expected finite latents; without this file" in err
+    code, _, err = trained(encoded("whole"), 9, "--lr", 1e30)
+    assert code == 2 and "--lr is 1e+30" in err
+
+
+def test_a_latent_of_one_large_file_is_named_by_its_number(tmp_path):
+    array = np.zeros((3000, 4, 64, 64), np.float16)
+    array[2345, 3, 9, 9] = np.inf
+    np.save(tmp_path / "a.npy", array)
+    with pytest.raises(BadInput, match=r"a\.npy holds NaN or infinite numbers, in latent 2345: expected"):
+        load_images(str(tmp_path / "a.npy"))
+
+
+def test_a_sample_that_is_nan_is_named_by_its_number(run, encoded, trained, weights, tmp_path, monkeypatch):
+    assert trained(encoded())[0] == 0
+    real, drawn = dansm.RectifiedFlow.sample, []
+
+    def broken(self, net, z, steps):
+        x = real(self, net, z, steps)
+        drawn.extend(x)
+        if len(drawn) == 12:
+            x[-1] = torch.nan
+        return x
+
+    monkeypatch.setattr(dansm.RectifiedFlow, "sample", broken)
+    code, _, err = run("sample", tmp_path / "run", "--autoencoder", weights, "--device", "cpu", "--count", 16,
+                       "--batch", 4, "--steps", 2, "--out", tmp_path / "out")
+    assert code == 2 and "latent 11 holds NaN" in err
 
 
 def test_an_autoencoder_for_a_network_of_images_is_refused(run, weights, tmp_path, monkeypatch):
@@ -446,6 +898,7 @@ def test_an_autoencoder_for_a_network_of_images_is_refused(run, weights, tmp_pat
     code, _, err = run("train", source, "--network", "small", "--batch", 4, "--match-size", 4, "--steps", 1,
                        "--sample-steps", 2, "--device", "cpu", "--out", tmp_path / "run")
     assert code == 0, err
+    assert load(str(tmp_path / "run" / "recipe.toml")).flip  # as images are where nothing is said
     code, _, err = run("sample", tmp_path / "run", "--autoencoder", weights, "--device", "cpu", "--out", tmp_path / "x")
     assert code == 2 and err.count("\n") == 1 and "draws images of 3 channels: expected none" in err
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import dansm
 from dansm import BadInput
 from scale import command, recipe
-from scale.recipe import RECIPES, SETTINGS, Recipe, changed, kind_of, load, names, write
+from scale.recipe import RECIPES, SETTINGS, Recipe, changed, kind_of, load, make_flow, names, write
 
 FREE = {"cache", "resident", "steps", "minutes", "save_minutes", "keep", "log_steps", "sample_steps", "compile",
         "evaluate_every", "evaluate_at", "evaluate_steps", "evaluate_measures", "evaluate_count",
@@ -244,7 +244,7 @@ def test_what_keeps_a_run_from_going_on_is_every_difference_but_the_free_ones(ol
 
 
 def test_a_change_is_told_with_both_values():
-    old = dataclasses.asdict(Recipe("d", decay=(0.9, 0.5), multipliers=(1, 2)))
+    old = dataclasses.asdict(Recipe("d", flip=True, decay=(0.9, 0.5), multipliers=(1, 2)))
     new = Recipe("d", lr=0.1, decay=(0.9,), flip=False, steps=3, minutes=1.5, keep=9, compile=False)
     told = ["flip True → False", "multipliers 1,2 → None", "lr 0.0002 → 0.1", "decay 0.9,0.5 → 0.9"]
     assert changed(old, new) == told
@@ -320,6 +320,16 @@ def test_images_that_the_network_cannot_halve_are_refused_with_the_option_that_h
         Recipe("x", multipliers=(1, 1, 1)).network_settings(3, 18)
 
 
+def test_the_flow_is_the_recipes_and_bounded_for_pictures_alone():
+    for pictures, bound in ((True, 1.0), (False, None)):
+        for target in dansm.TARGETS:
+            some = Recipe("x", flow="diffusion", target=target, times="logit-normal")
+            flow = make_flow(dataclasses.asdict(some), pictures)
+            assert (flow.bound, flow.target, flow.times) == (bound, target, "logit-normal")
+    flow = make_flow(dataclasses.asdict(Recipe("x")), True, "heun")
+    assert isinstance(flow, dansm.RectifiedFlow) and flow.solver == "heun"
+
+
 # ------------------------------------------------------------------------------- the command
 
 
@@ -354,7 +364,8 @@ def test_every_setting_has_its_option(some):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
         patch.setattr(command, "run", lambda recipe, *_: taken.append(recipe))
         dansm.main(["train", "cifar10", "--device", "cpu", *arguments])
-    assert ended.value.code == 0 and taken == [some]
+    mirrored = some.flip if some.flip is not None else load("cifar10").flip  # to say nothing is no option
+    assert ended.value.code == 0 and taken == [dataclasses.replace(some, flip=mirrored)]
 
 
 def test_only_what_is_given_goes_before_the_recipe(given_to_run):
@@ -411,6 +422,7 @@ def test_help_is_whole_in_80_columns(monkeypatch, capsys):
 def test_help_tells_the_choices_and_what_holds_where_nothing_is_said(monkeypatch, capsys):
     said = " ".join(help_of_train(monkeypatch, capsys, 200).split())
     for words in ("random, greedy, optimal, nearest [greedy]", "samples a step, over all processes together [128]",
-                  "mirror half of the images, anew each epoch [yes]", "[0.9999]", "bf16, fp16, fp32 [auto]"):
+                  "mirror half of them, anew each epoch [images yes, latents no]", "[0.9999]",
+                  "bf16, fp16, fp32 [auto]"):
         assert words in said
     assert "dansm train" in said or "train [OPTIONS]" in said

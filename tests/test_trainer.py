@@ -634,18 +634,22 @@ def test_of_two_processes_one_decodes_and_the_next_run_decodes_nothing(images, t
 @needs_gloo
 def test_what_processes_cannot_do_together_is_refused_by_each(images, tmp_path):
     command = ["train", images, "--steps", 2, *FAST]
+    for rank, count in enumerate((20, 24)):  # of files, as where they are still being written
+        make_images(tmp_path / f"images-{rank}", width=8, height=8, count=count)
     codes, said = in_processes(
         tmp_path, [*command, "--batch", 9, "--out", tmp_path / "a"],
         [*command, "--batch", 10, "--accumulate", 2, "--out", tmp_path / "b"],
         [*command, "--out", tmp_path / "of-{rank}"], [*command, "--out", tmp_path / "of-1", "--steps", 4],
-        [*command, "--out", tmp_path / "of-{rank}", "--steps", 4])
-    assert codes == [[2, 2, 0, 0, 2]] * 2, said
+        [*command, "--out", tmp_path / "of-{rank}", "--steps", 4],
+        ["train", tmp_path / "images-{rank}", "--steps", 2, *FAST, "--out", tmp_path / "c"])
+    assert codes == [[2, 2, 0, 0, 2, 2]] * 2, said
     for each in said:
         errors = [line for line in each.splitlines() if line.startswith("dansm: ")]
         assert "--batch is 9: expected a multiple of 2, 2 processes times --accumulate 1" in errors[0]
         assert "--batch is 10: expected a multiple of 4, 2 processes times --accumulate 2" in errors[1]
         assert "find checkpoint-00000002.pt, checkpoint-00000004.pt there, expected one folder" in errors[2]
-        assert len(errors) == 3 and "Traceback" not in each
+        assert "the processes find 20, 24 there, expected one folder that all of them see" in errors[3]
+        assert len(errors) == 4 and "Traceback" not in each
 
 
 @needs_gloo
