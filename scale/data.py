@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dansm import BadInput, check_count, free_memory
-from scale.cache import cached
+from dansm import BadInput, check_count, free_memory, say
+from scale.cache import OPTION, SHARED, cached, find_cached
 from scale.latents import Shards, draw, open_encoded, read_index
 from scale.read import Source, Unreadable, check_finite, check_no_size, files_of, open_latents, opened, square
 
@@ -28,7 +28,7 @@ AHEAD, READERS = 4, 2  # batches read before they are asked for, and threads tha
 
 def load_images(source: str, *, size: int | None = None, skip_unreadable: bool = False, root: str = "data",
                 track=lambda images, total: images, left_out: list[Path] | None = None,
-                cache: Path | None = None) -> Tensor | np.ndarray | Shards:
+                cache: Path | None = None, share: bool = False) -> Tensor | np.ndarray | Shards:
     """All of `source` as one array (N, C, H, W): uint8 for images, float16 or float32 for latents.
 
     source  images: a folder, read with its subfolders in the order of their names; a .zip, .tar, .tar.gz, .tar.bz2 or
@@ -41,12 +41,13 @@ def load_images(source: str, *, size: int | None = None, skip_unreadable: bool =
     left_out  gets the paths of the files that `skip_unreadable` left out.
     cache   a folder that keeps what was decoded: the array stays on the disk, memory-mapped, and the next call for
             the same files decodes nothing. Of several processes one decodes and the others wait for it.
+    share   whether `scale.cache.SHARED` is taken for want of a cache. What lies there already is used anyhow.
 
     A tensor in memory, or an np.memmap where a cache or a .npy file holds it, or `Shards` where an encode does;
     `batches` takes any. Raises BadInput
     for a source that is missing, empty, damaged, encrypted or unsafe, for an unreadable file (named; left out if
     `skip_unreadable`), for unequal sizes (two files named), for latents that are not finite, for an array of more than
-    half of the free memory where there is no cache, and for a cache on a full disk.
+    half of the free memory where there is no cache, and for a cache on a disk without room for it.
     """
     if not str(source):
         raise BadInput("the folder of images is '': expected a path, or cifar10")
@@ -59,11 +60,24 @@ def load_images(source: str, *, size: int | None = None, skip_unreadable: bool =
     files = files_of(source)
     if files[0] == source and source.suffix.lower() == ".npy":
         return _one_file_of_latents(source, size, track)
-    if cache is None:
-        return torch.from_numpy(_decode(source, files, size, skip_unreadable, track, left_out, _in_memory))
-    _check_outside("--cache", source, cache)
-    return cached(cache, source, files, size, skip_unreadable, left_out,
-                  partial(_decode, source, files, size, skip_unreadable, track))
+    decode = partial(_decode, source, files, size, skip_unreadable, track)
+    if cache is not None:
+        _check_outside("--cache", source, cache)
+        return cached(cache, source, files, size, skip_unreadable, left_out, decode)
+    shared = SHARED.expanduser()
+    if (found := find_cached(shared, source, files, size, skip_unreadable, left_out)) is None:
+        if not share:
+            return torch.from_numpy(decode(left_out, _in_memory))
+        _check_outside("the folder of decoded images", source, shared, f" ({OPTION})")
+        found = cached(shared, source, files, size, skip_unreadable, left_out, decode)
+    _say_shared(found)
+    return found
+
+
+def _say_shared(found: np.memmap) -> None:
+    kind = "images" if found.dtype == np.uint8 else "latents"
+    say(f"decoded {kind}: {found.filename}, {found.nbytes / 1e9:,.1f} GB; every later run of these files finds it",
+        "there, delete it if none will")
 
 
 def check_out(source: str, out: Path) -> None:
@@ -71,10 +85,10 @@ def check_out(source: str, out: Path) -> None:
     _check_outside("--out", source, out)
 
 
-def _check_outside(option, source, folder):
+def _check_outside(option, source, folder, names_another=""):
     if str(source) and Path(source).is_dir() and folder.resolve().is_relative_to(Path(source).resolve()):
         raise BadInput(f"{option} is {folder}, inside {source}, whose images are read with all its subfolders: "
-                       "expected a folder outside of it")
+                       f"expected a folder outside of it{names_another}")
 
 
 def _cifar10(root: str, size: int | None) -> Tensor:
@@ -163,7 +177,8 @@ def _in_memory(source: Path, shape: tuple[int, ...], dtype) -> np.ndarray:
     needed, free = int(np.prod(shape)) * dtype.itemsize, free_memory("cpu")
     if needed > free / 2:
         raise BadInput(f"{source} takes {needed / 1e9:,.1f} GB decoded, and half of the free memory is "
-                       f"{free / 2e9:,.1f} GB: expected smaller images (--size), or a folder to keep them in (--cache)")
+                       f"{free / 2e9:,.1f} GB: expected smaller images (--size), or a folder to keep them in "
+                       f"({OPTION})")
     return np.empty(shape, dtype)
 
 
