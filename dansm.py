@@ -272,7 +272,7 @@ class NoisePool:
     match_scope  "rank", or "global": under torch.distributed all ranks match their samples against one pool, of
                  which each holds match_size / ranks noises, as one process would with the joined batch
     compile      on a GPU, match by kernels that take some seconds to compile when the pool is made. Without: the same
-                 picks at once, in up to four times the time a batch
+                 picks, from the first batch on, in some milliseconds more each
 
     The pool keeps its free noises in front. When a batch has taken some, the last ones move into their places, and
     behind them the next pool is drawn bit by bit, from the end on: no batch pays for taken noises, and none waits for

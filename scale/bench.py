@@ -428,10 +428,12 @@ def compare(bench: dict, match_size: int) -> None:
 
 def write_csv(rows: list[dict], path: Path) -> None:
     names = list(dict.fromkeys(name for row in rows for name in row))
-    with open(path, "w", newline="") as file:
+    beside = path.with_suffix(".part")  # so that a full disk leaves what was there
+    with open(beside, "w", newline="") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(rows)
+    beside.replace(path)
 
 
 def _title(bench):

@@ -21,6 +21,17 @@ SEED = 0  # of the noises for every run, as that of dansm evaluate where none is
 CACHE = Path("~/.cache/dansm")  # of the features of real images, as that of dansm evaluate
 
 
+def due(recipe: Recipe, step: int) -> bool:
+    """Whether a run is to be evaluated after this step."""
+    every = recipe.evaluate_every
+    return step > 0 and (bool(every and step % every == 0) or step in recipe.evaluate_at)
+
+
+def is_evaluation(line: dict) -> bool:
+    """Whether a line of the log is of an evaluation."""
+    return any(name.endswith("/real") for name in line)
+
+
 class Judge:
     """Scores the averaged network each `recipe.evaluate_every` steps, never if that is 0, and after those of
     `recipe.evaluate_at`.
@@ -64,10 +75,6 @@ class Judge:
     def _batch(self) -> int:
         return 500 if self.device.type == "cuda" else 64
 
-    def due(self, step: int) -> bool:
-        every = self.recipe.evaluate_every
-        return bool(every and step % every == 0) or step in self.recipe.evaluate_at
-
     def __call__(self, run: FastTraining, flow, seconds: float, show, stop) -> dict | None:
         """A line of the log: "frechet_distance/5" and the like are of images in 5 steps, "…/real" of real images.
 
@@ -85,6 +92,7 @@ class Judge:
                 try:
                     features, logits = self._draw(net, flow, run.net.settings, steps, show, stop)
                 except _GivenUp:
+                    scores.shutdown(cancel_futures=True)
                     return None
                 if self.rank == 0:
                     rows[steps] = scores.submit(evaluate.score, features, self.real, self.extractor, logits=logits,

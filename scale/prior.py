@@ -28,7 +28,7 @@ WAYS = [Way("random pairs", "random", 0), Way("pool of 10,000", "greedy", 10_000
 
 def prior(images: Tensor, ways: Iterable[Way] = WAYS, *, seed: int = 0) -> list[dict]:
     """A row for each way: the tests of `tests_of` on the noises that it pairs with images (N, ...), in [−1, 1]. N is to
-    be a multiple of each match_size, so that pools are whole."""
+    be a multiple of each pool's match_size, so that pools are whole."""
     rows = []
     for way in ways:
         used = torch.cat([z.flatten(1) for _, z in dansm.pairs(

@@ -15,7 +15,7 @@ import shlex
 import statistics
 import time
 from collections.abc import Iterator
-from itertools import pairwise, product
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,14 +26,16 @@ import dansm
 from dansm import counted, say
 from scale import checkpoint, command, trainer
 from scale.bench import write_csv
+from scale.evaluate import digest_of_images
 from scale.prior import prior
 from scale.recipe import Recipe, load, shown
 
 LONG, MIDDLE, SHORT = 5_120_000, 2_048_000, 1_024_000  # images
 MARKS = (256_000, 512_000, SHORT, MIDDLE, 3_584_000, LONG)  # images after which a run is evaluated
 FEW = 128_000, 256_000, 512_000  # those with batches of 1 and of 8, whose steps take nearly as long as one of 256
+OWN = "seed", "steps", "evaluate_at", "log_steps"  # what `recipe_of` sets for each run
 PRIOR = 10_000  # the largest pool whose noises are tested
-FIELDS = ("run", "seed", "images", "seconds", "steps", "distance", "real", "features", "gpu")
+FIELDS = ("run", "seed", "images", "seconds", "steps", "distance", "real", "features", "data", "gpu")
 
 
 class Run(NamedTuple):
@@ -79,10 +81,10 @@ def recipe_of(run: Run, seed: int, data: str, **more) -> Recipe:
                           "evaluate_at": sorted({*marks, steps}), "log_steps": max(50, steps // 100), **more})
 
 
-def command_of(run: Run, seed: int, data: str = "cifar10") -> str:
+def command_of(run: Run, seed: int, data: str = "cifar10", **more) -> str:
     """The command that makes this run by itself."""
-    recipe, usual = recipe_of(run, seed, data), load("proof")
-    given = {name: getattr(recipe, name) for name in (*run.settings, "seed", "steps", "evaluate_at", "log_steps")}
+    recipe, usual = recipe_of(run, seed, data, **more), load("proof")
+    given = {name: getattr(recipe, name) for name in (*run.settings, *more, *OWN)}
     words = [f"--{name.replace('_', '-')} {shlex.quote(shown(value))}" for name, value in given.items()
              if value != getattr(usual, name)]
     return " ".join(["dansm train proof", *([f"--data {shlex.quote(data)}"] if data != "cifar10" else []), *words])
@@ -100,8 +102,8 @@ def todo(names: list[str], rows: list[dict]) -> Iterator[tuple[Run, int]]:
 # ---------------------------------------------------------------------------------------------------
 
 
-def read_rows(path: Path, features: str) -> list[dict]:
-    """What was measured so far, of these features. BadInput for a table of others."""
+def read_rows(path: Path) -> list[dict]:
+    """What was measured so far. BadInput for what is no such table."""
     if not path.exists():
         return []
     kinds = dict(seed=int, images=int, seconds=float, steps=int, distance=float, real=float)
@@ -113,9 +115,6 @@ def read_rows(path: Path, features: str) -> list[dict]:
                              ) from error
     if strange := next((row["run"] for row in rows if row["run"] not in RUNS), None):
         raise dansm.BadInput(f"{path} holds a run {strange!r}: expected one of {', '.join(RUNS)}, or another --out")
-    if rows and rows[0]["features"] != features:
-        raise dansm.BadInput(f"{path} holds distances of {rows[0]['features']}, --features is {features}: expected the "
-                             "same, or another --out")
     return rows
 
 
@@ -126,7 +125,7 @@ def read_speeds(path: Path) -> list[dict]:
         return [{**row, "seed": int(row["seed"])} for row in csv.DictReader(file)]
 
 
-def rows_of(run: Run, seed: int, log: Path, gpu: str) -> list[dict]:
+def rows_of(run: Run, seed: int, log: Path, gpu: str, features: str) -> list[dict]:
     """What the evaluations in a run's metrics.jsonl say."""
     rows = []
     for line in map(json.loads, log.read_text().splitlines()):
@@ -134,13 +133,16 @@ def rows_of(run: Run, seed: int, log: Path, gpu: str) -> list[dict]:
             kind, _, steps = name.partition("/")
             if kind in ("frechet_distance", "fid") and steps.isdecimal():
                 rows.append(dict(run=run.name, seed=seed, images=line["images"], seconds=line["seconds"],
-                                 steps=int(steps), distance=value, real=line[f"{kind}/real"], gpu=gpu))
+                                 steps=int(steps), distance=value, real=line[f"{kind}/real"], features=features,
+                                 gpu=gpu))
     return rows
 
 
-def speed_of(run: Run, seed: int, log: Path, gpu: str) -> dict | None:
-    """How fast the run trained: medians over the lines of its log, the first two left out, in which it warms up."""
-    lines = [line for line in map(json.loads, log.read_text().splitlines()) if "loss" in line][2:]
+def speed_of(run: Run, seed: int, log: Path, gpu: str, first: int) -> dict | None:
+    """How fast the run trained behind step `first`, where a call began: medians over the lines of its log, but for two,
+    in which it warms up."""
+    lines = [line for line in map(json.loads, log.read_text().splitlines()) if "loss" in line and line["step"] > first]
+    lines = lines[2:]
     if not lines:
         return None
     rates = [line["images_per_second"] for line in lines]
@@ -172,57 +174,70 @@ def prove(data: str, out: Path, work: Path, device: torch.device, *, names: list
     more   settings of every run: the features that distances are taken of
     """
     begin, more = time.monotonic(), {**more, "cache": str(cache or "")}
-    features = recipe_of(RUNS[OFF], 0, data, **more).evaluate_features
-    rows, runs = read_rows(out / "distances.csv", features), [name for name in names if name in RUNS]
-    waiting = list(todo(runs, rows))
-    (out / "commands.txt").write_text("".join(f"{command_of(run, seed)}\n" for run, seed in todo(list(RUNS), [])))
+    rows, runs = read_rows(out / "distances.csv"), [name for name in names if name in RUNS]
+    waiting, tests_prior = list(todo(runs, rows)), "prior" in names and not minutes
     say(f"{counted(len(waiting), 'run')} of {sum(RUNS[name].seeds for name in runs)} to go")
-    images = command.read(recipe_of(*waiting[0], data, **more))[0] if waiting else None
+    if waiting or tests_prior:
+        images, _ = command.read(recipe_of(RUNS[OFF], 0, data, **more))
+        which = f"{len(images):,} images, {digest_of_images(np.asarray(images))[:8]}"
+        check_same(rows, out / "distances.csv", features=more["evaluate_features"], data=which)
+    if waiting:
+        commands = [command_of(run, seed, data, **more) for run, seed in todo(list(RUNS), [])]
+        (out / "commands.txt").write_text("".join(f"{each}\n" for each in commands))
     for run, seed in waiting:
         left = minutes - (time.monotonic() - begin) / 60 if minutes else 0
         if minutes and left <= 0:
             break
         recipe = recipe_of(run, seed, data, minutes=left, **more)
-        rows, stopped = one_run(run, seed, images, recipe, out, work, device, rows)
+        say(f"{run.name}, seed {seed}: {command_of(run, seed, data, **more)}")
+        new, speed, stopped = one_run(run, seed, images, recipe, work, device)
+        rows = merged([{**row, "data": which} for row in new], rows, "run", "seed", "images", "steps")
+        write_csv(rows, out / "distances.csv")
+        if speed:
+            write_csv(merged(read_speeds(out / "speed.csv"), [speed], "run", "seed"), out / "speed.csv")
         if stopped:
             break
     if rows:
         finish(rows, out)
-    if "prior" in names and not (out / "prior.csv").exists() and not minutes:
-        images = command.read(recipe_of(RUNS[OFF], 0, data, **more))[0] if images is None else images
-        measure_prior(images, out, device)
+    if tests_prior:
+        measure_prior(images, which, out, device)
 
 
-def one_run(run: Run, seed: int, images, recipe: Recipe, out: Path, work: Path, device,
-            rows: list[dict]) -> tuple[list[dict], bool]:
-    """Train it as far as the recipe's minutes go, and put what was measured into the tables. Returns the new rows and
-    whether Ctrl-C or SIGTERM ended it."""
+def check_same(rows: list[dict], table: Path, **now: str) -> None:
+    """BadInput for a table of other features, or of other images."""
+    for name, value in now.items():
+        if other := next((row[name] for row in rows if row[name] != value), None):
+            raise dansm.BadInput(f"{table} is of {name} {other}, this call of {value}: expected the same, or another "
+                                 "--out")
+
+
+def one_run(run: Run, seed: int, images, recipe: Recipe, work: Path, device) -> tuple[list[dict], dict | None, bool]:
+    """Train it as far as the recipe's minutes go. Returns what its evaluations say, how fast it trained in this call,
+    if it was long enough to tell, and whether Ctrl-C or SIGTERM ended it."""
     folder, gpu = dansm.make_folder(work / f"{run.name}-{seed}"), dansm.hardware(device)["gpu"] or "CPU"
-    say(f"{run.name}, seed {seed}: {command_of(run, seed)}")
     with checkpoint.lock(folder):
         summary, *_ = trainer.fit(images, recipe, out=folder, fresh=False, device=device, console=dansm.console)
-    log = folder / "metrics.jsonl"
-    new = [row | {"features": recipe.evaluate_features} for row in rows_of(run, seed, log, gpu)]
-    rows = merged(rows, new, "run", "seed", "images", "steps")
-    write_csv(rows, out / "distances.csv")
-    if speed := speed_of(run, seed, log, gpu):
-        write_csv(merged(read_speeds(out / "speed.csv"), [speed], "run", "seed"), out / "speed.csv")
     gc.collect()  # a run's graphs hold memory
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return rows, summary["stopped_early"]
+    log, first = folder / "metrics.jsonl", summary["steps"] - summary["this_call"]["steps"]
+    return rows_of(run, seed, log, gpu, recipe.evaluate_features), speed_of(run, seed, log, gpu, first), (
+        summary["stopped_early"])
 
 
-def measure_prior(images, out: Path, device) -> None:
-    """The prior of each way of pairing, on as many of the images, in random order, as fill whole pools."""
-    count = len(images) // PRIOR * PRIOR
+def measure_prior(images, which: str, out: Path, device) -> None:
+    """The prior of each way of pairing, on as many of the images, in random order, as fill whole pools; unless that is
+    there of these images."""
+    table, count = out / "prior.csv", len(images) // PRIOR * PRIOR
+    if table.exists() and f'"{which}"' in table.read_text():
+        return
     if not count:
         say(f"the prior is not tested: that takes {PRIOR:,} images, there are {len(images):,}")
         return
     some = np.random.default_rng(0).permutation(len(images))[:count]
     images = torch.from_numpy(np.asarray(images)[some]).to(device).float() / 127.5 - 1
-    write_csv(prior(images), out / "prior.csv")
-    dansm.say_files(out, "prior.csv")
+    write_csv([{**row, "data": which} for row in prior(images)], table)
+    dansm.say_files(out, table.name)
 
 
 def finish(rows: list[dict], out: Path) -> None:
@@ -238,15 +253,22 @@ def finish(rows: list[dict], out: Path) -> None:
 # ---------------------------------------------------------------------------------------------------
 
 
-def curve(rows: list[dict], name: str, steps: int, seed: int | None = None) -> list[tuple[int, float]]:
-    """(images, distance) of a run in that many steps, in the order of images; without a seed the mean of all seeds
-    that there are at these images."""
-    by_images = {}
-    for row in rows:
-        if row["run"] == name and row["steps"] == steps and seed in (None, row["seed"]):
-            by_images.setdefault(row["images"], []).append(row["distance"])
-    most = max(map(len, by_images.values()), default=0)
-    return [(images, statistics.fmean(found)) for images, found in sorted(by_images.items()) if len(found) == most]
+def curves(rows: list[dict], name: str, steps: int) -> dict[int, list[tuple[int, float]]]:
+    """Of each seed of a run, in that many steps: (images, distance) in the order of images. Of the seeds that have come
+    farthest only: while others are under way, means over them would jump from point to point."""
+    found = {}
+    for row in sorted(rows, key=lambda row: row["images"]):
+        if (row["run"], row["steps"]) == (name, steps):
+            found.setdefault(row["seed"], []).append((row["images"], row["distance"]))
+    most = max(map(len, found.values()), default=0)
+    return {seed: points for seed, points in found.items() if len(points) == most}
+
+
+def mean_curve(found: dict[int, list[tuple[int, float]]]) -> list[tuple[int, float]]:
+    """The mean over seeds, at the images that all have."""
+    by_seed = [dict(points) for points in found.values()]
+    shared = set.intersection(*map(set, by_seed)) if by_seed else set()
+    return [(images, statistics.fmean(points[images] for points in by_seed)) for images in sorted(shared)]
 
 
 def images_to(distance: float, found: list[tuple[int, float]]) -> float | None:
@@ -262,22 +284,22 @@ def images_to(distance: float, found: list[tuple[int, float]]) -> float | None:
 def summarize(rows: list[dict]) -> list[dict]:
     """A row for each run, steps and images at which both it and off (of its own kind) were measured:
 
-    distance, off     means over seeds, with `seeds` and `off_seeds`, how many those are
+    distance, off     means over the seeds that have come farthest, with `seeds` and `off_seeds`, how many those are
     spread, off_spread   standard deviations over seeds, None of one
     of_off            distance / off
     images_off        that off needs for the run's distance, and `saved`, 1 − images / images_off; None where off does
-                      not come to it in its run. least_saved and most_saved: of all pairs of seeds
+                      not come to it in its run. least_saved and most_saved: of all pairs of seeds, None unless each
+                      pair has one
     """
     found = []
     for name, run in RUNS.items():
-        base = base_of(run)
-        if name == base:
+        if name == base_of(run):
             continue
         for steps in sorted({row["steps"] for row in rows if row["run"] == name}):
-            off = dict(curve(rows, base, steps))
-            for images, distance in curve(rows, name, steps):
-                if images in off:
-                    found.append(_compared(rows, name, base, steps, images, distance, off))
+            ours, off = curves(rows, name, steps), curves(rows, base_of(run), steps)
+            shared = {images for images, _ in mean_curve(ours)} & {images for images, _ in mean_curve(off)}
+            found += [{"run": name, "steps": steps, "images": images, **_compared(ours, off, images)}
+                      for images in sorted(shared)]
     return found
 
 
@@ -288,24 +310,18 @@ def base_of(run: Run) -> str:
                 kind == {key: other.settings.get(key) for key in kind})
 
 
-def _compared(rows, name, base, steps, images, distance, off) -> dict:
-    ours, theirs = (seeds_of(rows, each, steps, images) for each in (name, base))
-    saved = [1 - images / needed for seed, other in product(ours, theirs)
-             if (needed := images_to(ours[seed], curve(rows, base, steps, other)))]
-    needed = images_to(distance, sorted(off.items()))
-    return {"run": name, "steps": steps, "images": images, "distance": round(distance, 3), "off": round(off[images], 3),
-            "seeds": len(ours), "off_seeds": len(theirs), "spread": _spread(ours), "off_spread": _spread(theirs),
-            "of_off": round(distance / off[images], 4), "images_off": needed and round(needed),
-            "saved": needed and round(1 - images / needed, 3),
-            "least_saved": round(min(saved), 3) if saved else None,
-            "most_saved": round(max(saved), 3) if saved else None}
+def _compared(ours: dict, off: dict, images: int) -> dict:
+    mine, theirs = ([dict(points)[images] for points in found.values()] for found in (ours, off))
+    distance, of_off = statistics.fmean(mine), statistics.fmean(theirs)
+    needed = images_to(distance, mean_curve(off))
+    of_pairs = [images_to(each, points) for each in mine for points in off.values()]
+    saved = sorted(1 - images / each for each in of_pairs if each)
+    least, most = (saved[0], saved[-1]) if len(saved) == len(of_pairs) else (None, None)
+    return {"distance": round(distance, 3), "off": round(of_off, 3), "seeds": len(mine), "off_seeds": len(theirs),
+            "spread": _spread(mine), "off_spread": _spread(theirs), "of_off": round(distance / of_off, 4),
+            "images_off": needed and round(needed), "saved": needed and round(1 - images / needed, 3),
+            "least_saved": least and round(least, 3), "most_saved": most and round(most, 3)}
 
 
-def seeds_of(rows, name: str, steps: int, images: int) -> dict[int, float]:
-    """The distance of each seed."""
-    return {row["seed"]: row["distance"] for row in rows
-            if (row["run"], row["steps"], row["images"]) == (name, steps, images)}
-
-
-def _spread(of_seeds: dict[int, float]) -> float | None:
-    return round(statistics.stdev(of_seeds.values()), 3) if len(of_seeds) > 1 else None
+def _spread(of_seeds: list[float]) -> float | None:
+    return round(statistics.stdev(of_seeds), 3) if len(of_seeds) > 1 else None

@@ -62,7 +62,7 @@ class Recipe:
 
     flow: str = setting("Flow and matching", "what the network learns", "rectified", choices=dansm.FLOWS)
     times: str = setting("Flow and matching", "how the times to train at are drawn", "uniform", choices=dansm.TIMES)
-    target: str = setting("Flow and matching", "what the network of a diffusion says; velocity learns sooner", "noise",
+    target: str = setting("Flow and matching", "what the network of a diffusion says", "noise",
                           choices=dansm.TARGETS)
     method: str = setting("Flow and matching", "how noises are paired with samples", "greedy", choices=dansm.METHODS)
     match_size: int = setting("Flow and matching", "noises in the pool; 0 or 1 is vanilla training", 10_000, least=0)

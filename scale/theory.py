@@ -8,20 +8,21 @@ one of 4,000. A gain is by how much the mean squared path is shorter than the me
 
 from __future__ import annotations
 
-import csv
 import math
 from pathlib import Path
 from statistics import fmean, stdev
 
-import matplotlib.pyplot as plt
+import matplotlib
 import numpy as np
 import torch
 import typer
+from matplotlib.figure import Figure
 from torch import Tensor
 
 import dansm
+from scale.bench import write_csv
 from scale.data import load_images
-from scale.figures import DATA, INK, NOISE, NOTE, PALE
+from scale.figures import COLUMN, DATA, INK, NOISE, NOTE, PALE, SERIES, STYLE, save
 
 MATCH_SIZES = (100, 1000, 4000)
 WAYS = ("squared", "inner", "optimal")  # greedy by either cost, and the linear assignment
@@ -191,28 +192,24 @@ def picture_data(x: Tensor, seen: dict[str, Tensor], first: Tensor) -> dict:
 # The figure
 # ---------------------------------------------------------------------------------------------------
 
-STYLE = {"font.family": "DejaVu Sans", "font.size": 7, "axes.titlesize": 7.5, "axes.labelsize": 7,
-         "legend.fontsize": 6.5, "xtick.labelsize": 6.5, "ytick.labelsize": 6.5, "axes.linewidth": 0.6,
-         "xtick.major.width": 0.6, "ytick.major.width": 0.6, "axes.spines.top": False, "axes.spines.right": False}
-# light, middle and dark, so that grey parts them too
-GAINS = {"optimal": dict(color=INK, marker="^", linestyle=(0, (1, 1.2)), label="optimal"),
-         "inner": dict(color=NOISE, marker="o", linestyle=(0, (4, 2)), label="greedy, inner"),
-         "squared": dict(color=DATA, marker="s", linestyle="-", label="greedy, squared")}
+GAINS = {"optimal": SERIES["own"] | {"label": "optimal"}, "inner": SERIES["random"] | {"label": "greedy, inner"},
+         "squared": SERIES["matched"] | {"label": "greedy, squared"}}
+SMALL = {"font.size": 7, "axes.titlesize": 7.5, "axes.labelsize": 7, "legend.fontsize": 6.5, "xtick.labelsize": 6.5,
+         "ytick.labelsize": 6.5}  # four panels in one column
 
 
-def draw(result: dict, path: Path) -> None:
+@matplotlib.rc_context(STYLE | SMALL)
+def draw(result: dict, path: Path) -> list[str]:
     """A column of a paper wide. Above, paths along the images' first principal direction; below, the noises that a
-    training sees along it, and the gain of whole pools and of their last quarters."""
-    with plt.rc_context(STYLE):
-        figure = plt.figure(figsize=(3.4, 3.6), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.02, h_pad=0.03)
-        above, below = figure.subfigures(2, 1, height_ratios=(1, 1.12))
-        draw_paths(above.subplots(1, 2, sharey=True), result)
-        prior, gain = below.subplots(1, 2, width_ratios=(1, 1.1))
-        draw_prior(prior, result)
-        draw_gains(gain, result)
-        figure.savefig(path, dpi=220)
-        plt.close(figure)
+    training sees along it, and the gain of whole pools and of their last quarters. Returns the names of the files."""
+    figure = Figure((COLUMN, 3.6), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.03)
+    above, below = figure.subfigures(2, 1, height_ratios=(1, 1.12))
+    draw_paths(above.subplots(1, 2, sharey=True), result)
+    prior, gain = below.subplots(1, 2, width_ratios=(1, 1.1))
+    draw_prior(prior, result)
+    draw_gains(gain, result)
+    return save(figure, path)
 
 
 def draw_paths(panels, result: dict) -> None:
@@ -267,12 +264,8 @@ def draw_gains(panel, result: dict) -> None:
 
 def write(result: dict, out: Path) -> None:
     dansm.write_json(out / "theory.json", result)
-    with (out / "theory.csv").open("w", newline="") as file:
-        table = csv.DictWriter(file, list(dict.fromkeys(name for row in result["rows"] for name in row)))
-        table.writeheader()
-        table.writerows(result["rows"])
-    draw(result, out / "theory.png")
-    dansm.say_files(out, "theory.json", "theory.csv", "theory.png")
+    write_csv(result["rows"], out / "theory.csv")
+    dansm.say_files(out, "theory.json", "theory.csv", *draw(result, out / "theory"))
 
 
 def main(data: str = "data/train", out: Path = Path("results/theory"), draws: int = DRAWS) -> None:

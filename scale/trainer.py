@@ -22,7 +22,7 @@ from torch import Tensor
 
 import dansm
 from scale import checkpoint, data
-from scale.judge import Judge
+from scale.judge import Judge, due, is_evaluation
 from scale.recipe import Recipe, changed, make_flow, write
 from scale.step import FastTraining, make_deterministic, number_type, operations_per_image, peak, ranks, sampler
 
@@ -60,8 +60,9 @@ def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, 
                            compile=recipe.compile)
     keeper = Keeper(out, recipe, len(images), fresh, console)
     keeper.resume(run, pool, device)
+    owed = due(recipe, run.step) and keeper.lacks_evaluation(run.step)  # as it was cut off, after the checkpoint
     with keeper.paused():
-        judge = Judge(images, recipe, device, console) if run.step < recipe.steps else None
+        judge = Judge(images, recipe, device, console) if run.step < recipe.steps or owed else None
     resident = None if recipe.resident == "auto" else recipe.resident == "yes"
     batches = data.batches(images, recipe.batch, seed=recipe.seed, flip=recipe.flip, start=run.step, rank=rank,
                            ranks=processes, device=device, resident=resident)
@@ -71,6 +72,15 @@ def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, 
     with keeper.log(run.step) as log, progress(run, recipe, console, rank) as show, \
             Interrupt(lambda: show("stopping after this step")) as interrupt:
         decide = Decide(recipe, run, interrupt)
+
+        def evaluate() -> bool:
+            """Whether it came to its end; one that was given up is made up for when the run goes on."""
+            with keeper.paused(), watch.paused():
+                log(line := judge(run, flow, keeper.seconds, show, interrupt))
+            return line is not None or processes > 1
+
+        if owed:
+            evaluate()
         for loss in dansm.train(run, flow, paired) if run.step < recipe.steps else ():
             watch.losses.append(loss)
             stop, save = decide()
@@ -78,15 +88,12 @@ def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, 
                 line = watch.line(keeper.seconds)
                 log(line)
                 show(watch.text(line))
-            judged = judge.due(run.step)
+            judged = due(recipe, run.step)
             if judged or (save and not stop):
                 keeper.save(run, pool, device)
             if save and not stop and watch.grid_seconds() <= GRID_SHARE * 60 * recipe.save_minutes:
                 keeper.grid(run, flow, pool.shape, device)
-            if judged:
-                with keeper.paused(), watch.paused():
-                    log(judge(run, flow, keeper.seconds, show, interrupt))
-            if stop:
+            if (judged and not evaluate()) or stop:
                 break
         batches.close()
         if watch.steps:
@@ -221,6 +228,14 @@ class Keeper:
                 for name in line if board else ():
                     board.add_scalar(name, line[name], line["step"])
             yield write_line
+
+    def lacks_evaluation(self, step: int) -> bool:
+        """Whether the log has no evaluation of this step, as the first process sees it."""
+        lines = self.metrics.read_text().splitlines() if self.rank == 0 and self.metrics.exists() else []
+        told = [not any(_step_of(line) == step and is_evaluation(json.loads(line)) for line in lines)]
+        if self.processes > 1:
+            group.broadcast_object_list(told)
+        return told[0]
 
     def save(self, run: FastTraining, pool: dansm.NoisePool, device) -> None:
         """A checkpoint, of what all processes know; if this step's is not there yet."""

@@ -111,12 +111,11 @@ def test_a_run_cut_off_and_resumed_has_each_evaluation_once(run, images, tmp_pat
     torch.save(torch.zeros(1), twice / "checkpoint-00000004.pt")  # damaged: it goes on from that of the evaluation
     assert run(*command, "--steps", 9, "--out", twice)[0] == 0
     assert test_trainer.same(*(state_of(out)["training"] for out in (once, twice)))
-    both = [[{name: line[name] for name in line if "seconds" not in name} for line in evaluations(out)]
-            for out in (once, twice)]
+    both = [told(out) for out in (once, twice)]
     assert both[0] == both[1] and [line["step"] for line in both[0]] == [3, 6, 9]
 
 
-def test_ctrl_c_in_an_evaluation_gives_it_up_and_keeps_the_checkpoint(run, images, tmp_path, monkeypatch):
+def test_ctrl_c_in_an_evaluation_gives_it_up_and_the_same_command_makes_up_for_it(run, images, tmp_path, monkeypatch):
     def pressed(*arguments, advance, **settings):
         trainer.Interrupt._press(interrupt)
         advance(8)
@@ -128,14 +127,42 @@ def test_ctrl_c_in_an_evaluation_gives_it_up_and_keeps_the_checkpoint(run, image
         interrupt = self
         init(self, say)
 
-    interrupt = None
-    monkeypatch.setattr(trainer.Interrupt, "__init__", known)
-    monkeypatch.setattr(evaluate, "draw_features", pressed)
-    out = tmp_path / "out"
-    code, said, _ = run("train", images, "--steps", 100, "--out", out, *FAST, *SEEN, "--evaluate-every", 3)
-    assert code == 0 and "stopped at step 4" in said
-    assert evaluations(out) == []
-    assert (out / "checkpoint-00000003.pt").exists() and (out / "checkpoint-00000004.pt").exists()
+    interrupt, out = None, tmp_path / "out"
+    command = ["train", images, "--steps", 7, *FAST, *SEEN, "--evaluate-every", 3]
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Interrupt, "__init__", known)
+        patch.setattr(evaluate, "draw_features", pressed)
+        code, said, _ = run(*command, "--out", out)
+    assert code == 0 and "stopped at step 3" in said
+    assert evaluations(out) == [] and checkpoint.newest(out).name == "checkpoint-00000003.pt"
+    assert run(*command, "--out", out)[0] == run(*command, "--out", tmp_path / "once")[0] == 0
+    assert told(out) == told(tmp_path / "once") and [line["step"] for line in told(out)] == [3, 6]
+    assert test_trainer.same(*(state_of(each)["training"] for each in (out, tmp_path / "once")))
+
+
+def told(out):
+    return [{name: line[name] for name in line if "seconds" not in name} for line in evaluations(out)]
+
+
+def test_an_evaluation_that_a_kill_cut_off_is_made_up_for_even_at_the_end(run, images, tmp_path, monkeypatch):
+    """The checkpoint of the last step is there, its evaluation is not: the same command makes no step, and that."""
+    command = ["train", images, "--steps", 4, *FAST, *SEEN, "--evaluate-at", "2,4"]
+    draws = evaluate.draw_features
+
+    def killed(net, *arguments, **settings):
+        if any("checkpoint-00000004" in path.name for path in (tmp_path / "cut").iterdir()):
+            raise KeyboardInterrupt
+        return draws(net, *arguments, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "draw_features", killed)
+        assert run(*command, "--out", tmp_path / "cut")[0] == 130
+    assert [line["step"] for line in evaluations(tmp_path / "cut")] == [2]
+    code, said, _ = run(*command, "--out", tmp_path / "cut")
+    assert code == 0 and "nothing to do" in said
+    assert run(*command, "--out", tmp_path / "once")[0] == 0
+    assert told(tmp_path / "cut") == told(tmp_path / "once") and len(told(tmp_path / "cut")) == 2
+    assert run(*command, "--out", tmp_path / "cut")[0] == 0 and len(told(tmp_path / "cut")) == 2
 
 
 def test_evaluations_do_not_count_as_training(run, images, tmp_path, monkeypatch):

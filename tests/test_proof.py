@@ -10,6 +10,7 @@ import test_commands
 import torch
 from test_commands import make_images
 
+import dansm
 from scale import judge, prior, proof, proof_figures, trainer
 from scale.recipe import load
 
@@ -104,6 +105,22 @@ def test_calls_that_end_early_add_up(run, three, tmp_path, monkeypatch):
     assert cut == once
 
 
+def test_other_images_are_refused_and_rows_keep_their_card(run, three, tmp_path, monkeypatch):
+    assert run(*three, "--only", "off")[0] == 0
+    before = (tmp_path / "out" / "distances.csv").read_bytes()
+    others = make_images(tmp_path / "others", count=48, width=8, height=8)
+    code, _, err = run(*("proof", "--data", others, *three[3:]))
+    assert code == 2 and err.count("\n") == 1 and "40 images" in err and "48 images" in err
+    assert (tmp_path / "out" / "distances.csv").read_bytes() == before
+    known = dansm.hardware
+    monkeypatch.setattr(dansm, "hardware", lambda device: known(device) | {"gpu": "another card"})
+    assert run(*three)[0] == 0
+    assert {row["run"]: row["gpu"] for row in table(tmp_path)} == {
+        "off": "CPU", "greedy-10000": "another card", "assigned-256": "another card"}
+    assert all("--data" in line and "test_evaluate:seen" in line for line in
+               (tmp_path / "out" / "commands.txt").read_text().splitlines())
+
+
 def test_the_prior_is_tested_once_there_are_images_for_a_whole_pool(run, three, tmp_path, monkeypatch):
     assert "40" in run(*three)[1].partition("the prior is not tested")[2]
     monkeypatch.setattr(proof, "PRIOR", 16)
@@ -128,8 +145,8 @@ def test_some_runs_alone_and_unknown_ones(run, three, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["run,seed\nother,0\n", "nothing\n1\n",
-                                     ",".join(proof.FIELDS) + "\nother,0,1,1,1,1,1,test_evaluate:seen,CPU\n",
-                                     ",".join(proof.FIELDS) + "\noff,0,1,1,1,1,1,inception,CPU\n"])
+                                     ",".join(proof.FIELDS) + "\nother,0,1,1,1,1,1,test_evaluate:seen,some,CPU\n",
+                                     ",".join(proof.FIELDS) + "\noff,0,1,1,1,1,1,inception,some,CPU\n"])
 def test_a_table_of_others_is_refused_and_left(run, three, tmp_path, content):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "distances.csv").write_text(content)
@@ -143,7 +160,7 @@ def test_a_table_of_others_is_refused_and_left(run, three, tmp_path, content):
 
 def rows_by(distance, name, seeds=1, images=(256_000, 512_000, 1_024_000, 2_048_000)):
     return [dict(run=name, seed=seed, images=each, seconds=each / 1000, steps=3, distance=distance(each, seed),
-                 real=1.0, features="inception", gpu="none") for seed in range(seeds) for each in images]
+                 real=1.0, features="inception", data="some", gpu="none") for seed in range(seeds) for each in images]
 
 
 def test_what_is_saved_is_read_off_curves_that_are_known():
@@ -161,13 +178,15 @@ def test_what_is_saved_is_read_off_curves_that_are_known():
 
 def test_speed_is_the_median_of_the_lines_after_two(tmp_path):
     lines = [dict(step=n, loss=1.0, images_per_second=rate, matching=rate / 1e4, distance=2.0, distance_unmatched=3.0)
-             for n, rate in enumerate((1.0, 50.0, 100.0, 120.0, 90.0))]
+             for n, rate in enumerate((1.0, 50.0, 100.0, 120.0, 90.0), 1)]
     lines.insert(3, {"step": 3, "frechet_distance/3": 5.0})
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    speed = proof.speed_of(proof.RUNS["off"], 1, tmp_path / "metrics.jsonl", "none")
+    speed = proof.speed_of(proof.RUNS["off"], 1, tmp_path / "metrics.jsonl", "none", 0)
     assert (speed["images_per_second"], speed["least"], speed["most"], speed["matching"]) == (100.0, 90.0, 120.0, 0.01)
+    of_this_call = proof.speed_of(proof.RUNS["off"], 1, tmp_path / "metrics.jsonl", "none", 2)
+    assert of_this_call["images_per_second"] == 90.0  # of the lines of steps 3, 4 and 5 the last
     (tmp_path / "metrics.jsonl").write_text(json.dumps(lines[0]) + "\n")
-    assert proof.speed_of(proof.RUNS["off"], 1, tmp_path / "metrics.jsonl", "none") is None
+    assert proof.speed_of(proof.RUNS["off"], 1, tmp_path / "metrics.jsonl", "none", 0) is None
 
 
 def test_seeds_give_means_and_spreads():
@@ -180,6 +199,27 @@ def test_seeds_give_means_and_spreads():
     assert row["saved"] == pytest.approx(0.375, abs=1e-3)
     assert row["least_saved"] == pytest.approx(1 - (1.2 / 1.0) ** 2 / 1.6, abs=1e-3)
     assert row["most_saved"] == pytest.approx(1 - (1.0 / 1.2) ** 2 / 1.6, abs=1e-3)
+
+
+def test_seeds_that_are_under_way_are_left_out_and_take_nothing_away():
+    """One whole seed of each, and a second begun: what the first says stands, alone."""
+    some = (256_000, 512_000)
+    whole = rows_by(lambda n, _: n**-0.5, "off") + rows_by(lambda n, _: (1.6 * n) ** -0.5, "greedy-10000")
+    begun = [{**row, "seed": 1, "distance": 3 * row["distance"]} for row in whole if row["images"] in some]
+    assert proof.summarize(whole + begun) == proof.summarize(whole)
+    assert [row["seeds"] for row in proof.summarize(whole + begun)] == [1] * 4
+
+
+def test_a_range_is_that_of_all_pairs_of_seeds_or_none():
+    """At 1,024,000 images the second seed is nearer than off ever comes: there is no range then, nor half of one."""
+    factor = (1.0, 0.5)
+    rows = rows_by(lambda n, _: n**-0.5, "off") + rows_by(
+        lambda n, seed: factor[seed] * (1.2 * n) ** -0.5, "greedy-10000", 2)
+    found = {row["images"]: row for row in proof.summarize(rows)}
+    assert found[256_000]["least_saved"] == pytest.approx(1 - 1 / 1.2, abs=1e-3)
+    assert found[256_000]["most_saved"] == pytest.approx(1 - 1 / 4.8, abs=1e-3)
+    assert found[256_000]["least_saved"] < found[256_000]["saved"] < found[256_000]["most_saved"]
+    assert found[1_024_000]["least_saved"] is None is found[1_024_000]["most_saved"]
 
 
 def test_a_curve_that_never_comes_so_near_has_no_images():

@@ -262,13 +262,14 @@ PAPERS = ["cifar10", "latent-bedroom", "bedroom-256", "celeba-64", "ffhq-64", "i
 
 
 def test_there_is_one_of_each_kind_for_each_of_the_papers_settings():
-    assert sorted(names()) == sorted([*PAPERS, *(f"{name}-dm" for name in PAPERS)])
+    assert sorted(names()) == sorted([*PAPERS, *(f"{name}-dm" for name in PAPERS), "proof"])
     assert all(10 < len(says) < 60 and not says.startswith("#") for says in names().values())
     for name in names():
         assert load(name).flow == ("diffusion" if name.endswith("-dm") else "rectified")
 
 
 PARAMETERS = {"cifar10": 61_804_419, "cifar10-dm": 35_746_307,  # 3 channels in place of 4; Ho et al. 2020: 35.7 M
+              "proof": 8_952_067,  # a quarter of that
               "latent-bedroom": 61_806_724, "latent-bedroom-dm": 35_748_612,  # as the paper has them
               "bedroom-256": 113_673_219, "bedroom-256-dm": 113_673_219}  # Ho et al. 2020: 114 M
 

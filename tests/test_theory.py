@@ -226,4 +226,4 @@ def test_a_folder_of_images_is_read_and_the_results_are_written(result, tmp_path
     theory.write(result, tmp_path)
     assert json.loads((tmp_path / "theory.json").read_text()) == result
     assert len((tmp_path / "theory.csv").read_text().splitlines()) == len(result["rows"]) + 1
-    assert Image.open(tmp_path / "theory.png").width == pytest.approx(3.4 * 220, abs=1)
+    assert Image.open(tmp_path / "theory.png").width == pytest.approx(3.4 * 200, abs=1)

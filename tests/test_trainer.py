@@ -586,7 +586,6 @@ def test_processes_that_share_a_pool_train_on_the_pairs_of_one_process(images, t
         assert torch.equal(x, others[1][0]) and not torch.equal(z, others[1][1])
 
 
-@needs_gloo
 def test_a_pool_of_bfloat16_trains_on_other_noises_and_goes_on_only_as_that(run, refused, images, tmp_path):
     command = ["train", images, "--steps", 2, *FAST, "--log-steps", 1]
     for pool in ("fp32", "bf16"):
@@ -638,6 +637,7 @@ def test_of_two_processes_one_decodes_and_the_next_run_decodes_nothing(images, t
     assert len(foundations.load_data(None, [model], count=2)) == count
 
 
+@needs_gloo
 def test_what_processes_cannot_do_together_is_refused_by_each(images, tmp_path):
     command = ["train", images, "--steps", 2, *FAST]
     codes, said = in_processes(
