@@ -324,6 +324,15 @@ def _draw(sample: list, lots: np.ndarray, places: np.ndarray, features: np.ndarr
             heapq.heapreplace(sample, (-lot, place, row.copy()))
 
 
+def digest_of_images(images: np.ndarray) -> str:
+    """Of their pixels and their order, in parts, as they may be larger than the memory: that which tables of earlier
+    runs hold."""
+    digest = hashlib.blake2b(f"{tuple(images.shape)}".encode(), digest_size=16)
+    for start in range(0, len(images), 4096):
+        digest.update(np.ascontiguousarray(images[start : start + 4096]))
+    return digest.hexdigest()
+
+
 def digest_of_weights(weights: dict[str, Tensor]) -> str:
     """Of names and numbers: the same for a checkpoint and for its export."""
     digest = hashlib.blake2b(digest_size=16)
