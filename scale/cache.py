@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,8 @@ except ImportError:  # not on Windows, where two runs must not decode into one c
     fcntl = None
 
 VERSION = 1  # of what a cache holds; another one is decoded anew
+SHARED = Path("~/.cache/dansm/images")  # where processes of one machine find what one of them has decoded
+OPTION = "--cache of dansm train"  # that names another: there are commands without it, and runs that were given none
 
 
 def cached(cache: Path, source: Path, files: list[Path], size: int | None, skip_unreadable: bool,
@@ -29,8 +33,7 @@ def cached(cache: Path, source: Path, files: list[Path], size: int | None, skip_
     returns its part that is filled and adds to left_out the files it left out. Raises BadInput for a folder that
     cannot be written to, and for a full disk.
     """
-    key = hashlib.blake2b(f"{source.resolve()} {size}".encode(errors="surrogateescape"), digest_size=4).hexdigest()
-    kept, digest = cache / f"{source.name}-{size or 'whole'}-{key}.npy", digest_of_files(source, files, size)
+    kept, digest = _place(cache, source, size), digest_of_files(source, files, size)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with _alone(kept.with_suffix(".lock")):
@@ -40,8 +43,22 @@ def cached(cache: Path, source: Path, files: list[Path], size: int | None, skip_
                 found = _look_up(kept, digest, skip_unreadable, [])
         return found
     except OSError as error:
-        raise BadInput(f"--cache is {cache}, which cannot be used: {error.strerror}; expected a folder that can be "
-                       "written to, on a disk with room") from error
+        raise BadInput(f"the decoded images cannot be kept in {cache}: {error.strerror}; expected a folder that can be "
+                       f"written to, on a disk with room ({OPTION})") from error
+
+
+def find_cached(cache: Path, source: Path, files: list[Path], size: int | None, skip_unreadable: bool,
+                left_out: list[Path]) -> np.ndarray | None:
+    """What an earlier call of `cached` has kept of these very files, None if there is nothing. Nothing is written."""
+    kept = _place(cache, source, size)
+    if not os.path.exists(kept.with_suffix(".json")):  # without a look at each of a million files
+        return None
+    return _look_up(kept, digest_of_files(source, files, size), skip_unreadable, left_out)
+
+
+def _place(cache: Path, source: Path, size: int | None) -> Path:
+    key = hashlib.blake2b(f"{source.resolve()} {size}".encode(errors="surrogateescape"), digest_size=4).hexdigest()
+    return cache / f"{source.name}-{size or 'whole'}-{key}.npy"
 
 
 def digest_of_files(source: Path, files: list[Path], size: int | None) -> str:
@@ -82,7 +99,7 @@ def _keep(kept: Path, made_from: dict, left_out, decode) -> None:
     """Decode into a file beside `kept`, then rename it; the index is written last, so that a kill leaves none."""
     partly, index, missing = kept.with_suffix(".partial"), kept.with_suffix(".json"), []
     try:
-        array = decode(missing, lambda _, shape, dtype: _on_disk(partly, shape, dtype))
+        array = decode(missing, partial(_on_disk, partly))
         array.flush()
         whole = np.load(partly, mmap_mode="r")
         index.unlink(missing_ok=True)
@@ -96,12 +113,17 @@ def _keep(kept: Path, made_from: dict, left_out, decode) -> None:
     left_out += missing
 
 
-def _on_disk(path: Path, shape: tuple[int, ...], dtype) -> np.memmap:
-    """A memory-mapped array with all its room taken at once: a disk that fills up under a map ends the process."""
+def _on_disk(path: Path, source: Path, shape: tuple[int, ...], dtype) -> np.memmap:
+    """A memory-mapped array with all its room taken at once: a disk that fills up under a map ends the process.
+    BadInput at once, before anything is written, where there is not so much room."""
     with open(path, "wb") as file:
         np.lib.format.write_array_header_1_0(file, {
             "descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape})
         needed = int(np.prod(shape)) * dtype.itemsize
+        if needed > (free := shutil.disk_usage(path.parent).free):
+            raise BadInput(f"{source} takes {needed / 1e9:,.1f} GB decoded, and the disk of {path.parent} has "
+                           f"{free / 1e9:,.1f} GB free: expected a folder with room for it ({OPTION}), or smaller "
+                           "images (--size)")
         if hasattr(os, "posix_fallocate"):
             file.flush()
             os.posix_fallocate(file.fileno(), 0, file.tell() + needed)

@@ -95,6 +95,7 @@ def evaluate_command(
     steps: Annotated[str, typer.Option(help="counts of steps from noise to image, parted by commas")] = "3,4,5,10",
     count: Annotated[int, typer.Option(min=2, help="images drawn for each row of the table")] = 10_000,
     size: Annotated[int | None, typer.Option(min=1, help="make the real images so many pixels square")] = None,
+    skip_unreadable: Annotated[bool, typer.Option("--skip-unreadable", help="leave out what cannot be read")] = False,
     features: Annotated[str, typer.Option(
         help="inception, or any other network as module:callable; scale.evaluate:efficientnet_lite0 needs no "
              "download")] = "inception",
@@ -115,7 +116,7 @@ def evaluate_command(
 
     evaluate(models, data, dansm.pick_device(device), out, steps=steps, count=count, size=size, features=features,
              weights=inception_weights, solver=solver, batch=batch, precision=precision, seed=seed,
-             cache=cache.expanduser(), autoencoder=autoencoder, memory=memory)
+             cache=cache.expanduser(), autoencoder=autoencoder, memory=memory, skip_unreadable=skip_unreadable)
 
 
 @_command("bench")

@@ -23,7 +23,6 @@ from scale.latents import known_of, known_on_disk
 from scale.recipe import SETTINGS, Recipe, kind_of, load, names, shown
 from scale.step import processes, ranks, sampler
 
-SHARED = Path("~/.cache/dansm/images")  # where processes of one machine find what one of them has decoded
 WORDS = {int: "N", float: "X", str: "NAME"}  # that stand in the help for a value
 
 
@@ -162,9 +161,9 @@ def read(recipe: Recipe):
     left_out, first = [], ranks()[0] == 0
     if recipe.data == "cifar10" and not first:
         group.barrier()
-    cache = Path(recipe.cache) if recipe.cache else SHARED.expanduser() if ranks()[1] > 1 else None
     images = data.load_images(recipe.data, size=recipe.size or None, skip_unreadable=recipe.skip_unreadable,
-                              cache=cache, left_out=left_out, track=_track_reading)
+                              cache=Path(recipe.cache) if recipe.cache else None, share=ranks()[1] > 1,
+                              left_out=left_out, track=_track_reading)
     if recipe.data == "cifar10" and first and ranks()[1] > 1:
         group.barrier()
     if left_out:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from dansm import BadInput, check_count, free_memory
-from scale.cache import cached
+from dansm import BadInput, check_count, free_memory, say
+from scale.cache import OPTION, SHARED, cached, digest_of_files, find_cached
 from scale.latents import Shards, draw, known_on_disk, open_encoded
 from scale.read import Source, Unreadable, check_finite, check_no_size, files_of, open_latents, opened, square
 
@@ -28,7 +30,7 @@ AHEAD, READERS = 4, 2  # batches read before they are asked for, and threads tha
 
 def load_images(source: str, *, size: int | None = None, skip_unreadable: bool = False, root: str = "data",
                 track=lambda images, total: images, left_out: list[Path] | None = None,
-                cache: Path | None = None) -> Tensor | np.ndarray | Shards:
+                cache: Path | None = None, share: bool = False) -> Tensor | np.ndarray | Shards:
     """All of `source` as one array (N, C, H, W): uint8 for images, float16 or float32 for latents.
 
     source  images: a folder, read with its subfolders in the order of their names; a .zip, .tar, .tar.gz, .tar.bz2 or
@@ -41,17 +43,18 @@ def load_images(source: str, *, size: int | None = None, skip_unreadable: bool =
     left_out  gets the paths of the files that `skip_unreadable` left out.
     cache   a folder that keeps what was decoded: the array stays on the disk, memory-mapped, and the next call for
             the same files decodes nothing. Of several processes one decodes and the others wait for it.
+    share   whether `scale.cache.SHARED` is taken for want of a cache. What lies there already is used anyhow.
 
     A tensor in memory, or an np.memmap where a cache or a .npy file holds it, or `Shards` where an encode does;
-    `batches` takes any. Raises BadInput
+    `batches` takes any. Who needs each image but once takes `stream_images`. Raises BadInput
     for a source that is missing, empty, damaged, encrypted or unsafe, for an unreadable file (named; left out if
     `skip_unreadable`), for unequal sizes (two files named), for latents that are not finite, for an array of more than
-    half of the free memory where there is no cache, and for a cache on a full disk.
+    half of the free memory where there is no cache, and for a cache on a disk without room for it.
     """
-    if not str(source):
-        raise BadInput("the folder of images is '': expected a path, or cifar10")
-    if source == "cifar10" and not Path(source).exists():
-        return _cifar10(root, size)
+    if _is_cifar10(source):
+        images = _cifar10(root)
+        images = images if size is None else np.stack([square(Image.fromarray(image), size) for image in images])
+        return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
     source, left_out = Path(source), [] if left_out is None else left_out
     if known := known_on_disk(source):
         check_no_size(size, source)
@@ -59,11 +62,24 @@ def load_images(source: str, *, size: int | None = None, skip_unreadable: bool =
     files = files_of(source)
     if files[0] == source and source.suffix.lower() == ".npy":
         return _one_file_of_latents(source, size, track)
-    if cache is None:
-        return torch.from_numpy(_decode(source, files, size, skip_unreadable, track, left_out, _in_memory))
-    _check_outside("--cache", source, cache)
-    return cached(cache, source, files, size, skip_unreadable, left_out,
-                  partial(_decode, source, files, size, skip_unreadable, track))
+    decode = partial(_decode, source, files, size, skip_unreadable, track)
+    if cache is not None:
+        _check_outside("--cache", source, cache)
+        return cached(cache, source, files, size, skip_unreadable, left_out, decode)
+    shared = SHARED.expanduser()
+    if (found := find_cached(shared, source, files, size, skip_unreadable, left_out)) is None:
+        if not share:
+            return torch.from_numpy(decode(left_out, _in_memory))
+        _check_outside("the folder of decoded images", source, shared, f" ({OPTION})")
+        found = cached(shared, source, files, size, skip_unreadable, left_out, decode)
+    _say_shared(found)
+    return found
+
+
+def _say_shared(found: np.memmap) -> None:
+    kind = "images" if found.dtype == np.uint8 else "latents"
+    say(f"decoded {kind}: {found.filename}, {found.nbytes / 1e9:,.1f} GB; every later run of these files finds it",
+        "there, delete it if none will")
 
 
 def check_out(source: str, out: Path) -> None:
@@ -71,22 +87,27 @@ def check_out(source: str, out: Path) -> None:
     _check_outside("--out", source, out)
 
 
-def _check_outside(option, source, folder):
+def _check_outside(option, source, folder, names_another=""):
     if str(source) and Path(source).is_dir() and folder.resolve().is_relative_to(Path(source).resolve()):
         raise BadInput(f"{option} is {folder}, inside {source}, whose images are read with all its subfolders: "
-                       "expected a folder outside of it")
+                       f"expected a folder outside of it{names_another}")
 
 
-def _cifar10(root: str, size: int | None) -> Tensor:
+def _is_cifar10(source: str) -> bool:
+    if not str(source):
+        raise BadInput("the folder of images is '': expected a path, or cifar10")
+    return source == "cifar10" and not Path(source).exists()
+
+
+def _cifar10(root: str) -> np.ndarray:
+    """(N, H, W, 3) uint8"""
     from torchvision.datasets import CIFAR10
 
     try:
-        images = CIFAR10(root, download=True).data
+        return CIFAR10(root, download=True).data
     except (OSError, RuntimeError) as error:
         raise BadInput(f"CIFAR-10 is not in {root} and could not be downloaded ({error}): expected a network, or "
                        "the path of a folder of images") from error
-    images = images if size is None else np.stack([square(Image.fromarray(image), size) for image in images])
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
 def _one_file_of_latents(path: Path, size: int | None, track) -> np.ndarray:
@@ -104,34 +125,121 @@ def _one_file_of_latents(path: Path, size: int | None, track) -> np.ndarray:
     return latents
 
 
+# ------------------------------------------------------------------------------- one after the other
+
+
+class Stream(NamedTuple):
+    """Images that are decoded as they are read, for what needs each but once: they need not fit in the memory.
+
+    key      of the files and of how they are read
+    key_now  called, the same as long as no file is added, removed, renamed or written to
+    reading  called, a context with the Source
+    skip_unreadable  whether images that cannot be read are left out
+    """
+
+    key: str
+    key_now: Callable[[], str]
+    reading: Callable[[], AbstractContextManager[Source]]
+    skip_unreadable: bool
+
+
+def stream_images(source: str, *, size: int | None = None, skip_unreadable: bool = False, root: str = "data",
+                  caches: Iterable[Path] = ()) -> Stream:
+    """The images of `source`, none of which is decoded here: for `streamed`. Parameters are those of `load_images`,
+    and `caches` are folders that may hold them decoded. Raises BadInput for a source that is missing or empty, and for
+    latents."""
+    if _is_cifar10(source):
+        images = _cifar10(root)
+        key = f"cifar10 {size} {hashlib.blake2b(images, digest_size=16).hexdigest()}"
+        return Stream(key, lambda: key, partial(_of_arrays, images, source, partial(_resized, size)), False)
+    source = Path(source)
+    files = [] if known_on_disk(source) else files_of(source)
+    if not files or files[0].suffix.lower() == ".npy":
+        raise BadInput(f"{source} holds latents: expected images")
+
+    def key(files):
+        return f"{source.resolve()} {digest_of_files(source, files, size)} {skip_unreadable}"
+
+    key_then, reading = key(files), partial(opened, source, files, size)  # before a cache is asked for these files
+    for cache in (*caches, shared := SHARED.expanduser()):
+        if (found := find_cached(cache, source, files, size, skip_unreadable, [])) is not None:
+            if cache == shared:
+                _say_shared(found)
+            reading = partial(_of_arrays, np.asarray(found), source, lambda _, image: image[None])
+            break
+    return Stream(key_then, lambda: key(files_of(source)), reading, skip_unreadable)
+
+
+@contextmanager
+def _of_arrays(arrays: np.ndarray, source, decode) -> Iterator[Source]:
+    """Arrays that are there already, as if each were a file."""
+    yield Source(len(arrays), len(arrays), ((place, source, array) for place, array in enumerate(arrays)), decode)
+
+
+def _resized(size: int | None, _, image: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(square(Image.fromarray(image), size).transpose(2, 0, 1))[None]
+
+
+@contextmanager
+def streamed(stream: Stream, also: Callable[[np.ndarray], object], depth: int) -> Iterator[tuple[int, Iterator]]:
+    """How many images there are, with those that turn out unreadable, and each as it comes: (place, path, image
+    (1, C, H, W) uint8, also(image)), where image is None if it is left out. An archive may give them in another order
+    than that of their places. Threads are up to `depth` images and a few ahead."""
+
+    def work(read, entry):
+        place, path, image = decode_one(read, stream.skip_unreadable, entry)
+        return place, path, image, None if image is None else also(image)
+
+    with _decoding(stream.reading(), work, depth) as (read, decoded):
+        yield read.count, _alike(decoded)
+
+
 # ------------------------------------------------------------------------------- decoding
 
 
 def _decode(source, files, size, skip_unreadable, track, left_out, make_array) -> np.ndarray:
     """Every file of `source` in one array, which make_array(source, shape, dtype) makes once their shape is known."""
-    with opened(source, files, size) as read, bombs_refused():
-        array, first, kept, missing = None, None, np.zeros(read.count, bool), []
-        threads = os.cpu_count()  # decoding leaves Python's lock, so threads do
-        work = partial(decode_one, read, skip_unreadable)
-        with closing(ahead(work, read.entries, threads=threads, depth=4 * threads)) as decoded:
-            for place, path, part in track(decoded, read.parts):
-                if part is None:
-                    missing.append((place, path))
-                    continue
-                if array is None:
-                    array, first = make_array(source, (read.count, *part.shape[1:]), part.dtype), path
-                if part.shape[1:] != array.shape[1:] or part.dtype != array.dtype:
-                    raise _unequal(path, part, first, array)
-                array[place : place + len(part)] = part
-                kept[place : place + len(part)] = True
+    def work(read, entry):
+        return decode_one(read, skip_unreadable, entry)
+
+    with _decoding(opened(source, files, size), work) as (read, decoded):
+        array, there, missing = None, np.zeros(read.count, bool), []
+        for place, path, part in _alike(track(decoded, read.parts)):
+            if part is None:
+                missing.append((place, path))
+                continue
+            if array is None:
+                array = make_array(source, (read.count, *part.shape[1:]), part.dtype)
+            array[place : place + len(part)] = part
+            there[place : place + len(part)] = True
     if array is None:
         kind = "latent" if files[0].suffix == ".npy" else "image"
         raise BadInput(f"{source} holds {len(missing)} {kind} files, none of them readable")
     left_out += [path for _, path in sorted(missing)]
     if missing:
-        for to, place in enumerate(np.flatnonzero(kept)):
+        for to, place in enumerate(np.flatnonzero(there)):
             array[to] = array[place]
-    return array[: kept.sum()]
+    return array[: there.sum()]
+
+
+@contextmanager
+def _decoding(reading: AbstractContextManager[Source], work: Callable, depth: int = 0) -> Iterator:
+    """A Source, and work(source, entry) of each of its entries, begun up to `depth` and a few before it is due."""
+    with reading as read, bombs_refused():
+        threads, work = os.cpu_count(), partial(work, read)  # decoding leaves Python's lock, so threads do
+        with closing(ahead(work, read.entries, threads=threads, depth=4 * threads + depth)) as decoded:
+            yield read, decoded
+
+
+def _alike(decoded: Iterable) -> Iterator:
+    """The same; BadInput, naming two, where one is of another shape or type than the first."""
+    first = None
+    for place, path, part, *more in decoded:
+        if part is not None:
+            first = first or (path, part)
+            if part.shape[1:] != first[1].shape[1:] or part.dtype != first[1].dtype:
+                raise _unequal(path, part, *first)
+        yield place, path, part, *more
 
 
 def decode_one(read: Source, skip_unreadable, entry):
@@ -168,7 +276,8 @@ def _in_memory(source: Path, shape: tuple[int, ...], dtype) -> np.ndarray:
     needed, free = int(np.prod(shape)) * dtype.itemsize, free_memory("cpu")
     if needed > free / 2:
         raise BadInput(f"{source} takes {needed / 1e9:,.1f} GB decoded, and half of the free memory is "
-                       f"{free / 2e9:,.1f} GB: expected smaller images (--size), or a folder to keep them in (--cache)")
+                       f"{free / 2e9:,.1f} GB: expected smaller images (--size), or a folder to keep them in "
+                       f"({OPTION})")
     return np.empty(shape, dtype)
 
 

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import heapq
 import importlib
 import io
 import json
 import os
 import sys
 import time
-import zipfile
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, redirect_stderr
 from functools import cache as once
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,9 +34,11 @@ from torch import Tensor
 
 import dansm
 from dansm import BadInput, say
-from scale import checkpoint
-from scale.data import load_images
-from scale.latents import read_index
+from scale import checkpoint, kept
+from scale.data import Stream, stream_images, streamed
+from scale.kept import Pixels, Real
+from scale.kept import digest as _digest
+from scale.latents import known_on_disk
 from scale.step import number_type, sampler
 
 VERSION = 1  # of what the cache and the rows hold; another one is measured anew
@@ -198,92 +202,131 @@ def features_of(images: Tensor, extractor: Extractor, device) -> tuple[Tensor, T
 # ---------------------------------------------------------------------------------------------------
 
 
-class Real(NamedTuple):
-    """What is known of the real images: count of them, mean (D,) and covariance (D, D) of their features in float64,
-    and the features (M, D) float32 of M ≤ KEPT of them, chosen at random. `digest` is that of images and extractor."""
+def real_features(images: Stream | Tensor | np.ndarray, extractor: Extractor, device, *, batch: int = 64,
+                  cache: Path | None = None, track=lambda images, total: images,
+                  check: Callable[[tuple], None] = lambda shape: None) -> Real:
+    """Features of all `images`, of which there are 4 or more: uint8 (N, C, H, W), or a Stream, decoded as they come.
 
-    digest: str
-    count: int
-    mean: np.ndarray
-    covariance: np.ndarray
-    features: Tensor
-
-
-def real_features(images: Tensor | np.ndarray, extractor: Extractor, device, *, batch: int = 64,
-                  cache: Path | None = None, advance: Callable[[int], None] = lambda count: None) -> Real:
-    """Features of all `images`, uint8 (N, C, H, W) with N ≥ 4; from the folder `cache`, where it has those of the very
-    same images and extractor. `advance` gets the count of images that were done. Raises BadInput for other images."""
-    check_real(images)
-    images = images.numpy() if isinstance(images, Tensor) else images
-    digest = _digest(VERSION, KEPT, extractor.key, digest_of_images(images))
-    kept = cache / f"real-{digest}.npz" if cache else None
-    real = (_kept(kept, digest) if kept else None)
-    if real is not None:
-        advance(len(images))
-        return real
-    real = _measured(images, extractor, device, batch, digest, advance)
-    if kept:
-        _keep(kept, real)
-    return real
+    cache  a folder that keeps features: those of the same pixels by the same extractor are not measured again, and
+           files that are as they were need not be decoded to know that
+    track  wraps what is read: track(images, total) yields what it is given
+    check  gets (C, H, W) before anything is measured
+    Raises BadInput for other images.
+    """
+    files, noted = isinstance(images, Stream), None
+    if files:
+        reading = partial(streamed, images, kept.digest_of_image, batch)
+        noted = cache and kept.read_note(cache, images)
+        pixels = noted or (cache and _look(reading, kept.sizes(cache, extractor.key), images.skip_unreadable, track))
+    else:
+        check_real(images)
+        images = images.numpy() if isinstance(images, Tensor) else images
+        digests = kept.digests_of(images)
+        reading, pixels = partial(_one_by_one, images, digests), kept.pixels_of(digests, images.shape[1:])
+    found = None
+    if pixels:
+        check(pixels.shape)
+        found = cache and _find(cache, pixels, extractor)
+    if not found:
+        pixels, *measured = _measured(reading, extractor, device, batch, track, check)
+        found = cache and _find(cache, pixels, extractor)  # from elsewhere: no number is to depend on where they lie
+    if not found:
+        found = Real(_digest_for(pixels, extractor), *measured)
+        if cache:
+            kept.keep(cache, found, pixels, extractor.key)
+    if cache and files and pixels != noted:
+        kept.write_note(cache, images, pixels)
+    return found
 
 
 def check_real(images) -> None:
-    if len(images) < 4:
-        raise BadInput(f"there are {dansm.counted(len(images), 'real image')}: expected at least 4, and thousands for "
-                       "numbers that mean something")
+    _check_enough(len(images))
     if str(images.dtype).split(".")[-1] != "uint8":
         raise BadInput(f"the real images are {images.dtype} of {images.shape[1]} channels, latents: expected images")
 
 
-def _measured(images, extractor, device, batch, digest, advance) -> Real:
-    """Sums are taken in float64, and as the batches come: three million images leave no room for all features."""
-    chosen = np.zeros(len(images), bool)
-    chosen[np.random.default_rng(0).permutation(len(images))[:KEPT]] = True
-    features, shift, total, products = [], 0, 0, 0
-    for start in range(0, len(images), batch):
-        part = torch.from_numpy(np.array(images[start : start + batch]))  # a copy: what is mapped may be read-only
-        found, _ = features_of(part, extractor, device)
-        features.append(found.cpu()[torch.from_numpy(chosen[start : start + batch])])
-        exact = found.double() if found.is_cuda else found.cpu().double()  # Apple's GPUs know no float64
-        if start == 0:
-            shift = exact.mean(0)  # taken off first, so that squares are not large beside their differences
-        exact = exact - shift
-        total, products = total + exact.sum(0), products + exact.T @ exact
-        advance(len(part))
-    count = len(images)
-    covariance = (products - torch.outer(total, total) / count) / (count - 1)
-    return Real(digest, count, (total / count + shift).cpu().numpy(), covariance.cpu().numpy(), torch.cat(features))
+def _check_enough(count: int) -> None:
+    if count < 4:
+        raise BadInput(f"there are {dansm.counted(count, 'real image')}: expected at least 4, and thousands for "
+                       "numbers that mean something")
 
 
-def _kept(path: Path, digest: str) -> Real | None:
-    """What an earlier call kept, None if there is nothing whole."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return Real(digest, int(file["count"]), file["mean"], file["covariance"],
-                        torch.from_numpy(file["features"]))
-    except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile):
+def _find(cache: Path, pixels: Pixels, extractor: Extractor) -> Real | None:
+    return kept.find(cache, _digest_for(pixels, extractor), pixels, extractor.key)
+
+
+def _digest_for(pixels: Pixels, extractor: Extractor) -> str:
+    return _digest(VERSION, KEPT, extractor.key, pixels.digest)
+
+
+@contextmanager
+def _one_by_one(images: np.ndarray, digests: np.ndarray):
+    """An array, as `streamed` gives what is decoded."""
+    yield len(images), ((i, None, images[i : i + 1], digests[i]) for i in range(len(images)))
+
+
+def _look(reading, kept_sizes: set[tuple[int, ...]], skip_unreadable: bool, track) -> Pixels | None:
+    """The pixels alone, which takes less than features do; None where no features of as many images of their size are
+    kept, as these are not among them."""
+    if not kept_sizes:
         return None
+    with reading() as (expected, images):
+        counts = range(expected + 1) if skip_unreadable else [expected]
+        sizes = {tuple(size) for count, *size in kept_sizes if count in counts}
+        if not sizes:
+            return None
+        digests, there = np.zeros((expected, kept.DIGEST), np.uint8), np.zeros(expected, bool)
+        for place, _, image, of_image in track(images, expected):
+            if image is None:
+                continue
+            if image.shape[1:] not in sizes:
+                return None
+            digests[place], there[place], shape = of_image, True, image.shape[1:]
+    return kept.pixels_of(digests[there], shape) if there.any() else None
 
 
-def _keep(path: Path, real: Real) -> None:
-    """Written beside and moved into place. A disk that takes nothing costs the next call its time, not this one."""
-    beside = path.with_suffix(f".{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(beside, "wb") as file:
-            np.savez(file, count=real.count, mean=real.mean, covariance=real.covariance,
-                     features=real.features.numpy())
-        os.replace(beside, path)
-    except OSError as error:
-        say(f"the features of the real images are not kept, {path.parent} cannot be used ({error.strerror}): --cache "
-            "names another folder")
-    finally:
-        if beside.exists():
-            beside.unlink()
+def _measured(reading, extractor, device, batch, track, check) -> tuple[Pixels, int, np.ndarray, np.ndarray, Tensor]:
+    """Sums are taken in float64, and as the batches come: three million images leave no room for all features, and
+    none at all for all pixels."""
+    sample, shift, total, products = [], None, 0, 0
+    with reading() as (expected, images):
+        _check_enough(expected)
+        digests, there = np.zeros((expected, kept.DIGEST), np.uint8), np.zeros(expected, bool)
+        lots = np.random.default_rng(0).random(expected)
+        readable = (image for image in track(images, expected) if image[2] is not None)
+        while some := list(islice(readable, batch)):
+            places, _, part, of_images = zip(*some, strict=True)
+            places, part = np.array(places), np.concatenate(part)  # a copy: what is mapped may be read-only
+            digests[places], there[places] = of_images, True
+            if shift is None:
+                check(part.shape[1:])
+            found, _ = features_of(torch.from_numpy(part), extractor, device)
+            _draw(sample, lots[places], places, found.cpu().numpy())
+            exact = found.double() if found.is_cuda else found.cpu().double()  # Apple's GPUs know no float64
+            if shift is None:
+                shift = exact.mean(0)  # taken off first, so that squares are not large beside their differences
+            exact = exact - shift
+            total, products = total + exact.sum(0), products + exact.T @ exact
+    _check_enough(count := int(there.sum()))
+    covariance = (products - torch.outer(total, total) / count) / (count - 1)
+    features = torch.from_numpy(np.stack([row for _, _, row in sorted(sample, key=lambda drawn: drawn[1])]))
+    return (kept.pixels_of(digests[there], part.shape[1:]), count, (total / count + shift).cpu().numpy(),
+            covariance.cpu().numpy(), features)
+
+
+def _draw(sample: list, lots: np.ndarray, places: np.ndarray, features: np.ndarray) -> None:
+    """Keep in the heap `sample` the features of the KEPT images with the least lots: how many there will be need not be
+    known, as some may be unreadable."""
+    for lot, place, row in zip(lots.tolist(), places.tolist(), features, strict=True):
+        if len(sample) < KEPT:
+            heapq.heappush(sample, (-lot, place, row.copy()))
+        elif -lot > sample[0][0]:
+            heapq.heapreplace(sample, (-lot, place, row.copy()))
 
 
 def digest_of_images(images: np.ndarray) -> str:
-    """Of their pixels and their order, in parts, as they may be larger than the memory."""
+    """Of their pixels and their order, in parts, as they may be larger than the memory: that which tables of earlier
+    runs hold."""
     digest = hashlib.blake2b(f"{tuple(images.shape)}".encode(), digest_size=16)
     for start in range(0, len(images), 4096):
         digest.update(np.ascontiguousarray(images[start : start + 4096]))
@@ -297,10 +340,6 @@ def digest_of_weights(weights: dict[str, Tensor]) -> str:
         digest.update(f"{name} {weights[name].dtype} {tuple(weights[name].shape)}".encode())
         digest.update(weights[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _digest(*parts) -> str:
-    return hashlib.blake2b(json.dumps(parts, default=str).encode(), digest_size=16).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -449,7 +488,8 @@ def draw_features(net, flow, numbers: range, shape, steps: int, extractor: Extra
 
 def evaluate(paths: list[Path], data: str | None, device: torch.device, out: Path, *, steps: str, count: int,
              size: int | None, features: str, weights: Path | None, solver: str, batch: int, precision: str, seed: int,
-             cache: Path, autoencoder: Path | None = None, memory: float | None = None) -> None:
+             cache: Path, autoencoder: Path | None = None, memory: float | None = None,
+             skip_unreadable: bool = False) -> None:
     """Score each model at each count of steps, write evaluate.json and evaluate.csv row by row, print one table.
 
     data         the real images; None: what the models say they were trained on, or what their latents are of
@@ -462,15 +502,14 @@ def evaluate(paths: list[Path], data: str | None, device: torch.device, out: Pat
     out = dansm.make_folder(out)
     rows = read_rows(out / "evaluate.json")
     extractor = load_extractor(features, device, weights)
-    source, images = _read_real(models, data, size)
+    source, images = _find_real(models, data, size, skip_unreadable)
     batch = batch or (500 if device.type == "cuda" else 64)
     cost = {each: each * (1 + (solver == "heun")) + 1 for each in steps}  # evaluations for the features of one sample
-    work = len(images) + len(models) * count * sum(cost.values())
     asked = []
-    with _progress(work) as advance:
+    with _progress(len(models) * count * sum(cost.values())) as advance:
         try:
-            advance(0, "real images")
-            real = real_features(images, extractor, device, batch=batch, cache=cache, advance=advance)
+            real = real_features(images, extractor, device, batch=batch, cache=cache,
+                                 track=partial(_track, advance), check=partial(_check_shape, models, source))
             common = {"features": extractor.name, "data": source, "real_images": real.count, "seed": seed}
             made_from = [VERSION, real.digest, count, seed]
             row = {"model": "real images", "made_from": _digest("floor", made_from), **common}
@@ -512,38 +551,46 @@ def parse_steps(text: str) -> list[int]:
     return list(dict.fromkeys(map(int, text.split(","))))
 
 
-def _read_real(models: list[Model], data: str | None, size: int | None) -> tuple[str, Tensor | np.ndarray]:
-    """The real images, with their source. BadInput if they are of another size than a model's."""
-    settings = {}
+def _find_real(models: list[Model], data: str | None, size: int | None, skip_unreadable: bool) -> tuple[str, Stream]:
+    """The real images, with their source."""
+    recipes = [model.about["recipe"] for model in models]
     if data is None:
         sources = sorted({str(model.about["data"]) for model in models})
         if len(sources) > 1 or not sources[0]:
             raise BadInput(f"the models were trained on {', '.join(map(repr, sources))}: expected --data, the images "
                            "to compare all of them with")
-        data, recipe = sources[0], models[0].about["recipe"]
-        size = size or recipe.get("size") or None
-        settings = {"skip_unreadable": recipe.get("skip_unreadable", False),
-                    "cache": Path(recipe["cache"]) if recipe.get("cache") else None}
+        data, size = sources[0], size or recipes[0].get("size") or None
+        skip_unreadable = skip_unreadable or recipes[0].get("skip_unreadable", False)
         if models[0].decoder:
-            index = read_index(Path(data))
-            if index is None:
+            there = known_on_disk(Path(data))
+            known = models[0].about["latents"] or there
+            if "source" not in known:
                 raise BadInput(f"{data} does not say what images its latents are of: expected --data, those images")
-            data, size = index["source"], size or index["size"]
-            settings["skip_unreadable"] = bool(index["left_out"])
-    images = load_images(data, size=size, track=_track_reading, **settings)
-    check_real(images)
+            data, size = known["source"], size or known["size"]
+            skip_unreadable = skip_unreadable or bool(there.get("left_out"))
+    caches = [Path(recipe["cache"]) for recipe in recipes if recipe.get("cache")]
+    return data, stream_images(data, size=size, skip_unreadable=skip_unreadable, caches=caches)
+
+
+def _check_shape(models: list[Model], data: str, shape) -> None:
+    """BadInput if images of (C, H, W) are of another size than those of a model."""
     for model in models:
-        if tuple(images.shape[2:]) != (model.pixels, model.pixels):
+        if tuple(shape[1:]) != (model.pixels, model.pixels):
             raise BadInput(f"{model.path} makes images of {model.pixels}×{model.pixels} pixels, those of {data} "
-                           f"are {images.shape[3]}×{images.shape[2]}: expected equal sizes; --size {model.pixels} "
-                           "makes the real ones so")
-    return data, images
+                           f"are {shape[2]}×{shape[1]}: expected equal sizes; --size {model.pixels} makes the real "
+                           "ones so")
 
 
-def _track_reading(parts, total):
-    from rich.progress import track
-
-    return track(parts, "reading images", total=total, console=dansm.console)
+def _track(advance, images, total: int):
+    advance(0, "real images", total)
+    left = total
+    try:
+        for image in images:
+            yield image
+            advance(1)
+            left -= 1
+    finally:
+        advance(0, more=-left)  # of images that are no longer wanted
 
 
 def _score_model(model, steps, extractor, real, device, *, count, precision, seed, **settings) -> dict:
@@ -601,8 +648,9 @@ def _progress(total: int):
                    TimeRemainingColumn(), console=dansm.console, transient=True)
     task = bar.add_task("", total=total)
 
-    def advance(count: int, description: str | None = None):
-        bar.update(task, advance=count, **({"description": description} if description else {}))
+    def advance(count: int, description: str | None = None, more: int = 0):
+        """`more` work has turned up."""
+        bar.update(task, advance=count, total=bar.tasks[task].total + more, description=description)
 
     with bar:
         yield advance

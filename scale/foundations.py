@@ -123,16 +123,18 @@ def load_data(source: str | None, models: list[Model], *, size: int | None = Non
     size  images are made squares of so many pixels; None for as many as the models' have
     Raises BadInput for fewer than `count`, and for those that are of another shape than what the models make.
     """
-    cache = None
+    cache, skip_unreadable = None, False
     if source is None:
         if not models:
             raise BadInput("--data is not given, nor a model that was trained on some: expected a folder of images, an "
                            "archive of them, an LSUN lmdb, latents (.npy), or cifar10")
-        source = models[0].about["data"]
-        cache = models[0].about["recipe"].get("cache")  # where its training kept them
+        source, recipe = models[0].about["data"], models[0].about["recipe"]
+        cache = recipe.get("cache")  # where its training kept them
+        skip_unreadable = recipe.get("skip_unreadable", False)
     if size is None and models and models[0].about["recipe"].get("size"):
         size = models[0].about["recipe"]["size"]
-    images = data.load_images(source, size=size, track=_track_reading, cache=Path(cache) if cache else None)
+    images = data.load_images(source, size=size, skip_unreadable=skip_unreadable, track=_track_reading,
+                              cache=Path(cache) if cache else None)
     if models and tuple(images.shape[1:]) != models[0].shape:
         raise BadInput(f"{source} holds samples of {_sizes(images.shape[1:])}, {models[0].about['file']} makes "
                        f"{_sizes(models[0].shape)}: expected the same; --size N makes images N pixels square")

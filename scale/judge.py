@@ -66,10 +66,15 @@ class Judge:
                 group.barrier()
 
     def _real(self, images) -> evaluate.Real:
+        def track(parts, total):
+            task = bar.add_task("features of the real images", total=total)
+            for part in parts:
+                yield part
+                bar.advance(task)
+
         with Progress(console=self.console, transient=True) as bar:
-            task = bar.add_task("features of the real images", total=len(images))
             return evaluate.real_features(images, self.extractor, self.device, batch=self._batch,
-                                          cache=CACHE.expanduser(), advance=lambda count: bar.advance(task, count))
+                                          cache=CACHE.expanduser(), track=track)
 
     @property
     def _batch(self) -> int:

@@ -47,8 +47,8 @@ class Recipe:
     size: int = setting("Data", "make images squares of so many pixels; 0: as is", 0, least=0, most=4096)
     flip: bool | None = setting("Data", "mirror half of them, anew each epoch [images yes, latents no]", None)
     skip_unreadable: bool = setting("Data", "leave out images that cannot be read", False)
-    cache: str = setting("Data", "folder that keeps the decoded images; several processes share one anyhow", "",
-                         free=True)
+    cache: str = setting("Data", "folder that keeps the decoded images; several processes share them in any case, in "
+                         "~/.cache/dansm/images if none is named", "", free=True)
     resident: str = setting("Data", "keep the data in the GPU's memory; auto: where it takes half of it at most",
                             "auto", choices=("auto", "yes", "no"), free=True)
 

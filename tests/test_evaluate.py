@@ -2,26 +2,34 @@
 
 import csv
 import json
+import os
 import pickle
+import random
+import threading
 import urllib.error
+import weakref
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 import test_commands
+import test_read
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from test_commands import files_of, make_images
+from test_read import PICTURES, as_folder, changed, lsun, packed, picture
 
 import dansm
 from dansm import BadInput
-from scale import checkpoint, evaluate
+from scale import checkpoint, data, evaluate, read
 from scale.bench_evaluate import untrained_inception
+from scale.data import load_images, stream_images
 
 pytest.importorskip("torch_fidelity")
 
-run, refused = test_commands.run, test_commands.refused
+run, refused, decodes = test_commands.run, test_commands.refused, test_read.decodes
 TINY = dict(width=4, multipliers=[1], blocks=1, attention_at=[], dropout=0.0)
 PIXELS = evaluate.Extractor("pixels", "pixels", lambda images: (images.flatten(1).float() / 255, None))
 
@@ -263,6 +271,231 @@ def test_a_cache_that_cannot_be_written_costs_a_line(counting, tmp_path, capsys,
     assert files_of(tmp_path / "cache") == []
 
 
+# ------------------------------------------------------------------------------- images that come one by one
+
+
+STREAMED = {"folder": lambda at: as_folder(at / "folder", PICTURES), "zip": lambda at: packed(at / "a.zip", PICTURES),
+            "tar": lambda at: packed(at / "a.tar", dict(reversed(PICTURES.items()))),
+            "lmdb": lambda at: lsun(at / "lsun", {f"{i}": PICTURES[name] for i, name in enumerate(
+                sorted(PICTURES, key=Path))})}  # its keys have an order of their own
+
+
+def same(real, other):
+    return (real.digest, real.count) == (other.digest, other.count) and torch.allclose(
+        real.features, other.features, atol=1e-5) and np.allclose(real.mean, other.mean, atol=1e-5) and np.allclose(
+        real.covariance, other.covariance, atol=1e-5)
+
+
+@pytest.mark.parametrize("source", STREAMED)
+@pytest.mark.parametrize("size", [None, 4])
+def test_images_that_come_one_by_one_are_known_as_those_of_an_array(tmp_path, source, size):
+    source = str(STREAMED[source](tmp_path))
+    expected = evaluate.real_features(load_images(source, size=size), SEEN, "cpu")
+    told = []
+
+    def track(parts, total):
+        told.append(total)
+        for part in parts:
+            yield part
+            told.append(1)
+
+    shapes = []
+    real = evaluate.real_features(stream_images(source, size=size), SEEN, "cpu", batch=3, track=track,
+                                  check=shapes.append)
+    assert same(real, expected) and told == [8] + 8 * [1] and shapes == [(3, 4, size or 6)]
+    assert not same(evaluate.real_features(stream_images(source, size=5), SEEN, "cpu"), expected)
+
+
+def test_cifar10_comes_one_by_one_too(monkeypatch):
+    import torchvision.datasets
+
+    class Known:
+        def __init__(self, root, download):
+            self.data = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), np.uint8)
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Known)
+    for size in (None, 16):
+        real = evaluate.real_features(stream_images("cifar10", size=size), SEEN, "cpu")
+        assert same(real, evaluate.real_features(load_images("cifar10", size=size), SEEN, "cpu"))
+
+
+def test_what_is_decoded_already_is_not_decoded_again(tmp_path, monkeypatch):
+    folder, cache = as_folder(tmp_path / "folder", PICTURES), tmp_path / "decoded"
+    expected = evaluate.real_features(load_images(str(folder), cache=cache), SEEN, "cpu")
+    monkeypatch.setattr(read, "read_image", lambda *_: pytest.fail("decoded"))
+    assert same(evaluate.real_features(stream_images(str(folder), caches=[cache]), SEEN, "cpu", batch=3), expected)
+
+
+def test_no_more_images_than_a_few_batches_are_there_at_once(tmp_path, monkeypatch):
+    folder, alive, most = as_folder(tmp_path / "folder", {f"{i:03d}.png": picture(i) for i in range(300)}), set(), []
+    square = read.square
+
+    def counted(*arguments):
+        image = np.array(square(*arguments))
+        alive.add(id(image))
+        weakref.finalize(image, alive.discard, id(image))
+        most.append(len(alive))
+        return image
+
+    monkeypatch.setattr(read, "square", counted)
+    monkeypatch.setattr(data.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(data, "free_memory", lambda _: 0)
+    real = evaluate.real_features(stream_images(str(folder)), SEEN, "cpu", batch=10)
+    assert real.count == len(most) == 300 and max(most) < 4 * 2 + 3 * 10
+
+
+def test_files_that_are_as_they_were_are_not_decoded_again(counting, tmp_path, monkeypatch):
+    folder, cache = as_folder(tmp_path / "folder", PICTURES), tmp_path / "cache"
+    first = evaluate.real_features(stream_images(str(folder)), counting, "cpu", cache=cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(read, "read_image", lambda *_: pytest.fail("decoded"))
+        shapes = []
+        again = evaluate.real_features(stream_images(str(folder)), counting, "cpu", cache=cache, check=shapes.append)
+        assert same(again, first) and shapes == [(3, 4, 6)]
+    for name, times in (("other", 2), ("third", 3)):  # of which no features are kept
+        evaluate.real_features(stream_images(str(folder)), counting._replace(key=name), "cpu", cache=cache)
+        assert counting.extract.images == times * len(PICTURES)
+
+
+def test_a_changed_file_never_has_the_features_of_what_it_was(counting, tmp_path):
+    folder, cache = as_folder(tmp_path / "folder", PICTURES), tmp_path / "cache"
+    evaluate.real_features(stream_images(str(folder)), counting, "cpu", cache=cache)
+    for _ in changed(folder):
+        expected = evaluate.real_features(load_images(str(folder)), SEEN._replace(key=counting.key), "cpu")
+        assert same(evaluate.real_features(stream_images(str(folder)), counting, "cpu", cache=cache), expected)
+    smaller = evaluate.real_features(stream_images(str(folder), size=4), counting, "cpu", cache=cache)
+    assert smaller.digest != expected.digest
+
+
+def test_a_file_that_changes_while_it_is_read_leaves_no_note_of_the_files(counting, tmp_path):
+    folder, cache = as_folder(tmp_path / "folder", PICTURES), tmp_path / "cache"
+    was = (folder / "b.png").stat()
+    stream = stream_images(str(folder))
+    (folder / "b.png").write_bytes(picture(99))
+    evaluate.real_features(stream, counting, "cpu", cache=cache)
+    assert [path.suffix for path in cache.iterdir()] == [".npz"]
+    (folder / "b.png").write_bytes(PICTURES["b.png"])
+    os.utime(folder / "b.png", ns=(was.st_atime_ns, was.st_mtime_ns))
+    real = evaluate.real_features(stream_images(str(folder)), counting, "cpu", cache=cache)
+    assert same(real, evaluate.real_features(load_images(str(folder)), SEEN._replace(key=counting.key), "cpu"))
+
+
+def test_files_that_change_after_they_were_decoded_leave_no_note(counting, tmp_path, monkeypatch):
+    folder, cache, decoded = as_folder(tmp_path / "folder", PICTURES), tmp_path / "cache", tmp_path / "decoded"
+    load_images(str(folder), cache=decoded)
+
+    def changing(*arguments):
+        found = find_cached(*arguments)
+        (folder / "b.png").write_bytes(picture(99))
+        return found
+
+    find_cached = data.find_cached
+    monkeypatch.setattr(data, "find_cached", changing)
+    evaluate.real_features(stream_images(str(folder), caches=[decoded]), counting, "cpu", cache=cache)
+    assert [path.suffix for path in cache.iterdir()] == [".npz"]
+
+
+@pytest.mark.parametrize("source", ["array", *STREAMED])
+def test_the_same_images_elsewhere_have_the_features_that_are_kept(counting, tmp_path, monkeypatch, source):
+    moved, cache = as_folder(tmp_path / "moved" / "folder", PICTURES), tmp_path / "cache"
+    (tmp_path / "source").mkdir()
+    first = stream_images(str(STREAMED[source](tmp_path / "source"))) if source != "array" else load_images(str(moved))
+    first = evaluate.real_features(first, counting, "cpu", cache=cache)
+    again = evaluate.real_features(stream_images(str(moved)), counting, "cpu", cache=cache)
+    assert counting.extract.images == len(PICTURES) and len(list(cache.glob("*.npz"))) == 1
+    assert again.digest == first.digest and (again.mean == first.mean).all()  # the very same: rows are not to differ
+    monkeypatch.setattr(read, "read_image", lambda *_: pytest.fail("decoded"))
+    evaluate.real_features(stream_images(str(moved)), counting, "cpu", cache=cache)
+
+
+def test_images_unlike_all_that_are_kept_are_not_decoded_twice(tmp_path, monkeypatch, decodes):
+    cache, larger = tmp_path / "cache", {f"{i}.png": picture(i, size=(9, 9)) for i in range(len(PICTURES))}
+    monkeypatch.setattr(data.os, "cpu_count", lambda: 1)
+    counts = []
+    for name, content in (("folder", PICTURES), ("more", PICTURES | {"d.png": picture(9)}), ("larger", larger)):
+        stream = stream_images(str(as_folder(tmp_path / name, content)))
+        evaluate.real_features(stream, SEEN, "cpu", cache=cache, batch=1)
+        counts.append(len(decodes))
+    assert counts[:2] == [8, 8 + 9] and counts[2] < 8 + 9 + 2 * 8  # given up at the first of another size
+
+
+def test_unreadable_images_are_left_out_and_do_not_change_what_the_others_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "KEPT", 10)
+    content = {f"{i:02d}.png": picture(i) for i in range(40)}
+    broken = content | {f"{i:02d}.png": b"" for i in range(0, 40, 3)}
+    for source in (as_folder(tmp_path / "folder", broken), packed(tmp_path / "a.tar", dict(reversed(broken.items())))):
+        with pytest.raises(BadInput, match=r"\.png cannot be read.*--skip-unreadable"):
+            evaluate.real_features(stream_images(str(source)), SEEN, "cpu")
+        stream = stream_images(str(source), skip_unreadable=True)
+        real = evaluate.real_features(stream, SEEN, "cpu", batch=7, cache=tmp_path / "cache")
+        rest = load_images(str(source), skip_unreadable=True)
+        expected = evaluate.real_features(rest, SEEN, "cpu")
+        assert real.digest == expected.digest and (real.count, len(real.features)) == (26, 10)
+        assert np.allclose(real.mean, expected.mean, atol=1e-5)
+        assert {tuple(row) for row in real.features.round(decimals=4).tolist()} <= {
+            tuple(row) for row in seen(rest).round(decimals=4).tolist()}
+    with pytest.raises(BadInput, match="cannot be read"):  # what was left out is not forgotten
+        evaluate.real_features(stream_images(str(source)), SEEN, "cpu", cache=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("source", ["tar", "zip"])
+def test_the_images_that_are_kept_do_not_depend_on_the_order_they_come_in(tmp_path, monkeypatch, source):
+    monkeypatch.setattr(evaluate, "KEPT", 5)
+    content = {f"{i:02d}.png": picture(i) for i in range(40)}
+    folder, names = as_folder(tmp_path / "folder", content), list(content)
+    random.Random(1).shuffle(names)
+    archive = packed(tmp_path / f"a.{source}", {name: content[name] for name in names})
+    of_folder = evaluate.real_features(stream_images(str(folder)), SEEN, "cpu", batch=7)
+    assert same(of_folder, evaluate.real_features(stream_images(str(archive)), SEEN, "cpu", batch=9))
+    assert same(of_folder, evaluate.real_features(load_images(str(folder)), SEEN, "cpu"))
+    assert len(of_folder.features) == 5
+
+
+def test_bad_images_that_come_one_by_one_are_refused_by_name(tmp_path):
+    def refused(source, **settings):
+        with pytest.raises(BadInput) as refusal:
+            evaluate.real_features(stream_images(str(source), **settings), SEEN, "cpu", batch=2)
+        return str(refusal.value)
+
+    mixed = as_folder(tmp_path / "mixed", {"a.png": picture(0), "b.png": picture(1), "c.png": picture(2, size=(5, 4))})
+    as_folder(mixed, {f"d{i}.png": picture(i) for i in range(9)})
+    assert f"{mixed / 'c.png'} is 5×4, {mixed / 'a.png'} is 6×4: expected images of equal size" in refused(mixed)
+    few = as_folder(tmp_path / "few", {f"{i}.png": picture(i) if i < 3 else b"" for i in range(9)})
+    assert "there are 3 real images: expected at least 4" in refused(few, skip_unreadable=True)
+    assert "there are 0 real images" in refused(as_folder(tmp_path / "none", {f"{i}.png": b"" for i in range(9)}),
+                                                skip_unreadable=True)
+    np.save(tmp_path / "a.npy", np.zeros((9, 4, 4, 4), np.float16))
+    for latents in (tmp_path / "a.npy", as_folder(tmp_path / "npy", {"a.npy": (tmp_path / "a.npy").read_bytes()})):
+        assert "holds latents: expected images" in refused(latents)
+    assert "does not exist" in refused(tmp_path / "nowhere") and "is ''" in refused("")
+
+
+@pytest.mark.parametrize("source", STREAMED)
+def test_ctrl_c_stops_what_is_decoded_and_keeps_nothing_half(tmp_path, source):
+    source, cache, before = STREAMED[source](tmp_path), tmp_path / "cache", set(threading.enumerate())
+
+    def interrupted(parts, total):
+        for i, part in enumerate(parts):
+            if i == 3:
+                raise KeyboardInterrupt
+            yield part
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.real_features(stream_images(str(source)), SEEN, "cpu", batch=2, cache=cache, track=interrupted)
+    assert not set(threading.enumerate()) - before and not cache.exists()
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"pixels": 3}', '{"pixels": ["x", 8, [3, 4, 6]]}'])
+def test_a_damaged_note_of_the_files_is_not_believed(counting, tmp_path, damage):
+    folder, cache = as_folder(tmp_path / "folder", PICTURES), tmp_path / "cache"
+    first = evaluate.real_features(stream_images(str(folder)), counting, "cpu", cache=cache)
+    (note,) = cache.glob("files-*.json")
+    whole = note.read_text()
+    note.write_text(damage)
+    assert same(evaluate.real_features(stream_images(str(folder)), counting, "cpu", cache=cache), first)
+    assert note.read_text() == whole
+
+
 # ------------------------------------------------------------------------------- extractors
 
 
@@ -342,14 +575,15 @@ def test_a_module_in_the_working_folder_is_found_and_its_change_makes_another_ex
 # ------------------------------------------------------------------------------- the command
 
 
-def make_run(folder, flow="rectified", channels=3, size=16, data="images", recipe_size=0):
+def make_run(folder, flow="rectified", channels=3, size=16, data="images", recipe_size=0, **recipe):
     """A run's folder with a checkpoint of a network that does something."""
     net = dansm.UNet(**TINY, channels=channels, size=size)
     for weight in net.parameters():
         torch.nn.init.normal_(weight, 0, 0.05)
     folder.mkdir(parents=True)
     checkpoint.save(folder, {
-        "network": net.settings, "recipe": {"flow": flow, "times": "uniform", "size": recipe_size}, "data": str(data),
+        "network": net.settings, "recipe": {"flow": flow, "times": "uniform", "size": recipe_size, **recipe},
+        "data": str(data),
         "training": {"step": 7, "averages": [{"decay": 0.9, "weights": net.state_dict()}]}, "ranks": [{}]})
     return folder
 
@@ -415,6 +649,7 @@ def test_the_same_call_again_measures_nothing_and_says_the_same(run, model, tmp_
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "draw_features", lambda *_, **__: pytest.fail("drawn again"))
         patch.setattr(evaluate, "_measured", lambda *_: pytest.fail("measured again"))
+        patch.setattr(read, "read_image", lambda *_: pytest.fail("decoded again"))
         assert run("evaluate", model, *options(tmp_path))[1] == first
         code, said, _ = run("evaluate", "w.safetensors", *options(tmp_path))
     assert code == 0 and "real images" in said and "w.safetensors" in said
@@ -470,6 +705,48 @@ def test_the_recipes_size_holds_for_the_data_it_names(run, refused, tmp_path):
     assert run("evaluate", model, *options(tmp_path, "--size", 16))[0] == 0
     sized = make_run(tmp_path / "sized", data=large, size=16, recipe_size=16)
     assert run("evaluate", sized, *options(tmp_path))[0] == 0
+
+
+def measured_by(said):
+    return said.split("real images")[1].split("written")[0]
+
+
+def test_real_images_need_not_fit_in_the_memory(run, model, images, tmp_path, monkeypatch):
+    _, expected, _ = run("evaluate", model, *options(tmp_path))
+    archive = packed(tmp_path / "a.tar.gz", {path.name: path.read_bytes() for path in sorted(images.iterdir())})
+    monkeypatch.setattr(data, "free_memory", lambda _: 0)
+    monkeypatch.setattr(data, "_decode", lambda *_: pytest.fail("all at once"))
+    for number, more in enumerate(([], ["--data", archive])):
+        code, said, err = run("evaluate", model, *options(tmp_path, *more, "--cache", tmp_path / f"cache-{number}",
+                                                          "--out", tmp_path / f"out-{number}"))
+        assert (code, err) == (0, "") and measured_by(said) == measured_by(expected)
+
+
+def test_what_a_run_has_decoded_is_not_decoded_again(run, images, tmp_path, monkeypatch):
+    """Into its own cache, or where processes share one; a cache that is gone is no trouble."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    own = make_run(tmp_path / "own", data=images, cache=str(tmp_path / "decoded"))
+    gone = make_run(tmp_path / "gone", data=images, cache=str(images / "00.png" / "none"))
+    assert run("evaluate", gone, *options(tmp_path, "--out", tmp_path / "gone"))[0] == 0
+    load_images(str(images), cache=tmp_path / "decoded")
+    with monkeypatch.context() as patch:
+        patch.setattr(read, "read_image", lambda *_: pytest.fail("decoded"))
+        code, said, _ = run("evaluate", own, *options(tmp_path, "--cache", tmp_path / "fresh"))
+        assert code == 0 and "decoded images" not in said
+    load_images(str(images), share=True)
+    monkeypatch.setattr(read, "read_image", lambda *_: pytest.fail("decoded"))
+    code, said, _ = run("evaluate", make_run(tmp_path / "shared", data=images), *options(tmp_path, "--cache",
+                                                                                          tmp_path / "fresher"))
+    assert code == 0 and f"decoded images: {tmp_path}/home/.cache/dansm/images/images-whole-" in said
+
+
+def test_real_images_that_cannot_be_read_are_named_or_left_out(run, refused, model, images, tmp_path):
+    (images / "07.png").write_text("none")
+    assert "07.png cannot be read as an image; --skip-unreadable" in refused("evaluate", model, *options(tmp_path))
+    assert run("evaluate", model, *options(tmp_path, "--skip-unreadable"))[0] == 0
+    skipping = make_run(tmp_path / "skipping", data=images, skip_unreadable=True)
+    assert run("evaluate", skipping, *options(tmp_path))[0] == 0
+    assert {row["real_images"] for row in rows_of(tmp_path / "out")} == {23}
 
 
 def test_bad_input_is_one_line_that_says_what_is_expected(refused, model, images, tmp_path):

@@ -395,3 +395,13 @@ def test_ctrl_c_is_one_line_and_leaves_no_half_file(run, save_model, tmp_path, m
     monkeypatch.setattr(foundations, "own_pairs", stop)
     code, _, err = run("compare", save_model("a"), save_model("b"), "--out", tmp_path / "out", *FAST)
     assert (code, err) == (130, "dansm: stopped\n") and list((tmp_path / "out").iterdir()) == []
+
+
+def test_data_that_a_run_left_files_out_of_is_read_as_it_was(images, save_model):
+    (images / "broken.png").write_text("no image")
+    model, = foundations.load_models([save_model("a")], torch.device("cpu"), steps=[2])
+    model.about["data"] = str(images)
+    with pytest.raises(dansm.BadInput, match=r"broken\.png cannot be read"):
+        foundations.load_data(None, [model], count=2)
+    model.about["recipe"]["skip_unreadable"] = True
+    assert len(foundations.load_data(None, [model], count=2)) == 40

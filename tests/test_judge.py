@@ -58,12 +58,17 @@ def test_evaluations_change_nothing_of_the_run_and_stand_in_its_log(run, images,
     assert said.count("Fréchet distance (test_evaluate:seen)") == 3
 
 
-def test_a_run_says_of_its_checkpoint_what_the_command_says(run, images, tmp_path):
+def test_a_run_says_of_its_checkpoint_what_the_command_says(run, images, tmp_path, monkeypatch):
     out = tmp_path / "out"
     assert run("train", images, "--steps", 4, "--out", out, *FAST, *SEEN, "--evaluate-every", 4)[0] == 0
-    assert run("evaluate", out, "--features", "test_evaluate:seen", "--count", 40, "--steps", "2,3", "--device", "cpu",
-               "--cache", tmp_path / "cache", "--out", tmp_path / "evaluated")[0] == 0
+    command = ["evaluate", out, "--features", "test_evaluate:seen", "--count", 40, "--steps", "2,3", "--device", "cpu"]
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "_measured", lambda *_: pytest.fail("measured again"))
+        assert run(*command, "--cache", tmp_path / "cache", "--out", tmp_path / "evaluated")[0] == 0
     rows = json.loads((tmp_path / "evaluated" / "evaluate.json").read_text())["rows"]
+    assert run(*command, "--cache", tmp_path / "other", "--out", tmp_path / "anew")[0] == 0
+    anew = json.loads((tmp_path / "anew" / "evaluate.json").read_text())["rows"]
+    assert [row["made_from"] for row in anew] == [row["made_from"] for row in rows]
     line, = evaluations(out)
     for row, of in zip(rows, ("real", 2, 3), strict=True):
         for name in MEASURES:

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -632,7 +633,7 @@ def test_a_full_disk_is_told_and_the_cache_left_empty(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(BadInput, match=rf"--cache is {cache}.*No space left on device"):
+    with pytest.raises(BadInput, match=rf"kept in {cache}: No space left on device.*--cache of dansm train"):
         load_images(str(folder), cache=cache)
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
     monkeypatch.delattr(os, "posix_fallocate")
@@ -643,8 +644,72 @@ def test_a_cache_among_the_images_or_in_a_file_is_refused(tmp_path):
     folder = as_folder(tmp_path / "folder", PICTURES)
     with pytest.raises(BadInput, match=r"--cache is .*inside"):
         load_images(str(folder), cache=folder / "cache")
-    with pytest.raises(BadInput, match=r"--cache is .*b\.png"):
+    with pytest.raises(BadInput, match=r"cannot be kept in .*b\.png.*--cache"):
         load_images(str(folder / "sub"), cache=folder / "b.png")
+
+
+def test_a_disk_without_room_for_all_is_told_before_it_is_filled(tmp_path, monkeypatch):
+    folder, cache, needed = as_folder(tmp_path / "folder", PICTURES), tmp_path / "cache", len(PICTURES) * 3 * 4 * 6
+    free = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: free._replace(free=needed - 1))
+        patch.setattr(os, "posix_fallocate", lambda *_: pytest.fail("filled"), raising=False)
+        with pytest.raises(BadInput, match=rf"folder takes .* GB decoded, and the disk of {cache} has .*--cache"):
+            load_images(str(folder), cache=cache)
+    assert [path.suffix for path in cache.iterdir()] == [".lock"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free._replace(free=needed))
+    assert len(load_images(str(folder), cache=cache)) == len(PICTURES)
+
+
+@pytest.fixture
+def home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))  # the same on Windows
+    return tmp_path / "home"
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_what_processes_share_is_told_and_found_by_those_who_name_no_cache(tmp_path, home, decodes, source, capsys):
+    source = str(SOURCES[source](tmp_path))
+    expected = load_images(source)
+    assert not home.exists() and "decoded" not in capsys.readouterr().out
+    load_images(source, share=True)
+    (kept,) = home.rglob("*.npy")
+    line = capsys.readouterr().out
+    assert line.startswith(f"decoded images: {kept}, 0.0 GB;") and line.count("\n") == 1 and "delete" in line
+    del decodes[:]
+    for share in (False, True):
+        assert torch.equal(torch.from_numpy(load_images(source, share=share)), expected) and not decodes
+        assert capsys.readouterr().out == line
+    assert isinstance(load_images(source, size=2), torch.Tensor) and decodes  # is not there, nor comes there unasked
+    assert load_images(source, cache=tmp_path / "own").filename.parent == tmp_path / "own"
+    assert list(home.rglob("*.npy")) == [kept] and capsys.readouterr().out == ""
+
+
+def test_a_changed_source_is_not_taken_from_what_processes_share(tmp_path, home):
+    folder = as_folder(tmp_path / "folder", PICTURES)
+    shared = load_images(str(folder), share=True)
+    for _ in changed(folder):
+        found = load_images(str(folder))
+        assert isinstance(found, torch.Tensor) and not np.array_equal(found, shared)
+
+
+def test_no_error_about_what_processes_share_speaks_of_an_option_that_nobody_gave(tmp_path, home, monkeypatch):
+    folder = as_folder(home / "pictures", PICTURES)
+    (home / ".cache").write_text("a file")
+    with pytest.raises(BadInput, match=rf"kept in {home}/\.cache/dansm/images: .*--cache of dansm train") as refused:
+        load_images(str(folder), share=True)
+    assert "--cache is" not in str(refused.value)
+    (home / ".cache").unlink()
+    as_folder(home, {"a.png": PICTURES["b.png"]})
+    with pytest.raises(BadInput, match=rf"folder of decoded images is {home}.*inside {home}, .*--cache") as refused:
+        load_images(str(home), share=True)
+    assert "--cache is" not in str(refused.value)
+    free = shutil.disk_usage(home)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free._replace(free=9))
+    with pytest.raises(BadInput, match=rf"the disk of {home}/.* has 0\.0 GB free.*--cache") as refused:
+        load_images(str(folder), share=True)
+    assert "--cache is" not in str(refused.value)
 
 
 def test_a_folder_of_archives_alone_names_one(tmp_path):

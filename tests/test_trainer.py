@@ -24,7 +24,7 @@ from test_checkpoint import same
 from test_commands import FAST, TINY, files_of, log_of, make_images, state_of, wait_for
 
 import dansm
-from scale import checkpoint, data, trainer
+from scale import checkpoint, data, foundations, trainer
 from scale.recipe import Recipe
 from scale.step import FastTraining, number_type, operations_per_image, peak
 
@@ -618,7 +618,7 @@ def count_decoded(rank, folder):
 
 
 @needs_gloo
-def test_of_two_processes_one_decodes_and_the_next_run_decodes_nothing(images, tmp_path):
+def test_of_two_processes_one_decodes_and_the_next_run_decodes_nothing(images, tmp_path, monkeypatch):
     command = ["train", images, "--steps", 1, *FAST]
     codes, said = in_processes(tmp_path, [*command, "--out", tmp_path / "a"], hook=count_decoded)
     assert codes == [[0], [0]], said
@@ -629,6 +629,12 @@ def test_of_two_processes_one_decodes_and_the_next_run_decodes_nothing(images, t
     codes, said = in_processes(tmp_path, [*command, "--out", tmp_path / "b"], hook=count_decoded)
     assert codes == [[0], [0]], said
     assert not list(tmp_path.glob("decoded-*"))
+    assert said[0].count(f"decoded images: {tmp_path}/.cache/dansm/images/") == 1 and not said[1]
+    monkeypatch.setenv("HOME", str(tmp_path))  # as the processes had it
+    monkeypatch.setattr(data, "decode_one", lambda *_: pytest.fail("decoded"))
+    _, _, about = checkpoint.load_model(tmp_path / "b", "cpu")
+    model = foundations.Model("b", None, None, (3, 8, 8), about)
+    assert len(foundations.load_data(None, [model], count=2)) == count
 
 
 @needs_gloo
