@@ -971,6 +971,10 @@ def test_a_model_of_latents_is_evaluated_against_the_images_it_was_encoded_from(
     code, _, err = run("grid", tmp_path / "run", tmp_path / "run", "--steps", "2,3", "--side", 2, "--autoencoder",
                        weights, "--device", "cpu", "--out", tmp_path / "grid")
     assert (code, err) == (0, "") and (tmp_path / "grid" / "grid.png").exists()
-    (data / "index.json").unlink()
-    code, _, err = run(*command, "--autoencoder", weights)
+    (data / "index.json").unlink()  # the run says itself what images its latents are of
+    assert run(*command, "--autoencoder", weights)[0] == 0
+    np.save(tmp_path / "plain.npy", np.asarray(load_images(str(data))))
+    assert run("train", tmp_path / "plain.npy", "--network", "small", "--batch", 4, "--match-size", 10, "--steps", 1,
+               "--device", "cpu", "--out", tmp_path / "of-plain")[0] == 0
+    code, _, err = run("evaluate", tmp_path / "of-plain", *command[2:], "--autoencoder", weights)
     assert code == 2 and err.count("\n") == 1 and "expected --data" in err
