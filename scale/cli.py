@@ -53,10 +53,12 @@ def parse_shape(text: str) -> tuple[int, ...]:
 def export_command(
     run: Annotated[Path, typer.Argument(help="the folder of a dansm train, or one of its checkpoints")],
     average: Annotated[int, typer.Option(min=0, help="which moving average, where a run keeps several")] = 0,
-    out: Annotated[Path, typer.Option(help="file to write")] = Path("weights.safetensors"),
+    out: Annotated[Path | None, typer.Option(
+        help="file to write; without it weights.safetensors in the run's folder")] = None,
 ) -> None:
     from scale.checkpoint import export
 
+    out = out or (run if run.is_dir() else run.parent) / "weights.safetensors"
     about = export(run, out, average, dansm.say)
     dansm.say(f"step {about['step']:,} of {about['file']}, average of decay {about['decay']}")
     dansm.say_files(out.parent, out.name)
@@ -285,6 +287,7 @@ def tsne_command(
         help="images or latents for the random pairs; without it the model's own samples")] = None,
     size: Size = None,
     pairs: Annotated[int, typer.Option(help="pairs of noise and sample; the paper shows 20 to 23")] = 23,
+    draws: Annotated[int, typer.Option(min=1, help="pictures whose crossings are counted; the first is kept")] = 10,
     perplexity: Annotated[float, typer.Option(help="of t-SNE, less than twice the pairs; the paper's 22 to 30")] = 22,
     match_size: Annotated[int, typer.Option(min=2, help="without a model: noises in the pool")] = 1000,
     steps: OwnSteps = 50,
@@ -297,8 +300,9 @@ def tsne_command(
 ) -> None:
     from scale.foundations import tsne
 
-    tsne(model, source=data, size=size, pairs=pairs, perplexity=perplexity, match_size=match_size, steps=steps,
-         label=label, batch=batch, precision=precision, seed=seed, device=dansm.pick_device(device), out=out)
+    tsne(model, source=data, size=size, pairs=pairs, draws=draws, perplexity=perplexity, match_size=match_size,
+         steps=steps, label=label, batch=batch, precision=precision, seed=seed, device=dansm.pick_device(device),
+         out=out)
 
 
 @_command("paths")

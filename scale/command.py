@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import shlex
 import time
@@ -58,7 +59,8 @@ def _with_options(function):
         help="folder for the results, made if missing " + escape("[runs/ and the recipe's or the data's name]"),
         metavar="PATH", rich_help_panel="Where")]
     fresh = Annotated[bool, typer.Option("--fresh", rich_help_panel="Where",
-                                         help="begin anew where --out holds a run already")]
+                                         help="begin anew where --out holds a run already, whose checkpoints go when "
+                                              "the new one first saves")]
     all_steps = Annotated[bool, typer.Option("--all-steps", rich_help_panel="Where",
                                              help="exit code 130 where the run stops before, for scripts that go on")]
     taken = {"recipe": (source, inspect.Parameter.empty)} | {name: (_option(name), None) for name in SETTINGS}
@@ -90,7 +92,7 @@ def _train(recipe: str, out: Path | None, device: str, fresh: bool, all_steps: b
     """Read the recipe and train by it. `given`: the settings of the command line, None where it says nothing."""
     overrides = {name: parse(name, value) for name, value in given.items() if value is not None}
     device = dansm.pick_device(device)
-    whole = run(load(recipe, overrides), out or Path("runs") / name_of_run(recipe), device, fresh)
+    whole = run(load(recipe, overrides), out or folder_of_run(recipe), device, fresh)
     if all_steps and not whole:
         raise dansm.Stopped("not all steps are made, as --all-steps asks for; what comes after waits until they are")
 
@@ -106,9 +108,13 @@ def parse(name: str, text: str | bool):
         return text
 
 
-def name_of_run(source: str) -> str:
-    """The name of the recipe or, where there is none, of the data."""
-    return source if source in names() else Path(source).resolve().name.split(".")[0] or "train"
+def folder_of_run(source: str) -> Path:
+    """Where a run goes that is not told: of the recipe's name or, where there is none, the data's. A recipe.toml that
+    lies in a run's folder is that run."""
+    path = Path(source)
+    if path.name == "recipe.toml" and checkpoint.newest(path.parent):
+        return path.parent
+    return Path("runs") / (source if source in names() else path.resolve().name.split(".")[0] or "train")
 
 
 def run(recipe: Recipe, out: Path, device: torch.device, fresh: bool) -> bool:
@@ -145,7 +151,7 @@ def _run(recipe, out, device, fresh, first) -> bool:
             f"the same command{' without --fresh' * fresh} goes on")
     pictures = known_of(images) is None
     current = grid.exists() and grid.stat().st_mtime >= saved.stat().st_mtime  # it is this checkpoint's already
-    if pictures and not summary["stopped_early"] and not current:
+    if pictures and not summary["interrupted"] and not current:
         draw_grid(sampler(net, device, recipe.precision), flow, images.shape[1:], recipe.sample_steps, recipe.seed,
                   device, saved, grid)
         written.insert(0, "samples.png")
@@ -206,7 +212,11 @@ def sample(model: Path, device: torch.device, out: Path, *, count: int, steps: i
     net, flow, about = checkpoint.load_model(model, device, solver, say=say)
     dansm.check_steps("--steps", steps, type(flow))
     decoder = decoder_for(model, net.settings["channels"], about, autoencoder, device, precision, memory)
-    out = dansm.make_folder(out)
+    out, made_from = dansm.make_folder(out), {
+        "checkpoint": str(about["file"]), "trained_steps": about["step"], "steps": steps, "solver": solver,
+        "precision": precision, "seed": seed, "autoencoder": autoencoder and str(autoencoder)}
+    if files:
+        check_numbered(out, made_from, count)
     batch = batch or (500 if device.type == "cuda" else 64)
     shape = (net.settings["channels"], net.settings["size"], net.settings["size"])
     begin, drawn_so_far, shown = time.perf_counter(), 0, []
@@ -224,12 +234,23 @@ def sample(model: Path, device: torch.device, out: Path, *, count: int, steps: i
     seconds = time.perf_counter() - begin
     dansm.save_grid(torch.stack(shown), out / "samples.png")
     dansm.write_json(out / "sample.json", {
-        "checkpoint": str(about["file"]), "trained_steps": about["step"], "recipe": about["recipe"],
-        "count": drawn_so_far, "steps": steps, "solver": solver, "precision": precision, "seed": seed,
-        "autoencoder": autoencoder and str(autoencoder),
-        "seconds": round(seconds, 2), "hardware": dansm.hardware(device)})
+        **made_from, "count": drawn_so_far, "recipe": about["recipe"], "seconds": round(seconds, 2),
+        "hardware": dansm.hardware(device)})
     say(f"{counted(drawn_so_far, 'image')} in {counted(steps, 'step')} each: {seconds:.1f} s")
     dansm.say_files(out, "samples.png", "sample.json", *(["000000.png and so on"] if files else []))
+
+
+def check_numbered(out: Path, made_from: dict, count: int) -> None:
+    """BadInput if `out` holds numbered images that this call would not write: whoever judges the folder would take
+    those of two models for one's."""
+    there = len(list(out.glob("[0-9]*.png")))
+    try:
+        before = json.loads((out / "sample.json").read_text())
+    except (OSError, ValueError):
+        before = {}
+    if there > count or (there and not made_from.items() <= before.items()):
+        raise dansm.BadInput(f"--out is {out}, which holds {counted(there, 'image')} of another call: expected a "
+                             "folder without images, or the same call with as many")
 
 
 def decoder_for(model: Path, channels: int, about: dict, file: Path | None, device: torch.device, precision: str,

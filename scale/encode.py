@@ -164,7 +164,8 @@ def _end(out, plan, shards, images, seconds):
             ", ".join(index["left_out"][:3]) + ", …" * (len(index["left_out"]) > 3))
     say(f"{counted(index['count'], 'latent')} of {'×'.join(map(str, index['shape']))};",
         f"this time {counted(images, 'image')} in {seconds:.1f} s, {images / max(seconds, 1e-9):,.1f} a second")
-    dansm.say_files(out, latents.INDEX, index["shards"][0]["file"], *["and so on"] * (len(index["shards"]) > 1))
+    more = " and so on" * (len(index["shards"]) > 1)
+    dansm.say_files(out, latents.INDEX, index["shards"][0]["file"] + more)
 
 
 def _work(read: Source, encoder: Encoder, plan: Plan, out: Path, mine: list[int], workers: int,
@@ -275,7 +276,7 @@ def decode(source: Path, weights: Path | Autoencoder, device: torch.device, out:
                        "are there, expected room for all") from error
     seconds = time.perf_counter() - begin
     say(f"{counted(len(missing), 'image')} in {seconds:.1f} s, {batch} at a time")
-    dansm.say_files(out, _name(0), *["and so on"] * (count > 1))
+    dansm.say_files(out, _name(0) + " and so on" * (count > 1))
 
 
 def _check_decoded(out: Path, source: Path, decoder: Decoder) -> None:
@@ -297,9 +298,14 @@ def _check_decoded(out: Path, source: Path, decoder: Decoder) -> None:
     latents.write_json(note, made_from)
 
 
+# Digests tell nobody anything
+OTHERS = {"source_digest": "of other images, by the names, sizes or times of their files",
+          "latents": "of other latents", "autoencoder": "by another autoencoder"}
+
+
 def _differences(before: dict, now: dict) -> list[str]:
     """What was noted before and is another one now, but for where it lies."""
-    return [f"{name} {before.get(name)} → {value}" for name, value in now.items()
+    return [OTHERS.get(name) or f"{name} {before.get(name)} → {value}" for name, value in now.items()
             if name != "source" and before.get(name) != value]
 
 

@@ -73,15 +73,16 @@ class Extractor(NamedTuple):
         return ("fid", "kid") if self.name == INCEPTION else ("frechet_distance", "kernel_distance")
 
 
-def load_extractor(features: str, device, weights: Path | None = None) -> Extractor:
+def load_extractor(features: str, device, weights: Path | None = None, option: str = "--features") -> Extractor:
     """The standard Inception network for "inception", whose weights are downloaded at first use or read from the file
-    `weights`; else the callable that module:callable names. Raises BadInput where there is none."""
+    `weights`; else the callable that module:callable names. Raises BadInput where there is none, which calls the first
+    by its `option`."""
     fidelity()  # that it is lacking is said before anything is loaded
     if features == INCEPTION:
-        return _inception(device, weights)
+        return _inception(device, weights, option)
     if weights is not None:
-        raise BadInput(f"--inception-weights is {weights}, with --features {features}: expected one of the two")
-    return _named(features)
+        raise BadInput(f"--inception-weights is {weights}, with {option} {features}: expected one of the two")
+    return _named(features, option)
 
 
 @once
@@ -93,7 +94,7 @@ def fidelity():
         raise BadInput(f"torch-fidelity is not installed ({error}): {INSTALL}") from error
 
 
-def _inception(device, weights: Path | None) -> Extractor:
+def _inception(device, weights: Path | None, option: str) -> Extractor:
     from torch_fidelity import FeatureExtractorInceptionV3, __version__
 
     given = _readable_again(weights) if weights else None
@@ -107,7 +108,7 @@ def _inception(device, weights: Path | None) -> Extractor:
                            f"({str(error).partition(chr(10))[0]}): expected weights-inception-2015-12-05-6726825d.pth"
                            ) from error
         raise BadInput(f"the weights of the Inception network are not in {torch.hub.get_dir()} and could not be "
-                       f"downloaded ({error}): expected a network, --inception-weights FILE, or --features {LITE0}"
+                       f"downloaded ({error}): expected a connection, --inception-weights FILE, or {option} {LITE0}"
                        ) from error
     key = f"torch-fidelity {__version__} {digest_of_weights(net.state_dict())}"
     return Extractor(INCEPTION, key, net.to(device))
@@ -130,21 +131,21 @@ def _readable_again(weights: Path) -> io.BytesIO:
     return copy
 
 
-def _named(features: str) -> Extractor:
+def _named(features: str, option: str) -> Extractor:
     """The callable of that name, from the Python path or the working folder. Its key is of the module's file: a
     changed file is another extractor."""
     module_name, _, name = features.partition(":")
     wanted = f"expected {INCEPTION} or module:callable, as {LITE0}"
     if not module_name or not name:
-        raise BadInput(f"--features is {features!r}: {wanted}")
+        raise BadInput(f"{option} is {features!r}: {wanted}")
     with _working_folder_on_path():
         try:
             module = importlib.import_module(module_name)
             function = getattr(module, name)
         except Exception as error:  # a module may raise anything
-            raise BadInput(f"--features is {features}, which cannot be imported ({error}): {wanted}") from error
+            raise BadInput(f"{option} is {features}, which cannot be imported ({error}): {wanted}") from error
     if not callable(function):
-        raise BadInput(f"--features is {features}, a {type(function).__name__}: {wanted}")
+        raise BadInput(f"{option} is {features}, a {type(function).__name__}: {wanted}")
     file = getattr(module, "__file__", None)
     code = hashlib.blake2b(Path(file).read_bytes() if file else b"", digest_size=8).hexdigest()
     return Extractor(features, f"{features} {code}", lambda images: (function(images), None))

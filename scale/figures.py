@@ -139,7 +139,8 @@ def draw_grid(images: list[list[Tensor]], labels: list[str], counts: list[int], 
 
 @matplotlib.rc_context(STYLE)
 def draw_tsne(panels: list[dict], path: Path) -> list[str]:
-    """One panel above the other: {"name", "samples", "noises": (N, 2) each, "crossings", "by_chance": mean, std}."""
+    """One panel above the other: {"name", "samples", "noises": (N, 2) each, "crossings"; "over_draws", "by_chance":
+    mean, std}."""
     figure = Figure((COLUMN, 2.55 * len(panels) + 0.35), layout="constrained")
     figure.get_layout_engine().set(hspace=0.04)
     for one, panel in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
@@ -147,9 +148,10 @@ def draw_tsne(panels: list[dict], path: Path) -> list[str]:
         one.add_collection(LineCollection(np.stack([x, z], 1), colors=NOTE, linewidths=0.7, linestyles=(0, (4, 2.5))))
         one.scatter(*z.T, s=22, color=NOISE, marker="o", edgecolors="white", linewidths=0.4, zorder=3)
         one.scatter(*x.T, s=26, color=DATA, marker="^", edgecolors="white", linewidths=0.4, zorder=3)
-        chance = panel["by_chance"]
+        chance, usual = panel["by_chance"], panel["over_draws"]
         one.set_title(f"{shorten(panel['name'], 44)}: {panel['crossings']} crossings", loc="left", pad=13)
-        one.text(0, 1.015, f"these points paired by chance: {chance['mean']:.0f} ± {chance['std']:.0f}",
+        one.text(0, 1.015, f"other draws: {usual['mean']:.0f} ± {usual['std']:.0f}; these points paired by chance: "
+                           f"{chance['mean']:.0f} ± {chance['std']:.0f}",
                  transform=one.transAxes, fontsize=7, color=NOTE, va="bottom")
         one.margins(0.06)
         one.set(xlabel="t-SNE 1 (no unit)", ylabel="t-SNE 2 (no unit)", xticks=[], yticks=[])

@@ -336,11 +336,20 @@ def crossings_by_chance(a: np.ndarray, b: np.ndarray, seed: int) -> dict:
     return mean_and_std(counts)
 
 
-def tsne(path: Path | None, *, source: str | None, size: int | None, pairs: int, perplexity: float,
+def two_panels(above: tuple, below: tuple, below_name: str, perplexity: float, seed: int) -> list[dict]:
+    """The pairs (x, z) of both halves in the plane, those above shuffled, with their crossings."""
+    places = embed(*below, perplexity, seed)
+    x, z = places if above is below else embed(*above, perplexity, seed)
+    shuffled = z[np.random.default_rng([seed, 0]).permutation(len(z))]
+    return [{"name": name, "crossings": count_crossings(*pair), "samples": pair[0].tolist(), "noises": pair[1].tolist()}
+            for name, pair in (("random pairs", (x, shuffled)), (below_name, places))]
+
+
+def tsne(path: Path | None, *, source: str | None, size: int | None, pairs: int, draws: int, perplexity: float,
          match_size: int, steps: int, label, batch: int, precision: str, seed: int, device: torch.device,
          out: Path) -> dict:
     """Noises and samples in the plane, a line for each pair: random pairs above, and below the model's own, or without
-    a model those of a pool.
+    a model those of a pool. Crossings are counted in `draws` such pictures, of which the first is kept.
 
     With a model and no `source` both halves have the model's samples, so they differ by the lines alone; with both,
     data stands above.
@@ -353,30 +362,29 @@ def tsne(path: Path | None, *, source: str | None, size: int | None, pairs: int,
     if not models:
         (match_size,) = pick_match_sizes(str(match_size), images)
     out = dansm.make_folder(out)
-    own = own_pairs(models[0], range(pairs), steps, seed=seed, batch=batch, device=device) if models else None
-    if own:
-        below = own.x, own.z
-        below_name = f"own pairs of {models[0].label}"
-    else:
-        below = data_pairs(images, match_size, pairs, max(match_size, pairs), seed=seed, device=device)
-        below_name = f"matched, match size {match_size:,}"
-    places = embed(*below, perplexity, seed)
-    above = places
-    if own and images is not None:
-        above = embed(*data_pairs(images, 0, pairs, pairs, seed=seed, device=device), perplexity, seed)
-    shuffled = above[1][np.random.default_rng([seed, 0]).permutation(pairs)]
-    panels = []
-    for name, (x, z) in (("random pairs", (above[0], shuffled)), (below_name, places)):
-        panels.append({"name": name, "crossings": count_crossings(x, z), "by_chance": crossings_by_chance(x, z, seed),
-                       "samples": x.tolist(), "noises": z.tolist()})
+    below_name = f"own pairs of {models[0].label}" if models else f"matched, match size {match_size:,}"
+    drawn = []
+    for draw in range(draws):
+        one = {"seed": seed + draw, "device": device}
+        if models:
+            below = own_pairs(models[0], range(draw * pairs, (draw + 1) * pairs), steps, seed=seed, batch=batch,
+                              device=device)[:2]
+        else:
+            below = data_pairs(images, match_size, pairs, max(match_size, pairs), **one)
+        above = data_pairs(images, 0, pairs, pairs, **one) if models and images is not None else below
+        drawn.append(two_panels(above, below, below_name, perplexity, seed + draw))
+    panels = drawn[0]
+    for panel, *others in zip(panels, *drawn, strict=True):
+        panel["over_draws"] = mean_and_std([float(other["crossings"]) for other in others])
+        panel["by_chance"] = crossings_by_chance(np.array(panel["samples"]), np.array(panel["noises"]), seed)
     result = {"models": [model.described() for model in models], "data": source, "pairs": pairs,
-              "perplexity": perplexity, "steps": steps, "seed": seed, "shuffles": SHUFFLES, "panels": panels,
-              "hardware": dansm.hardware(device)}
+              "draws": draws, "perplexity": perplexity, "steps": steps, "seed": seed, "shuffles": SHUFFLES,
+              "panels": panels, "hardware": dansm.hardware(device)}
     dansm.write_json(out / "tsne.json", result)
     for panel in panels:
         chance = panel["by_chance"]
         say(f"{panel['name']}: {panel['crossings']} of {math.comb(pairs, 2)} pairs of lines cross; by chance "
-            f"{chance['mean']:.1f} ± {chance['std']:.1f}")
+            f"{chance['mean']:.1f} ± {chance['std']:.1f}; in {counted(draws, 'draw')} {_with_std(panel['over_draws'])}")
     from scale import figures
 
     names = figures.draw_tsne(panels, out / "tsne")

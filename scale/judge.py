@@ -57,7 +57,7 @@ class Judge:
         if self.rank:
             group.barrier()  # what is to be downloaded, the first one does
         weights = Path(recipe.inception_weights) if recipe.inception_weights else None
-        self.extractor = evaluate.load_extractor(recipe.evaluate_features, device, weights)
+        self.extractor = evaluate.load_extractor(recipe.evaluate_features, device, weights, "--evaluate-features")
         if self.rank == 0:
             self.real = self._real(images)
             self.floor = evaluate.floor(self.real, recipe.evaluate_count, self.extractor, seed=SEED, device=device,

@@ -26,6 +26,7 @@ from scale.foundations import (
     parse_counts,
     pick_match_sizes,
     shorten,
+    shown,
 )
 
 TIMES = 20  # at which a loss is measured
@@ -132,17 +133,19 @@ def print_paths(summary: list[dict], count: int) -> None:
 
 
 @torch.no_grad()
-def loss_by_time(model: Model, x: Tensor, z: Tensor, times: list[float], groups: int = 32) -> dict:
+def loss_by_time(model: Model, x: Tensor, z: Tensor, times: list[float], batch: int = 64) -> dict:
     """The flow's loss of the pairs (x, z), (N, C, H, W) each, N ≥ 2, at each time: mean and its standard error.
 
-    A flow's loss is a mean over its batch, so the error comes from the means of up to `groups` parts of the samples.
+    A flow's loss is a mean over its batch, so the error comes from the means of parts of the samples: eight at least,
+    of `batch` samples at most.
     """
     if len(x) < 2:
         raise BadInput(f"there are {counted(len(x), 'pair')}: expected at least two for an error")
-    parts = list(zip(x.tensor_split(min(groups, len(x))), z.tensor_split(min(groups, len(x))), strict=True))
+    count = min(len(x), max(8, math.ceil(len(x) / batch)))
+    parts = list(zip(x.tensor_split(count), z.tensor_split(count), strict=True))
     weights = torch.tensor([len(part) for part, _ in parts], dtype=torch.float64) / len(x)
     means, errors = [], []
-    for t in times:
+    for t in shown(times, f"loss of {model.label}"):
         losses = [model.flow.loss(model.net, xs, zs, torch.full((len(xs),), t, device=x.device)) for xs, zs in parts]
         losses = torch.stack(losses).cpu().double()
         means.append((losses * weights).sum().item())
@@ -163,9 +166,9 @@ def loss(path: Path, *, source: str | None, size: int | None, match_size: str | 
     for one in (0, *match_sizes):
         name = f"matched, {one:,}" if one else "random"
         pairs = data_pairs(images, one, count, served, seed=seed, device=device)
-        curves[name] = loss_by_time(models[0], *pairs, times)
+        curves[name] = loss_by_time(models[0], *pairs, times, batch)
     own = own_pairs(models[0], range(count), steps, seed=seed, batch=batch, device=device)
-    curves["own"] = loss_by_time(models[0], own.x, own.z, times)
+    curves["own"] = loss_by_time(models[0], own.x, own.z, times, batch)
     result = {"models": [models[0].described()], "data": source or models[0].about["data"], "count": count,
               "steps": steps, "seed": seed, "times": times, "curves": curves, "hardware": dansm.hardware(device)}
     dansm.write_json(out / "loss.json", result)

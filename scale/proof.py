@@ -50,6 +50,7 @@ class Run(NamedTuple):
 
 
 OFF, MATCHED = "off", "greedy-10000"
+DIFFUSION = dict(flow="diffusion", target="velocity")  # one that says the noise needs far more images than fit here
 RUNS = {run.name: run for run in [
     Run(OFF, dict(method="random"), LONG, 3, "off: random pairs"),
     Run(MATCHED, dict(), LONG, 3, "pool of 10,000"),
@@ -59,8 +60,8 @@ RUNS = {run.name: run for run in [
     Run("assigned-256", dict(method="optimal", match_size=256), MIDDLE, 1, "assignment within batches of 256"),
     Run("nearest-16", dict(method="nearest", match_size=16), MIDDLE, 1, "nearest of 16"),
     Run("optimal-10000", dict(method="optimal"), MIDDLE, 1, "assignment over 10,000"),
-    Run("diffusion-off", dict(flow="diffusion", method="random"), MIDDLE, 1, "diffusion, off"),
-    Run("diffusion-greedy-10000", dict(flow="diffusion"), MIDDLE, 1, "diffusion, pool of 10,000"),
+    Run("diffusion-off", dict(DIFFUSION, method="random"), MIDDLE, 1, "diffusion, off"),
+    Run("diffusion-greedy-10000", DIFFUSION, MIDDLE, 1, "diffusion, pool of 10,000"),
     Run("inner-10000", dict(cost="inner"), SHORT, 3, "pool of 10,000, inner product"),
     Run("inner-100000", dict(cost="inner", match_size=100_000), SHORT, 3, "pool of 100,000, inner product"),
     Run("batch8-off", dict(batch=8, lr=1e-4, method="random"), FEW[2], 1, "batch 8, off"),

@@ -112,6 +112,9 @@ class Recipe:
             object.__setattr__(self, name, checked(name, getattr(self, name)))
         if self.accumulate > self.batch:
             raise BadInput(f"accumulate is {self.accumulate}: expected at most {self.batch}, the batch that it cuts")
+        if self.target != "noise" and self.flow != "diffusion":
+            raise BadInput(f"target is {self.target}, with flow {self.flow}: expected flow diffusion; other flows say "
+                           "velocities anyway")
 
     def network_settings(self, channels: int, size: int) -> dict:
         """What `dansm.UNet` takes for images (channels, size, size). BadInput for a size that the network cannot halve

@@ -459,7 +459,7 @@ class Watch:
                               "images_per_second": round(made * self.recipe.batch / max(here, 1e-9), 1)},
                 "precision": str(self.run.dtype)[6:], "compiled": self.run.compiled,
                 "parameters": sum(p.numel() for p in self.run.net.parameters()),
-                "stopped_early": interrupted and self.run.step < self.recipe.steps}
+                "interrupted": interrupted, "stopped_early": interrupted and self.run.step < self.recipe.steps}
 
 
 def _mean_over_processes(losses: Tensor) -> Tensor:

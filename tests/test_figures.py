@@ -235,6 +235,23 @@ def test_tsne_of_data(run, save_model, images, tmp_path, with_model):
     assert (random["samples"] == below["samples"]) != with_model
 
 
+def test_crossings_of_tsne_over_draws_are_those_of_one_draw_each(run, images, tmp_path):
+    """The third of three draws is the first of two seeds later, and the picture is of the first."""
+    options = "--data", images, "--pairs", 6, "--perplexity", 4, "--match-size", 12, *FAST
+    code, said, err = run("tsne", *options, "--draws", 3, "--out", tmp_path / "three")
+    assert (code, err) == (0, "") and "in 3 draws" in said
+    three = json.loads((tmp_path / "three" / "tsne.json").read_text())["panels"]
+    alone = []
+    for seed in range(3):
+        assert run("tsne", *options, "--draws", 1, "--seed", seed, "--out", tmp_path / str(seed))[0] == 0
+        alone.append(json.loads((tmp_path / str(seed) / "tsne.json").read_text())["panels"])
+    for panel, *others in zip(three, *alone, strict=True):
+        counts = [other["crossings"] for other in others]
+        assert panel["crossings"] == counts[0] and panel["samples"] == others[0]["samples"]
+        assert panel["over_draws"]["mean"] == pytest.approx(np.mean(counts))
+        assert panel["over_draws"]["std"] == pytest.approx(np.std(counts, ddof=1))
+
+
 # ------------------------------------------------------------------------------- paths
 
 
@@ -314,7 +331,7 @@ def test_loss_by_time_against_direct_computation(flow):
 
     model = foundations.Model("a", net, flow, (1, 2, 2), {})
     x, z = torch.randn(50, 1, 2, 2), torch.randn(50, 1, 2, 2)
-    found = paths.loss_by_time(model, x, z, [0.1, 0.8], groups=50)
+    found = paths.loss_by_time(model, x, z, [0.1, 0.8], batch=1)
     for i, t in enumerate((0.1, 0.8)):
         if isinstance(flow, dansm.Diffusion):
             level = int((1 - t) * 1000)
@@ -326,7 +343,7 @@ def test_loss_by_time_against_direct_computation(flow):
         each = errors.square().flatten(1).mean(1)
         assert found["mean"][i] == pytest.approx(each.mean().item(), rel=1e-4)
         assert found["error"][i] == pytest.approx(each.std().item() / math.sqrt(50), rel=1e-3)
-    grouped = paths.loss_by_time(model, x, z, [0.1, 0.8], groups=7)
+    grouped = paths.loss_by_time(model, x, z, [0.1, 0.8], batch=9)
     assert grouped["mean"] == pytest.approx(found["mean"], rel=1e-5)
 
 
