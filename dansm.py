@@ -15,7 +15,7 @@ Read top to bottom:
     5 measuring   path length, crossing, straightness, inter-path distance, Fréchet distance
     6 refusing    what a batch, a count or a pool cannot be, said in one line
     7 commands     toy, digits, train, export, encode, decode, sample, evaluate, compare, grid, tsne, paths, loss,
-                  proof, bench
+                  theory, proof, bench
 
 Names used throughout: x is data, z is noise, both (B, C, H, W) or any (B, ...); t runs from noise (0) to
 data (1); B is the batch, M the pool's match_size, D the count of numbers in one sample.
@@ -1268,6 +1268,7 @@ COMMANDS = {
     "tsne": "Foundation 2: noises and samples in the plane, random pairs above, the model's own below.",
     "paths": "How long paths are and how near they come to each other: random, matched, and models' own pairs.",
     "loss": "A model's loss by t under random, matched and its own pairs.",
+    "theory": "What matching wins along the images' principal directions, and what the prior keeps. No model.",
     "proof": "Does matching pay? Equal runs, paired in many ways; adds what is missing to the tables in results/proof.",
     "bench": "Time matching, training or judging, against the paper's code, other libraries and the machine's floor.",
 }
@@ -1369,11 +1370,11 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{('es' if noun.endswith('s') else 's') * (count != 1)}"
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None, commands: typer.Typer = app) -> None:
     """Run a command. What cannot be done is said in one line, with exit code 2; Ctrl-C is exit code 130."""
     message = ""
     try:
-        code = app(arguments, standalone_mode=False) or 0
+        code = commands(arguments, standalone_mode=False) or 0
     except BadInput as error:
         code, message = 2, str(error)
     except (KeyboardInterrupt, typer.Abort, Stopped) as error:
@@ -1409,7 +1410,7 @@ def in_our_words(error: Exception) -> str:
     message = error.format_message().removesuffix(".").replace("Value error, ", "")
     message = message.replace("Input should be", "expected")
     message = re.sub(r"expected a valid integer\b.*", "expected a whole number", message)
-    if message.startswith("Missing argument") and getattr(error.param, "help", None):
+    if message.startswith("Missing ") and getattr(error.param, "help", None):
         return f"{message}: expected {error.param.help}"
     if not hasattr(error.__cause__, "errors"):
         return message

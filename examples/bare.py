@@ -15,11 +15,10 @@ from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
-import typer
 from torch import Tensor, nn
 
 from dansm import NoisePool, path_length
-from tiny.comparison import Trained, compare
+from tiny.comparison import MatchSize, Seeds, Steps, Trained, compare, run
 from tiny.digits import load_digits
 
 BATCH = 64
@@ -85,7 +84,7 @@ def resumes(images: Tensor, steps: int, match_size: int) -> bool:
     return all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
 
 
-def main(steps: int = 1500, seeds: int = 2, match_size: int = 1000) -> dict:
+def main(steps: Steps = 1500, seeds: Seeds = 2, match_size: MatchSize = 1000) -> dict:
     torch.set_num_threads(1)  # to so small a network more are no help, and on a busy machine they wait for each other
     images = load_digits()
     same = resumes(images, min(steps, 200), match_size)
@@ -100,4 +99,4 @@ def main(steps: int = 1500, seeds: int = 2, match_size: int = 1000) -> dict:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

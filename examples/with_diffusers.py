@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from functools import partial
 from statistics import fmean
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from diffusers import DDIMPipeline, DDPMScheduler, FlowMatchEulerDiscreteSchedul
 from torch import Tensor
 
 from dansm import NoisePool, path_length
-from tiny.comparison import Trained, compare
+from tiny.comparison import MatchSize, Seeds, Steps, Trained, compare, run
 from tiny.digits import load_digits
 
 BATCH = 32
@@ -87,7 +88,13 @@ def sample_flow(unet, scheduler, count: int, steps: int, generator: torch.Genera
     return x
 
 
-def main(ddpm: bool = False, steps: int = 160, seeds: int = 2, match_size: int = 1000, micro: int = BATCH) -> list:
+def main(
+    ddpm: Annotated[bool, typer.Option("--ddpm", help="a diffusion that says the noise, in place of a flow")] = False,
+    steps: Steps = 160,
+    seeds: Seeds = 2,
+    match_size: MatchSize = 1000,
+    micro: Annotated[int, typer.Option(min=1, help="images at a time; gradients add up to those of a batch")] = BATCH,
+) -> list:
     torch.set_num_threads(1)  # to so small a network more are no help, and on a busy machine they wait for each other
     images = load_digits()
     scheduler = DDPMScheduler() if ddpm else FlowMatchEulerDiscreteScheduler()
@@ -103,4 +110,4 @@ def main(ddpm: bool = False, steps: int = 160, seeds: int = 2, match_size: int =
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -18,13 +18,12 @@ from statistics import fmean
 
 import numpy as np
 import torch
-import typer
 from torch import Tensor
 from torchcfm.conditional_flow_matching import ConditionalFlowMatcher, ExactOptimalTransportConditionalFlowMatcher
 from torchcfm.models import MLP
 
 from dansm import NoisePool
-from tiny.comparison import Trained, compare
+from tiny.comparison import MatchSize, Seeds, Steps, Trained, compare, run
 from tiny.digits import load_digits
 
 BATCH = 64
@@ -82,7 +81,7 @@ def sample(net: MLP, count: int, steps: int, generator: torch.Generator) -> Tens
     return x
 
 
-def main(steps: int = 800, seeds: int = 2, match_size: int = 1000) -> list:
+def main(steps: Steps = 800, seeds: Seeds = 2, match_size: MatchSize = 1000) -> list:
     torch.set_num_threads(1)  # to so small a network more are no help, and on a busy machine they wait for each other
     images = load_digits().flatten(1)
 
@@ -98,4 +97,4 @@ def main(steps: int = 800, seeds: int = 2, match_size: int = 1000) -> list:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -127,8 +127,7 @@ def bench_command(
         help="match: what pairing one batch costs; spread: with one pool over all ranks, under torchrun; train: whole "
              "steps, input, sampling, and where the time goes; evaluate: features and measures of many images; "
              "autoencoder: encoding and decoding latents of --shape, alone and from files to files")] = "match",
-    match_size: Annotated[list[int], typer.Option(min=2, help="size of the pool; may be given several times")] = (
-        1000, 10_000),
+    match_size: Annotated[list[str], typer.Option(help="sizes of the pool, parted by commas")] = ("1000", "10000"),
     batch: Annotated[int, typer.Option(min=1, help="samples a batch")] = 250,
     shape: Annotated[str, typer.Option(help="of one sample, as CxHxW")] = "4x32x32",
     network: Annotated[str | None, typer.Option(
@@ -143,12 +142,14 @@ def bench_command(
     out: Out = Path("runs/bench"),
 ) -> None:
     from scale import bench
+    from scale.foundations import parse_counts
 
+    sizes = parse_counts("--match-size", ",".join(match_size), at_least=2)
     if what == "train":
         from scale.bench_train import bench_train, cases
 
         chosen = cases(network, batch, parse_shape(shape), dansm.pick_device(device))
-        bench_train(chosen, max(match_size), samples=samples, first_step=first_step, seed=seed,
+        bench_train(chosen, max(sizes), samples=samples, first_step=first_step, seed=seed,
                     device=dansm.pick_device(device), out=dansm.make_folder(out), console=dansm.console)
         return
     if what == "autoencoder":
@@ -165,7 +166,7 @@ def bench_command(
                        out=dansm.make_folder(out), console=dansm.console)
         return
     run = bench.bench_match if what == "match" else bench.bench_spread
-    run(match_size, batch, parse_shape(shape), seed=seed, device=dansm.pick_device(device), out=dansm.make_folder(out),
+    run(sizes, batch, parse_shape(shape), seed=seed, device=dansm.pick_device(device), out=dansm.make_folder(out),
         console=dansm.console)
 
 
@@ -192,6 +193,17 @@ def proof_command(
         dansm.check_choice("--only", name, known)
     prove(data, dansm.make_folder(out), work, dansm.pick_device(device), names=names, minutes=minutes, cache=cache,
           more={"evaluate_features": features, "inception_weights": str(inception_weights or "")})
+
+
+@_command("theory")
+def theory_command(
+    data: Annotated[str, typer.Option(help="4,000 images or more, as for dansm train")] = "cifar10",
+    draws: Annotated[int, typer.Option(min=2, help="times it is measured, for the spread")] = 3,
+    out: Out = Path("runs/theory"),
+) -> None:
+    from scale.theory import theory
+
+    theory(data, draws, out)
 
 
 Autoencoder = Annotated[Path, typer.Option(
@@ -287,7 +299,7 @@ def tsne_command(
         help="images or latents for the random pairs; without it the model's own samples")] = None,
     size: Size = None,
     pairs: Annotated[int, typer.Option(help="pairs of noise and sample; the paper shows 20 to 23")] = 23,
-    draws: Annotated[int, typer.Option(min=1, help="pictures whose crossings are counted; the first is kept")] = 10,
+    draws: Annotated[int, typer.Option(min=1, help="pictures; crossings are counted in all, the median is kept")] = 10,
     perplexity: Annotated[float, typer.Option(help="of t-SNE, less than twice the pairs; the paper's 22 to 30")] = 22,
     match_size: Annotated[int, typer.Option(min=2, help="without a model: noises in the pool")] = 1000,
     steps: OwnSteps = 50,

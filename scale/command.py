@@ -131,6 +131,8 @@ def run(recipe: Recipe, out: Path, device: torch.device, fresh: bool) -> bool:
 
 def _run(recipe, out, device, fresh, first) -> bool:
     images, left_out = read(recipe)
+    if device.type == "cpu" and recipe.network != "small" and recipe.width is None:
+        say(f"on a CPU {recipe.network} takes seconds for each image: --network small is made for one")
     summary, net, flow = trainer.fit(images, recipe, out=out, fresh=fresh, device=device, console=dansm.console)
     whole = summary["steps"] >= recipe.steps
     if not first:

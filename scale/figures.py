@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 
 import dansm
+from dansm import counted
 from scale.foundations import shorten
 
 COLUMN, PAGE = 3.4, 7.0  # inches: one column of a paper of two, and both
@@ -138,7 +139,7 @@ def draw_grid(images: list[list[Tensor]], labels: list[str], counts: list[int], 
 
 
 @matplotlib.rc_context(STYLE)
-def draw_tsne(panels: list[dict], path: Path) -> list[str]:
+def draw_tsne(panels: list[dict], draws: int, path: Path) -> list[str]:
     """One panel above the other: {"name", "samples", "noises": (N, 2) each, "crossings"; "over_draws", "by_chance":
     mean, std}."""
     figure = Figure((COLUMN, 2.55 * len(panels) + 0.35), layout="constrained")
@@ -150,8 +151,8 @@ def draw_tsne(panels: list[dict], path: Path) -> list[str]:
         one.scatter(*x.T, s=26, color=DATA, marker="^", edgecolors="white", linewidths=0.4, zorder=3)
         chance, usual = panel["by_chance"], panel["over_draws"]
         one.set_title(f"{shorten(panel['name'], 44)}: {panel['crossings']} crossings", loc="left", pad=13)
-        one.text(0, 1.015, f"other draws: {usual['mean']:.0f} ± {usual['std']:.0f}; these points paired by chance: "
-                           f"{chance['mean']:.0f} ± {chance['std']:.0f}",
+        of_draws = f"{counted(draws, 'draw')}: {usual['mean']:.0f} ± {usual['std']:.0f}; " if draws > 1 else ""
+        one.text(0, 1.015, f"{of_draws}these points paired by chance: {chance['mean']:.0f} ± {chance['std']:.0f}",
                  transform=one.transAxes, fontsize=7, color=NOTE, va="bottom")
         one.margins(0.06)
         one.set(xlabel="t-SNE 1 (no unit)", ylabel="t-SNE 2 (no unit)", xticks=[], yticks=[])

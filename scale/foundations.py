@@ -168,7 +168,7 @@ def pick_match_sizes(text: str | None, images, default=MATCH_SIZES) -> list[int]
 def parse_counts(option: str, text: str, at_least: int = 1) -> list[int]:
     """3,5,10 → [3, 5, 10], each once, in their order."""
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and at_least <= int(part) < 2**31 for part in parts):
+    if not all(part.isdecimal() and at_least <= int(part) < 2**63 for part in parts):
         raise BadInput(f"{option} is {text!r}: expected whole numbers of at least {at_least}, as in 100,1000")
     return list(dict.fromkeys(map(int, parts)))
 
@@ -349,7 +349,8 @@ def tsne(path: Path | None, *, source: str | None, size: int | None, pairs: int,
          match_size: int, steps: int, label, batch: int, precision: str, seed: int, device: torch.device,
          out: Path) -> dict:
     """Noises and samples in the plane, a line for each pair: random pairs above, and below the model's own, or without
-    a model those of a pool. Crossings are counted in `draws` such pictures, of which the first is kept.
+    a model those of a pool. Crossings are counted in `draws` such pictures, of which
+    the one with the median count of the lower half is kept: one t-SNE may be a tangle.
 
     With a model and no `source` both halves have the model's samples, so they differ by the lines alone; with both,
     data stands above.
@@ -373,7 +374,7 @@ def tsne(path: Path | None, *, source: str | None, size: int | None, pairs: int,
             below = data_pairs(images, match_size, pairs, max(match_size, pairs), **one)
         above = data_pairs(images, 0, pairs, pairs, **one) if models and images is not None else below
         drawn.append(two_panels(above, below, below_name, perplexity, seed + draw))
-    panels = drawn[0]
+    panels = sorted(drawn, key=lambda panels: panels[1]["crossings"])[(draws - 1) // 2]
     for panel, *others in zip(panels, *drawn, strict=True):
         panel["over_draws"] = mean_and_std([float(other["crossings"]) for other in others])
         panel["by_chance"] = crossings_by_chance(np.array(panel["samples"]), np.array(panel["noises"]), seed)
@@ -387,7 +388,7 @@ def tsne(path: Path | None, *, source: str | None, size: int | None, pairs: int,
             f"{chance['mean']:.1f} ± {chance['std']:.1f}; in {counted(draws, 'draw')} {_with_std(panel['over_draws'])}")
     from scale import figures
 
-    names = figures.draw_tsne(panels, out / "tsne")
+    names = figures.draw_tsne(panels, draws, out / "tsne")
     dansm.say_files(out, "tsne.json", *names)
     return result
 

@@ -193,13 +193,17 @@ def prove(data: str, out: Path, work: Path, device: torch.device, *, names: list
         say(f"{run.name}, seed {seed}: {command_of(run, seed, data, **more)}")
         new, speed, stopped = one_run(run, seed, images, recipe, work, device)
         rows = merged([{**row, "data": which} for row in new], rows, "run", "seed", "images", "steps")
-        write_csv(rows, out / "distances.csv")
+        if rows:
+            write_csv(rows, out / "distances.csv")
         if speed:
             write_csv(merged(read_speeds(out / "speed.csv"), [speed], "run", "seed"), out / "speed.csv")
         if stopped:
             break
     if rows:
         finish(rows, out)
+    if waiting:
+        left = len(list(todo(runs, rows)))
+        say("all runs are done" if not left else f"{counted(left, 'run')} to go: the same command goes on")
     if tests_prior:
         measure_prior(images, which, out, device)
 
@@ -244,9 +248,10 @@ def measure_prior(images, which: str, out: Path, device) -> None:
 def finish(rows: list[dict], out: Path) -> None:
     from scale.proof_figures import draw
 
-    found = summarize(rows)
-    write_csv(found, out / "summary.csv")
-    dansm.say_files(out, "distances.csv", "speed.csv", "commands.txt", "summary.csv", *draw(rows, out))
+    if found := summarize(rows):  # nothing before two runs can be compared
+        write_csv(found, out / "summary.csv")
+    tables = [name for name in ("distances.csv", "speed.csv", "summary.csv", "commands.txt") if (out / name).exists()]
+    dansm.say_files(out, *tables, *draw(rows, out))
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -75,8 +75,8 @@ def _draw_run(axes, rows: list[dict], look: dict, along: str, unit: float) -> No
 
 
 def _few_plain_numbers(axis) -> None:
-    """On a logarithmic axis 0.5, 1, 2, 5, … in place of powers of ten."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+    """On a logarithmic axis 1, 1.5, 2, 3, 5, 7, … in place of powers of ten."""
+    axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7), numticks=8))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_locator(NullLocator())
     axis.grid(color=PALE, linewidth=0.5)

@@ -1,6 +1,6 @@
 """The theory's page in numbers: how near greedy comes to the optimum, what the prior keeps, and where the gain lies.
 
-    python -m scale.theory --data data/train        50,000 CIFAR-10 images; writes results/theory
+    dansm theory --data data/train --out results/theory        50,000 CIFAR-10 images
 
 Each draw takes 4,000 images and as many noises. The same are paired in pools of each size: 40 pools of 100, 4 of 1,000,
 one of 4,000. A gain is by how much the mean squared path is shorter than the mean over all pairings of a pool.
@@ -15,7 +15,6 @@ from statistics import fmean, stdev
 import matplotlib
 import numpy as np
 import torch
-import typer
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -268,10 +267,9 @@ def write(result: dict, out: Path) -> None:
     dansm.say_files(out, "theory.json", "theory.csv", *draw(result, out / "theory"))
 
 
-def main(data: str = "data/train", out: Path = Path("results/theory"), draws: int = DRAWS) -> None:
+def theory(data: str, draws: int, out: Path) -> None:
     images = load_pixels(data)
+    if len(images) < max(MATCH_SIZES):
+        raise dansm.BadInput(f"--data is {data}, which holds {dansm.counted(len(images), 'image')}: expected at least "
+                             f"{max(MATCH_SIZES):,}, as many as the largest pool has noises")
     write(measure(images, draws), dansm.make_folder(out))
-
-
-if __name__ == "__main__":
-    typer.run(main)

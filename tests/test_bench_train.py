@@ -85,6 +85,7 @@ def test_what_fails_is_left_out_with_a_word_and_the_rest_goes_on(tmp_path, monke
 
     monkeypatch.setattr(bench_train, "new_run", new_run)
     monkeypatch.setattr(bench_train, "importing", fail)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     bench, said = measure(tmp_path)
     assert bench["left_out"] == {f"{NAME}, {EAGER}": "not enough memory", "import": "no disk"}
     assert f"left out: {NAME}, {EAGER}: not enough memory" in said and "left out: import: no disk" in said

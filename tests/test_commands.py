@@ -469,7 +469,7 @@ def test_sampling_stopped_by_ctrl_c_keeps_what_is_drawn(run, trained, tmp_path, 
 
 
 def test_bench_measures_each_way_at_each_match_size(run, tmp_path):
-    command = ["bench", "match", "--batch", 8, "--match-size", 16, "--match-size", 40, "--shape", "1x4x4"]
+    command = ["bench", "match", "--batch", 8, "--match-size", "16,40", "--shape", "1x4x4"]
     code, said, err = run(*command, "--out", tmp_path / "out")
     assert (code, err) == (0, "")
     assert files_of(tmp_path / "out") == ["match.csv", "match.json", "match.png"]

@@ -105,6 +105,16 @@ def test_an_example_runs_and_its_paths_get_shorter(name, capsys):
         assert all(f"{value:#.3g}" in out for key, value in row.items() if key not in ("way", "seed"))
 
 
+@pytest.mark.parametrize("options, words", [
+    (("--steps", "-3"), "--steps': expected greater than or equal to 1, given -3"),
+    (("--steps", "1", "--match-size", "100000000000"), "match_size is 100,000,000,000: the pool needs")])
+def test_what_an_example_cannot_use_is_said_without_a_traceback(options, words):
+    command = [sys.executable, EXAMPLES["bare"], *options]
+    found = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}, text=True,
+                           capture_output=True)
+    assert found.returncode == 2 and words in found.stderr and "Traceback" not in found.stderr
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_with_the_line_put_back_it_is_vanilla_training_to_the_last_bit(name):
     """Both rows are trained without the pool then: had the script another difference, they would not be equal."""

@@ -236,7 +236,7 @@ def test_tsne_of_data(run, save_model, images, tmp_path, with_model):
 
 
 def test_crossings_of_tsne_over_draws_are_those_of_one_draw_each(run, images, tmp_path):
-    """The third of three draws is the first of two seeds later, and the picture is of the first."""
+    """The third of three draws is the first of two seeds later, and the picture is the median one."""
     options = "--data", images, "--pairs", 6, "--perplexity", 4, "--match-size", 12, *FAST
     code, said, err = run("tsne", *options, "--draws", 3, "--out", tmp_path / "three")
     assert (code, err) == (0, "") and "in 3 draws" in said
@@ -245,9 +245,10 @@ def test_crossings_of_tsne_over_draws_are_those_of_one_draw_each(run, images, tm
     for seed in range(3):
         assert run("tsne", *options, "--draws", 1, "--seed", seed, "--out", tmp_path / str(seed))[0] == 0
         alone.append(json.loads((tmp_path / str(seed) / "tsne.json").read_text())["panels"])
+    middle = sorted(range(3), key=lambda seed: alone[seed][1]["crossings"])[1]
     for panel, *others in zip(three, *alone, strict=True):
         counts = [other["crossings"] for other in others]
-        assert panel["crossings"] == counts[0] and panel["samples"] == others[0]["samples"]
+        assert panel["samples"] == others[middle]["samples"] and panel["crossings"] == counts[middle]
         assert panel["over_draws"]["mean"] == pytest.approx(np.mean(counts))
         assert panel["over_draws"]["std"] == pytest.approx(np.std(counts, ddof=1))
 

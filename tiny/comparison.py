@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import wraps
+from typing import Annotated, NamedTuple
 
 import torch
+import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -20,6 +22,10 @@ import dansm
 
 STEP_COUNTS = (1, 2, 5, 10)
 SAMPLES = 500
+
+Steps = Annotated[int, typer.Option(min=1, help="training steps of each way")]
+Seeds = Annotated[int, typer.Option(min=1, help="trainings of each way, from other random numbers")]
+MatchSize = Annotated[int, typer.Option(min=2, help="noises in the pool")]
 
 
 class Trained(NamedTuple):
@@ -74,3 +80,15 @@ def print_table(rows: list[dict], title: str, floor: float, samples: int) -> Non
 def in_words(values: list[float]) -> str:
     """Three digits, so that seven columns fit into a terminal."""
     return f"{statistics.fmean(values):#.3g}" + f"\n{min(values):#.3g}…{max(values):#.3g}" * (len(values) > 1)
+
+
+def run(main: Callable) -> None:
+    """An example from the command line: what cannot be used is one line and exit code 2, as of dansm's own commands."""
+
+    @wraps(main)
+    def example(**options) -> None:  # rows are for tests; what a command returns would be its exit code
+        main(**options)
+
+    commands = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    commands.command()(example)
+    dansm.main(commands=commands)
