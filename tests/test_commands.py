@@ -132,6 +132,14 @@ def test_the_log_has_a_line_each_fifty_steps_and_one_for_the_last(run, images, t
     assert [line["step"] for line in log_of(tmp_path / "out")] == [50, 100, 103]
 
 
+def test_on_a_cpu_it_is_said_which_network_is_made_for_one(run, images, tmp_path, monkeypatch):
+    monkeypatch.setitem(dansm.NETWORKS, "ddpm", dansm.NETWORKS["small"])
+    options = "train", images, "--steps", 1, "--out", tmp_path / "out", *FAST
+    for network, hint in (("small", False), ("ddpm", True)):
+        code, said, _ = run(*options, "--network", network, "--fresh")
+        assert code == 0 and ("--network small is made for one" in said) == hint
+
+
 def test_minutes_stop_a_run_that_has_steps_left(run, images, tmp_path):
     code, _, _ = run("train", images, "--steps", 10**9, "--minutes", 0.002, "--out", tmp_path / "out", *FAST)
     described = json.loads((tmp_path / "out" / "train.json").read_text())
@@ -448,6 +456,26 @@ def test_an_export_that_cannot_be_is_refused(refused, trained, tmp_path):
     assert "expected a name that ends in .safetensors" in refused("export", trained, "--out", tmp_path / "weights")
     assert "missing does not exist" in refused("export", tmp_path / "missing", "--out", weights)
     assert not weights.exists()
+
+
+def test_numbered_images_are_not_mixed_with_those_of_another_call(run, refused, trained, tmp_path):
+    """The same call again writes the same; another would leave images of two calls for whoever judges the folder."""
+    out = tmp_path / "out"
+    same = "sample", trained, "--count", 4, "--steps", 2, "--files", "--out", out
+    for _ in range(2):
+        assert run(*same)[0] == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    for more in (("--seed", 1), ("--steps", 3), ("--count", 2)):
+        assert "which holds 4 images of another call" in refused(*same, *more)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert run(*same, "--count", 5)[0] == 0 and len(list(out.glob("0*.png"))) == 5
+
+
+def test_an_export_lies_beside_its_run_if_nothing_else_is_said(run, trained):
+    for model in (trained, trained.parent):
+        code, said, _ = run("export", model)
+        assert code == 0 and f"written: {trained.parent / 'weights.safetensors'}" in said
+        (trained.parent / "weights.safetensors").unlink()
 
 
 def test_sampling_stopped_by_ctrl_c_keeps_what_is_drawn(run, trained, tmp_path, monkeypatch):

@@ -385,6 +385,22 @@ def test_a_run_is_named_for_its_recipe(given_to_run, tmp_path):
     assert given_to_run(str(tmp_path))[:2] == (Recipe(str(tmp_path)), Path("runs") / tmp_path.name)
 
 
+def test_the_recipe_that_lies_in_a_run_is_that_run(given_to_run, tmp_path):
+    write(Recipe("d"), tmp_path / "recipe.toml")
+    assert given_to_run(str(tmp_path / "recipe.toml"))[1] == Path("runs/recipe")
+    (tmp_path / "checkpoint-00000003.pt").touch()
+    assert given_to_run(str(tmp_path / "recipe.toml"))[:2] == (Recipe("d"), tmp_path)
+
+
+def test_only_a_diffusion_has_a_target(capsys):
+    assert Recipe("d", flow="diffusion", target="velocity").target == "velocity"
+    with pytest.raises(SystemExit) as ended:
+        dansm.main(["train", "cifar10", "--target", "velocity"])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.count("\n") == 1
+    assert "target is velocity, with flow rectified: expected flow diffusion" in said
+
+
 @pytest.mark.parametrize(("option", "text", "words"), [
     ("--multipliers", "1,a", "is '1,a': expected several, each a whole number"),
     ("--multipliers", "1,,2", "is '1,,2': expected several"), ("--multipliers", "", "is empty: expected several"),

@@ -218,6 +218,26 @@ def test_a_linear_guess_explains_what_it_can():
     assert found["first_correlation"] == pytest.approx((9 / 10) ** 0.5, abs=0.01)
 
 
+def test_the_command_refuses_fewer_images_than_a_pool_has_noises(capsys, tmp_path):
+    noise_image(4, 4, seed=1).save(tmp_path / "1.png")
+    with pytest.raises(SystemExit) as ended:
+        dansm.main(["theory", "--data", str(tmp_path), "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "holds 1 image: expected at least 4,000" in said and said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_measures(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(theory, "load_pixels", lambda source: torch.rand(4000, 12) * 2 - 1)
+    monkeypatch.setattr(theory, "MATCH_SIZES", (20, 40, 80))
+    measured = theory.measure
+    monkeypatch.setattr(theory, "measure", lambda x, draws: measured(x, draws, (20, 40, 80), nearest_of=30))
+    with pytest.raises(SystemExit) as ended:
+        dansm.main(["theory", "--data", "d", "--draws", "2", "--out", str(tmp_path)])
+    assert ended.value.code == 0
+    assert {row["draw"] for row in json.loads((tmp_path / "theory.json").read_text())["rows"]} == {0, 1}
+
+
 def test_a_folder_of_images_is_read_and_the_results_are_written(result, tmp_path):
     (tmp_path / "images").mkdir()
     noise_image(4, 4, seed=1).save(tmp_path / "images" / "1.png")
