@@ -24,6 +24,7 @@ data (1); B is the batch, M the pool's match_size, D the count of numbers in one
 from __future__ import annotations
 
 import copy
+import csv
 import json
 import math
 import os
@@ -202,8 +203,8 @@ class Assignment(NamedTuple):
 def optimal(cost: Tensor, gap: float = 1e-3) -> Assignment:
     """Linear assignment: the pairing of least total cost. cost: (B, M), B ≤ M, finite.
 
-    On the CPU exact, by scipy in about M³ operations: 10 ms for 250, a quarter of a second for 1,000, 9 s for
-    4,000. On a GPU by `scale.kernels.auction`, until total − bound is at most `gap` of what the pairing wins
+    On the CPU exact, by scipy in about M³ operations: 10 ms for 250, half a second for 1,000, half a minute for
+    4,096. On a GPU by `scale.kernels.auction`, until total − bound is at most `gap` of what the pairing wins
     over a random one, or as far as prices in float32 go: compare the two.
     """
     samples, noises = cost.shape
@@ -423,7 +424,8 @@ class NoisePool:
 
     def state_dict(self) -> dict:
         """All a checkpoint needs to go on with the same noises: the seed, the number of this pool and which of its
-        noises lie where. The pool itself is drawn again. At most 4 bytes a noise."""
+        noises lie where. The pool itself is drawn again. At most 4 bytes a noise. Of several processes each has its
+        own."""
         return {"made_for": self._made_for(), "seed": self.seed, "number": self.number,
                 "index": self.index[: self.left].clone(), "generator": self.generator.get_state()}
 
@@ -457,7 +459,8 @@ class NoisePool:
 
     def _made_for(self) -> dict:
         return {"match_size": self.match_size, "shape": list(self.shape), "cost": self.cost, "rank": self.rank,
-                "ranks": self.ranks, "dtype": str(self.noise.dtype), "device": self.noise.device.type}
+                "ranks": self.ranks, "dtype": str(self.noise.dtype), "device": self.noise.device.type,
+                **({"process": self.stream[0]} if self.stream else {})}  # of whose noises the index speaks
 
     def _fitting(self, match_size, memory) -> int:
         """The match_size asked for if it fits, the largest that does for None."""
@@ -672,8 +675,8 @@ class Diffusion:
     def __init__(self, times: str = "uniform", target: str = "noise", bound: float | None = None):
         self.times, self.bound = check_choice("times", times, TIMES), bound
         self.target = check_choice("target", target, TARGETS)
-        self.signal = (1 - torch.linspace(1e-4, 0.02, self.levels, dtype=torch.float64)).cumprod(0)  # ᾱ
-        self.there = self.signal
+        self.alpha_bar = (1 - torch.linspace(1e-4, 0.02, self.levels, dtype=torch.float64)).cumprod(0)  # ᾱ
+        self.there = self.alpha_bar
 
     def loss(self, net: nn.Module, x: Tensor, z: Tensor, t: Tensor | None = None) -> Tensor:
         """Mean squared error of the noise at random levels, or at t: (B,) in [0, 1], 0 noise and 1 data. A scalar."""
@@ -691,7 +694,7 @@ class Diffusion:
     def on(self, device) -> Tensor:
         """ᾱ on the device, kept there: copying it anew each step would make the GPU wait."""
         if self.there.device != device:
-            self.there = self.signal.to(device)
+            self.there = (self.alpha_bar.float() if device.type == "mps" else self.alpha_bar).to(device)  # no float64
         return self.there
 
     def path(self, net: nn.Module, z: Tensor, steps: int) -> Iterator[Tensor]:
@@ -704,13 +707,13 @@ class Diffusion:
         x = z
         yield x
         for i in reversed(range(steps)):
-            signal = self.signal[levels[i]].item()
+            signal = self.alpha_bar[levels[i]].item()
             noise = self._noise(net, x, torch.full((len(x),), float(levels[i]), device=x.device), signal)
             clean = (x - math.sqrt(1 - signal) * noise) / math.sqrt(signal)
             if self.bound is not None:
                 clean = clean.clamp(-self.bound, self.bound)
                 noise = (x - math.sqrt(signal) * clean) / math.sqrt(1 - signal)  # that goes with it
-            signal = self.signal[levels[i - 1]].item() if i else 1.0
+            signal = self.alpha_bar[levels[i - 1]].item() if i else 1.0
             x = math.sqrt(signal) * clean + math.sqrt(1 - signal) * noise
             yield x
 
@@ -1159,8 +1162,19 @@ def free_memory(device) -> int:
         return torch.cuda.mem_get_info(device)[0] + kept
     known = Path("/proc/meminfo")
     if known.exists() and "MemAvailable" in (text := known.read_text()):
-        return 1024 * int(text.split("MemAvailable:")[1].split()[0])
+        return min(1024 * int(text.split("MemAvailable:")[1].split()[0]), left_to_container())
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**62
+
+
+def left_to_container(group: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that the memory limit of a container leaves, of which the machine's own account knows nothing; files kept
+    in memory can go."""
+    try:
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        files = int((group / "memory.stat").read_text().split("inactive_file ")[1].split()[0])
+    except (OSError, ValueError, IndexError):  # no such account, or no limit, which reads "max"
+        return 2**62
+    return max(0, limit - used + files)
 
 
 def check_memory(what: str, needed: int, device) -> None:
@@ -1199,9 +1213,7 @@ console = Console()
 
 Device = Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="auto takes the fastest there is")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="same seed, same result on the same machine")]
-Method = Annotated[Literal[METHODS], typer.Option(help="how noises are paired with samples")]
 MatchSize = Annotated[int, typer.Option(min=0, help="noises in the pool; 0 or 1 is vanilla training")]
-Cost = Annotated[Literal[COSTS], typer.Option(help="what near means: squared distance (the paper) or inner product")]
 Out = Annotated[Path, typer.Option(help="folder for the results, made if missing")]
 
 
@@ -1299,8 +1311,13 @@ def sample_images(net, flow, images: range, shape, steps: int, *, seed: int = 0,
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """[−1, 1] to the 0 … 255 of an image file."""
+    """[−1, 1] to the 0 … 255 of an image file; of any shape."""
     return ((x + 1) * 127.5).round().clamp(0, 255).byte()
+
+
+def from_uint8(images: Tensor) -> Tensor:
+    """0 … 255 to float32 in [−1, 1]; of any shape."""
+    return images.float() / 127.5 - 1
 
 
 def save_grid(images: Tensor, path: Path, enlarge: int = 2) -> None:
@@ -1325,17 +1342,17 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def make_folder(path: Path) -> Path:
-    """`path` as a folder that can be written into."""
+def make_folder(path: Path, option: str = "--out") -> Path:
+    """`path` as a folder that can be written into, made if missing. BadInput, which names the option, if it cannot."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         (path / ".writable").touch()
         (path / ".writable").unlink(missing_ok=True)  # another rank may have been quicker
     except (FileExistsError, NotADirectoryError) as error:
         file = next(part for part in (path, *path.parents) if part.exists())
-        raise BadInput(f"--out is {path}: {file} is a file, expected a folder") from error
+        raise BadInput(f"{option} is {path}: {file} is a file, expected a folder") from error
     except OSError as error:
-        raise BadInput(f"--out is {path}: not writable ({error.strerror}), expected a folder that is") from error
+        raise BadInput(f"{option} is {path}: not writable ({error.strerror}), expected a folder that is") from error
     return path
 
 
@@ -1353,6 +1370,16 @@ def write_json(path: Path, content: dict) -> None:
     """Written beside and moved into place, so that stopping at any moment leaves a whole file."""
     beside = path.with_suffix(".part")
     beside.write_text(json.dumps(content, indent=1) + "\n")
+    beside.replace(path)
+
+
+def write_csv(rows: list[dict], path: Path) -> None:
+    """A column for every name that any row has; as `write_json`, whole at any moment."""
+    beside = path.with_suffix(".part")
+    with open(beside, "w", newline="") as file:
+        lines = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+        lines.writeheader()
+        lines.writerows(rows)
     beside.replace(path)
 
 

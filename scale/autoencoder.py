@@ -120,7 +120,7 @@ class Encoder(_Half):
         height, width = images.shape[2:]
         if height % self.autoencoder.shrinks or width % self.autoencoder.shrinks:
             raise BadInput(f"images are {width}×{height} pixels: expected a multiple of {self.autoencoder.shrinks}")
-        x = images.to(self.device, non_blocking=True).float() / 127.5 - 1
+        x = dansm.from_uint8(images.to(self.device, non_blocking=True))
         return self.autoencoder.scaled(self._run(x))
 
 

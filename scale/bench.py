@@ -7,7 +7,6 @@ once, counts with the share of one batch.
 
 from __future__ import annotations
 
-import csv
 import ctypes
 import gc
 import importlib
@@ -28,6 +27,7 @@ from rich.table import Table
 from torch import Tensor
 
 import dansm
+from scale.step import processes
 
 PATIENCE = 20.0  # seconds: a way that would take longer for one call is left out from there on
 LOOP, PRODUCT = "paper's loop", "bare product"
@@ -54,7 +54,7 @@ def bench_match(match_sizes: list[int], batch: int, shape, *, seed: int, device:
             dansm.write_json(out / "match.json", bench)
         compare(bench, match_size)
     dansm.write_json(out / "match.json", bench)
-    write_csv(bench["rows"], out / "match.csv")
+    dansm.write_csv(bench["rows"], out / "match.csv")
     print_table(bench, console)
     draw(bench, out / "match.png")
     dansm.say_files(out, "match.png", "match.csv", "match.json")
@@ -68,16 +68,8 @@ def bench_spread(match_sizes: list[int], batch: int, shape, *, seed: int, device
     if "RANK" not in os.environ:
         raise dansm.BadInput("bench is spread: expected several processes, as in torchrun --nproc-per-node 2 dansm.py "
                              "bench spread")
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    if device.type == "cuda":
-        group.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
-    else:
-        group.init_process_group("gloo")
-    try:
+    with processes(device) as device:
         return _bench_spread(match_sizes, batch, shape, seed, device, out, console)
-    finally:
-        group.destroy_process_group()
 
 
 def _bench_spread(match_sizes, batch, shape, seed, device, out, console):
@@ -424,16 +416,6 @@ def compare(bench: dict, match_size: int) -> None:
             row["floor_ms"] = round(floor_ms(bench["rates"], row, bench["batch"], numbers), 4)
             if LOOP in rows:
                 row["times_faster_than_the_paper"] = round(rows[LOOP]["median_ms"] / row["full_ms"], 1)
-
-
-def write_csv(rows: list[dict], path: Path) -> None:
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    beside = path.with_suffix(".part")  # so that a full disk leaves what was there
-    with open(beside, "w", newline="") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(rows)
-    beside.replace(path)
 
 
 def _title(bench):

@@ -22,7 +22,7 @@ from torch import Tensor
 import dansm
 from scale import encode
 from scale.autoencoder import Autoencoder, Decoder, Encoder, random_autoencoder
-from scale.bench import _hardware, _number, _peak_mb, _reset_peak, timed, write_csv
+from scale.bench import _hardware, _number, _peak_mb, _reset_peak, timed
 from scale.command import quiet
 from scale.step import peak
 
@@ -47,7 +47,7 @@ def bench_autoencoder(shape: tuple[int, ...], *, samples: int | None, seed: int,
         bench["rows"].append(row)
         dansm.write_json(out / "autoencoder.json", bench)
         console.print(f"{row['what']}, {row['way']}, batch {row['batch']}: {row['images_per_second']:,.1f} images/s")
-    write_csv(bench["rows"], out / "autoencoder.csv")
+    dansm.write_csv(bench["rows"], out / "autoencoder.csv")
     print_table(bench, console)
     dansm.say_files(out, "autoencoder.csv", "autoencoder.json")
     return bench["rows"]

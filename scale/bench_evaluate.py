@@ -15,7 +15,6 @@ from rich.table import Table
 
 import dansm
 from scale import evaluate
-from scale.bench import write_csv
 
 SHAPE = 3, 32, 32
 COMPARED = 10_000  # generated images that are scored against all
@@ -34,7 +33,7 @@ def bench_evaluate(count: int, *, seed: int, device: torch.device, out: Path, co
             extractor = evaluate.load_extractor(features, device, weights)
         bench["rows"].append({"features": features, **seconds_of(images, extractor, seed, device)})
         dansm.write_json(out / "evaluate.json", bench)
-    write_csv(bench["rows"], out / "evaluate.csv")
+    dansm.write_csv(bench["rows"], out / "evaluate.csv")
     console.print(_table(bench))
     dansm.say_files(out, "evaluate.csv", "evaluate.json")
 

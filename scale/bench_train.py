@@ -41,7 +41,6 @@ from scale.bench import (
     _wait,
     image_like,
     timed,
-    write_csv,
 )
 from scale.recipe import Recipe
 
@@ -111,7 +110,7 @@ def bench_train(cases: list[Case], match_size: int, *, samples: int | None, firs
             bench["left_out"][part] = "not enough memory" if dansm.lacks_memory(error) else reason
             console.print(f"left out: {part}: {bench['left_out'][part]}", soft_wrap=True, markup=False)
     dansm.write_json(out / "train.json", bench)
-    write_csv([{"part": table, **row} for table in TABLES for row in bench[table]], out / "train.csv")
+    dansm.write_csv([{"part": table, **row} for table in TABLES for row in bench[table]], out / "train.csv")
     print_tables(bench, console)
     draw(bench, out / "train.png")
     dansm.say_files(out, "train.png", "train.csv", "train.json")
@@ -340,7 +339,7 @@ def input_rate(images, batch: int, seed: int, device: torch.device, resident: bo
 def sampling(case: Case, samples: int, seed: int, device: torch.device) -> Iterator[tuple[str, dict]]:
     """Images 0 … samples − 1 from noise to uint8 on the CPU, the draw of their noises included: three times."""
     flow, at_once = dansm.RectifiedFlow(), min(samples, 500)
-    net = as_sampled(dansm.UNet(**case.settings).to(device).eval().requires_grad_(False), device)
+    net = step.sampler(dansm.UNet(**case.settings).to(device).eval().requires_grad_(False), device)
 
     def draw(count):
         deque(dansm.sample_images(net, flow, range(count), case.shape, EULER_STEPS, seed=seed, batch=at_once,
@@ -353,20 +352,6 @@ def sampling(case: Case, samples: int, seed: int, device: torch.device) -> Itera
     if floor := floor_ms(case, device):  # forward is a third of a training step
         row["floor_ms"] = round(floor / 3 / case.batch * samples * EULER_STEPS, 1)
     yield "sampling", row
-
-
-def as_sampled(net: dansm.UNet, device: torch.device):
-    """What `dansm sample` evaluates in the network's place."""
-    if hasattr(step, "sampler"):
-        return step.sampler(net, device)
-    dtype = step.number_type("auto", device)
-    net = step.fast(net)
-
-    def evaluate(x, t):
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return net(x, t).float()
-
-    return evaluate
 
 
 def importing(device: torch.device) -> Iterator[tuple[str, dict]]:

@@ -145,7 +145,7 @@ def _run(recipe, out, device, fresh, first) -> bool:
         written = [saved.name, "metrics.jsonl", "train.json", "recipe.toml"]
         say(f"{counted(summary['images'], 'image')} in {counted(summary['steps'], 'step')},",
             f"{summary['this_call']['images_per_second']:,} a second")
-    else:
+    elif whole:
         say(f"already at step {summary['steps']:,} of --steps {recipe.steps:,}: nothing to do; a larger --steps",
             "goes on")
     if not whole:
@@ -154,8 +154,8 @@ def _run(recipe, out, device, fresh, first) -> bool:
     pictures = known_of(images) is None
     current = grid.exists() and grid.stat().st_mtime >= saved.stat().st_mtime  # it is this checkpoint's already
     if pictures and not summary["interrupted"] and not current:
-        draw_grid(sampler(net, device, recipe.precision), flow, images.shape[1:], recipe.sample_steps, recipe.seed,
-                  device, saved, grid)
+        drawing = sampler(net, device, recipe.precision, recipe.compile)
+        draw_grid(drawing, flow, images.shape[1:], recipe.sample_steps, recipe.seed, device, saved, grid)
         written.insert(0, "samples.png")
     if written:
         dansm.say_files(out, *written)
@@ -219,6 +219,7 @@ def sample(model: Path, device: torch.device, out: Path, *, count: int, steps: i
         "precision": precision, "seed": seed, "autoencoder": autoencoder and str(autoencoder)}
     if files:
         check_numbered(out, made_from, count)
+        dansm.write_json(out / "sample.json", {**made_from, "count": 0})  # whose images these are, if it is killed
     batch = batch or (500 if device.type == "cuda" else 64)
     shape = (net.settings["channels"], net.settings["size"], net.settings["size"])
     begin, drawn_so_far, shown = time.perf_counter(), 0, []

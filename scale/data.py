@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dansm import BadInput, check_count, free_memory, say
+from dansm import BadInput, check_count, free_memory, from_uint8, say
 from scale.cache import OPTION, SHARED, cached, digest_of_files, find_cached
 from scale.latents import Shards, draw, known_on_disk, open_encoded
 from scale.read import Source, Unreadable, check_finite, check_no_size, files_of, open_latents, opened, square
@@ -390,7 +390,7 @@ def _drawn(served, batch, seed, start, first, device) -> Iterator[Tensor]:
 
 def _finished(x: Tensor, mirrored: Tensor) -> Tensor:
     x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
-    return x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x.float()
+    return from_uint8(x) if x.dtype == torch.uint8 else x.float()
 
 
 def _shares(length, batch, seed, flip, start, rank, ranks, device, side) -> Iterator[list[Tensor]]:

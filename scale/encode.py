@@ -339,6 +339,8 @@ def read_latents(source: Path, autoencoder: Autoencoder):
     BadInput for those of another autoencoder."""
     if not source.exists():
         raise BadInput(f"{source} does not exist: expected latents, a .npy file, a folder of them or of dansm encode")
+    if (first := files_of(source)[0]).suffix.lower() != ".npy":
+        raise BadInput(f"{source} holds images ({first}): expected latents, which are .npy files")
     autoencoder.check(latents.known_on_disk(source), f"{source} holds")
     if source.is_file() and source.suffix.lower() == ".npy" and open_latents(source, (3, 4)).ndim == 3:
         found = open_latents(source, (3,))[None]

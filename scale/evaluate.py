@@ -7,7 +7,6 @@ standard Inception network are the first two called FID and KID.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import heapq
 import importlib
@@ -61,11 +60,13 @@ class Extractor(NamedTuple):
     name     as it is called beside the results: "inception" or module:callable
     key      that of its code and weights: results of equal keys can be compared
     extract  uint8 (N, 3, H, W) on the device → features (N, D) and class logits (N, classes), or None for those
+    option   that named it
     """
 
     name: str
     key: str
     extract: Callable[[Tensor], tuple[Tensor, Tensor | None]]
+    option: str = "--features"
 
     @property
     def distances(self) -> tuple[str, str]:
@@ -148,7 +149,7 @@ def _named(features: str, option: str) -> Extractor:
         raise BadInput(f"{option} is {features}, a {type(function).__name__}: {wanted}")
     file = getattr(module, "__file__", None)
     code = hashlib.blake2b(Path(file).read_bytes() if file else b"", digest_size=8).hexdigest()
-    return Extractor(features, f"{features} {code}", lambda images: (function(images), None))
+    return Extractor(features, f"{features} {code}", lambda images: (function(images), None), option)
 
 
 @contextmanager
@@ -190,11 +191,11 @@ def features_of(images: Tensor, extractor: Extractor, device) -> tuple[Tensor, T
     features, logits = extractor.extract(images.to(device).expand(-1, 3, -1, -1))
     if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(images):
         found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-        raise BadInput(f"--features {extractor.name} made {found} of {len(images)} images: expected a tensor "
+        raise BadInput(f"{extractor.option} {extractor.name} made {found} of {len(images)} images: expected a tensor "
                        f"({len(images)}, D)")
     features = features.detach().float()
     if not features.isfinite().all():
-        raise BadInput(f"--features {extractor.name} made NaN or infinite features: expected finite ones")
+        raise BadInput(f"{extractor.option} {extractor.name} made NaN or infinite features: expected finite ones")
     return features, logits
 
 
@@ -242,8 +243,13 @@ def real_features(images: Stream | Tensor | np.ndarray, extractor: Extractor, de
 
 def check_real(images) -> None:
     _check_enough(len(images))
+    check_pictures(images)
+
+
+def check_pictures(images) -> None:
+    """BadInput for latents."""
     if str(images.dtype).split(".")[-1] != "uint8":
-        raise BadInput(f"the real images are {images.dtype} of {images.shape[1]} channels, latents: expected images")
+        raise BadInput(f"the images are {images.dtype} of {images.shape[1]} channels, latents: expected images")
 
 
 def _check_enough(count: int) -> None:
@@ -598,6 +604,7 @@ def _score_model(model, steps, extractor, real, device, *, count, precision, see
     net = sampler(model.net.to(device), device, precision)
     features, logits = draw_features(net, model.flow, range(count), model.shape, steps, extractor, device, seed=seed,
                                      decode=model.decoder and model.decoder.decode, **settings)
+    model.net.cpu()  # of many models one at a time is on the GPU
     return score(features, real, extractor, logits=logits, seed=seed, device=device)
 
 
@@ -633,13 +640,7 @@ def read_rows(path: Path) -> list[dict]:
 def write_rows(out: Path, rows: list[dict], device) -> None:
     """evaluate.json and evaluate.csv, each whole at any moment."""
     dansm.write_json(out / "evaluate.json", {"rows": rows, "hardware": dansm.hardware(device)})
-    text = io.StringIO(newline="")
-    lines = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
-    lines.writeheader()
-    lines.writerows(rows)
-    beside = out / "evaluate.csv.part"
-    beside.write_text(text.getvalue(), newline="")
-    beside.replace(out / "evaluate.csv")
+    dansm.write_csv(rows, out / "evaluate.csv")
 
 
 @contextmanager

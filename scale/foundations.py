@@ -173,6 +173,18 @@ def parse_counts(option: str, text: str, at_least: int = 1) -> list[int]:
     return list(dict.fromkeys(map(int, parts)))
 
 
+def whole_pools(images, match_sizes: list[int], count: int) -> int:
+    """The least number of samples, `count` or more, that fills whole pools of each size. BadInput where there are not
+    so many."""
+    every = math.lcm(*match_sizes)
+    served = -(-count // every) * every
+    if served > len(images):
+        raise BadInput(f"--match-size is {','.join(map(str, match_sizes))}: whole pools of each, for {count:,} samples,"
+                       f" take {served:,}, and there are {len(images):,}; expected sizes that divide one another, or a "
+                       "smaller --count")
+    return served
+
+
 def data_pairs(images, match_size: int, count: int, served: int, *, seed: int, device) -> tuple[Tensor, Tensor]:
     """`count` pairs (x, z) of data and noise, (count, C, H, W) each, drawn evenly from `served` that a pool of
     match_size hands out one after the other; for 0 random pairs.
@@ -286,7 +298,7 @@ def grid(paths: list[Path], *, step_counts: str, side: int, labels, batch: int, 
 
 def _pictures(x: Tensor, decoder) -> Tensor:
     """Samples, (N, C, H, W), as images in [−1, 1]: latents decoded."""
-    return x if decoder is None else decoder.decode(x).float() / 127.5 - 1
+    return x if decoder is None else dansm.from_uint8(decoder.decode(x))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -362,6 +374,7 @@ def tsne(path: Path | None, *, source: str | None, size: int | None, pairs: int,
     images = load_data(source, models, size=size, count=pairs) if source or not models else None
     if not models:
         (match_size,) = pick_match_sizes(str(match_size), images)
+        served = whole_pools(images, [match_size], pairs)
     out = dansm.make_folder(out)
     below_name = f"own pairs of {models[0].label}" if models else f"matched, match size {match_size:,}"
     drawn = []
@@ -371,7 +384,7 @@ def tsne(path: Path | None, *, source: str | None, size: int | None, pairs: int,
             below = own_pairs(models[0], range(draw * pairs, (draw + 1) * pairs), steps, seed=seed, batch=batch,
                               device=device)[:2]
         else:
-            below = data_pairs(images, match_size, pairs, max(match_size, pairs), **one)
+            below = data_pairs(images, match_size, pairs, served, **one)
         above = data_pairs(images, 0, pairs, pairs, **one) if models and images is not None else below
         drawn.append(two_panels(above, below, below_name, perplexity, seed + draw))
     panels = sorted(drawn, key=lambda panels: panels[1]["crossings"])[(draws - 1) // 2]

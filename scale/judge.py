@@ -52,6 +52,9 @@ class Judge:
                                  "neither; dansm evaluate --autoencoder judges a run's checkpoints, of which --keep N "
                                  "keeps more")
         evaluate.check_real(images)
+        if recipe.evaluate_count < self.processes:
+            raise dansm.BadInput(f"--evaluate-count is {recipe.evaluate_count}: expected at least {self.processes}, an "
+                                 "image for each process")
         for steps in recipe.evaluate_steps:
             dansm.check_steps("--evaluate-steps", steps, dansm.FLOWS[recipe.flow])
         if self.rank:
@@ -90,7 +93,7 @@ class Judge:
         """
         begin = time.monotonic()
         line = {"step": run.step, "images": run.step * self.recipe.batch, "seconds": round(seconds, 2)}
-        net = sampler(run.average, self.device, self.recipe.precision)
+        net = sampler(run.average, self.device, self.recipe.precision, self.recipe.compile)
         rows = {}
         with ThreadPoolExecutor(1) as scores:  # the CPU scores these images while the GPU draws the next
             for steps in self.recipe.evaluate_steps:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 import dansm
 from dansm import BadInput, counted, say
-from scale.bench import write_csv
 from scale.foundations import (
     MATCH_SIZES,
     Model,
@@ -27,9 +26,10 @@ from scale.foundations import (
     pick_match_sizes,
     shorten,
     shown,
+    whole_pools,
 )
 
-TIMES = 20  # at which a loss is measured
+COUNT_OF_TIMES = 20  # at which a loss is measured
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -55,7 +55,7 @@ def measure_paths(x: Tensor, z: Tensor) -> dict[str, float]:
 def measure_all_paths(models: list[Model], images, match_sizes: list[int], *, count: int, steps: int, seeds: int,
                       batch: int, seed: int, device) -> Iterator[dict]:
     """A row {"pairs", "seed", measures} for each way of pairing and each seed."""
-    served = max(count, *match_sizes)
+    served = whole_pools(images, match_sizes, count)
     for one in range(seed, seed + seeds):
         for match_size in (0, *match_sizes):
             x, z = data_pairs(images, match_size, count, served, seed=one, device=device)
@@ -90,6 +90,7 @@ def paths(model_paths: list[Path], *, source: str | None, size: int | None, matc
         parse_counts("--match-size", match_size, at_least=2)  # before minutes of reading
     images = load_data(source, models, size=size, count=count)
     match_sizes = pick_match_sizes(match_size, images)
+    whole_pools(images, match_sizes, count)  # refused before anything is written
     out = dansm.make_folder(out)
     rows = list(measure_all_paths(models, images, match_sizes, count=count, steps=steps, seeds=seeds, batch=batch,
                                   seed=seed, device=device))
@@ -98,7 +99,7 @@ def paths(model_paths: list[Path], *, source: str | None, size: int | None, matc
               "shape": list(images.shape[1:]), "count": count, "match_sizes": match_sizes, "steps": steps,
               "seed": seed, "seeds": seeds, "summary": summary, "rows": rows, "hardware": dansm.hardware(device)}
     dansm.write_json(out / "paths.json", result)
-    write_csv(rows, out / "paths.csv")
+    dansm.write_csv(rows, out / "paths.csv")
     print_paths(summary, count)
     from scale import figures
 
@@ -155,14 +156,15 @@ def loss_by_time(model: Model, x: Tensor, z: Tensor, times: list[float], batch: 
 
 def loss(path: Path, *, source: str | None, size: int | None, match_size: str | None, count: int, steps: int,
          label, batch: int, precision: str, seed: int, device: torch.device, out: Path) -> dict:
-    """The model's loss at TIMES times under random, matched and its own pairs."""
+    """The model's loss at COUNT_OF_TIMES times under random, matched and its own pairs."""
     models = load_models([path], device, steps=[steps], labels=label and [label], precision=precision)
     if match_size is not None:
         parse_counts("--match-size", match_size, at_least=2)
     images = load_data(source, models, size=size, count=count)
     match_sizes = pick_match_sizes(match_size, images, default=MATCH_SIZES[-1:])
+    served = whole_pools(images, match_sizes, count)
     out = dansm.make_folder(out)
-    times, served, curves = [(i + 0.5) / TIMES for i in range(TIMES)], max(count, *match_sizes), {}
+    times, curves = [(i + 0.5) / COUNT_OF_TIMES for i in range(COUNT_OF_TIMES)], {}
     for one in (0, *match_sizes):
         name = f"matched, {one:,}" if one else "random"
         pairs = data_pairs(images, one, count, served, seed=seed, device=device)

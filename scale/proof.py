@@ -25,8 +25,7 @@ import torch
 import dansm
 from dansm import counted, say
 from scale import checkpoint, command, trainer
-from scale.bench import write_csv
-from scale.evaluate import digest_of_images
+from scale.evaluate import check_pictures, digest_of_images
 from scale.prior import prior
 from scale.recipe import Recipe, load, shown
 
@@ -176,10 +175,11 @@ def prove(data: str, out: Path, work: Path, device: torch.device, *, names: list
     """
     begin, more = time.monotonic(), {**more, "cache": str(cache or "")}
     rows, runs = read_rows(out / "distances.csv"), [name for name in names if name in RUNS]
-    waiting, tests_prior = list(todo(runs, rows)), "prior" in names and not minutes
+    waiting, tests_prior = list(todo(runs, rows)), "prior" in names and (not minutes or names == ["prior"])
     say(f"{counted(len(waiting), 'run')} of {sum(RUNS[name].seeds for name in runs)} to go")
     if waiting or tests_prior:
         images, _ = command.read(recipe_of(RUNS[OFF], 0, data, **more))
+        check_pictures(images)
         which = f"{len(images):,} images, {digest_of_images(np.asarray(images))[:8]}"
         check_same(rows, out / "distances.csv", features=more["evaluate_features"], data=which)
     if waiting:
@@ -194,9 +194,9 @@ def prove(data: str, out: Path, work: Path, device: torch.device, *, names: list
         new, speed, stopped = one_run(run, seed, images, recipe, work, device)
         rows = merged([{**row, "data": which} for row in new], rows, "run", "seed", "images", "steps")
         if rows:
-            write_csv(rows, out / "distances.csv")
+            dansm.write_csv(rows, out / "distances.csv")
         if speed:
-            write_csv(merged(read_speeds(out / "speed.csv"), [speed], "run", "seed"), out / "speed.csv")
+            dansm.write_csv(merged(read_speeds(out / "speed.csv"), [speed], "run", "seed"), out / "speed.csv")
         if stopped:
             break
     if rows:
@@ -219,7 +219,7 @@ def check_same(rows: list[dict], table: Path, **now: str) -> None:
 def one_run(run: Run, seed: int, images, recipe: Recipe, work: Path, device) -> tuple[list[dict], dict | None, bool]:
     """Train it as far as the recipe's minutes go. Returns what its evaluations say, how fast it trained in this call,
     if it was long enough to tell, and whether Ctrl-C or SIGTERM ended it."""
-    folder, gpu = dansm.make_folder(work / f"{run.name}-{seed}"), dansm.hardware(device)["gpu"] or "CPU"
+    folder, gpu = dansm.make_folder(work / f"{run.name}-{seed}", "--work"), dansm.hardware(device)["gpu"] or "CPU"
     with checkpoint.lock(folder):
         summary, *_ = trainer.fit(images, recipe, out=folder, fresh=False, device=device, console=dansm.console)
     gc.collect()  # a run's graphs hold memory
@@ -240,8 +240,8 @@ def measure_prior(images, which: str, out: Path, device) -> None:
         say(f"the prior is not tested: that takes {PRIOR:,} images, there are {len(images):,}")
         return
     some = np.random.default_rng(0).permutation(len(images))[:count]
-    images = torch.from_numpy(np.asarray(images)[some]).to(device).float() / 127.5 - 1
-    write_csv([{**row, "data": which} for row in prior(images)], table)
+    images = dansm.from_uint8(torch.from_numpy(np.asarray(images)[some]).to(device))
+    dansm.write_csv([{**row, "data": which} for row in prior(images)], table)
     dansm.say_files(out, table.name)
 
 
@@ -249,7 +249,7 @@ def finish(rows: list[dict], out: Path) -> None:
     from scale.proof_figures import draw
 
     if found := summarize(rows):  # nothing before two runs can be compared
-        write_csv(found, out / "summary.csv")
+        dansm.write_csv(found, out / "summary.csv")
     tables = [name for name in ("distances.csv", "speed.csv", "summary.csv", "commands.txt") if (out / name).exists()]
     dansm.say_files(out, *tables, *draw(rows, out))
 

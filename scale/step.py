@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 
 import torch
 import torch.distributed as group
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 import dansm
 from scale.recipe import Recipe
 
+PATIENCE = timedelta(days=1)  # while the first process downloads, hashes or measures all images, the others wait
 WARM_UP = 3, 11  # calls before a graph is captured, alone and with other processes: torch's advice
 
 
@@ -169,9 +171,11 @@ def fused(net: dansm.UNet) -> bool:
     return True
 
 
-def sampler(net: dansm.UNet, device: torch.device, precision: str = "auto") -> Callable[[Tensor, Tensor], Tensor]:
-    """What a flow samples from in the place of the network: the same, with the kernels where there are any."""
-    dtype, compiled = number_type(precision, device), fused(net)
+def sampler(net: dansm.UNet, device: torch.device, precision: str = "auto",
+            compile: bool = True) -> Callable[[Tensor, Tensor], Tensor]:
+    """What a flow samples from in the place of the network, (B, C, H, W) and times (B,) → (B, C, H, W) float32: the
+    same, with the kernels where there are any, unless `compile` is False."""
+    dtype, compiled = number_type(precision, device), compile and fused(net)
 
     @torch.no_grad()
     def evaluate(x: Tensor, t: Tensor) -> Tensor:
@@ -216,14 +220,14 @@ def processes(device: torch.device):
         raise dansm.BadInput(f"RANK is {os.environ['RANK']} in the environment, as torchrun sets it, but {error}; "
                              "expected all that it sets, or no RANK") from error
     group.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=count,
-                             store=group.PrefixStore(_attempt(), store))
+                             store=group.PrefixStore(_attempt(), store), timeout=PATIENCE)
     try:
         yield device
     except RuntimeError as error:
         if not _another_ended(error):
             raise
-        raise ConnectionError(f"another process of this run has ended, process {rank} ends too; its message says "
-                              "why") from error
+        raise dansm.BadInput(f"another process of this run has ended, process {rank} ends too; its message says why"
+                             ) from error
     finally:
         group.destroy_process_group()
 

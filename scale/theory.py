@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import dansm
-from scale.bench import write_csv
 from scale.data import load_images
+from scale.evaluate import check_pictures
 from scale.figures import COLUMN, DATA, INK, NOISE, NOTE, PALE, SERIES, STYLE, save
 
 MATCH_SIZES = (100, 1000, 4000)
@@ -32,9 +32,10 @@ BINS = np.linspace(-5, 5, 41)
 
 
 def load_pixels(source: str) -> Tensor:
-    """(N, D) in [−1, 1]."""
+    """(N, D) in [−1, 1]. BadInput for latents."""
     images = load_images(source)
-    return torch.as_tensor(np.asarray(images)).flatten(1).float() / 127.5 - 1
+    check_pictures(images)
+    return dansm.from_uint8(torch.as_tensor(np.asarray(images)).flatten(1))
 
 
 def measure(images: Tensor, draws: int = DRAWS, match_sizes=MATCH_SIZES, nearest_of: int = NEAREST_OF,
@@ -263,7 +264,7 @@ def draw_gains(panel, result: dict) -> None:
 
 def write(result: dict, out: Path) -> None:
     dansm.write_json(out / "theory.json", result)
-    write_csv(result["rows"], out / "theory.csv")
+    dansm.write_csv(result["rows"], out / "theory.csv")
     dansm.say_files(out, "theory.json", "theory.csv", *draw(result, out / "theory"))
 
 
@@ -272,4 +273,5 @@ def theory(data: str, draws: int, out: Path) -> None:
     if len(images) < max(MATCH_SIZES):
         raise dansm.BadInput(f"--data is {data}, which holds {dansm.counted(len(images), 'image')}: expected at least "
                              f"{max(MATCH_SIZES):,}, as many as the largest pool has noises")
-    write(measure(images, draws), dansm.make_folder(out))
+    out = dansm.make_folder(out)
+    write(measure(images, draws), out)

@@ -69,7 +69,7 @@ def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, 
     resident = None if recipe.resident == "auto" else recipe.resident == "yes"
     batches = data.batches(images, recipe.batch, seed=recipe.seed, flip=recipe.flip, start=run.step, rank=rank,
                            ranks=processes, device=device, resident=resident)
-    watch = Watch(recipe, run, images.shape[1:], device)
+    watch = Watch(recipe, run, device)
     paired = watch.paired(dansm.pairs(watch.samples(batches), recipe.method, recipe.match_size, cost=recipe.cost,
                                       pool=pool))
     with _blamed_on_data(images), keeper.log(run.step) as log, progress(run, recipe, console, rank) as show, \
@@ -82,9 +82,8 @@ def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, 
                 log(line := judge(run, flow, keeper.seconds, show, interrupt))
             return line is not None or processes > 1
 
-        if owed:
-            evaluate()
-        for loss in dansm.train(run, flow, paired) if run.step < recipe.steps else ():
+        going_on = (not owed or evaluate()) and run.step < recipe.steps
+        for loss in dansm.train(run, flow, paired) if going_on else ():
             watch.losses.append(loss)
             stop, save = decide()
             if run.step % recipe.log_steps == 0 or save or stop:
@@ -110,8 +109,8 @@ def _blamed_on_data(images):
     before would be to read all of the data once more."""
     try:
         yield
-    except dansm.BadInput:
-        if isinstance(images, data.Shards):
+    except dansm.BadInput as error:
+        if isinstance(images, data.Shards) and not isinstance(error.__cause__, OSError):  # a full disk is not theirs
             images.check_finite()
         raise
 
@@ -284,9 +283,9 @@ class Keeper:
         if self.rank or self.latents is not None:
             return
         part = self.recipe.batch // (self.processes * self.recipe.accumulate)  # fits into memory: a step had it
-        draws = dansm.sample_images(sampler(run.average, device, self.recipe.precision), flow, range(64), shape,
-                                    self.recipe.sample_steps, seed=self.recipe.seed, batch=min(64, part),
-                                    device=device)
+        net = sampler(run.average, device, self.recipe.precision, self.recipe.compile)
+        draws = dansm.sample_images(net, flow, range(64), shape, self.recipe.sample_steps, seed=self.recipe.seed,
+                                    batch=min(64, part), device=device)
         dansm.save_grid(torch.cat(list(draws)), self.out / f"samples-{run.step:08d}.png")
 
     def _gathered(self, ours) -> list | None:
@@ -361,8 +360,8 @@ class Watch:
     """Measures a run as it goes, without making the GPU wait but for a line of the log: what passes by is kept on the
     device until then."""
 
-    def __init__(self, recipe: Recipe, run: FastTraining, shape, device: torch.device):
-        self.recipe, self.run, self.device = recipe, run, device
+    def __init__(self, recipe: Recipe, run: FastTraining, device: torch.device):
+        self.recipe, self.run, self.device, self.z = recipe, run, device, None
         self.first, self.begin = run.step, time.monotonic()
         self.losses, self.clocks, self.last, self.before = [], [], (run.step, self.begin), None
         self.peak = peak(device)
@@ -396,6 +395,7 @@ class Watch:
             if self.before is not None:  # else matched with the pairs before
                 self.clocks.append((self.before, self._now()))
                 self.before = None
+            self.others = z.roll(1, 0) if len(z) > 1 or self.z is None else self.z  # one alone has that before it
             self.x, self.z = x, z
             yield x, z
 
@@ -428,7 +428,7 @@ class Watch:
                 "images_per_second": round(rate, 1),
                 "matching": round(self._matching() / max(now - then, 1e-9), 4),
                 "distance": round(dansm.path_length(self.x, self.z), 4),
-                "distance_unmatched": round(dansm.path_length(self.x, self.z.roll(1, 0)), 4)}
+                "distance_unmatched": round(dansm.path_length(self.x, self.others), 4)}
         if self.peak:
             line["mfu"] = round(rate * self.operations / (self.peak * ranks()[1]), 4)
         self.losses, self.clocks, self.last = [], [], (self.run.step, now)

@@ -471,6 +471,22 @@ def test_numbered_images_are_not_mixed_with_those_of_another_call(run, refused, 
     assert run(*same, "--count", 5)[0] == 0 and len(list(out.glob("0*.png"))) == 5
 
 
+def test_images_of_a_sampling_that_was_killed_are_its_own(run, trained, tmp_path, monkeypatch):
+    same = "sample", trained, "--count", 4, "--batch", 2, "--steps", 2, "--files", "--out", tmp_path / "out"
+    save = dansm.save_grid
+
+    def killed_at_the_end(images, path, **settings):
+        if path.name == "samples.png":
+            raise KeyboardInterrupt
+        save(images, path, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dansm, "save_grid", killed_at_the_end)
+        assert run(*same)[0] == 130
+    assert len(list((tmp_path / "out").glob("0*.png"))) == 4
+    assert run(*same)[0] == 0
+
+
 def test_an_export_lies_beside_its_run_if_nothing_else_is_said(run, trained):
     for model in (trained, trained.parent):
         code, said, _ = run("export", model)

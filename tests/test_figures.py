@@ -224,6 +224,16 @@ def test_tsne_of_a_model(run, save_model, tmp_path):
         assert f"{panel['name']}: {panel['crossings']} of 15 pairs of lines cross" in said
 
 
+def test_pools_of_several_sizes_are_all_whole(refused, run, images, tmp_path):
+    """40 images: two pools of 12 are 24, and with one of 9 it takes 36; with one of 14 it would take 84."""
+    assert foundations.whole_pools(range(40), [12], 13) == 24 and foundations.whole_pools(range(40), [12, 9], 2) == 36
+    options = "paths", "--data", images, "--count", 6, "--seeds", 1, "--out", tmp_path / "out"
+    assert run(*options, "--match-size", "12,9", *FAST)[0] == 0
+    (tmp_path / "out" / "paths.json").unlink()
+    assert "take 84, and there are 40" in refused(*options, "--match-size", "12,14", *FAST)
+    assert not (tmp_path / "out" / "paths.json").exists()
+
+
 @pytest.mark.parametrize("with_model", [False, True])
 def test_tsne_of_data(run, save_model, images, tmp_path, with_model):
     model = [save_model("a")] if with_model else []
@@ -336,7 +346,7 @@ def test_loss_by_time_against_direct_computation(flow):
     for i, t in enumerate((0.1, 0.8)):
         if isinstance(flow, dansm.Diffusion):
             level = int((1 - t) * 1000)
-            signal = flow.signal[level].item()
+            signal = flow.alpha_bar[level].item()
             errors = net(math.sqrt(signal) * x + math.sqrt(1 - signal) * z, torch.full((50,), float(level))) - z
         else:
             t = t * (1 - 1e-3) + 1e-3

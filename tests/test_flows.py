@@ -129,7 +129,7 @@ def test_the_diffusion_network_sees_the_mix_and_the_level_counted_from_the_data(
 
 
 def test_the_paper_schedule_of_noise():
-    torch.testing.assert_close(Diffusion().signal, alphas(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(Diffusion().alpha_bar, alphas(), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("flow", [RectifiedFlow(), Diffusion()])

@@ -130,9 +130,15 @@ def test_a_second_call_does_nothing_and_other_settings_are_refused(encoded, run)
 def test_another_source_or_autoencoder_is_refused(encoded, weights, tmp_path):
     encoded()
     other = lsun(tmp_path / "other_lmdb", dict(list(PICTURES.items())[:3]))
-    assert "source_digest" in encoded(expect=2, source=other)
+    assert "of other images" in encoded(expect=2, source=other)
     others = as_ckpt(tmp_path / "other.ckpt", Weights(random_autoencoder(SMALL, 4).weights))
-    assert "autoencoder" in encoded(expect=2, weights=others)
+    assert "by another autoencoder" in encoded(expect=2, weights=others)
+
+
+def test_images_are_no_latents_and_none_is_read(source, weights, tmp_path, run, monkeypatch):
+    monkeypatch.setattr(encode.data, "load_images", None)
+    code, _, err = run("decode", source, "--autoencoder", weights, "--out", tmp_path / "out")
+    assert code == 2 and f"{source} holds images (" in err and err.count("\n") == 1
 
 
 KILLED = """

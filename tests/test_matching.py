@@ -14,6 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
+import dansm
 from dansm import (
     BadInput,
     NoisePool,
@@ -584,6 +585,29 @@ def test_a_state_does_not_change_when_its_pool_goes_on():
     other = NoisePool(20, (3,), seed=0)
     other.load_state_dict(state)
     assert torch.equal(other(x), expected)
+
+
+def test_a_state_of_another_process_is_refused(monkeypatch):
+    """Each process draws noises of its own: the index of one says nothing of another's."""
+    pools = []
+    for process in range(2):
+        monkeypatch.setattr(dansm, "_place_in_group", lambda *_, process=process: (process, 0, 1))
+        pools.append(NoisePool(8, (3,), seed=0))
+    states = [pool.state_dict() for pool in pools]
+    for pool, state in zip(pools, states, strict=True):
+        pool.load_state_dict(state)
+    for pool, state in zip(pools, reversed(states), strict=True):
+        with pytest.raises(BadInput, match="expected the same"):
+            pool.load_state_dict(state)
+
+
+def test_the_limit_of_a_container_counts(tmp_path):
+    assert dansm.left_to_container(tmp_path / "none") == 2**62
+    for name, text in (("memory.max", "max"), ("memory.current", "700"), ("memory.stat", "anon 5\ninactive_file 50\n")):
+        (tmp_path / name).write_text(text + "\n")
+    assert dansm.left_to_container(tmp_path) == 2**62
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert dansm.left_to_container(tmp_path) == 350
 
 
 def test_a_saved_state_is_small():

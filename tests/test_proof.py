@@ -105,6 +105,13 @@ def test_calls_that_end_early_add_up(run, three, tmp_path, monkeypatch):
     assert cut == once
 
 
+def test_the_prior_alone_is_tested_whatever_the_minutes(run, three, tmp_path, monkeypatch):
+    monkeypatch.setattr(proof, "PRIOR", 40)
+    monkeypatch.setattr(proof, "prior", lambda images: [{"way": "drawn", "images": len(images)}])
+    assert run(*three, "--only", "prior", "--minutes", 5)[0] == 0
+    assert (tmp_path / "out" / "prior.csv").read_text().count("\n") == 2
+
+
 def test_other_images_are_refused_and_rows_keep_their_card(run, three, tmp_path, monkeypatch):
     assert run(*three, "--only", "off")[0] == 0
     before = (tmp_path / "out" / "distances.csv").read_bytes()

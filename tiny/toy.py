@@ -9,7 +9,6 @@ Everything but the pairing is equal: network, data, steps, seeds, learning rate.
 
 from __future__ import annotations
 
-import csv
 import math
 import time
 import zlib
@@ -295,10 +294,7 @@ def write_table(results: dict[str, dict], out: Path) -> None:
             rows.append({"shape": shape, "method": method, "match_size": found["match_size"], "seeds": found["seeds"]}
                         | {f"{name}{end}": round(value[key], 5) for name, value in measures.items()
                            for end, key in (("", "mean"), ("_std", "std"))})
-    with open(out / "results.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    dansm.write_csv(rows, out / "results.csv")
     dansm.write_json(out / "results.json", {
         shape: {key: of_shape[key] for key in ("settings", "floor", "summary")} for shape, of_shape in results.items()})
 
