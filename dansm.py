@@ -625,7 +625,8 @@ class RectifiedFlow:
         self.solver = check_choice("solver", solver, ("euler", "heun"))
 
     def loss(self, net: nn.Module, x: Tensor, z: Tensor, t: Tensor | None = None) -> Tensor:
-        """Mean squared error of the velocity at random times, or at t: (B,) in [0, 1]. A scalar."""
+        """Mean squared error of the velocity for pairs x, z: (B, ...), at random times, or at t: (B,) in [0, 1]. A
+        scalar."""
         if t is None:
             t = draw_times(len(x), self.times, x.device)
         t = self._network_time(t)
@@ -679,7 +680,8 @@ class Diffusion:
         self.there = self.alpha_bar
 
     def loss(self, net: nn.Module, x: Tensor, z: Tensor, t: Tensor | None = None) -> Tensor:
-        """Mean squared error of the noise at random levels, or at t: (B,) in [0, 1], 0 noise and 1 data. A scalar."""
+        """Mean squared error of the noise for pairs x, z: (B, ...), at random levels, or at t: (B,) in [0, 1], 0 noise
+        and 1 data. A scalar."""
         if t is None:
             t = draw_times(len(x), self.times, x.device)
         level = ((1 - t) * self.levels).long().clamp_(0, self.levels - 1)
@@ -828,10 +830,13 @@ class UNet(nn.Module):
     UNet(channels=4)                                             NCSN++  61,806,724 parameters (4×32×32)
     UNet(channels=4, blocks=2, dropout=0.1, biggan=False)        DDPM    35,748,612 parameters (4×32×32)
 
+    channels     of the images, in and out
     size         of the square images; divisible by 2 once for each level but the first
-    width        channels at the first level, `multipliers` times that at the others
+    width        channels at the first level, `multipliers` times that at the others, a number for each; even
     blocks       residual blocks a level
     attention_at sizes at which there is attention; the middle has it always
+    dropout      share of the activations that a residual block drops in training, 0 to 1
+    Raises BadInput for sizes that the network cannot have.
     """
 
     def __init__(self, channels: int = 3, size: int = 32, width: int = 128, multipliers=(1, 2, 2, 2), blocks: int = 4,
@@ -1133,6 +1138,7 @@ def has_distance(x: Tensor) -> Tensor:
 
 
 def check_tensor(x) -> None:
+    """BadInput for what is no tensor of floating point numbers."""
     if not isinstance(x, Tensor):
         raise BadInput(f"the batch is a {type(x).__name__}: expected a tensor of the samples alone, without labels")
     if not x.is_floating_point():
@@ -1140,6 +1146,7 @@ def check_tensor(x) -> None:
 
 
 def check_costs(cost: Tensor) -> None:
+    """BadInput for costs (B, M) that are not all finite."""
     if not cost.isfinite().all():
         samples, noises = cost.shape
         raise BadInput(f"the costs of {samples} samples and {noises} noises hold NaN or infinite values: expected "
@@ -1296,8 +1303,9 @@ def check_steps(option: str, steps: int, flow: type) -> None:
 
 def sample_images(net, flow, images: range, shape, steps: int, *, seed: int = 0, batch: int = 64,
                   device="cpu", decode=None) -> Iterator[Tensor]:
-    """Images by their numbers, a batch at a time, as uint8 (B, C, H, W) on the CPU: what decode(x, number of x[0])
-    makes of latents, `to_uint8` if None. While a GPU works on one batch the noises of the next are drawn."""
+    """Images by their numbers, `batch` at a time, as uint8 (B, C, H, W) on the CPU, from the noises that `path_noise`
+    draws for them by `seed`: what decode(x, number of x[0]) makes of latents, `to_uint8` if None. While a GPU works on
+    one batch the noises of the next are drawn."""
     before = None
     for start in range(0, len(images), batch):
         z = path_noise(images[start : start + batch], shape, seed, device)

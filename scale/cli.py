@@ -37,6 +37,14 @@ Batch = Annotated[int, typer.Option(min=1, help="samples at a time")]
 Precision = Annotated[Literal["auto", "bf16", "fp16", "fp32"], typer.Option(
     help="auto: bf16, on older GPUs fp16, on the CPU fp32")]
 
+AModel = Annotated[Path, typer.Argument(help="the folder of a dansm train, one of its checkpoints, or an export")]
+Solver = Annotated[Literal["euler", "heun"], typer.Option(help="heun takes two evaluations a step")]
+OwnBatch = Annotated[int, typer.Option(min=0, help="images at a time: memory and speed; 0: 500 on a GPU, or 64")]
+Autoencoder = Annotated[Path, typer.Option(
+    help="Stable Diffusion's: a diffusers folder, or a .safetensors or .ckpt with keys first_stage_model.…",
+    show_default=False)]
+ForLatents = Annotated[Path | None, typer.Option(
+    "--autoencoder", help="that decodes what a network of latents draws, as for dansm encode")]
 Memory = Annotated[float | None, typer.Option(
     min=0.0, help="gigabytes to decode latents in; without it a quarter of what is free")]
 
@@ -66,17 +74,14 @@ def export_command(
 
 @_command("sample")
 def sample_command(
-    model: Annotated[Path, typer.Argument(help="the folder of a dansm train, one of its checkpoints, or an export")],
+    model: AModel,
     count: Annotated[int, typer.Option(min=1, help="how many images")] = 64,
     steps: Annotated[int, typer.Option(min=1, help="steps from noise to image; more is better and slower")] = 20,
-    solver: Annotated[Literal["euler", "heun"], typer.Option(help="heun takes two evaluations a step")] = "euler",
-    batch: Annotated[int, typer.Option(min=0, help="images at a time: memory and speed; 0: 500 on a GPU, or 64")] = 0,
+    solver: Solver = "euler",
+    batch: OwnBatch = 0,
     files: Annotated[bool, typer.Option(help="also write every image as a file of its own")] = False,
-    precision: Annotated[Literal["auto", "bf16", "fp16", "fp32"], typer.Option(
-        help="auto: bf16, on older GPUs fp16, on the CPU fp32")] = "auto",
-    autoencoder: Annotated[Path | None, typer.Option(
-        help="that decodes what a network of latents draws: a diffusers folder, or a .safetensors or .ckpt with keys "
-             "first_stage_model.…")] = None,
+    precision: Precision = "auto",
+    autoencoder: ForLatents = None,
     memory: Memory = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -102,11 +107,10 @@ def evaluate_command(
         help="inception, or any other network as module:callable; scale.evaluate:efficientnet_lite0 needs no "
              "download")] = "inception",
     inception_weights: Annotated[Path | None, typer.Option(help="its weights, where there is no network")] = None,
-    autoencoder: Annotated[Path | None, typer.Option(
-        help="Stable Diffusion's, for models of latents, as for dansm encode")] = None,
+    autoencoder: ForLatents = None,
     memory: Memory = None,
-    solver: Annotated[Literal["euler", "heun"], typer.Option(help="heun takes two evaluations a step")] = "euler",
-    batch: Annotated[int, typer.Option(min=0, help="images at a time: memory and speed; 0: 500 on a GPU, or 64")] = 0,
+    solver: Solver = "euler",
+    batch: OwnBatch = 0,
     precision: Annotated[Literal["auto", "bf16", "fp16", "fp32"], typer.Option(
         help="of the generator; auto: bf16, on older GPUs fp16, on the CPU fp32")] = "auto",
     seed: Seed = 0,
@@ -206,11 +210,6 @@ def theory_command(
     theory(data, draws, out)
 
 
-Autoencoder = Annotated[Path, typer.Option(
-    help="Stable Diffusion's: a diffusers folder, or a .safetensors or .ckpt with keys first_stage_model.…",
-    show_default=False)]
-
-
 @_command("encode")
 def encode_command(
     source: Annotated[Path, typer.Argument(
@@ -276,7 +275,7 @@ def grid_command(
     models: Models,
     steps: Annotated[str, typer.Option(help="counts of steps, a row each, parted by commas")] = "3,4,5,10",
     side: Annotated[int, typer.Option(min=1, max=16, help="samples a side of each cell")] = 3,
-    autoencoder: Annotated[Path | None, typer.Option(help="Stable Diffusion's, for models of latents")] = None,
+    autoencoder: ForLatents = None,
     memory: Memory = None,
     label: Labels = None,
     batch: Batch = 64,
@@ -343,8 +342,7 @@ def paths_command(
 
 @_command("loss")
 def loss_command(
-    model: Annotated[Path, typer.Argument(
-        help="the folder of a dansm train, one of its checkpoints, or an export")],
+    model: AModel,
     data: Data = None,
     size: Size = None,
     match_size: Annotated[str | None, typer.Option(

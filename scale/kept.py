@@ -84,7 +84,7 @@ def read_note(cache: Path, images: Stream) -> Pixels | None:
 
 
 def write_note(cache: Path, images: Stream, pixels: Pixels) -> None:
-    """None if a file has become another while they were read, and it is not known which of the two was."""
+    """Nothing is written if a file has become another while they were read: it is not known which of the two was."""
     try:
         if images.key_now() == images.key:
             dansm.write_json(_note(cache, images), {"pixels": pixels})

@@ -160,6 +160,18 @@ def merged(rows: list[dict], new: list[dict], *keys: str) -> list[dict]:
     return sorted(by_key.values(), key=lambda row: (order.index(row["run"]), *(row[key] for key in keys[1:])))
 
 
+def taken_in(rows: list[dict], new: list[dict]) -> list[dict]:
+    """`rows` with all that a run of one seed has told so far. What was told before stays as it is, on whichever card;
+    other distances are those of a training begun anew, as its checkpoints were lost: the one that came farther counts,
+    whole, as a curve of two trainings is none."""
+    ours = [row for row in rows if new and (row["run"], row["seed"]) == (new[0]["run"], new[0]["seed"])]
+    if len(new) < len(ours):
+        return rows
+    before = {(row["images"], row["steps"], row["distance"]): row for row in ours}
+    new = [before.get((row["images"], row["steps"], row["distance"]), row) for row in new]
+    return merged([row for row in rows if row not in ours], new, "run", "seed", "images", "steps")
+
+
 # ---------------------------------------------------------------------------------------------------
 # The runs
 # ---------------------------------------------------------------------------------------------------
@@ -192,7 +204,7 @@ def prove(data: str, out: Path, work: Path, device: torch.device, *, names: list
         recipe = recipe_of(run, seed, data, minutes=left, **more)
         say(f"{run.name}, seed {seed}: {command_of(run, seed, data, **more)}")
         new, speed, stopped = one_run(run, seed, images, recipe, work, device)
-        rows = merged([{**row, "data": which} for row in new], rows, "run", "seed", "images", "steps")
+        rows = taken_in(rows, [{**row, "data": which} for row in new])
         if rows:
             dansm.write_csv(rows, out / "distances.csv")
         if speed:

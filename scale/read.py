@@ -268,7 +268,7 @@ def _lmdb(folder: Path) -> Iterator[tuple[int, Iterator[tuple[int, Path, Callabl
         import lmdb
     except ImportError as error:
         raise BadInput(f"{folder} is an lmdb, and the package that reads it is missing: expected lmdb installed "
-                       "(pip install lmdb)") from error
+                       "(pip install 'dansm[lsun]', or lmdb)") from error
     with _whole(folder):
         store = lmdb.open(str(folder), readonly=True, lock=False, readahead=False)
 

@@ -41,7 +41,7 @@ class FastTraining(dansm.Training):
         super().__init__(net, recipe.lr, recipe.decay[0], recipe.clip)
         self.averages = [self.average, *(copy.deepcopy(self.average) for _ in recipe.decay[1:])]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.parallel = spread(net, device)
+        self.parallel = data_parallel(net, device)
         self.copies = self._copies_of_weights()
         self.graph = None
 
@@ -246,7 +246,7 @@ def _attempt() -> str:
     return f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0) if one_node else 0}"
 
 
-def spread(net: nn.Module, device: torch.device) -> nn.Module:
+def data_parallel(net: nn.Module, device: torch.device) -> nn.Module:
     """The network whose gradients are the mean over all processes; the network itself where there is one process."""
     if ranks()[1] == 1:
         return net

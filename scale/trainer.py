@@ -33,7 +33,8 @@ GRID_SHARE = 0.1  # of the time between two checkpoints that the grid of samples
 
 def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, device: torch.device,
         console: Console) -> tuple:
-    """Train a network on images (N, C, H, W) by `recipe`; returns a summary, the averaged network, the flow.
+    """Train a network on images (N, C, H, W) by `recipe`; returns what `Watch.summary` says, the averaged network, the
+    flow.
 
     `out` gets the checkpoints, metrics.jsonl, recipe.toml and, where they take little time, grids of samples. A run
     that it holds already goes on, with the same noises and the same order of images, as if never stopped (method
@@ -41,7 +42,7 @@ def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, 
 
     Stops after the recipe's steps in all, after its minutes of this call if not 0, at Ctrl-C or SIGTERM; each saves
     first. A run that has made its steps already is left as it is. Under torchrun every process calls it; the first
-    writes.
+    writes. BadInput for a run of other settings, a loss that is not finite, a full disk, a batch that cannot be shared.
     """
     if recipe.flip is None:  # a mirrored latent is not the latent of the mirrored image
         recipe = dataclasses.replace(recipe, flip=known_of(images) is None)

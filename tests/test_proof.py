@@ -105,6 +105,20 @@ def test_calls_that_end_early_add_up(run, three, tmp_path, monkeypatch):
     assert cut == once
 
 
+def test_a_curve_is_of_one_training():
+    def rows(*distances, gpu):
+        return [dict(run="off", seed=0, images=32 * number, steps=2, distance=distance, gpu=gpu)
+                for number, distance in enumerate(distances, 1)]
+
+    other = [dict(run="off", seed=1, images=32, steps=2, distance=9.0, gpu="A")]
+    first = rows(3.0, 2.0, gpu="A")
+    assert proof.taken_in([*first, *other], []) == [*first, *other]
+    longer = rows(3.0, 2.0, 1.0, gpu="B")
+    assert proof.taken_in([*first, *other], longer) == [*first, longer[2], *other]
+    assert proof.taken_in([*first, *other], rows(3.1, gpu="B")) == [*first, *other]  # begun anew, not so far yet
+    assert proof.taken_in([*first, *other], rows(3.1, 2.1, gpu="B")) == [*rows(3.1, 2.1, gpu="B"), *other]
+
+
 def test_the_prior_alone_is_tested_whatever_the_minutes(run, three, tmp_path, monkeypatch):
     monkeypatch.setattr(proof, "PRIOR", 40)
     monkeypatch.setattr(proof, "prior", lambda images: [{"way": "drawn", "images": len(images)}])

@@ -142,7 +142,7 @@ def test_an_unreadable_value_of_an_lmdb_is_named_by_its_key_or_left_out(tmp_path
 def test_a_missing_lmdb_package_is_named(tmp_path, monkeypatch):
     (tmp_path / "data.mdb").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "lmdb", None)
-    with pytest.raises(BadInput, match="pip install lmdb"):
+    with pytest.raises(BadInput, match=r"pip install 'dansm\[lsun\]'"):
         load_images(str(tmp_path))
 
 
