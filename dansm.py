@@ -152,7 +152,7 @@ def greedy(cost: Tensor) -> Tensor:
 
 def _greedy_in_turn(cost: Tensor) -> Tensor:
     """The rule as it reads: one sample after the other."""
-    rows = _exact(cost).cpu().numpy()
+    rows = _at_least_float32(cost).cpu().numpy()
     taken = np.zeros(rows.shape[1], rows.dtype)
     picks = np.empty(len(rows), np.int64)
     for i, row in enumerate(rows):
@@ -188,7 +188,7 @@ def _no_noise_left():
     return BadInput("a sample's costs are NaN, or infinite for every noise that is left: expected a finite one")
 
 
-def _exact(cost):
+def _at_least_float32(cost):
     return cost.to(torch.promote_types(cost.dtype, torch.float32))
 
 
@@ -210,7 +210,7 @@ def optimal(cost: Tensor, gap: float = 1e-3) -> Assignment:
     samples, noises = cost.shape
     if samples > noises:
         raise BadInput(f"{samples} samples and {noises} noises: expected at least as many noises as samples")
-    cost = _exact(cost.detach())
+    cost = _at_least_float32(cost.detach())
     if len(cost) and (kernels := gpu_kernels(cost.device)):
         return Assignment(*kernels.auction(cost, gap))
     check_costs(cost)
@@ -850,6 +850,7 @@ class UNet(nn.Module):
                            f"{2 ** max(len(multipliers) - 1, 0)} for a network of {len(multipliers)} levels")
         self.settings = dict(channels=channels, size=size, width=width, multipliers=list(multipliers), blocks=blocks,
                              attention_at=list(attention_at), dropout=dropout, biggan=biggan)
+        self.shape = channels, size, size  # of one image
         self.width, c_time = width, 4 * width
         scale = math.sqrt(0.5) if biggan else 1.0
 

@@ -146,7 +146,7 @@ def bench_command(
     out: Out = Path("runs/bench"),
 ) -> None:
     from scale import bench
-    from scale.foundations import parse_counts
+    from scale.recipe import parse_counts
 
     sizes = parse_counts("--match-size", ",".join(match_size), at_least=2)
     if what == "train":

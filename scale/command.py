@@ -22,7 +22,7 @@ from dansm import counted, say
 from scale import checkpoint, data, trainer
 from scale.latents import known_of, known_on_disk
 from scale.recipe import SETTINGS, Recipe, kind_of, load, names, shown
-from scale.step import processes, ranks, sampler
+from scale.step import at_once, processes, ranks, sampler
 
 WORDS = {int: "N", float: "X", str: "NAME"}  # that stand in the help for a value
 
@@ -220,10 +220,9 @@ def sample(model: Path, device: torch.device, out: Path, *, count: int, steps: i
     if files:
         check_numbered(out, made_from, count)
         dansm.write_json(out / "sample.json", {**made_from, "count": 0})  # whose images these are, if it is killed
-    batch = batch or (500 if device.type == "cuda" else 64)
-    shape = (net.settings["channels"], net.settings["size"], net.settings["size"])
+    batch = batch or at_once(device)
     begin, drawn_so_far, shown = time.perf_counter(), 0, []
-    draws = dansm.sample_images(sampler(net, device, precision), flow, range(count), shape, steps, seed=seed,
+    draws = dansm.sample_images(sampler(net, device, precision), flow, range(count), net.shape, steps, seed=seed,
                                 batch=batch, device=device, decode=decoder and decoder.decode)
     try:
         for drawn in track(draws, "sampling", total=math.ceil(count / batch), console=dansm.console):

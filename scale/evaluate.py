@@ -38,7 +38,8 @@ from scale.data import Stream, stream_images, streamed
 from scale.kept import Pixels, Real
 from scale.kept import digest as _digest
 from scale.latents import known_on_disk
-from scale.step import number_type, sampler
+from scale.recipe import parse_counts
+from scale.step import at_once, number_type, sampler
 
 VERSION = 1  # of what the cache and the rows hold; another one is measured anew
 INCEPTION = "inception"
@@ -454,8 +455,7 @@ class Model(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        settings = self.net.settings
-        return settings["channels"], settings["size"], settings["size"]
+        return self.net.shape
 
 
 def load_models(paths: Iterable[Path], steps: list[int], solver: str, autoencoder: Path | None, device,
@@ -504,13 +504,13 @@ def evaluate(paths: list[Path], data: str | None, device: torch.device, out: Pat
     autoencoder  decodes the latents of models of latents, in `memory` gigabytes
     A row that evaluate.json has already, of the same weights, images and settings, is not measured again.
     """
-    steps = parse_steps(steps)
+    steps = parse_counts("--steps", steps, at_most=10_000)
     models = load_models(paths, steps, solver, autoencoder, device, precision, memory)
     out = dansm.make_folder(out)
     rows = read_rows(out / "evaluate.json")
     extractor = load_extractor(features, device, weights)
     source, images = _find_real(models, data, size, skip_unreadable)
-    batch = batch or (500 if device.type == "cuda" else 64)
+    batch = batch or at_once(device)
     cost = {each: each * (1 + (solver == "heun")) + 1 for each in steps}  # evaluations for the features of one sample
     asked = []
     with _progress(len(models) * count * sum(cost.values())) as advance:
@@ -549,13 +549,6 @@ def evaluate(paths: list[Path], data: str | None, device: torch.device, out: Pat
     if stopped:
         raise dansm.Stopped(f"stopped; {dansm.counted(len(asked), 'row')} of {1 + len(models) * len(steps)} kept, the "
                             "same command goes on") from stopped
-
-
-def parse_steps(text: str) -> list[int]:
-    """3,4,5 → [3, 4, 5]."""
-    if not all(part.strip().isdecimal() and 0 < int(part) <= 10_000 for part in text.split(",")):
-        raise BadInput(f"--steps is {text!r}: expected whole numbers from 1 to 10,000 parted by commas, as in 3,4,5,10")
-    return list(dict.fromkeys(map(int, text.split(","))))
 
 
 def _find_real(models: list[Model], data: str | None, size: int | None, skip_unreadable: bool) -> tuple[str, Stream]:

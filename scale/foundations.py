@@ -21,6 +21,7 @@ import dansm
 from dansm import BadInput, counted, say
 from scale import checkpoint, data
 from scale.command import decoder_for
+from scale.recipe import parse_counts
 from scale.step import sampler
 
 MATCH_SIZES = (100, 1000, 10_000)  # the paper's
@@ -70,7 +71,7 @@ def load_models(paths: list[Path], device: torch.device, *, steps: list[int], la
         net, flow, about = checkpoint.load_model(path, device, say=say)
         for count in steps:
             dansm.check_steps("--steps", count, type(flow))
-        shape = (net.settings["channels"], net.settings["size"], net.settings["size"])
+        shape = net.shape
         models.append(Model(label, sampler(net, device, precision), flow, shape, about))
         if shape != models[0].shape:
             raise BadInput(f"{path} makes samples of {_sizes(shape)}, {paths[0]} of {_sizes(models[0].shape)}: "
@@ -163,14 +164,6 @@ def pick_match_sizes(text: str | None, images, default=MATCH_SIZES) -> list[int]
         raise BadInput(f"--match-size is {max(sizes):,}, and there are {counted(len(images), 'sample')}: expected at "
                        f"most {len(images):,}, so that a whole pool is handed out")
     return sizes
-
-
-def parse_counts(option: str, text: str, at_least: int = 1) -> list[int]:
-    """3,5,10 → [3, 5, 10], each once, in their order."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and at_least <= int(part) < 2**63 for part in parts):
-        raise BadInput(f"{option} is {text!r}: expected whole numbers of at least {at_least}, as in 100,1000")
-    return list(dict.fromkeys(map(int, parts)))
 
 
 def whole_pools(images, match_sizes: list[int], count: int) -> int:

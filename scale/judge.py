@@ -16,7 +16,7 @@ import dansm
 from scale import evaluate
 from scale.latents import known_of
 from scale.recipe import Recipe
-from scale.step import FastTraining, ranks, sampler
+from scale.step import FastTraining, at_once, ranks, sampler
 
 SEED = 0  # of the noises for every run, as that of dansm evaluate where none is given: runs compare pair by pair
 CACHE = Path("~/.cache/dansm")  # of the features of real images, as that of dansm evaluate
@@ -81,7 +81,7 @@ class Judge:
 
     @property
     def _batch(self) -> int:
-        return 500 if self.device.type == "cuda" else 64
+        return at_once(self.device)
 
     def __call__(self, run: FastTraining, flow, seconds: float, show, stop) -> dict | None:
         """A line of the log: "frechet_distance/5" and the like are of images in 5 steps, "…/real" of real images.
@@ -98,7 +98,7 @@ class Judge:
         with ThreadPoolExecutor(1) as scores:  # the CPU scores these images while the GPU draws the next
             for steps in self.recipe.evaluate_steps:
                 try:
-                    features, logits = self._draw(net, flow, run.net.settings, steps, show, stop)
+                    features, logits = self._draw(net, flow, run.net.shape, steps, show, stop)
                 except _GivenUp:
                     scores.shutdown(cancel_futures=True)
                     return None
@@ -113,7 +113,7 @@ class Judge:
         self._say(line)
         return line
 
-    def _draw(self, net, flow, settings, steps, show, stop) -> tuple[Tensor, Tensor | None]:
+    def _draw(self, net, flow, shape, steps, show, stop) -> tuple[Tensor, Tensor | None]:
         """Features and logits of all images, on the first process."""
         count, done = self.recipe.evaluate_count, 0
 
@@ -125,7 +125,6 @@ class Judge:
                 raise _GivenUp
 
         first, last = (count * rank // self.processes for rank in (self.rank, self.rank + 1))
-        shape = (settings["channels"], settings["size"], settings["size"])
         found = evaluate.draw_features(net, flow, range(first, last), shape, steps, self.extractor, self.device,
                                        seed=SEED, batch=self._batch, advance=advance)
         if self.processes == 1:

@@ -22,12 +22,12 @@ from scale.foundations import (
     make_table,
     mean_and_std,
     own_pairs,
-    parse_counts,
     pick_match_sizes,
     shorten,
     shown,
     whole_pools,
 )
+from scale.recipe import parse_counts
 
 COUNT_OF_TIMES = 20  # at which a loss is measured
 

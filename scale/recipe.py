@@ -199,6 +199,15 @@ def _expected(kind, rules) -> str:
     return f"several, each {words}" if kind.several else words
 
 
+def parse_counts(option: str, text: str, at_least: int = 1, at_most: int = 2**63 - 1) -> list[int]:
+    """3,5,10 → [3, 5, 10], each once, in their order: of an option that is no setting."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and at_least <= int(part) <= at_most for part in parts):
+        within = f"of at least {at_least}" if at_most >= 2**63 - 1 else f"from {at_least} to {at_most:,}"
+        raise BadInput(f"{option} is {text!r}: expected whole numbers {within}, parted by commas, as in 100,1000")
+    return list(dict.fromkeys(map(int, parts)))
+
+
 def shown(value) -> str:
     """A value as it is given on the command line."""
     return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -192,6 +192,11 @@ def sampler(net: dansm.UNet, device: torch.device, precision: str = "auto",
     return evaluate
 
 
+def at_once(device: torch.device) -> int:
+    """Images that are sampled together where nothing else is said: enough to fill the device."""
+    return 500 if device.type == "cuda" else 64
+
+
 # ---------------------------------------------------------------------------------------------------
 # Several processes
 # ---------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from statistics import fmean, stdev
 
 import matplotlib
 import numpy as np
@@ -22,6 +21,7 @@ import dansm
 from scale.data import load_images
 from scale.evaluate import check_pictures
 from scale.figures import COLUMN, DATA, INK, NOISE, NOTE, PALE, SERIES, STYLE, save
+from scale.foundations import mean_and_std
 
 MATCH_SIZES = (100, 1000, 4000)
 WAYS = ("squared", "inner", "optimal")  # greedy by either cost, and the linear assignment
@@ -170,8 +170,7 @@ def summarize(rows: list[dict], by: tuple[str, ...]) -> list[dict]:
         measures = [name for name, value in group[0].items() if isinstance(value, float)]
         values = {name: [row[name] for row in group] for name in measures}
         found.append({**dict(zip(by, key, strict=True)),
-                      **{name: {"mean": fmean(of), "std": stdev(of) if len(of) > 1 else 0.0}
-                         for name, of in values.items()}})
+                      **{name: mean_and_std(of) for name, of in values.items()}})
     return found
 
 
