@@ -1248,15 +1248,19 @@ def toy_command(
 def digits_command(
     match_size: MatchSize = 1000,
     steps: Annotated[int, typer.Option(min=1, help="training steps for each way of pairing")] = 500,
+    judge_at: Annotated[str | None, typer.Option(
+        help="judge after so many training steps too, parted by commas: a curve of distance against images")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="trainings for each way of pairing, for the spread")] = 2,
     seed: Seed = 0,
     device: Device = "auto",
     out: Out = Path("runs/digits"),
 ) -> None:
     """First images in three minutes: handwritten digits, paired at random and matched, side by side."""
+    from scale.recipe import parse_counts
     from tiny.digits import run
 
-    run(match_size=match_size, steps=steps, seeds=seeds, seed=seed, device=pick_device(device), out=make_folder(out))
+    run(match_size=match_size, steps=steps, judge_at=parse_counts("--judge-at", judge_at) if judge_at else (),
+        seeds=seeds, seed=seed, device=pick_device(device), out=make_folder(out))
 
 
 WITH_ANY_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}  # which scale knows, and the help of them

@@ -599,11 +599,28 @@ def test_digits_runs(run, tmp_path, monkeypatch):
     assert Image.open(out / "digits.png").width > 500
 
 
+def test_digits_judged_on_the_way_are_trained_alike(run, refused, tmp_path, monkeypatch):
+    from tiny import digits
+
+    few = digits.load_digits()[:100]
+    monkeypatch.setattr(digits, "load_digits", lambda: few)
+    options = "digits", "--seeds", 1, "--match-size", 70, "--device", "cpu"
+    found = {}
+    for name, more in (("whole", (4, "--judge-at", "2,9,1")), ("two", (2,)), ("four", (4,))):
+        assert run(*options, "--steps", *more, "--out", tmp_path / name)[0] == 0
+        runs = json.loads((tmp_path / name / "digits.json").read_text())["runs"]
+        found[name] = {(run["method"], run["trained_steps"]): run["distance"] for run in runs}
+    assert found["whole"].keys() == {(way, step) for way in ("random", "greedy") for step in (1, 2, 4)}
+    assert found["two"].items() <= found["whole"].items() and found["four"].items() <= found["whole"].items()
+    assert files_of(tmp_path / "whole") == ["curve.png", "digits.json", "digits.png"]
+    assert "--judge-at is '2,x'" in refused(*options, "--judge-at", "2,x")
+
+
 # ------------------------------------------------------------------------------- help, and as a script
 
 OPTIONS = {
     "toy": ["--shape", "--match-size", "--steps", "--seeds", "--seed", "--device", "--out"],
-    "digits": ["--match-size", "--steps", "--seeds", "--seed", "--device", "--out"],
+    "digits": ["--match-size", "--steps", "--judge-at", "--seeds", "--seed", "--device", "--out"],
     "train": ["--network", "--flow", "--method", "--match-size", "--cost", "--batch", "--steps", "--minutes",
               "--save-minutes", "--lr", "--decay", "--no-flip", "--size", "--skip-unreadable", "--fresh", "--seed",
               "--device", "--out"],

@@ -7,7 +7,7 @@ distance is Fréchet's in the space of the 64 pixels: no feature network is need
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -24,7 +24,9 @@ import dansm
 
 STEP_COUNTS = (1, 2, 3, 5, 10)
 NETWORK = dict(channels=1, size=8, width=16, multipliers=(1, 2), blocks=1, attention_at=(4,), dropout=0.0, biggan=False)
-WAYS = ("random", "greedy")
+LOOKS = {"random": dict(color="#8a97a8", marker="o"), "greedy": dict(color="#c8431a", marker="s")}
+WAYS = tuple(LOOKS)
+CURVES = (1, 2, 5, 10)  # of STEP_COUNTS, those with a curve
 BATCH = 64
 
 
@@ -42,10 +44,13 @@ def batches(images: Tensor, seed: int) -> Iterator[Tensor]:
         yield images[torch.from_numpy(draw.integers(len(images), size=BATCH)).to(images.device)]
 
 
-def run(*, match_size: int = 1000, steps: int = 500, seeds: int = 2, seed: int = 0, device="cpu", out: Path) -> dict:
+def run(*, match_size: int = 1000, steps: int = 500, judge_at: Iterable[int] = (), seeds: int = 2, seed: int = 0,
+        device="cpu", out: Path) -> dict:
     """Train each way of pairing `steps` steps for each of `seeds` seeds; writes digits.json and digits.png into `out`
-    after each seed, so that Ctrl-C keeps those done."""
+    after each seed, so that Ctrl-C keeps those done. Judged at the end, and after as many steps as `judge_at` says
+    before, which curve.png shows then."""
     console, images = Console(), load_digits().to(device)
+    marks = sorted({mark for mark in judge_at if mark < steps} | {steps})
     halves = np.array_split(np.random.default_rng(0).permutation(len(images)), 2)
     result = {"data": "1,797 digits of scikit-learn, 8×8", "batch": BATCH, "steps": steps, "match_size": match_size,
               "step_counts": STEP_COUNTS, "hardware": dansm.hardware(device), "runs": [],
@@ -53,29 +58,33 @@ def run(*, match_size: int = 1000, steps: int = 500, seeds: int = 2, seed: int =
     bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[loss]}"),
                    TimeElapsedColumn(), TimeRemainingColumn(), console=console)
     with bar:
-        task = bar.add_task("training", total=seeds * len(WAYS) * (steps + 2 * sum(STEP_COUNTS)), loss="")
+        task = bar.add_task("training", total=seeds * len(WAYS) * (steps + len(marks) * 2 * sum(STEP_COUNTS)), loss="")
         for each in range(seed, seed + seeds):
             samples = {}
             for way in WAYS:
                 bar.update(task, description=f"{way}, seed {each}")
-                net, length = train_one(images, way, match_size, steps, each,
-                                        lambda loss: bar.update(task, advance=1, loss=f"loss {loss:.3f}"))
-                distances = {}
-                for count in STEP_COUNTS:
-                    samples[way, count] = draw_samples(net, len(images), count, each, device)
-                    distances[count] = dansm.frechet_distance(samples[way, count], images)
-                    bar.update(task, advance=2 * count)  # a step over all digits takes about two of training
-                result["runs"].append({"seed": each, "method": way, "path_length": length, "distance": distances})
+                for mark, net, length in train_one(images, way, match_size, marks, each, lambda loss: bar.update(
+                        task, advance=1, loss=f"loss {loss:.3f}")):
+                    distances = {}
+                    for count in STEP_COUNTS:
+                        samples[way, count] = draw_samples(net, len(images), count, each, device)
+                        distances[count] = dansm.frechet_distance(samples[way, count], images)
+                        bar.update(task, advance=2 * count)  # a step over all digits takes about two of training
+                    result["runs"].append({"seed": each, "method": way, "trained_steps": mark, "path_length": length,
+                                           "distance": distances})
             dansm.write_json(out / "digits.json", result)
             draw_picture(result, samples, out / "digits.png")
+            if len(marks) > 1:
+                draw_curve(result, marks, out / "curve.png")
     print_table(result, console)
-    dansm.say_files(out, "digits.png", "digits.json")
+    dansm.say_files(out, "digits.png", *["curve.png"] * (len(marks) > 1), "digits.json")
     return result
 
 
-def train_one(images: Tensor, way: str, match_size: int, steps: int, seed: int,
-              report: Callable[[float], None]) -> tuple[torch.nn.Module, float]:
-    """One training; returns the averaged network and the mean length of the paths it was trained on."""
+def train_one(images: Tensor, way: str, match_size: int, marks: list[int], seed: int,
+              report: Callable[[float], None]) -> Iterator[tuple[int, torch.nn.Module, float]]:
+    """One training; at each of `marks`, steps in rising order, it yields that, the averaged network and the mean length
+    of the paths it was trained on. The last ends it."""
     torch.manual_seed(seed)  # equal first weights and training times for every way
     training = dansm.Training(dansm.UNet(**NETWORK).to(images.device), lr=1e-3, decay=0.995)
     lengths = []
@@ -86,9 +95,10 @@ def train_one(images: Tensor, way: str, match_size: int, steps: int, seed: int,
             yield x, z
 
     stream = measured(dansm.pairs(batches(images, seed), way, match_size, seed=seed))
-    for loss in islice(dansm.train(training, dansm.RectifiedFlow(), stream), steps):
+    for step, loss in enumerate(islice(dansm.train(training, dansm.RectifiedFlow(), stream), marks[-1]), 1):
         report(loss.item())
-    return training.average, statistics.fmean(lengths)
+        if step in marks:
+            yield step, training.average, statistics.fmean(lengths)
 
 
 def draw_samples(net, count: int, steps: int, seed: int, device) -> Tensor:
@@ -98,9 +108,10 @@ def draw_samples(net, count: int, steps: int, seed: int, device) -> Tensor:
     return torch.cat([flow.sample(net, z, steps) for z in noise.split(512)])
 
 
-def mean_and_spread(result: dict, way: str, count: int) -> tuple[float, float, float]:
-    """Mean, least and most over the seeds of the distance at a step count."""
-    values = [run["distance"][count] for run in result["runs"] if run["method"] == way]
+def mean_and_spread(result: dict, way: str, count: int, mark: int | None = None) -> tuple[float, float, float]:
+    """Mean, least and most over seeds of the distance at a step count, after `mark` training steps or at the end."""
+    values = [run["distance"][count] for run in result["runs"]
+              if (run["method"], run["trained_steps"]) == (way, mark or result["steps"])]
     return statistics.fmean(values), min(values), max(values)
 
 
@@ -120,7 +131,7 @@ def draw_picture(result: dict, samples: dict, path: Path) -> None:
     """Left the last seed's samples of both ways from the same noises, a row a step count; right the distances."""
     import matplotlib.pyplot as plt
 
-    names = {"random": "random pairs", "greedy": f"matched, pool of {result['match_size']:,}"}
+    names = names_of(result)
     figure = plt.figure(figsize=(11, 4.1), layout="constrained")
     grid = figure.add_gridspec(len(STEP_COUNTS), 3, width_ratios=(1, 1, 0.95), hspace=0.02)
     for column, way in enumerate(WAYS):
@@ -128,7 +139,7 @@ def draw_picture(result: dict, samples: dict, path: Path) -> None:
             axes = figure.add_subplot(grid[row, column])
             spaced = F.pad(samples[way, count][:20].cpu(), (1, 1, 1, 1), value=-1)
             tiles = rearrange(spaced, "(row column) 1 h w -> (row h) (column w)", row=2)
-            axes.imshow(tiles, cmap="gray_r", vmin=-1, vmax=1)
+            axes.imshow(tiles.numpy(), cmap="gray_r", vmin=-1, vmax=1)
             axes.set_xticks([])
             axes.set_yticks([])
             axes.spines[:].set_visible(False)
@@ -137,18 +148,50 @@ def draw_picture(result: dict, samples: dict, path: Path) -> None:
             if column == 0:
                 axes.set_ylabel(f"{count} step{'s' * (count > 1)}", rotation=0, ha="right", va="center", fontsize=10)
     axes = figure.add_subplot(grid[:, 2])
-    for way, color, marker in zip(WAYS, ("#8a97a8", "#c8431a"), ("o", "s"), strict=True):
+    for way, look in LOOKS.items():
         mean, least, most = zip(*(mean_and_spread(result, way, count) for count in STEP_COUNTS), strict=True)
-        axes.plot(STEP_COUNTS, mean, marker=marker, color=color, label=names[way])
-        axes.fill_between(STEP_COUNTS, least, most, color=color, alpha=0.2)
+        axes.plot(STEP_COUNTS, mean, label=names[way], **look)
+        axes.fill_between(STEP_COUNTS, least, most, color=look["color"], alpha=0.2)
     floor = result["real_half_against_half"]
     axes.axhline(floor, color="#555555", linestyle=":", label="real digits, half against half")
     axes.set(xscale="log", yscale="log", xlabel="steps from noise to image", ylabel="Fréchet distance in 64 pixels")
     axes.set_xticks(STEP_COUNTS, [str(count) for count in STEP_COUNTS])
-    ticks = [tick for tick in (0.2, 0.5, 1, 2, 5, 10, 20, 50) if floor / 2 < tick < axes.get_ylim()[1]]
-    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.minorticks_off()
-    axes.grid(True, alpha=0.25)
+    plain_ticks(axes, floor)
     axes.legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def draw_curve(result: dict, marks: list[int], path: Path) -> None:
+    """Distance against the images trained on, a panel for each count of sampling steps."""
+    import matplotlib.pyplot as plt
+
+    names, floor, images = names_of(result), result["real_half_against_half"], [BATCH * mark for mark in marks]
+    figure, panels = plt.subplots(1, len(CURVES), figsize=(11, 3.1), layout="constrained")
+    for axes, count in zip(panels, CURVES, strict=True):
+        for way, look in LOOKS.items():
+            mean, least, most = zip(*(mean_and_spread(result, way, count, mark) for mark in marks), strict=True)
+            axes.plot(images, mean, label=names[way], **look)
+            axes.fill_between(images, least, most, color=look["color"], alpha=0.2)
+        axes.axhline(floor, color="#555555", linestyle=":", label="real digits, half against half")
+        axes.set(xscale="log", yscale="log")
+        axes.set_title(f"{count} sampling step{'s' * (count > 1)}", fontsize=11)
+        axes.set_xticks(images, [f"{number / 1000:.0f}" for number in images])
+        plain_ticks(axes, floor)
+    panels[0].set_ylabel("Fréchet distance in 64 pixels")
+    figure.supxlabel("images trained on, thousands", fontsize=10)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def names_of(result: dict) -> dict[str, str]:
+    return {"random": "random pairs", "greedy": f"matched, pool of {result['match_size']:,}"}
+
+
+def plain_ticks(axes, floor: float) -> None:
+    """0.5, 1, 2, 5 in place of powers of ten."""
+    ticks = [tick for tick in (0.2, 0.3, 0.5, 1, 2, 3, 5, 10, 20, 50) if floor / 2 < tick < axes.get_ylim()[1]]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.grid(True, alpha=0.25)
