@@ -15,7 +15,6 @@ from rich.table import Table
 
 import dansm
 from scale import evaluate
-from scale.step import at_once
 
 SHAPE = 3, 32, 32
 COMPARED = 10_000  # generated images that are scored against all
@@ -45,7 +44,7 @@ def seconds_of(images, extractor: evaluate.Extractor, seed: int, device) -> dict
     kernel_s, reach_s    the kernel distance; precision and recall
     within_s             features of all and the Fréchet distance
     """
-    batch = at_once(device)
+    batch = evaluate.seen_at_once(device)
     evaluate.features_of(images[:batch], extractor, device)  # what is loaded and chosen at the first call
     seconds, real = _timed(lambda: evaluate.real_features(images, extractor, device, batch=batch))
     features = evaluate._shuffled(real.features, seed)[:COMPARED]

@@ -338,8 +338,9 @@ def input_rate(images, batch: int, seed: int, device: torch.device, resident: bo
 
 def sampling(case: Case, samples: int, seed: int, device: torch.device) -> Iterator[tuple[str, dict]]:
     """Images 0 … samples − 1 from noise to uint8 on the CPU, the draw of their noises included: three times."""
-    flow, at_once = dansm.RectifiedFlow(), min(samples, 500)
-    net = step.sampler(dansm.UNet(**case.settings).to(device).eval().requires_grad_(False), device)
+    flow, net = dansm.RectifiedFlow(), dansm.UNet(**case.settings).to(device).eval().requires_grad_(False)
+    at_once = min(samples, step.at_once(net, device))
+    net = step.sampler(net, device)
 
     def draw(count):
         deque(dansm.sample_images(net, flow, range(count), case.shape, EULER_STEPS, seed=seed, batch=at_once,

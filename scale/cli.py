@@ -39,7 +39,8 @@ Precision = Annotated[Literal["auto", "bf16", "fp16", "fp32"], typer.Option(
 
 AModel = Annotated[Path, typer.Argument(help="the folder of a dansm train, one of its checkpoints, or an export")]
 Solver = Annotated[Literal["euler", "heun"], typer.Option(help="heun takes two evaluations a step")]
-OwnBatch = Annotated[int, typer.Option(min=0, help="images at a time: memory and speed; 0: 500 on a GPU, or 64")]
+OwnBatch = Annotated[int, typer.Option(
+    min=0, help="images at a time; 0: what half of a GPU's free memory holds, up to 2,000, or 64")]
 Autoencoder = Annotated[Path, typer.Option(
     help="Stable Diffusion's: a diffusers folder, or a .safetensors or .ckpt with keys first_stage_model.…",
     show_default=False)]

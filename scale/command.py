@@ -220,7 +220,7 @@ def sample(model: Path, device: torch.device, out: Path, *, count: int, steps: i
     if files:
         check_numbered(out, made_from, count)
         dansm.write_json(out / "sample.json", {**made_from, "count": 0})  # whose images these are, if it is killed
-    batch = batch or at_once(device)
+    batch = batch or at_once(net, device)
     begin, drawn_so_far, shown = time.perf_counter(), 0, []
     draws = dansm.sample_images(sampler(net, device, precision), flow, range(count), net.shape, steps, seed=seed,
                                 batch=batch, device=device, decode=decoder and decoder.decode)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from contextlib import contextmanager, redirect_stderr
 from functools import cache as once
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,6 +46,7 @@ INCEPTION = "inception"
 LITE0 = "scale.evaluate:efficientnet_lite0"
 KEPT = 50_000  # features of real images kept beside their mean and covariance, for all that needs the images: 400 MB
 NEIGHBOUR = 3  # whose distance is the radius around each image, for precision and recall: the authors' choice
+SEEN_AT_ONCE = 500  # images at most that a feature network is given: for so many one layer of Inception fills 2.8 GB
 SUBSETS, SUBSET = 100, 1000  # of the kernel distance, and images in each
 INSTALL = "expected pip install 'dansm[eval]'"
 
@@ -186,6 +187,11 @@ def _lite0(device):
 
 
 @torch.no_grad()
+def seen_at_once(device: torch.device) -> int:
+    """Real images at a time; on a CPU fewer, so that the time left can be told."""
+    return SEEN_AT_ONCE if device.type == "cuda" else 64
+
+
 def features_of(images: Tensor, extractor: Extractor, device) -> tuple[Tensor, Tensor | None]:
     """Features (N, D) float32 on the device, and logits where there are any. images: uint8 (N, 1 or 3, H, W), grey
     ones are repeated for the three colours. Raises BadInput for what is no such features."""
@@ -479,8 +485,8 @@ def draw_features(net, flow, numbers: range, shape, steps: int, extractor: Extra
     """Features (N, D), and logits, of N images of a seed by their numbers: for every model from the same noise.
     net: what `scale.step.sampler` makes of a network; decode: what makes images of latents, as in `sample_images`."""
     features, logits = [], []
-    for images in dansm.sample_images(net, flow, numbers, shape, steps, seed=seed, batch=batch, device=device,
-                                      decode=decode):
+    drawn = dansm.sample_images(net, flow, numbers, shape, steps, seed=seed, batch=batch, device=device, decode=decode)
+    for images in chain.from_iterable(images.split(SEEN_AT_ONCE) for images in drawn):
         found, classes = features_of(images, extractor, device)
         features.append(found.cpu())
         logits += [] if classes is None else [classes.cpu()]
@@ -510,12 +516,11 @@ def evaluate(paths: list[Path], data: str | None, device: torch.device, out: Pat
     rows = read_rows(out / "evaluate.json")
     extractor = load_extractor(features, device, weights)
     source, images = _find_real(models, data, size, skip_unreadable)
-    batch = batch or at_once(device)
     cost = {each: each * (1 + (solver == "heun")) + 1 for each in steps}  # evaluations for the features of one sample
     asked = []
     with _progress(len(models) * count * sum(cost.values())) as advance:
         try:
-            real = real_features(images, extractor, device, batch=batch, cache=cache,
+            real = real_features(images, extractor, device, batch=batch or seen_at_once(device), cache=cache,
                                  track=partial(_track, advance), check=partial(_check_shape, models, source))
             common = {"features": extractor.name, "data": source, "real_images": real.count, "seed": seed}
             made_from = [VERSION, real.digest, count, seed]
@@ -593,9 +598,10 @@ def _track(advance, images, total: int):
         advance(0, more=-left)  # of images that are no longer wanted
 
 
-def _score_model(model, steps, extractor, real, device, *, count, precision, seed, **settings) -> dict:
+def _score_model(model, steps, extractor, real, device, *, count, precision, seed, batch, **settings) -> dict:
     net = sampler(model.net.to(device), device, precision)
     features, logits = draw_features(net, model.flow, range(count), model.shape, steps, extractor, device, seed=seed,
+                                     batch=batch or at_once(model.net, device),
                                      decode=model.decoder and model.decoder.decode, **settings)
     model.net.cpu()  # of many models one at a time is on the GPU
     return score(features, real, extractor, logits=logits, seed=seed, device=device)

@@ -76,12 +76,9 @@ class Judge:
                 bar.advance(task)
 
         with Progress(console=self.console, transient=True) as bar:
-            return evaluate.real_features(images, self.extractor, self.device, batch=self._batch,
+            return evaluate.real_features(images, self.extractor, self.device,
+                                          batch=evaluate.seen_at_once(self.device),
                                           cache=CACHE.expanduser(), track=track)
-
-    @property
-    def _batch(self) -> int:
-        return at_once(self.device)
 
     def __call__(self, run: FastTraining, flow, seconds: float, show, stop) -> dict | None:
         """A line of the log: "frechet_distance/5" and the like are of images in 5 steps, "…/real" of real images.
@@ -94,11 +91,11 @@ class Judge:
         begin = time.monotonic()
         line = {"step": run.step, "images": run.step * self.recipe.batch, "seconds": round(seconds, 2)}
         net = sampler(run.average, self.device, self.recipe.precision, self.recipe.compile)
-        rows = {}
+        rows, batch = {}, at_once(run.average, self.device)
         with ThreadPoolExecutor(1) as scores:  # the CPU scores these images while the GPU draws the next
             for steps in self.recipe.evaluate_steps:
                 try:
-                    features, logits = self._draw(net, flow, run.net.shape, steps, show, stop)
+                    features, logits = self._draw(net, flow, run.net.shape, steps, batch, show, stop)
                 except _GivenUp:
                     scores.shutdown(cancel_futures=True)
                     return None
@@ -113,7 +110,7 @@ class Judge:
         self._say(line)
         return line
 
-    def _draw(self, net, flow, shape, steps, show, stop) -> tuple[Tensor, Tensor | None]:
+    def _draw(self, net, flow, shape, steps, batch, show, stop) -> tuple[Tensor, Tensor | None]:
         """Features and logits of all images, on the first process."""
         count, done = self.recipe.evaluate_count, 0
 
@@ -126,7 +123,7 @@ class Judge:
 
         first, last = (count * rank // self.processes for rank in (self.rank, self.rank + 1))
         found = evaluate.draw_features(net, flow, range(first, last), shape, steps, self.extractor, self.device,
-                                       seed=SEED, batch=self._batch, advance=advance)
+                                       seed=SEED, batch=batch, advance=advance)
         if self.processes == 1:
             return found
         everyones = [None] * self.processes if self.rank == 0 else None

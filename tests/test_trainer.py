@@ -658,6 +658,19 @@ def test_what_processes_cannot_do_together_is_refused_by_each(images, tmp_path):
         assert len(errors) == 4 and "Traceback" not in each
 
 
+def test_as_many_are_sampled_at_once_as_half_of_the_free_memory_holds(monkeypatch):
+    from scale.step import at_once
+
+    with torch.device("meta"):
+        nets = [dansm.UNet(**settings) for settings in ({}, dict(width=64), dict(size=256, attention_at=()))]
+    assert at_once(nets[0], torch.device("cpu")) == 64
+    found = []
+    for free in (4e9, 80e9, 1e6):
+        monkeypatch.setattr(dansm, "free_memory", lambda device, free=free: int(free))
+        found.append([at_once(net, torch.device("cuda")) for net in nets])
+    assert found == [[190, 381, 2], [2000, 2000, 59], [1, 1, 1]]
+
+
 @needs_gloo
 def test_a_run_of_two_processes_into_a_folder_in_use_ends_both_in_one_line_each(images, tmp_path):
     (tmp_path / "out").mkdir()
