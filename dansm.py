@@ -954,7 +954,7 @@ class Training:
         nn.utils.clip_grad_norm_(self.net.parameters(), self.clip)
         self.optimizer.step()
         self.step += 1
-        follow(self.average, self.net, self.decay, self.step)
+        update_ema(self.average, self.net, self.decay, self.step)
 
     def state_dict(self) -> dict:
         return {"net": self.net.state_dict(), "average": self.average.state_dict(),
@@ -967,7 +967,7 @@ class Training:
 
 
 @torch.no_grad()
-def follow(average: nn.Module, net: nn.Module, decay: float, step: int) -> None:
+def update_ema(average: nn.Module, net: nn.Module, decay: float, step: int) -> None:
     """Move an average towards the network; after few steps by more, lest it hold on to how they began."""
     share = 1 - min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), share)

@@ -129,7 +129,7 @@ class FastTraining(dansm.Training):
         self.scaler.update()
         self.step += 1
         for decay, average in zip(self.recipe.decay, self.averages, strict=True):
-            dansm.follow(average, self.net, decay, self.step)
+            dansm.update_ema(average, self.net, decay, self.step)
 
     def state_dict(self) -> dict:
         averages = [{"decay": decay, "weights": average.state_dict()}
