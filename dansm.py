@@ -143,10 +143,8 @@ def greedy(cost: Tensor) -> Tensor:
     Returns the (B,) int64 indices of the noises picked, no index twice. Both ways below give the very
     same picks; with few noises to go round almost all samples quarrel, and taking turns is quicker.
     """
+    cost = check_sides(cost).detach()
     samples, noises = cost.shape
-    if samples > noises:
-        raise BadInput(f"{samples} samples and {noises} noises: expected at least as many noises as samples")
-    cost = cost.detach()
     return _greedy_in_turn(cost) if noises < max(4 * samples, 1) else _greedy_by_rounds(cost)
 
 
@@ -207,10 +205,7 @@ def optimal(cost: Tensor, gap: float = 1e-3) -> Assignment:
     4,096. On a GPU by `scale.kernels.auction`, until total − bound is at most `gap` of what the pairing wins
     over a random one, or as far as prices in float32 go: compare the two.
     """
-    samples, noises = cost.shape
-    if samples > noises:
-        raise BadInput(f"{samples} samples and {noises} noises: expected at least as many noises as samples")
-    cost = _at_least_float32(cost.detach())
+    cost = _at_least_float32(check_sides(cost).detach())
     if len(cost) and (kernels := gpu_kernels(cost.device)):
         return Assignment(*kernels.auction(cost, gap))
     check_costs(cost)
@@ -218,7 +213,7 @@ def optimal(cost: Tensor, gap: float = 1e-3) -> Assignment:
 
     _, picks = linear_sum_assignment(cost.cpu().numpy())
     picks = torch.from_numpy(picks).to(cost.device)
-    total = cost[torch.arange(samples, device=cost.device), picks].sum(dtype=torch.float64).item()
+    total = cost[torch.arange(len(cost), device=cost.device), picks].sum(dtype=torch.float64).item()
     return Assignment(picks, total, total)
 
 
@@ -1146,6 +1141,16 @@ def check_tensor(x) -> None:
         raise BadInput(f"the batch is of {x.dtype}: expected floating point data, images in [−1, 1] for instance")
 
 
+def check_sides(cost: Tensor) -> Tensor:
+    """`cost`, or BadInput if it is not (B, M) with a noise for each sample, B ≤ M."""
+    if cost.ndim != 2:
+        raise BadInput(f"the costs are {tuple(cost.shape)}: expected (samples, noises)")
+    samples, noises = cost.shape
+    if samples > noises:
+        raise BadInput(f"{samples} samples and {noises} noises: expected at least as many noises as samples")
+    return cost
+
+
 def check_costs(cost: Tensor) -> None:
     """BadInput for costs (B, M) that are not all finite."""
     if not cost.isfinite().all():
@@ -1199,7 +1204,8 @@ def check_count(name: str, value, at_least: int = 1) -> int:
     except (TypeError, ValueError, OverflowError):
         whole = False
     if not whole:
-        raise BadInput(f"{name} is {value}: expected a whole number of at least {at_least}")
+        given = repr(value) if isinstance(value, str) else value
+        raise BadInput(f"{name} is {given}: expected a whole number of at least {at_least}")
     return int(value)
 
 
@@ -1402,7 +1408,7 @@ def say_files(out: Path, *names: str) -> None:
 
 def say(*words: str) -> None:
     """A line as it is: a path is not broken in two, nor are its [brackets] taken for a style."""
-    console.print(*words, soft_wrap=True, markup=False)
+    console.print(*words, soft_wrap=True, markup=False, highlight=False)
 
 
 def counted(count: int, noun: str) -> str:

@@ -107,7 +107,7 @@ def evaluate_command(
     features: Annotated[str, typer.Option(
         help="inception, or any other network as module:callable; scale.evaluate:efficientnet_lite0 needs no "
              "download")] = "inception",
-    inception_weights: Annotated[Path | None, typer.Option(help="its weights, where there is no network")] = None,
+    inception_weights: Annotated[Path | None, typer.Option(help="its weights, where nothing can be downloaded")] = None,
     autoencoder: ForLatents = None,
     memory: Memory = None,
     solver: Solver = "euler",
@@ -132,7 +132,7 @@ def bench_command(
         help="match: what pairing one batch costs; spread: with one pool over all ranks, under torchrun; train: whole "
              "steps, input, sampling, and where the time goes; evaluate: features and measures of many images; "
              "autoencoder: encoding and decoding latents of --shape, alone and from files to files")] = "match",
-    match_size: Annotated[list[str], typer.Option(help="sizes of the pool, parted by commas")] = ("1000", "10000"),
+    match_size: Annotated[list[str], typer.Option(help="sizes of the pool, parted by commas")] = ("1000,10000",),
     batch: Annotated[int, typer.Option(min=1, help="samples a batch")] = 250,
     shape: Annotated[str, typer.Option(help="of one sample, as CxHxW")] = "4x32x32",
     network: Annotated[str | None, typer.Option(
@@ -185,7 +185,7 @@ def proof_command(
     cache: Annotated[Path | None, typer.Option(help="folder that keeps the decoded images")] = None,
     features: Annotated[str, typer.Option(
         help="inception makes the distances standard FIDs")] = "scale.evaluate:efficientnet_lite0",
-    inception_weights: Annotated[Path | None, typer.Option(help="its weights, where there is no network")] = None,
+    inception_weights: Annotated[Path | None, typer.Option(help="its weights, where nothing can be downloaded")] = None,
     device: Device = "auto",
     out: Annotated[Path, typer.Option(help="folder of the tables, which are added to, and the figures")] = (
         Path("results/proof")),
@@ -298,7 +298,7 @@ def tsne_command(
     data: Annotated[str | None, typer.Option(
         help="images or latents for the random pairs; without it the model's own samples")] = None,
     size: Size = None,
-    pairs: Annotated[int, typer.Option(help="pairs of noise and sample; the paper shows 20 to 23")] = 23,
+    pairs: Annotated[int, typer.Option(min=2, help="pairs of noise and sample; the paper shows 20 to 23")] = 23,
     draws: Annotated[int, typer.Option(min=1, help="pictures; crossings are counted in all, the median is kept")] = 10,
     perplexity: Annotated[float, typer.Option(help="of t-SNE, less than twice the pairs; the paper's 22 to 30")] = 22,
     match_size: Annotated[int, typer.Option(min=2, help="without a model: noises in the pool")] = 1000,

@@ -7,7 +7,7 @@ import json
 import math
 import shlex
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -56,7 +56,8 @@ def _with_options(function):
     device = Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(
         help="auto takes the fastest there is", metavar="NAME", rich_help_panel="Where")]
     out = Annotated[Path | None, typer.Option(
-        help="folder for the results, made if missing " + escape("[runs/ and the recipe's or the data's name]"),
+        help="folder for the results, made if missing " + escape(
+            "[runs/ and the recipe's or the data's name; of a run's own recipe.toml that run's]"),
         metavar="PATH", rich_help_panel="Where")]
     fresh = Annotated[bool, typer.Option("--fresh", rich_help_panel="Where",
                                          help="begin anew where --out holds a run already, whose checkpoints go when "
@@ -92,6 +93,9 @@ def _train(recipe: str, out: Path | None, device: str, fresh: bool, all_steps: b
     """Read the recipe and train by it. `given`: the settings of the command line, None where it says nothing."""
     overrides = {name: parse(name, value) for name, value in given.items() if value is not None}
     device = dansm.pick_device(device)
+    if Path(recipe).is_dir() and recipe not in names() and checkpoint.newest(Path(recipe)):
+        raise dansm.BadInput(f"{recipe} is a run, and no data: expected its recipe, {Path(recipe) / 'recipe.toml'}, to "
+                             "go on with it")
     whole = run(load(recipe, overrides), out or folder_of_run(recipe), device, fresh)
     if all_steps and not whole:
         raise dansm.Stopped("not all steps are made, as --all-steps asks for; what comes after waits until they are")
@@ -122,11 +126,24 @@ def run(recipe: Recipe, out: Path, device: torch.device, fresh: bool) -> bool:
     process does so, and the first one speaks and writes. Returns whether all steps are made."""
     dansm.check_steps("--sample-steps", recipe.sample_steps, dansm.FLOWS[recipe.flow])
     data.check_out(recipe.data, out)
-    out = dansm.make_folder(out)
+    new, out = not out.exists(), dansm.make_folder(out)
     with processes(device) as device:
         first = ranks()[0] == 0
-        with checkpoint.lock(out) if first else nullcontext(), quiet(not first):
-            return _run(recipe, out, device, fresh, first)
+        try:
+            with checkpoint.lock(out) if first else nullcontext(), quiet(not first):
+                return _run(recipe, out, device, fresh, first)
+        except dansm.BadInput:
+            if new and first:
+                forget(out)
+            raise
+
+
+def forget(out: Path) -> None:
+    """Remove the folder of a run that was refused before it wrote anything."""
+    with suppress(OSError):
+        if [path.name for path in out.iterdir()] in ([], [".lock"]):
+            (out / ".lock").unlink(missing_ok=True)
+            out.rmdir()
 
 
 def _run(recipe, out, device, fresh, first) -> bool:
@@ -217,8 +234,8 @@ def sample(model: Path, device: torch.device, out: Path, *, count: int, steps: i
     out, made_from = dansm.make_folder(out), {
         "checkpoint": str(about["file"]), "trained_steps": about["step"], "steps": steps, "solver": solver,
         "precision": precision, "seed": seed, "autoencoder": autoencoder and str(autoencoder)}
+    check_numbered(out, made_from, count)
     if files:
-        check_numbered(out, made_from, count)
         dansm.write_json(out / "sample.json", {**made_from, "count": 0})  # whose images these are, if it is killed
     batch = batch or at_once(net, device)
     begin, drawn_so_far, shown = time.perf_counter(), 0, []
@@ -250,9 +267,11 @@ def check_numbered(out: Path, made_from: dict, count: int) -> None:
         before = json.loads((out / "sample.json").read_text())
     except (OSError, ValueError):
         before = {}
-    if there > count or (there and not made_from.items() <= before.items()):
-        raise dansm.BadInput(f"--out is {out}, which holds {counted(there, 'image')} of another call: expected a "
-                             "folder without images, or the same call with as many")
+    others = [f"{name} {before.get(name)} → {value}" for name, value in made_from.items() if before.get(name) != value]
+    others += [f"count {there} → {count}"] if there > count else []
+    if there and others:
+        raise dansm.BadInput(f"--out is {out}, which holds {counted(there, 'image')} of another call "
+                             f"({', '.join(others)}): expected another folder, or the same call with as many")
 
 
 def decoder_for(model: Path, channels: int, about: dict, file: Path | None, device: torch.device, precision: str,

@@ -106,7 +106,7 @@ def _cifar10(root: str) -> np.ndarray:
     try:
         return CIFAR10(root, download=True).data
     except (OSError, RuntimeError) as error:
-        raise BadInput(f"CIFAR-10 is not in {root} and could not be downloaded ({error}): expected a network, or "
+        raise BadInput(f"CIFAR-10 is not in {root} and could not be downloaded ({error}): expected a connection, or "
                        "the path of a folder of images") from error
 
 

@@ -126,7 +126,7 @@ def _readable_again(weights: Path) -> io.BytesIO:
     except Exception as error:  # torch raises nearly every kind for a file that is not its own
         if dansm.lacks_memory(error):
             raise
-        raise BadInput(f"--inception-weights is {weights}, which cannot be read ({str(error).partition(chr(10))[0]}): "
+        raise BadInput(f"--inception-weights is {weights}, which cannot be read as one of weights: "
                        "expected weights-inception-2015-12-05-6726825d.pth of torch-fidelity") from error
     copy = io.BytesIO()
     torch.save(state, copy)

@@ -123,9 +123,12 @@ def print_paths(summary: list[dict], count: int) -> None:
     dansm.console.print(table)
     for row in summary:
         if growth := row.get("over_random"):
-            length, mean, least = (f"{100 * growth[key]['mean']:+.2f} ± {100 * growth[key]['std']:.2f} %"
-                                   for key in GROWING)
+            length, mean, least = (_grown(**growth[key]) for key in GROWING)
             say(f"{row['pairs']} against random: length {length}, apart {mean}, nearest {least}")
+
+
+def _grown(mean: float, std: float) -> str:
+    return f"{100 * mean:+.2f} ± {100 * std:.2f} %" if std else f"{100 * mean:+.2f} %"  # of one draw there is no spread
 
 
 # ---------------------------------------------------------------------------------------------------

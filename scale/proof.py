@@ -192,6 +192,9 @@ def prove(data: str, out: Path, work: Path, device: torch.device, *, names: list
     if waiting or tests_prior:
         images, _ = command.read(recipe_of(RUNS[OFF], 0, data, **more))
         check_pictures(images)
+        if names == ["prior"] and len(images) < PRIOR:
+            raise dansm.BadInput(f"--only is prior, which is tested on {PRIOR:,} images or more, and there are "
+                                 f"{len(images):,}: expected more")
         which = f"{len(images):,} images, {digest_of_images(np.asarray(images))[:8]}"
         check_same(rows, out / "distances.csv", features=more["evaluate_features"], data=which)
     if waiting:

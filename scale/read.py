@@ -120,11 +120,12 @@ def read_image(path: Path, size: int | None = None, payload=None) -> np.ndarray:
             return square(image.convert("RGB"), size)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise Unreadable(f"{path} has more than the {Image.MAX_IMAGE_PIXELS:,} pixels that an image may have; "
-                         "--skip-unreadable leaves such files out") from error
+                         "expected one, or --skip-unreadable, which leaves such files out") from error
     except MemoryError:
         raise
     except Exception as error:  # Pillow and the archives raise nearly every kind for what is not theirs
-        raise Unreadable(f"{path} cannot be read as an image; --skip-unreadable leaves such files out") from error
+        raise Unreadable(f"{path} cannot be read as an image; expected one, or --skip-unreadable, which leaves such "
+                         "files out") from error
 
 
 def square(image: Image.Image, size: int | None) -> np.ndarray:

@@ -105,7 +105,8 @@ class Recipe:
                                      choices=("all", "distance"), free=True)
     evaluate_features: str = setting("Evaluation", "inception, or another network as module:callable", "inception",
                                      free=True)
-    inception_weights: str = setting("Evaluation", "file of its weights, where there is no network", "", free=True)
+    inception_weights: str = setting("Evaluation", "file of its weights, where nothing can be downloaded", "",
+                                     free=True)
 
     def __post_init__(self):
         for name in SETTINGS:
@@ -113,7 +114,7 @@ class Recipe:
         if self.accumulate > self.batch:
             raise BadInput(f"accumulate is {self.accumulate}: expected at most {self.batch}, the batch that it cuts")
         if self.target != "noise" and self.flow != "diffusion":
-            raise BadInput(f"target is {self.target}, with flow {self.flow}: expected flow diffusion; other flows say "
+            raise BadInput(f"--target is {self.target}, with --flow {self.flow}: expected --flow diffusion; others say "
                            "velocities anyway")
 
     def network_settings(self, channels: int, size: int) -> dict:
@@ -196,7 +197,7 @@ def _expected(kind, rules) -> str:
     if rules["least"] is not None:
         words += f" of at least {rules['least']}" if rules["most"] is None else (
             f" from {rules['least']} to {rules['most']}")
-    return f"several, each {words}" if kind.several else words
+    return f"one or more, each {words}" if kind.several else words
 
 
 def parse_counts(option: str, text: str, at_least: int = 1, at_most: int = 2**63 - 1) -> list[int]:

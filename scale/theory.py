@@ -21,7 +21,7 @@ import dansm
 from scale.data import load_images
 from scale.evaluate import check_pictures
 from scale.figures import COLUMN, DATA, INK, NOISE, NOTE, PALE, SERIES, STYLE, save
-from scale.foundations import mean_and_std
+from scale.foundations import make_table, mean_and_std, shown
 
 MATCH_SIZES = (100, 1000, 4000)
 WAYS = ("squared", "inner", "optimal")  # greedy by either cost, and the linear assignment
@@ -44,7 +44,7 @@ def measure(images: Tensor, draws: int = DRAWS, match_sizes=MATCH_SIZES, nearest
     values, directions = torch.linalg.eigh(torch.cov(images.T))
     directions = directions.flip(1)  # the one along which images differ most is the first
     rows, priors, picture = [], [], None
-    for draw in range(seed, seed + draws):
+    for draw in shown(range(seed, seed + draws), "pairing images with noises"):
         x, z = draw_ends(images, max(match_sizes), draw)
         rows.append({"draw": draw, "match_size": 1, "way": "random", **spread_along(x, z, directions)})
         for match_size in match_sizes:
@@ -261,7 +261,19 @@ def draw_gains(panel, result: dict) -> None:
     panel.legend(frameon=False, loc="upper left", borderaxespad=0, handlelength=1.8)
 
 
+def print_gains(result: dict) -> None:
+    """The table of the page: what each way of pairing wins at each size, and what is left of it in a last quarter."""
+    of = {(row["match_size"], row["way"]): row for row in result["summary"]}
+    columns = *WAYS, *(f"last quarter,\n{way}" for way in WAYS)
+    table = make_table("Mean squared path, shorter than at random by", *columns)
+    for size in result["match_sizes"]:
+        found = [of[size, way][measure] for measure in ("gain", "quarter_4") for way in WAYS]
+        table.add_row(f"{size:,}", *(f"{100 * each['mean']:.2f} ± {100 * each['std']:.2f} %" for each in found))
+    dansm.console.print(table)
+
+
 def write(result: dict, out: Path) -> None:
+    print_gains(result)
     dansm.write_json(out / "theory.json", result)
     dansm.write_csv(result["rows"], out / "theory.csv")
     dansm.say_files(out, "theory.json", "theory.csv", *draw(result, out / "theory"))

@@ -127,6 +127,21 @@ def test_train_writes_what_it_says(run, images, tmp_path, flow, method):
     assert all(weight.isfinite().all() and weight.any() for weight in moved)
 
 
+def test_a_run_that_is_refused_leaves_nothing(run, refused, images, tmp_path):
+    out = tmp_path / "deep" / "out"
+    assert "expected a multiple" in refused("train", images, "--batch", 9, "--accumulate", 2, "--out", out)
+    assert not out.exists()
+    assert run("train", images, "--steps", 1, "--out", out, *FAST)[0] == 0
+    before = files_of(out)
+    refused("train", images, "--steps", 2, "--out", out, *FAST, "--batch", 4)
+    assert files_of(out) == before
+
+
+def test_a_run_is_no_data(run, refused, images, tmp_path):
+    assert run("train", images, "--steps", 1, "--out", tmp_path / "out", *FAST)[0] == 0
+    assert f"expected its recipe, {tmp_path / 'out' / 'recipe.toml'}" in refused("train", tmp_path / "out")
+
+
 def test_the_log_has_a_line_each_fifty_steps_and_one_for_the_last(run, images, tmp_path):
     run("train", images, "--steps", 103, "--out", tmp_path / "out", *FAST)
     assert [line["step"] for line in log_of(tmp_path / "out")] == [50, 100, 103]
@@ -468,6 +483,8 @@ def test_numbered_images_are_not_mixed_with_those_of_another_call(run, refused, 
     for more in (("--seed", 1), ("--steps", 3), ("--count", 2)):
         assert "which holds 4 images of another call" in refused(*same, *more)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert "steps 2 → 3" in refused(*same[:-3], "--steps", 3, "--out", out)  # without --files it is of another call too
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert run(*same, "--count", 5)[0] == 0 and len(list(out.glob("0*.png"))) == 5
 
 
@@ -606,7 +623,7 @@ def test_digits_judged_on_the_way_are_trained_alike(run, refused, tmp_path, monk
     monkeypatch.setattr(digits, "load_digits", lambda: few)
     options = "digits", "--seeds", 1, "--match-size", 70, "--device", "cpu"
     found = {}
-    for name, more in (("whole", (4, "--judge-at", "2,9,1")), ("two", (2,)), ("four", (4,))):
+    for name, more in (("whole", (4, "--judge-at", "2,4,1")), ("two", (2,)), ("four", (4,))):
         assert run(*options, "--steps", *more, "--out", tmp_path / name)[0] == 0
         runs = json.loads((tmp_path / name / "digits.json").read_text())["runs"]
         found[name] = {(run["method"], run["trained_steps"]): run["distance"] for run in runs}
@@ -614,6 +631,10 @@ def test_digits_judged_on_the_way_are_trained_alike(run, refused, tmp_path, monk
     assert found["two"].items() <= found["whole"].items() and found["four"].items() <= found["whole"].items()
     assert files_of(tmp_path / "whole") == ["curve.png", "digits.json", "digits.png"]
     assert "--judge-at is '2,x'" in refused(*options, "--judge-at", "2,x")
+    assert "--judge-at is 9: expected at most --steps, 4" in refused(*options, "--steps", 4, "--judge-at", "9,1")
+    assert "--match-size is 1: expected at least 2" in refused(*options[:-4], "--match-size", 1)
+    assert run(*options, "--steps", 4, "--out", tmp_path / "whole")[0] == 0
+    assert files_of(tmp_path / "whole") == ["digits.json", "digits.png"]  # the curve was of the call before
 
 
 # ------------------------------------------------------------------------------- help, and as a script

@@ -392,7 +392,7 @@ def test_other_bad_input_is_named(refused, save_model, images, tmp_path):
         (("compare", a, tmp_path / "missing"), "missing does not exist"),
         (("compare", a, a, "--label", "x"), "--label is given 1 time for 2 models"),
         (("tsne", a, "--pairs", 6, "--perplexity", 12), "--perplexity is 12 for 6 pairs, 12 points: expected"),
-        (("tsne", a, "--pairs", 1, "--perplexity", 1), "1 pair"),
+        (("tsne", a, "--pairs", 1), "Invalid value for '--pairs'"),
         (("tsne",), "--data is not given"),
         (("tsne", "--data", images, "--match-size", 50), "--match-size is 50, and there are 40 samples"),
         (("paths",), "--data is not given"),

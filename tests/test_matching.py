@@ -654,7 +654,7 @@ def test_what_is_no_state_of_a_pool_is_refused(state):
         (dict(shape="4x8"), r"shape is 4x8"),
         (dict(seed=-1), r"seed is -1"),
         (dict(seed=1.5), r"seed is 1.5"),
-        (dict(seed="a"), r"seed is a"),
+        (dict(seed="a"), r"seed is 'a'"),
     ],
 )
 def test_a_pool_of_an_impossible_shape_or_seed_is_refused_naming_it(wrong, named):

@@ -61,14 +61,14 @@ WRONG = [
     ("data", 3, "3: expected a text"),
     ("width", 33, "33: expected an even whole number of at least 4"),
     ("width", 2, "2: expected an even"),
-    ("multipliers", [], "empty: expected several, each a whole number of at least 1"),
-    ("multipliers", 2, "2: expected several"),
-    ("multipliers", [1, 0], "1,0: expected several"),
-    ("multipliers", [1, True], "1,True: expected several"),
-    ("multipliers", [[1]], "expected several"),
-    ("decay", 0.5, "0.5: expected several, each a number from 0 to 1"),
-    ("decay", [0.5, 1.5], "0.5,1.5: expected several"),
-    ("decay", (), "empty: expected several"),
+    ("multipliers", [], "empty: expected one or more, each a whole number of at least 1"),
+    ("multipliers", 2, "2: expected one or more"),
+    ("multipliers", [1, 0], "1,0: expected one or more"),
+    ("multipliers", [1, True], "1,True: expected one or more"),
+    ("multipliers", [[1]], "expected one or more"),
+    ("decay", 0.5, "0.5: expected one or more, each a number from 0 to 1"),
+    ("decay", [0.5, 1.5], "0.5,1.5: expected one or more"),
+    ("decay", (), "empty: expected one or more"),
     ("dropout", 1.5, "1.5: expected a number from 0 to 1"),
     ("seed", 2**32, "4294967296: expected a whole number from 0 to 4294967295"),
     ("size", 4097, "4097: expected a whole number from 0 to 4096"),
@@ -398,13 +398,14 @@ def test_only_a_diffusion_has_a_target(capsys):
         dansm.main(["train", "cifar10", "--target", "velocity"])
     said = capsys.readouterr().err
     assert ended.value.code == 2 and said.count("\n") == 1
-    assert "target is velocity, with flow rectified: expected flow diffusion" in said
+    assert "--target is velocity, with --flow rectified: expected --flow diffusion" in said
 
 
 @pytest.mark.parametrize(("option", "text", "words"), [
-    ("--multipliers", "1,a", "is '1,a': expected several, each a whole number"),
-    ("--multipliers", "1,,2", "is '1,,2': expected several"), ("--multipliers", "", "is empty: expected several"),
-    ("--decay", "0.5,2", "is 0.5,2.0: expected several"), ("--batch", "1e3", "is '1e3': expected a whole number"),
+    ("--multipliers", "1,a", "is '1,a': expected one or more, each a whole number"),
+    ("--multipliers", "1,,2", "is '1,,2': expected one or more"),
+    ("--multipliers", "", "is empty: expected one or more"),
+    ("--decay", "0.5,2", "is 0.5,2.0: expected one or more"), ("--batch", "1e3", "is '1e3': expected a whole number"),
     ("--precision", "fp8", "is 'fp8': expected one of auto, bf16, fp16, fp32"), ("--keep", "0", "is 0: expected"),
 ])
 def test_a_wrong_option_is_one_line(capsys, option, text, words):

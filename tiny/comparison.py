@@ -90,5 +90,5 @@ def run(main: Callable) -> None:
         main(**options)
 
     commands = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    commands.command()(example)
+    commands.command(help=main.__globals__["__doc__"])(example)
     dansm.main(commands=commands)

@@ -49,8 +49,13 @@ def run(*, match_size: int = 1000, steps: int = 500, judge_at: Iterable[int] = (
     """Train each way of pairing `steps` steps for each of `seeds` seeds; writes digits.json and digits.png into `out`
     after each seed, so that Ctrl-C keeps those done. Judged at the end, and after as many steps as `judge_at` says
     before, which curve.png shows then."""
+    if match_size < 2:
+        raise dansm.BadInput(f"--match-size is {match_size}: expected at least 2, as random pairs stand beside it")
+    if late := [mark for mark in judge_at if mark > steps]:
+        raise dansm.BadInput(f"--judge-at is {late[0]:,}: expected at most --steps, {steps:,}")
     console, images = Console(), load_digits().to(device)
     marks = sorted({mark for mark in judge_at if mark < steps} | {steps})
+    (out / "curve.png").unlink(missing_ok=True)  # of a call before
     halves = np.array_split(np.random.default_rng(0).permutation(len(images)), 2)
     result = {"data": "1,797 digits of scikit-learn, 8×8", "batch": BATCH, "steps": steps, "match_size": match_size,
               "step_counts": STEP_COUNTS, "hardware": dansm.hardware(device), "runs": [],
@@ -115,6 +120,11 @@ def mean_and_spread(result: dict, way: str, count: int, mark: int | None = None)
     return statistics.fmean(values), min(values), max(values)
 
 
+def told(found: tuple[float, float, float]) -> str:
+    mean, least, most = found
+    return f"{mean:.2f}" if least == most else f"{mean:.2f} ({least:.2f} … {most:.2f})"
+
+
 def print_table(result: dict, console: Console) -> None:
     table = Table(title="Fréchet distance to the digits in 64 pixels: mean over seeds (least … most)",
                   caption=f"real digits, one half against the other: {result['real_half_against_half']:.2f}")
@@ -122,7 +132,7 @@ def print_table(result: dict, console: Console) -> None:
         table.add_column(name, justify="right")
     for count in STEP_COUNTS:
         of = {way: mean_and_spread(result, way, count) for way in WAYS}
-        table.add_row(str(count), *(f"{mean:.2f} ({least:.2f} … {most:.2f})" for mean, least, most in of.values()),
+        table.add_row(str(count), *map(told, of.values()),
                       f"{of['greedy'][0] / of['random'][0]:.2f}")
     console.print(table)
 
@@ -176,7 +186,7 @@ def draw_curve(result: dict, marks: list[int], path: Path) -> None:
         axes.axhline(floor, color="#555555", linestyle=":", label="real digits, half against half")
         axes.set(xscale="log", yscale="log")
         axes.set_title(f"{count} sampling step{'s' * (count > 1)}", fontsize=11)
-        axes.set_xticks(images, [f"{number / 1000:.0f}" for number in images])
+        axes.set_xticks(images, [f"{number / 1000:g}" for number in images])
         plain_ticks(axes, floor)
     panels[0].set_ylabel("Fréchet distance in 64 pixels")
     figure.supxlabel("images trained on, thousands", fontsize=10)
