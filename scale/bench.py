@@ -429,16 +429,17 @@ def _hardware(bench):
 
 def print_table(bench: dict, console: Console) -> None:
     step = bench["train_step"]
-    words = ("ours: over the pool's whole life, draw included.  faster: than the paper's loop, both on a full pool.  "
-             "floor: reading or multiplying half a pool, whichever takes longer.")
-    words += f"  {_step_in_words(step)}: {step['median_ms']:,.0f} ms" if step else ""
+    words = ("ours: over the pool's whole life, draw included.  faster: than the paper's loop, both on a full pool "
+             "(full_ms of match.csv).  nearest of k: k is match_size.  floor: reading or multiplying half a pool, "
+             "whichever takes longer.")
+    words += f"  {_step_in_words(step)}, NCSN++ in float32: {step['median_ms']:,.0f} ms" if step else ""
     table = Table(title=f"{_title(bench)}, {_hardware(bench)}", caption=words, box=box.SIMPLE_HEAD, pad_edge=False)
     for name in "match_size", "way", "median ms", "least", "most", "faster", "floor":
         table.add_column(name, justify="left" if name == "way" else "right", no_wrap=True)
     for row in bench["rows"]:
         times = (_number(row[key]) for key in ("median_ms", "least_ms", "most_ms"))
         faster = row.get("times_faster_than_the_paper")
-        table.add_row(f"{row['match_size']:,}", row["way"], *times, f"{faster:.0f}×" if faster else "",
+        table.add_row(f"{row['match_size']:,}", row["way"], *times, f"{_number(faster)}×" if faster else "",
                       _number(row.get("floor_ms")))
     console.print(table)
 

@@ -96,9 +96,21 @@ def _train(recipe: str, out: Path | None, device: str, fresh: bool, all_steps: b
     if Path(recipe).is_dir() and recipe not in names() and checkpoint.newest(Path(recipe)):
         raise dansm.BadInput(f"{recipe} is a run, and no data: expected its recipe, {Path(recipe) / 'recipe.toml'}, to "
                              "go on with it")
-    whole = run(load(recipe, overrides), out or folder_of_run(recipe), device, fresh)
+    settings = load(recipe, overrides)
+    if recipe in names() and recipe.startswith("latent"):
+        check_latents(settings.data)
+    whole = run(settings, out or folder_of_run(recipe), device, fresh)
     if all_steps and not whole:
         raise dansm.Stopped("not all steps are made, as --all-steps asks for; what comes after waits until they are")
+
+
+def check_latents(source: str) -> None:
+    """BadInput for the data of a recipe for latents that is not there, or is images."""
+    path = Path(source)
+    if not path.exists() or data.files_of(path)[0].suffix.lower() != ".npy":
+        found = "does not exist" if not path.exists() else "holds images"
+        raise dansm.BadInput(f"{source} {found}: expected latents, which dansm encode makes of images, there or in the "
+                             "folder that --data names")
 
 
 def parse(name: str, text: str | bool):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 import dansm
 from dansm import BadInput
@@ -370,7 +371,7 @@ def test_every_setting_has_its_option(some):
 
 
 def test_only_what_is_given_goes_before_the_recipe(given_to_run):
-    for name in ("cifar10", "latent-bedroom-dm"):
+    for name in ("cifar10", "celeba-64-dm"):
         some, out, device, fresh = given_to_run(name, "--device", "cpu")
         assert (some, out, device, fresh) == (load(name), Path("runs") / name, torch.device("cpu"), False)
     options = ["--lr", "3", "--fresh", "--no-flip", "--decay", "0.5,0.25", "--out", "o"]
@@ -390,6 +391,15 @@ def test_the_recipe_that_lies_in_a_run_is_that_run(given_to_run, tmp_path):
     assert given_to_run(str(tmp_path / "recipe.toml"))[1] == Path("runs/recipe")
     (tmp_path / "checkpoint-00000003.pt").touch()
     assert given_to_run(str(tmp_path / "recipe.toml"))[:2] == (Recipe("d"), tmp_path)
+
+
+def test_a_recipe_for_latents_wants_latents(capsys, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
+    for data, found in ((tmp_path / "none", "does not exist"), (tmp_path, "holds images")):
+        with pytest.raises(SystemExit) as ended:
+            dansm.main(["train", "latent-bedroom", "--data", str(data)])
+        said = capsys.readouterr().err
+        assert ended.value.code == 2 and f"{data} {found}: expected latents, which dansm encode makes" in said
 
 
 def test_only_a_diffusion_has_a_target(capsys):
