@@ -14,7 +14,7 @@ import math
 import shlex
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -215,7 +215,7 @@ def prove(data: str, out: Path, work: Path, device: torch.device, *, names: list
         if stopped:
             break
     if rows:
-        finish(rows, out)
+        finish(rows, read_speeds(out / "speed.csv"), out)
     if waiting:
         left = len(list(todo(runs, rows)))
         say("all runs are done" if not left else f"{counted(left, 'run')} to go: the same command goes on")
@@ -260,13 +260,13 @@ def measure_prior(images, which: str, out: Path, device) -> None:
     dansm.say_files(out, table.name)
 
 
-def finish(rows: list[dict], out: Path) -> None:
+def finish(rows: list[dict], speeds: list[dict], out: Path) -> None:
     from scale.proof_figures import draw
 
     if found := summarize(rows):  # nothing before two runs can be compared
         dansm.write_csv(found, out / "summary.csv")
     tables = [name for name in ("distances.csv", "speed.csv", "summary.csv", "commands.txt") if (out / name).exists()]
-    dansm.say_files(out, *tables, *draw(rows, out))
+    dansm.say_files(out, *tables, *draw(rows, speeds, out))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -335,13 +335,27 @@ def _compared(ours: dict, off: dict, images: int) -> dict:
     mine, theirs = ([dict(points)[images] for points in found.values()] for found in (ours, off))
     distance, of_off = statistics.fmean(mine), statistics.fmean(theirs)
     needed = images_to(distance, mean_curve(off))
-    of_pairs = [images_to(each, points) for each in mine for points in off.values()]
-    saved = sorted(1 - images / each for each in of_pairs if each)
-    least, most = (saved[0], saved[-1]) if len(saved) == len(of_pairs) else (None, None)
+    least, most = _range(images_to(each, points) for each in mine for points in off.values())
+    needs = images_or_fewer(of_off, mean_curve(ours))
+    quick, slow = _range(images_or_fewer(each, points) for each in theirs for points in ours.values())
     return {"distance": round(distance, 3), "off": round(of_off, 3), "seeds": len(mine), "off_seeds": len(theirs),
             "spread": _spread(mine), "off_spread": _spread(theirs), "of_off": round(distance / of_off, 4),
             "images_off": needed and round(needed), "saved": needed and round(1 - images / needed, 3),
-            "least_saved": least and round(least, 3), "most_saved": most and round(most, 3)}
+            "least_saved": least and round(1 - images / least, 3), "most_saved": most and round(1 - images / most, 3),
+            "images_ours": needs and round(needs), "ratio": needs and round(images / needs, 3),
+            "least_ratio": slow and round(images / slow, 3), "most_ratio": quick and round(images / quick, 3),
+            "at_least": any(each > points[0][1] for each in theirs for points in ours.values()) if needs else None}
+
+
+def images_or_fewer(distance: float, found: list[tuple[int, float]]) -> float | None:
+    """As `images_to`, but of a curve that begins nearer than that its first images."""
+    return found[0][0] if found[0][1] < distance else images_to(distance, found)
+
+
+def _range(of_pairs: Iterable[float | None]) -> tuple[float | None, float | None]:
+    """Least and most, of pairs of seeds; None unless each pair has a number: there would be half a range."""
+    of_pairs = list(of_pairs)
+    return (None, None) if None in of_pairs else (min(of_pairs), max(of_pairs))
 
 
 def _spread(of_seeds: list[float]) -> float | None:

@@ -19,22 +19,33 @@ LOOKS = {proof.OFF: dict(color=NOISE, marker="o", linestyle=(0, (4, 2))),
          **{name: dict(color=color, marker=marker, linestyle=(0, (1, 1.2)))
             for (name, color), marker in zip(OTHER.items(), "^vD", strict=True)}}
 DIFFUSION = {"diffusion-off": LOOKS[proof.OFF], "diffusion-greedy-10000": LOOKS[proof.MATCHED]}
-PEERS = [proof.OFF, "assigned-256", "nearest-16", "optimal-10000", "greedy-1000", proof.MATCHED, "greedy-100000",
+PEERS = ["assigned-256", "nearest-16", "optimal-10000", "greedy-1000", proof.MATCHED, "greedy-100000",
          "greedy-1000000"]
 MARKERS = "osD^v"
-SMALL = ["batch8-off", "batch8-assigned", "batch8-greedy-10000", "batch1-off", "batch1-greedy-10000"]
+SMALL = ["batch8-assigned", "batch8-greedy-10000", "batch1-greedy-10000"]
+COSTS = [proof.MATCHED, "inner-10000", "greedy-100000", "inner-100000"]
 
 
-def draw(rows: list[dict], out: Path) -> list[str]:
+def draw(rows: list[dict], speeds: list[dict], out: Path) -> list[str]:
     """Every figure that there are rows for; returns the names of the files."""
     written = []
-    for name, figure in (("images", curves(rows, LOOKS, "images")), ("seconds", curves(rows, LOOKS, "seconds")),
+    for name, figure in (("images", curves(rows, LOOKS, "images")),
+                         ("seconds", curves(at_their_rate(rows, speeds), LOOKS, "seconds")),
                          ("diffusion", curves(rows, DIFFUSION, "images")),
                          ("others", side_by_side(rows, PEERS, proof.MIDDLE)),
+                         ("costs", side_by_side(rows, COSTS, proof.SHORT)),
                          ("small-batches", side_by_side(rows, SMALL, None))):
         if figure is not None:
             written += save(figure, out / name)
     return written
+
+
+def at_their_rate(rows: list[dict], speeds: list[dict]) -> list[dict]:
+    """`rows` with the seconds that their images take at the run's median rate: on the clock one run begins with kernels
+    to be compiled, the next of the same call with none. Those of runs too short for a rate are left out."""
+    rates = {(speed["run"], speed["seed"]): float(speed["images_per_second"]) for speed in speeds}
+    return [{**row, "seconds": row["images"] / rates[row["run"], row["seed"]]} for row in rows
+            if (row["run"], row["seed"]) in rates]
 
 
 @matplotlib.rc_context(STYLE)
@@ -50,14 +61,15 @@ def curves(rows: list[dict], looks: dict[str, dict], along: str) -> Figure | Non
     unit = 1e6 if along == "images" else 60
     for axes, steps in zip(panels, counts, strict=True):
         axes.set(xscale="log", yscale="log")
-        for axis in axes.xaxis, axes.yaxis:
-            _few_plain_numbers(axis)
+        _few_plain_numbers(axes.xaxis, (1, 3))
+        _few_plain_numbers(axes.yaxis, (1, 1.5, 2, 3, 5, 7))
         for name, look in looks.items():
             _draw_run(axes, [row for row in rows if (row["run"], row["steps"]) == (name, steps)], look, along, unit)
         axes.set_title(f"{steps} steps", pad=3)
     features = rows[0]["features"]
     panels[0].set_ylabel("FID" if features == INCEPTION else f"Fréchet distance\n({features.partition(':')[2]})")
-    figure.supxlabel("images trained on, millions" if along == "images" else "minutes of training", fontsize=8)
+    along = {"images": "images trained on, millions", "seconds": "minutes of training, start not counted"}[along]
+    figure.supxlabel(along, fontsize=8)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
     return figure
@@ -74,9 +86,9 @@ def _draw_run(axes, rows: list[dict], look: dict, along: str, unit: float) -> No
     axes.fill_between(x, list(map(min, found)), list(map(max, found)), color=look["color"], alpha=0.25, linewidth=0)
 
 
-def _few_plain_numbers(axis) -> None:
-    """On a logarithmic axis 1, 1.5, 2, 3, 5, 7, … in place of powers of ten."""
-    axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7), numticks=8))
+def _few_plain_numbers(axis, leading: tuple[float, ...]) -> None:
+    """On a logarithmic axis these times 0.1, 1, 10, … in place of powers of ten."""
+    axis.set_major_locator(LogLocator(subs=leading, numticks=8))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_locator(NullLocator())
     axis.grid(color=PALE, linewidth=0.5)
@@ -88,7 +100,7 @@ def side_by_side(rows: list[dict], names: list[str], images: int | None) -> Figu
     many as it saw): a dot for each count of steps, and a line from the least to the most of the seeds."""
     found = {name: ratios(rows, name, images) for name in names if any(row["run"] == name for row in rows)}
     found = {name: of_steps for name, of_steps in found.items() if of_steps}
-    if len(found) < 2:
+    if not found:
         return None
     counts = sorted({steps for of_steps in found.values() for steps in of_steps})
     figure = Figure((COLUMN, 1.0 + 0.34 * len(found)), layout="constrained")
@@ -105,7 +117,7 @@ def side_by_side(rows: list[dict], names: list[str], images: int | None) -> Figu
                   markersize=3.5, label=f"{steps} steps")
     axes.axvline(1, color=INK, linewidth=0.6)
     axes.set_yticks(range(len(found)), [proof.RUNS[name].label for name in reversed(found)], fontsize=6.5)
-    axes.set_xlabel("distance, as a multiple of that with random pairs", fontsize=7)
+    axes.set_xlabel("distance ÷ that of random pairs", fontsize=7)
     axes.grid(axis="x", color=PALE, linewidth=0.5)
     figure.legend(loc="outside upper center", ncols=5, frameon=False, handletextpad=0.1, columnspacing=0.8)
     return figure

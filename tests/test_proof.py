@@ -82,7 +82,7 @@ def test_all_runs_are_measured_and_a_second_call_measures_nothing(run, three, tm
     assert float(row["distance"]) == by_steps[64]["frechet_distance/3"]
     assert len({float(row["distance"]) for row in rows if row["steps"] == "2"}) == len(rows) / 2
     out = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"summary.csv", "commands.txt", "images.png", "seconds.svg"} <= out
+    assert {"summary.csv", "commands.txt", "images.png", "images.svg"} <= out
     before = (tmp_path / "out" / "distances.csv").read_bytes()
     code, said, _ = run(*three)
     assert code == 0 and "0 runs of 4 to go" in said and (tmp_path / "out" / "distances.csv").read_bytes() == before
@@ -193,8 +193,12 @@ def test_what_is_saved_is_read_off_curves_that_are_known():
         assert found[images]["saved"] == pytest.approx(1 - 1 / 1.6, abs=1e-3)
         assert found[images]["of_off"] == pytest.approx(1.6**-0.5, abs=1e-4)
     assert found[2_048_000]["saved"] is None  # off does not come so far
+    assert [row["ratio"] for row in found.values()] == pytest.approx([1, 1.6, 1.6, 1.6], abs=1e-3)
+    assert [row["at_least"] for row in found.values()] == [True, False, False, False]  # was nearer from the first on
+    assert found[512_000]["images_ours"] == pytest.approx(320_000, rel=1e-5)
     worse = rows_by(lambda n, _: n**-0.5, "off") + rows_by(lambda n, _: (n / 2) ** -0.5, "greedy-10000")
     assert [row["saved"] for row in proof.summarize(worse)] == [None, -1.0, -1.0, -1.0]
+    assert [row["ratio"] for row in proof.summarize(worse)] == [0.5, 0.5, 0.5, None]
 
 
 def test_speed_is_the_median_of_the_lines_after_two(tmp_path):
@@ -220,6 +224,8 @@ def test_seeds_give_means_and_spreads():
     assert row["saved"] == pytest.approx(0.375, abs=1e-3)
     assert row["least_saved"] == pytest.approx(1 - (1.2 / 1.0) ** 2 / 1.6, abs=1e-3)
     assert row["most_saved"] == pytest.approx(1 - (1.0 / 1.2) ** 2 / 1.6, abs=1e-3)
+    assert row["ratio"] == pytest.approx(1.6, abs=1e-3) and row["at_least"]  # one seed was nearer from the first on
+    assert row["least_ratio"] == pytest.approx(1.6 / 1.2**2, abs=1e-3) and row["most_ratio"] == 2.0
 
 
 def test_seeds_that_are_under_way_are_left_out_and_take_nothing_away():
@@ -258,6 +264,12 @@ def test_the_ratio_of_each_run_is_to_random_pairs_of_its_own_batch():
     assert proof_figures.ratios(rows, "off", 512_000) == {3: [1.0]}
 
 
+def test_minutes_are_those_of_the_images_at_the_runs_own_rate():
+    rows = rows_by(lambda n, _: 1.0, "off", 2, images=(256_000,)) + rows_by(lambda n, _: 1.0, "nearest-16", 1)
+    found = proof_figures.at_their_rate(rows, [dict(run="off", seed=1, images_per_second="12800.0")])
+    assert [(row["run"], row["seed"], row["seconds"]) for row in found] == [("off", 1, 20.0)]
+
+
 # ------------------------------------------------------------------------------- the prior
 
 TESTS = ("size_p", "mean_p", "variance_p", "covariance_p")
@@ -293,4 +305,4 @@ def test_whole_pools_keep_the_prior_and_the_nearest_of_k_does_not():
 
 
 def test_the_proof_of_nothing_draws_nothing(tmp_path):
-    assert proof_figures.draw([], tmp_path) == [] and not list(tmp_path.iterdir())
+    assert proof_figures.draw([], [], tmp_path) == [] and not list(tmp_path.iterdir())
