@@ -1,5 +1,6 @@
 """The README's Python runs as it stands there."""
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -8,7 +9,7 @@ from statistics import fmean
 import pytest
 from test_examples import PEERS, put_back
 
-from scale.proof import images_to
+from scale.proof import RUNS, images_to
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
@@ -52,3 +53,36 @@ def test_what_the_readme_says_of_the_digits_is_what_was_measured():
         by_seed = [needed(count, [seed]) for seed in seeds]
         found = (needed(count, seeds), min(by_seed), max(by_seed))
         assert words.format(*(round(images, -3) for images in found)) in said
+
+
+def records(name):
+    with open(README.parent / "results" / "proof" / name, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_table_of_the_proof_is_what_was_measured():
+    """Each row to its last digit, from the tables of the first seed."""
+    labels = {"random pairs": "off", "diffusion, random pairs": "diffusion-off"}
+    labels |= {run.label: name for name, run in RUNS.items() if name not in labels.values()}
+    rows = re.findall(r"^\| (.+?) \| ([\d. |]+?) \| ([\d,]+) \| ([\d.]+) % \|$", README.read_text(), re.MULTILINE)
+    assert len(rows) >= 7
+    for label, distances, rate, share in rows:
+        measured = [row for row in records("distances.csv") if row["images"] == "2048000" and row["seed"] == "0"
+                    and row["run"] == labels[label]]
+        assert distances.split(" | ") == [f"{float(row['distance']):.1f}" for row in measured], label
+        speed, = (row for row in records("speed.csv") if (row["run"], row["seed"]) == (labels[label], "0"))
+        assert (rate, share) == (f"{float(speed['images_per_second']):,.0f}", f"{100 * float(speed['matching']):.1f}")
+
+
+def test_what_the_readme_says_under_its_curve_is_what_was_measured():
+    text, found = " ".join(README.read_text().split()), {}
+    for row in records("summary.csv"):
+        if row["run"] == "greedy-10000":
+            found.setdefault(row["steps"], {})[int(row["images"])] = row
+    last = {steps: by_images[5_120_000] for steps, by_images in found.items()}
+    needs = {steps: f"{float(row['images_ours'] or 'nan') / 1e6:.2f} million" for steps, row in last.items()}
+    assert f"need {needs['10']} in ten sampling steps and {needs['5']} in five" in text
+    assert f"after {needs['3']}." in text and last["3"]["at_least"] == "True"
+    saved = [100 * float(row["saved"]) for images, row in found["20"].items() if row["saved"] and images < 5e6]
+    assert f"they save {min(saved):.0f} to {max(saved):.0f} % of the images until 3.6 million" in text
+    assert f"{float(last['50']['distance']):.1f} against {float(last['50']['off']):.1f} at the end" in text
