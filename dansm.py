@@ -1254,6 +1254,8 @@ def toy_command(
 def digits_command(
     match_size: MatchSize = 1000,
     steps: Annotated[int, typer.Option(min=1, help="training steps for each way of pairing")] = 500,
+    batch: Annotated[int, typer.Option(min=1, help="images a step; down to 1, where a batch has no choice")] = 64,
+    assigned: Annotated[bool, typer.Option("--assigned", help="also linear assignment within each batch")] = False,
     judge_at: Annotated[str | None, typer.Option(
         help="judge after so many training steps too, parted by commas: a curve of distance against images")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="trainings for each way of pairing, for the spread")] = 2,
@@ -1265,8 +1267,9 @@ def digits_command(
     from scale.recipe import parse_counts
     from tiny.digits import run
 
-    run(match_size=match_size, steps=steps, judge_at=parse_counts("--judge-at", judge_at) if judge_at else (),
-        seeds=seeds, seed=seed, device=pick_device(device), out=make_folder(out))
+    run(match_size=match_size, steps=steps, batch=batch, assigned=assigned,
+        judge_at=parse_counts("--judge-at", judge_at) if judge_at else (), seeds=seeds, seed=seed,
+        device=pick_device(device), out=make_folder(out))
 
 
 WITH_ANY_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}  # which scale knows, and the help of them

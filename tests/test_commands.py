@@ -637,6 +637,24 @@ def test_digits_judged_on_the_way_are_trained_alike(run, refused, tmp_path, monk
     assert files_of(tmp_path / "whole") == ["digits.json", "digits.png"]  # the curve was of the call before
 
 
+def test_digits_in_batches_of_one_and_assigned_within_batches(run, tmp_path, monkeypatch):
+    """In a batch of one nothing can be assigned: the paths are those of random pairs, where the pool's are shorter."""
+    from tiny import digits
+
+    few = digits.load_digits()[:100]
+    monkeypatch.setattr(digits, "load_digits", lambda: few)
+    options = "digits", "--assigned", "--seeds", 1, "--match-size", 70, "--device", "cpu", "--steps", 40
+    lengths = {}
+    for batch in (1, 16):
+        assert run(*options, "--batch", batch, "--judge-at", 20, "--out", tmp_path / f"{batch}")[0] == 0
+        described = json.loads((tmp_path / f"{batch}" / "digits.json").read_text())
+        assert (described["batch"], described["ways"]) == (batch, ["random", "optimal", "greedy"])
+        lengths[batch] = {run["method"]: run["path_length"] for run in described["runs"] if run["trained_steps"] == 40}
+    assert lengths[1]["optimal"] == pytest.approx(lengths[1]["random"], rel=0.03)
+    assert lengths[1]["greedy"] < 0.98 * lengths[1]["random"]
+    assert max(lengths[16]["optimal"], lengths[16]["greedy"]) < 0.97 * lengths[16]["random"]
+
+
 # ------------------------------------------------------------------------------- help, and as a script
 
 OPTIONS = {

@@ -1,6 +1,6 @@
 """First images: the 1,797 handwritten digits that come with scikit-learn, 8×8 pixels, paired at random and matched.
 
-Two equal trainings a seed, but for the pairing; then the same noise through both, at several step counts. The
+Equal trainings for each seed, but for the pairing; then the same noise through both, at several step counts. The
 distance is Fréchet's in the space of the 64 pixels: no feature network is needed, and it compares with no FID.
 """
 
@@ -24,10 +24,10 @@ import dansm
 
 STEP_COUNTS = (1, 2, 3, 5, 10)
 NETWORK = dict(channels=1, size=8, width=16, multipliers=(1, 2), blocks=1, attention_at=(4,), dropout=0.0, biggan=False)
-LOOKS = {"random": dict(color="#8a97a8", marker="o"), "greedy": dict(color="#c8431a", marker="s")}
-WAYS = tuple(LOOKS)
+LOOKS = {"random": dict(color="#8a97a8", marker="o"), "optimal": dict(color="#7a4b94", marker="D"),
+         "greedy": dict(color="#c8431a", marker="s")}
 CURVES = (1, 2, 5, 10)  # of STEP_COUNTS, those with a curve
-BATCH = 64
+BATCH, RATE, DECAY = 64, 1e-3, 0.995  # for other batches see `train_one`
 
 
 def load_digits() -> Tensor:
@@ -37,38 +37,39 @@ def load_digits() -> Tensor:
     return torch.from_numpy(load_digits().images).float()[:, None] / 8 - 1
 
 
-def batches(images: Tensor, seed: int) -> Iterator[Tensor]:
-    """Endless random batches (BATCH, 1, 8, 8), the same for every way of pairing."""
+def batches(images: Tensor, batch: int, seed: int) -> Iterator[Tensor]:
+    """Endless random batches (batch, 1, 8, 8), the same for every way of pairing."""
     draw = np.random.default_rng(seed)
     while True:
-        yield images[torch.from_numpy(draw.integers(len(images), size=BATCH)).to(images.device)]
+        yield images[torch.from_numpy(draw.integers(len(images), size=batch)).to(images.device)]
 
 
-def run(*, match_size: int = 1000, steps: int = 500, judge_at: Iterable[int] = (), seeds: int = 2, seed: int = 0,
-        device="cpu", out: Path) -> dict:
+def run(*, match_size: int = 1000, steps: int = 500, batch: int = BATCH, assigned: bool = False,
+        judge_at: Iterable[int] = (), seeds: int = 2, seed: int = 0, device="cpu", out: Path) -> dict:
     """Train each way of pairing `steps` steps for each of `seeds` seeds; writes digits.json and digits.png into `out`
     after each seed, so that Ctrl-C keeps those done. Judged at the end, and after as many steps as `judge_at` says
-    before, which curve.png shows then."""
+    before, which curve.png shows then. `assigned`: linear assignment within each batch, too."""
     if match_size < 2:
         raise dansm.BadInput(f"--match-size is {match_size}: expected at least 2, as random pairs stand beside it")
     if late := [mark for mark in judge_at if mark > steps]:
         raise dansm.BadInput(f"--judge-at is {late[0]:,}: expected at most --steps, {steps:,}")
     console, images = Console(), load_digits().to(device)
+    ways = [way for way in LOOKS if assigned or way != "optimal"]
     marks = sorted({mark for mark in judge_at if mark < steps} | {steps})
     (out / "curve.png").unlink(missing_ok=True)  # of a call before
     halves = np.array_split(np.random.default_rng(0).permutation(len(images)), 2)
-    result = {"data": "1,797 digits of scikit-learn, 8×8", "batch": BATCH, "steps": steps, "match_size": match_size,
-              "step_counts": STEP_COUNTS, "hardware": dansm.hardware(device), "runs": [],
+    result = {"data": "1,797 digits of scikit-learn, 8×8", "batch": batch, "steps": steps, "match_size": match_size,
+              "ways": ways, "step_counts": STEP_COUNTS, "hardware": dansm.hardware(device), "runs": [],
               "real_half_against_half": dansm.frechet_distance(*(images[half] for half in halves))}
     bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[loss]}"),
                    TimeElapsedColumn(), TimeRemainingColumn(), console=console)
     with bar:
-        task = bar.add_task("training", total=seeds * len(WAYS) * (steps + len(marks) * 2 * sum(STEP_COUNTS)), loss="")
+        task = bar.add_task("training", total=seeds * len(ways) * (steps + len(marks) * 2 * sum(STEP_COUNTS)), loss="")
         for each in range(seed, seed + seeds):
             samples = {}
-            for way in WAYS:
+            for way in ways:
                 bar.update(task, description=f"{way}, seed {each}")
-                for mark, net, length in train_one(images, way, match_size, marks, each, lambda loss: bar.update(
+                for mark, net, length in train_one(images, way, match_size, batch, marks, each, lambda loss: bar.update(
                         task, advance=1, loss=f"loss {loss:.3f}")):
                     distances = {}
                     for count in STEP_COUNTS:
@@ -86,12 +87,14 @@ def run(*, match_size: int = 1000, steps: int = 500, judge_at: Iterable[int] = (
     return result
 
 
-def train_one(images: Tensor, way: str, match_size: int, marks: list[int], seed: int,
+def train_one(images: Tensor, way: str, match_size: int, batch: int, marks: list[int], seed: int,
               report: Callable[[float], None]) -> Iterator[tuple[int, torch.nn.Module, float]]:
     """One training; at each of `marks`, steps in rising order, it yields that, the averaged network and the mean length
-    of the paths it was trained on. The last ends it."""
+    of the paths it was trained on. The last ends it. For other batches than BATCH the learning rate goes with their
+    root, as their gradients' noise does, and the average is over as many images."""
     torch.manual_seed(seed)  # equal first weights and training times for every way
-    training = dansm.Training(dansm.UNet(**NETWORK).to(images.device), lr=1e-3, decay=0.995)
+    share = batch / BATCH
+    training = dansm.Training(dansm.UNet(**NETWORK).to(images.device), lr=RATE * share**0.5, decay=DECAY**share)
     lengths = []
 
     def measured(pairs):
@@ -99,7 +102,8 @@ def train_one(images: Tensor, way: str, match_size: int, marks: list[int], seed:
             lengths.append(dansm.path_length(x, z))
             yield x, z
 
-    stream = measured(dansm.pairs(batches(images, seed), way, match_size, seed=seed))
+    stream = measured(dansm.pairs(batches(images, batch, seed), way, batch if way == "optimal" else match_size,
+                                  seed=seed))
     for step, loss in enumerate(islice(dansm.train(training, dansm.RectifiedFlow(), stream), marks[-1]), 1):
         report(loss.item())
         if step in marks:
@@ -128,10 +132,10 @@ def told(found: tuple[float, float, float]) -> str:
 def print_table(result: dict, console: Console) -> None:
     table = Table(title="Fréchet distance to the digits in 64 pixels: mean over seeds (least … most)",
                   caption=f"real digits, one half against the other: {result['real_half_against_half']:.2f}")
-    for name in "steps", *WAYS, "matched / random":
+    for name in "steps", *names_of(result).values(), "pool / random":
         table.add_column(name, justify="right")
     for count in STEP_COUNTS:
-        of = {way: mean_and_spread(result, way, count) for way in WAYS}
+        of = {way: mean_and_spread(result, way, count) for way in result["ways"]}
         table.add_row(str(count), *map(told, of.values()),
                       f"{of['greedy'][0] / of['random'][0]:.2f}")
     console.print(table)
@@ -144,7 +148,7 @@ def draw_picture(result: dict, samples: dict, path: Path) -> None:
     names = names_of(result)
     figure = plt.figure(figsize=(11, 4.1), layout="constrained")
     grid = figure.add_gridspec(len(STEP_COUNTS), 3, width_ratios=(1, 1, 0.95), hspace=0.02)
-    for column, way in enumerate(WAYS):
+    for column, way in enumerate(("random", "greedy")):
         for row, count in enumerate(STEP_COUNTS):
             axes = figure.add_subplot(grid[row, column])
             spaced = F.pad(samples[way, count][:20].cpu(), (1, 1, 1, 1), value=-1)
@@ -158,9 +162,9 @@ def draw_picture(result: dict, samples: dict, path: Path) -> None:
             if column == 0:
                 axes.set_ylabel(f"{count} step{'s' * (count > 1)}", rotation=0, ha="right", va="center", fontsize=10)
     axes = figure.add_subplot(grid[:, 2])
-    for way, look in LOOKS.items():
+    for way, name in names.items():
         mean, least, most = zip(*(mean_and_spread(result, way, count) for count in STEP_COUNTS), strict=True)
-        axes.plot(STEP_COUNTS, mean, label=names[way], **look)
+        axes.plot(STEP_COUNTS, mean, label=name, **(look := LOOKS[way]))
         axes.fill_between(STEP_COUNTS, least, most, color=look["color"], alpha=0.2)
     floor = result["real_half_against_half"]
     axes.axhline(floor, color="#555555", linestyle=":", label="real digits, half against half")
@@ -176,12 +180,13 @@ def draw_curve(result: dict, marks: list[int], path: Path) -> None:
     """Distance against the images trained on, a panel for each count of sampling steps."""
     import matplotlib.pyplot as plt
 
-    names, floor, images = names_of(result), result["real_half_against_half"], [BATCH * mark for mark in marks]
+    names, floor = names_of(result), result["real_half_against_half"]
+    images = [result["batch"] * mark for mark in marks]
     figure, panels = plt.subplots(1, len(CURVES), figsize=(11, 3.1), layout="constrained")
     for axes, count in zip(panels, CURVES, strict=True):
-        for way, look in LOOKS.items():
+        for way, name in names.items():
             mean, least, most = zip(*(mean_and_spread(result, way, count, mark) for mark in marks), strict=True)
-            axes.plot(images, mean, label=names[way], **look)
+            axes.plot(images, mean, label=name, **(look := LOOKS[way]))
             axes.fill_between(images, least, most, color=look["color"], alpha=0.2)
         axes.axhline(floor, color="#555555", linestyle=":", label="real digits, half against half")
         axes.set(xscale="log", yscale="log")
@@ -190,13 +195,16 @@ def draw_curve(result: dict, marks: list[int], path: Path) -> None:
         plain_ticks(axes, floor)
     panels[0].set_ylabel("Fréchet distance in 64 pixels")
     figure.supxlabel("images trained on, thousands", fontsize=10)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
 def names_of(result: dict) -> dict[str, str]:
-    return {"random": "random pairs", "greedy": f"matched, pool of {result['match_size']:,}"}
+    """Of the ways that were trained, as figures and tables call them."""
+    all_names = {"random": "random pairs", "optimal": f"assigned within batches of {result['batch']}",
+                 "greedy": f"matched, pool of {result['match_size']:,}"}
+    return {way: all_names[way] for way in result["ways"]}
 
 
 def plain_ticks(axes, floor: float) -> None:
