@@ -34,7 +34,8 @@ import sys
 import warnings
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -1318,18 +1319,31 @@ def check_steps(option: str, steps: int, flow: type) -> None:
 def sample_images(net, flow, images: range, shape, steps: int, *, seed: int = 0, batch: int = 64,
                   device="cpu", decode=None) -> Iterator[Tensor]:
     """Images by their numbers, `batch` at a time, as uint8 (B, C, H, W) on the CPU, from the noises that `path_noise`
-    draws for them by `seed`: what decode(x, number of x[0]) makes of latents, `to_uint8` if None. While a GPU works on
-    one batch the noises of the next are drawn."""
+    draws for them by `seed`: what decode(x, number of x[0]) makes of latents, `to_uint8` if None. A GPU works on one
+    batch while the one before is used, and the noises of the next are drawn."""
+    parts = (images[start : start + batch] for start in range(0, len(images), batch))
     before = None
-    for start in range(0, len(images), batch):
-        z = path_noise(images[start : start + batch], shape, seed, device)
-        x = flow.sample(net, z, steps)
-        drawn = decode(x, images[start]) if decode else to_uint8(x)
+    for first, z in ahead(lambda part: (part[0], path_noise(part, shape, seed)), parts):
+        x = flow.sample(net, z.to(device), steps)
+        drawn = decode(x, first) if decode else to_uint8(x)
         if before is not None:
             yield before.cpu()
         before = drawn
     if before is not None:
         yield before.cpu()
+
+
+def ahead(work: Callable, given: Iterable) -> Iterator:
+    """work(each) for each of `given`; a thread does the next while one is used."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting = None
+        for each in given:
+            begun = thread.submit(work, each)
+            if waiting:
+                yield waiting.result()
+            waiting = begun
+        if waiting:
+            yield waiting.result()
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -1459,6 +1473,8 @@ def in_our_words(error: Exception) -> str:
     message = error.format_message().removesuffix(".").replace("Value error, ", "")
     message = message.replace("Input should be", "expected")
     message = re.sub(r"expected a valid integer\b.*", "expected a whole number", message)
+    if message.startswith("No such command"):
+        return f"{message.split('.')[0]}: expected one of {', '.join(error.ctx.command.list_commands(error.ctx))}"
     if message.startswith("Missing ") and getattr(error.param, "help", None):
         return f"{message}: expected {error.param.help}"
     if not hasattr(error.__cause__, "errors"):

@@ -126,53 +126,90 @@ def evaluate_command(
              cache=cache.expanduser(), autoencoder=autoencoder, memory=memory, skip_unreadable=skip_unreadable)
 
 
-@_command("bench")
-def bench_command(
-    what: Annotated[Literal["match", "spread", "train", "evaluate", "autoencoder"], typer.Argument(
-        help="match: what pairing one batch costs; spread: with one pool over all ranks, under torchrun; train: whole "
-             "steps, input, sampling, and where the time goes; evaluate: features and measures of many images; "
-             "autoencoder: encoding and decoding latents of --shape, alone and from files to files")] = "match",
-    match_size: Annotated[list[str], typer.Option(help="sizes of the pool, parted by commas")] = ("1000,10000",),
-    batch: Annotated[int, typer.Option(min=1, help="samples a batch")] = 250,
-    shape: Annotated[str, typer.Option(help="of one sample, as CxHxW")] = "4x32x32",
+bench = typer.Typer(no_args_is_help=True)
+app.add_typer(bench, name="bench", help=dansm.COMMANDS["bench"])
+
+Pools = Annotated[list[str], typer.Option(help="sizes of the pool, parted by commas")]
+OwnShape = Annotated[str, typer.Option(help="of one sample, as CxHxW")]
+Timed = Annotated[int, typer.Option(min=1, help="samples a batch")]
+
+
+@bench.command("match")
+def bench_match_command(match_size: Pools = ("1000,10000",), batch: Timed = 250, shape: OwnShape = "4x32x32",
+                        seed: Seed = 0, device: Device = "auto", out: Out = Path("runs/bench")) -> None:
+    """What pairing one batch costs: the paper's loop, other libraries, ours, and the machine's floor."""
+    from scale.bench import bench_match
+
+    _bench_pools(bench_match, match_size, batch, shape, seed, device, out)
+
+
+@bench.command("spread")
+def bench_spread_command(match_size: Pools = ("1000,10000",), batch: Timed = 250, shape: OwnShape = "4x32x32",
+                         seed: Seed = 0, device: Device = "auto", out: Out = Path("runs/bench")) -> None:
+    """The same with one pool over all processes, under torchrun."""
+    from scale.bench import bench_spread
+
+    _bench_pools(bench_spread, match_size, batch, shape, seed, device, out)
+
+
+def _bench_pools(measure, match_size, batch, shape, seed, device, out):
+    from scale.recipe import parse_counts
+
+    sizes = parse_counts("--match-size", ",".join(match_size), at_least=2)
+    measure(sizes, batch, parse_shape(shape), seed=seed, device=dansm.pick_device(device), out=dansm.make_folder(out),
+            console=dansm.console)
+
+
+@bench.command("train")
+def bench_train_command(
     network: Annotated[str | None, typer.Option(
-        help="train: this one, at --batch and --shape, in place of the paper's two")] = None,
-    samples: Annotated[int | None, typer.Option(
-        min=1, help="train: images to sample, on a GPU 10,000; evaluate: images to judge, on a GPU 50,000; "
-                    "autoencoder: image files, on a GPU 8,192")] = None,
-    first_step: Annotated[bool, typer.Option("--first-step", help="train: also run dansm train to its first step")] = (
-        False),
+        help="ncsnpp, ddpm or small, at --batch and --shape, in place of the paper's two at theirs")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="images a step, with --network")] = 250,
+    shape: Annotated[str, typer.Option(help="of one image, as CxHxW, with --network")] = "4x32x32",
+    match_size: Annotated[int, typer.Option(min=2, help="noises in the pool")] = 10_000,
+    samples: Annotated[int | None, typer.Option(min=1, help="images to sample; without it 10,000, on a CPU 4")] = None,
+    first_step: Annotated[bool, typer.Option("--first-step", help="also run dansm train to its first step")] = False,
     seed: Seed = 0,
     device: Device = "auto",
     out: Out = Path("runs/bench"),
 ) -> None:
-    from scale import bench
-    from scale.recipe import parse_counts
+    """What training costs: whole steps, input, sampling, and where the time goes. For a GPU."""
+    from scale.bench_train import bench_train, cases
 
-    sizes = parse_counts("--match-size", ",".join(match_size), at_least=2)
-    if what == "train":
-        from scale.bench_train import bench_train, cases
+    chosen = cases(network, batch, parse_shape(shape), dansm.pick_device(device))
+    bench_train(chosen, match_size, samples=samples, first_step=first_step, seed=seed,
+                device=dansm.pick_device(device), out=dansm.make_folder(out), console=dansm.console)
 
-        chosen = cases(network, batch, parse_shape(shape), dansm.pick_device(device))
-        bench_train(chosen, max(sizes), samples=samples, first_step=first_step, seed=seed,
-                    device=dansm.pick_device(device), out=dansm.make_folder(out), console=dansm.console)
-        return
-    if what == "autoencoder":
-        from scale.bench_autoencoder import bench_autoencoder
 
-        bench_autoencoder(parse_shape(shape), samples=samples, seed=seed, device=dansm.pick_device(device),
-                          out=dansm.make_folder(out), console=dansm.console)
-        return
-    if what == "evaluate":
-        from scale.bench_evaluate import bench_evaluate
+@bench.command("evaluate")
+def bench_evaluate_command(
+    samples: Annotated[int | None, typer.Option(min=1, help="images to judge; without it 50,000, on a CPU 1,000")] = (
+        None),
+    seed: Seed = 0,
+    device: Device = "auto",
+    out: Out = Path("runs/bench"),
+) -> None:
+    """What judging costs: features of many images, and each measure."""
+    from scale.bench_evaluate import bench_evaluate
 
-        device = dansm.pick_device(device)
-        bench_evaluate(samples or (50_000 if device.type == "cuda" else 1000), seed=seed, device=device,
-                       out=dansm.make_folder(out), console=dansm.console)
-        return
-    run = bench.bench_match if what == "match" else bench.bench_spread
-    run(sizes, batch, parse_shape(shape), seed=seed, device=dansm.pick_device(device), out=dansm.make_folder(out),
-        console=dansm.console)
+    device = dansm.pick_device(device)
+    bench_evaluate(samples or (50_000 if device.type == "cuda" else 1000), seed=seed, device=device,
+                   out=dansm.make_folder(out), console=dansm.console)
+
+
+@bench.command("autoencoder")
+def bench_autoencoder_command(
+    shape: Annotated[str, typer.Option(help="of one latent, as CxHxW")] = "4x32x32",
+    samples: Annotated[int | None, typer.Option(min=1, help="image files; without it 8,192, on a CPU few")] = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    out: Out = Path("runs/bench"),
+) -> None:
+    """What encoding and decoding cost, alone and from files to files."""
+    from scale.bench_autoencoder import bench_autoencoder
+
+    bench_autoencoder(parse_shape(shape), samples=samples, seed=seed, device=dansm.pick_device(device),
+                      out=dansm.make_folder(out), console=dansm.console)
 
 
 @_command("proof")

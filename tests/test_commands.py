@@ -382,7 +382,7 @@ def test_a_command_that_is_stopped_says_so(run, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(dansm, "pick_device", stop)
-    assert run("bench") == (130, "", "dansm: stopped\n")
+    assert run("bench", "match") == (130, "", "dansm: stopped\n")
 
 
 def start(*arguments):
@@ -659,14 +659,19 @@ def test_digits_in_batches_of_one_and_assigned_within_batches(run, tmp_path, mon
 
 OPTIONS = {
     "toy": ["--shape", "--match-size", "--steps", "--seeds", "--seed", "--device", "--out"],
-    "digits": ["--match-size", "--steps", "--judge-at", "--seeds", "--seed", "--device", "--out"],
+    "digits": ["--match-size", "--steps", "--batch", "--assigned", "--judge-at", "--seeds", "--seed", "--device",
+               "--out"],
     "train": ["--network", "--flow", "--method", "--match-size", "--cost", "--batch", "--steps", "--minutes",
               "--save-minutes", "--lr", "--decay", "--no-flip", "--size", "--skip-unreadable", "--fresh", "--seed",
               "--device", "--out"],
     "export": ["--average", "--out"],
     "sample": ["--count", "--steps", "--solver", "--batch", "--files", "--seed", "--device", "--out"],
-    "bench": ["--match-size", "--batch", "--shape", "--network", "--samples", "--first-step", "--seed", "--device",
-              "--out"],
+    "bench match": ["--match-size", "--batch", "--shape", "--seed", "--device", "--out"],
+    "bench spread": ["--match-size", "--batch", "--shape", "--seed", "--device", "--out"],
+    "bench train": ["--network", "--batch", "--shape", "--match-size", "--samples", "--first-step", "--seed",
+                    "--device", "--out"],
+    "bench evaluate": ["--samples", "--seed", "--device", "--out"],
+    "bench autoencoder": ["--shape", "--samples", "--seed", "--device", "--out"],
     "compare": ["--count", "--shown", "--steps", "--label", "--batch", "--precision", "--seed", "--device", "--out"],
     "grid": ["--steps", "--side", "--label", "--batch", "--precision", "--seed", "--device", "--out"],
     "tsne": ["--data", "--size", "--pairs", "--draws", "--perplexity", "--match-size", "--steps", "--label", "--seed",
@@ -680,7 +685,7 @@ OPTIONS = {
 @pytest.mark.parametrize("command", OPTIONS)
 def test_help_names_the_options(run, monkeypatch, command):
     monkeypatch.setenv("COLUMNS", "200")
-    code, said, err = run(command, "--help")
+    code, said, err = run(*command.split(), "--help")
     assert (code, err) == (0, "")
     assert [option for option in OPTIONS[command] if option not in said] == []
 
@@ -688,9 +693,16 @@ def test_help_names_the_options(run, monkeypatch, command):
 def test_help_names_the_commands_and_no_command_is_help(run):
     code, said, err = run("--help")
     assert (code, err) == (0, "")
-    assert [name for name in OPTIONS if f" {name} " not in said] == []
+    names = {command.partition(" ")[0] for command in OPTIONS}
+    assert [name for name in names if f" {name} " not in said] == []
     code, out, err = run()
-    assert code == 2 and all(f" {name} " in out + err for name in OPTIONS)
+    assert code == 2 and all(f" {name} " in out + err for name in names)
+
+
+def test_bench_alone_names_its_kinds(run):
+    code, out, err = run("bench")
+    kinds = [command.partition(" ")[2] for command in OPTIONS if command.startswith("bench ")]
+    assert code == 2 and all(f" {kind} " in out + err for kind in kinds) and len(kinds) == 5
 
 
 def test_help_is_quick_nothing_heavy_is_imported_for_it(tmp_path):
@@ -740,14 +752,15 @@ BAD_OPTIONS = [
     (("sample", "x", "--steps", "0"), "--steps", "0"),
     (("sample", "x", "--solver", "rk4"), "--solver", "rk4"),
     (("bench", "match", "--match-size", "1"), "--match-size", "1"),
-    (("bench", "sample"), "what", "sample"),
+    (("bench", "sample"), "sample", "match, spread, train, evaluate, autoencoder"),
+    (("bench", "evaluate", "--batch", "4"), "--batch", ""),
     (("bench", "match", "--shape", "4xfoo"), "--shape", "4xfoo"),
     (("bench", "match", "--shape", "4x0"), "--shape", "4x0"),
     (("bench", "match", "--shape", ""), "--shape", "''"),
     (("toy", "--steps", "0"), "--steps", "0"),
     (("toy", "--seeds", "-2"), "--seeds", "-2"),
     (("digits", "--match-size", "-1"), "--match-size", "-1"),
-    (("toys",), "toys", ""),
+    (("toys",), "toys", "expected one of"),
 ]
 
 
@@ -790,7 +803,7 @@ def test_memory_that_is_not_there_is_one_line(refused, monkeypatch, error, words
         raise error
 
     monkeypatch.setattr(dansm, "pick_device", fail)
-    said = refused("bench")
+    said = refused("bench", "match")
     assert "this needs more memory than there is" in said and words in said and "GPU 0" not in said
 
 
@@ -800,7 +813,7 @@ def test_another_error_of_torch_is_not_hidden(monkeypatch):
 
     monkeypatch.setattr(dansm, "pick_device", fail)
     with pytest.raises(RuntimeError, match="mat1"):
-        dansm.main(["bench"])
+        dansm.main(["bench", "match"])
 
 
 @pytest.mark.parametrize("command", [("toy",), ("digits",), ("train", "x"), ("bench", "match")])
