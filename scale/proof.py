@@ -21,12 +21,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import dansm
 from dansm import counted, say
 from scale import checkpoint, command, trainer
 from scale.evaluate import check_pictures, digest_of_images
-from scale.prior import prior
+from scale.prior import ON_A_GPU, WAYS, noises, prior
 from scale.recipe import Recipe, load, shown
 
 LONG, MIDDLE, SHORT = 5_120_000, 2_048_000, 1_024_000  # images
@@ -119,10 +120,14 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def read_speeds(path: Path) -> list[dict]:
+    return [{**row, "seed": int(row["seed"])} for row in read_table(path)]
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
     if not path.exists():
         return []
     with open(path, newline="") as file:
-        return [{**row, "seed": int(row["seed"])} for row in csv.DictReader(file)]
+        return list(csv.DictReader(file))
 
 
 def rows_of(run: Run, seed: int, log: Path, gpu: str, features: str) -> list[dict]:
@@ -246,17 +251,27 @@ def one_run(run: Run, seed: int, images, recipe: Recipe, work: Path, device) -> 
 
 
 def measure_prior(images, which: str, out: Path, device) -> None:
-    """The prior of each way of pairing, on as many of the images, in random order, as fill whole pools; unless that is
-    there of these images."""
+    """The prior of each way of pairing, on as many of the images, in random order, as fill whole pools; of those that
+    are not in prior.csv yet."""
     table, count = out / "prior.csv", len(images) // PRIOR * PRIOR
-    if table.exists() and f'"{which}"' in table.read_text():
-        return
     if not count:
         say(f"the prior is not tested: that takes {PRIOR:,} images, there are {len(images):,}")
         return
+    rows = [row for row in read_table(table) if row["data"] == which]
+    there = {row["way"] for row in rows}
+    ways = [way for way in WAYS + (ON_A_GPU if device.type == "cuda" else []) if way.name not in there]
+    if not ways:
+        return
     some = np.random.default_rng(0).permutation(len(images))[:count]
     images = dansm.from_uint8(torch.from_numpy(np.asarray(images)[some]).to(device))
-    dansm.write_csv([{**row, "data": which} for row in prior(images)], table)
+    with Progress(TextColumn("the prior of {task.description}"), BarColumn(), TimeRemainingColumn(),
+                  console=dansm.console) as bar:
+        task = bar.add_task(ways[0].name, total=sum(noises(images, way) for way in ways))
+        for way in ways:
+            bar.update(task, description=way.name)
+            row, = prior(images, [way], advance=lambda count: bar.advance(task, count))
+            rows.append({**row, "data": which})
+            dansm.write_csv(rows, table)
     dansm.say_files(out, table.name)
 
 

@@ -121,7 +121,7 @@ def test_a_curve_is_of_one_training():
 
 def test_the_prior_alone_is_tested_whatever_the_minutes(run, three, tmp_path, monkeypatch):
     monkeypatch.setattr(proof, "PRIOR", 40)
-    monkeypatch.setattr(proof, "prior", lambda images: [{"way": "drawn", "images": len(images)}])
+    monkeypatch.setattr(proof, "WAYS", [prior.Way("drawn", "random", 0)])
     assert run(*three, "--only", "prior", "--minutes", 5)[0] == 0
     assert (tmp_path / "out" / "prior.csv").read_text().count("\n") == 2
 
@@ -145,12 +145,15 @@ def test_other_images_are_refused_and_rows_keep_their_card(run, three, tmp_path,
 def test_the_prior_is_tested_once_there_are_images_for_a_whole_pool(run, three, tmp_path, monkeypatch):
     assert "40" in run(*three)[1].partition("the prior is not tested")[2]
     monkeypatch.setattr(proof, "PRIOR", 16)
-    monkeypatch.setattr(proof, "prior", lambda images: [{"way": "all", "noises": len(images),
-                                                         "largest": images.abs().max().item()}])
+    monkeypatch.setattr(proof, "WAYS", [prior.Way("drawn", "random", 0)])
     assert run(*three, "--only", "prior")[0] == 0
-    with open(tmp_path / "out" / "prior.csv", newline="") as file:
-        row, = csv.DictReader(file)
-    assert row["noises"] == "32" and 0.5 < float(row["largest"]) <= 1
+    before = proof.read_table(tmp_path / "out" / "prior.csv")
+    assert [(row["way"], row["noises"]) for row in before] == [("drawn", "32")]
+    assert run(*three, "--only", "prior")[1].count("written") == 1  # the figures alone: nothing is measured again
+    monkeypatch.setattr(proof, "WAYS", [*proof.WAYS, prior.Way("a larger pool", "greedy", 80)])
+    assert run(*three, "--only", "prior")[0] == 0
+    row, larger = proof.read_table(tmp_path / "out" / "prior.csv")
+    assert row == before[0] and (larger["way"], larger["noises"]) == ("a larger pool", "80")
 
 
 def test_no_minutes_left_begin_nothing(run, three, tmp_path):
@@ -279,7 +282,7 @@ TESTS = ("size_p", "mean_p", "variance_p", "covariance_p")
 def test_normal_noise_passes_about_as_often_as_it_should(shape):
     """Of 40 draws, each test finds p below 0.1 in four; fourteen would be a chance of one in 10⁵."""
     torch.manual_seed(1)
-    found = [prior.tests_of(torch.randn(shape)) for _ in range(40)]
+    found = [prior.tests_of([torch.randn(shape)]) for _ in range(40)]
     for test in TESTS:
         assert sum(each[test] < 0.1 for each in found) < 14, test
         assert sum(each[test] > 0.5 for each in found) > 8, test
@@ -291,17 +294,32 @@ def test_normal_noise_passes_about_as_often_as_it_should(shape):
     (lambda z: z + 0.15 * z.roll(1, 1), "covariance_p")])
 def test_noise_that_is_not_normal_is_found(change, test):
     z = torch.randn(3000, 40, generator=torch.Generator().manual_seed(2))
-    assert prior.tests_of(change(z))[test] < 1e-4 < prior.tests_of(z)[test]
+    assert prior.tests_of(change(z).split(700))[test] < 1e-4 < prior.tests_of([z])[test]
 
 
 def test_whole_pools_keep_the_prior_and_the_nearest_of_k_does_not():
     images = torch.randn(2000, 1, 4, 4, generator=torch.Generator().manual_seed(3)) * 0.4 + 0.6
     ways = [prior.Way("pool", "greedy", 500), prior.Way("first", "greedy", 500, (0.0, 0.25)),
             prior.Way("nearest", "nearest", 16)]
-    pool, first, nearest = prior.prior(images, ways)
+    told = []
+    pool, first, nearest = prior.prior(images, ways, advance=told.append)
+    assert sum(told) == 3 * 2000
     assert pool["noises"] == nearest["noises"] == 2000 and first["noises"] == 500
     assert min(pool[test] for test in TESTS) > 1e-3
     assert max(first["mean_p"], nearest["mean_p"], nearest["size_p"]) < 1e-6
+
+
+def test_a_pool_larger_than_the_images_is_emptied_by_epochs_of_them():
+    """Image by image: each comes once an epoch, in another order, and the pool hands out all that it drew."""
+    images = torch.randn(300, 1, 2, 2, generator=torch.Generator().manual_seed(4))
+    way, told = prior.Way("pool", "greedy", 700), []
+    used = torch.cat(list(prior.paired(images, way, 3, told.append)))
+    assert len(used) == sum(told) == prior.noises(images, way) == 700
+    drawn = dansm.NoisePool(700, (1, 2, 2), seed=3)(torch.zeros(700, 1, 2, 2)).flatten(1)
+    assert sorted(map(tuple, used.tolist())) == sorted(map(tuple, drawn.tolist()))
+    late = torch.cat(list(prior.within(used.split(90), 600, 700, 700)))
+    assert torch.equal(late, used[600:])
+    assert used[:100].norm(dim=1).mean() < late.norm(dim=1).mean()  # short noises go first
 
 
 def test_the_proof_of_nothing_draws_nothing(tmp_path):
