@@ -34,8 +34,7 @@ import sys
 import warnings
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -128,7 +127,8 @@ def cost_matrix(x: Tensor, z: Tensor, cost: str = "squared", z_squared: Tensor |
                same, and leaves the long ones to the last samples; without ‖z‖² it cannot. On images that
                comes nearer to the optimum at every match_size (1,000: 89 % of the optimal gain, not 81 %).
                In 2D it does so only for pools of about ten (1,000: 84 to 95 %, not 92 to 96 %): there −⟨x, z⟩
-               sends even a sample near the origin to the farthest noise in its direction.
+               sends even a sample near the origin to the farthest noise in its direction. A nearer optimum is no
+               better training: networks on CIFAR-10 came out worse by it in five steps and more (results/README.md).
     fast       see `inner_products`.
     """
     products = inner_products(x, z, fast)
@@ -673,7 +673,7 @@ class Diffusion:
         self.times, self.bound = check_choice("times", times, TIMES), bound
         self.target = check_choice("target", target, TARGETS)
         self.alpha_bar = (1 - torch.linspace(1e-4, 0.02, self.levels, dtype=torch.float64)).cumprod(0)  # ᾱ
-        self.there = self.alpha_bar
+        self.copy = self.alpha_bar  # on the device where it was used last
 
     def loss(self, net: nn.Module, x: Tensor, z: Tensor, t: Tensor | None = None) -> Tensor:
         """Mean squared error of the noise for pairs x, z: (B, ...), at random levels, or at t: (B,) in [0, 1], 0 noise
@@ -681,19 +681,20 @@ class Diffusion:
         if t is None:
             t = draw_times(len(x), self.times, x.device)
         level = ((1 - t) * self.levels).long().clamp_(0, self.levels - 1)
-        signal = over(self.on(x.device)[level].to(x.dtype), x)
-        x_t = signal**0.5 * x + (1 - signal) ** 0.5 * z
-        return F.mse_loss(self._noise(net, x_t, level.float(), signal), z)
+        signal = over(self._alpha_bar_on(x.device)[level], x)
+        a, b = (signal**0.5).to(x.dtype), ((1 - signal) ** 0.5).to(x.dtype)  # in bf16 1 − ᾱ is 0 near the data
+        return F.mse_loss(self._noise(net, a * x + b * z, level.float(), a, b), z)
 
-    def _noise(self, net, x_t, level, signal):
+    def _noise(self, net, x_t, level, a, b):
+        """In x_t = a·x + b·z."""
         said = net(x_t, level)
-        return said if self.target == "noise" else (1 - signal) ** 0.5 * x_t + signal**0.5 * said
+        return said if self.target == "noise" else b * x_t + a * said
 
-    def on(self, device) -> Tensor:
-        """ᾱ on the device, kept there: copying it anew each step would make the GPU wait."""
-        if self.there.device != device:
-            self.there = (self.alpha_bar.float() if device.type == "mps" else self.alpha_bar).to(device)  # no float64
-        return self.there
+    def _alpha_bar_on(self, device) -> Tensor:
+        """Kept there: copying it anew each step would make the GPU wait."""
+        if self.copy.device != device:
+            self.copy = (self.alpha_bar.float() if device.type == "mps" else self.alpha_bar).to(device)  # no float64
+        return self.copy
 
     def path(self, net: nn.Module, z: Tensor, steps: int) -> Iterator[Tensor]:
         """The states from z on, `steps` + 1 of them, the last one x. The levels are those of the paper, from 0 on at
@@ -705,15 +706,20 @@ class Diffusion:
         x = z
         yield x
         for i in reversed(range(steps)):
-            signal = self.alpha_bar[levels[i]].item()
-            noise = self._noise(net, x, torch.full((len(x),), float(levels[i]), device=x.device), signal)
-            clean = (x - math.sqrt(1 - signal) * noise) / math.sqrt(signal)
+            a, b = self._shares(levels[i])
+            noise = self._noise(net, x, torch.full((len(x),), float(levels[i]), device=x.device), a, b)
+            clean = (x - b * noise) / a
             if self.bound is not None:
                 clean = clean.clamp(-self.bound, self.bound)
-                noise = (x - math.sqrt(signal) * clean) / math.sqrt(1 - signal)  # that goes with it
-            signal = self.alpha_bar[levels[i - 1]].item() if i else 1.0
-            x = math.sqrt(signal) * clean + math.sqrt(1 - signal) * noise
+                noise = (x - a * clean) / b  # that goes with it
+            a, b = self._shares(levels[i - 1]) if i else (1.0, 0.0)
+            x = a * clean + b * noise
             yield x
+
+    def _shares(self, level: int) -> tuple[float, float]:
+        """Of data and noise at a level: √ᾱ and √(1−ᾱ)."""
+        signal = self.alpha_bar[level].item()
+        return math.sqrt(signal), math.sqrt(1 - signal)
 
     def sample(self, net: nn.Module, z: Tensor, steps: int) -> Tensor:
         """x from z in `steps` steps, without gradients."""
@@ -751,8 +757,8 @@ def conv(c_in: int, c_out: int, size: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(c_in, c_out, size, stride, padding=size // 2)
 
 
-def zero(layer: nn.Module) -> nn.Module:
-    """Marked to start at zero, so that its block starts as the identity."""
+def starting_at_zero(layer: nn.Module) -> nn.Module:
+    """Marked so, that its block starts as the identity; `UNet` sets the weights."""
     layer.starts_at_zero = True
     return layer
 
@@ -766,7 +772,7 @@ class ResBlock(nn.Module):
         self.scale = scale
         self.norm1, self.conv1 = Norm(c_in), conv(c_in, c_out, 3)
         self.time = nn.Linear(c_time, c_out)
-        self.norm2, self.conv2 = Norm(c_out, dropout=dropout), zero(conv(c_out, c_out, 3))
+        self.norm2, self.conv2 = Norm(c_out, dropout=dropout), starting_at_zero(conv(c_out, c_out, 3))
         self.skip = conv(c_in, c_out, 1) if c_in != c_out or resample else nn.Identity()
         self.resample = {"": nn.Identity(), "up": nn.Upsample(scale_factor=2), "down": nn.AvgPool2d(2)}[resample]
 
@@ -786,7 +792,7 @@ class Attention(nn.Module):
         super().__init__()
         self.scale = scale
         self.norm = Norm(channels, silu=False)
-        self.qkv, self.out = conv(channels, 3 * channels, 1), zero(conv(channels, channels, 1))
+        self.qkv, self.out = conv(channels, 3 * channels, 1), starting_at_zero(conv(channels, channels, 1))
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         q, k, v = rearrange(self.qkv(self.norm(x)), "b (qkv c) h w -> qkv b 1 (h w) c", qkv=3)
@@ -838,9 +844,13 @@ class UNet(nn.Module):
     def __init__(self, channels: int = 3, size: int = 32, width: int = 128, multipliers=(1, 2, 2, 2), blocks: int = 4,
                  attention_at=(16,), dropout: float = 0.15, biggan: bool = True):
         super().__init__()
-        check_count("size", size), check_count("blocks", blocks)
+        for name, value in ("channels", channels), ("size", size), ("blocks", blocks), *(
+                ("multipliers", each) for each in multipliers):
+            check_count(name, value)
         if check_count("width", width, at_least=4) % 2:
             raise BadInput(f"width is {width}: expected an even number")
+        if not 0 <= dropout <= 1:
+            raise BadInput(f"dropout is {dropout}: expected a share, 0 to 1")
         if not multipliers or size % 2 ** (len(multipliers) - 1):
             raise BadInput(f"the images are {size} pixels wide: expected a multiple of "
                            f"{2 ** max(len(multipliers) - 1, 0)} for a network of {len(multipliers)} levels")
@@ -874,14 +884,14 @@ class UNet(nn.Module):
         self.middle = Chain([res(c, c), Attention(c, scale), res(c, c)])
         for level, multiplier in reversed(list(enumerate(multipliers))):
             for block in range(blocks + 1):
-                chain = [res(c + skips.pop(), c := multiplier * width)]
+                layers = [res(c + skips.pop(), c := multiplier * width)]
                 if not biggan or block == blocks:
-                    chain += attend(c)
-                self.up.append(Chain(chain))
+                    layers += attend(c)
+                self.up.append(Chain(layers))
             if level > 0:
                 self.up[-1].append(resample(c, "up"))
                 size *= 2
-        self.last = nn.Sequential(Norm(c), zero(conv(c, channels, 3)))
+        self.last = nn.Sequential(Norm(c), starting_at_zero(conv(c, channels, 3)))
         self.apply(self._start)
 
     @staticmethod
@@ -927,6 +937,7 @@ class Training:
     """What a training run changes: the network, its moving average (the one to sample from), the optimizer. A step of
     it is `gradients`, then `update`.
 
+    lr      of Adam; the paper's is 2e-4 for batches of 128
     decay   of the moving average, which warms up as min(decay, (1 + n) / (10 + n))
     clip    the largest norm of the gradient
     """
@@ -999,7 +1010,8 @@ def own_noise_nearest(x: Tensor, z: Tensor) -> float:
 
 def straightness(path: Tensor) -> float:
     """How far a path bends, (steps + 1, B, ...): the mean squared difference of its velocity from that of the
-    straight line between its ends (Liu et al. 2022), over that line's own square. 0 is straight."""
+    straight line between its ends (Liu et al. 2022), over that line's own square. 0 is straight; NaN if a path ends
+    where it began."""
     path = path.flatten(2)
     steps = path[1:] - path[:-1]
     line = path[-1] - path[0]
@@ -1009,12 +1021,12 @@ def straightness(path: Tensor) -> float:
 
 @dataclass
 class InterPathDistance:
-    """Of all pairs of straight paths, and of each path to the one that comes nearest; with the times at which."""
+    """Means, in the data's own units; NaN of a single path. t runs from the noise's end, 0, to the data's, 1."""
 
-    mean: float
-    mean_t: float
-    minimum: float
-    minimum_t: float
+    mean: float  # of the least distances of all pairs of paths
+    mean_t: float  # at which pairs are nearest
+    minimum: float  # of the distances of each path to the one that comes nearest
+    minimum_t: float  # at which that is
 
 
 @torch.no_grad()
@@ -1308,63 +1320,6 @@ COMMANDS = {
 }
 for _name, _says in COMMANDS.items():
     app.command(_name, help=_says, add_help_option=False, context_settings=WITH_ANY_OPTIONS)(_of_scale)
-
-
-def check_steps(option: str, steps: int, flow: type) -> None:
-    """BadInput for a count of steps that a diffusion cannot take, before anything is trained or written."""
-    if issubclass(flow, Diffusion) and not 2 <= steps <= flow.levels:
-        raise BadInput(f"{option} is {steps}: expected 2 to {flow.levels:,} for a diffusion")
-
-
-def sample_images(net, flow, images: range, shape, steps: int, *, seed: int = 0, batch: int = 64,
-                  device="cpu", decode=None) -> Iterator[Tensor]:
-    """Images by their numbers, `batch` at a time, as uint8 (B, C, H, W) on the CPU, from the noises that `path_noise`
-    draws for them by `seed`: what decode(x, number of x[0]) makes of latents, `to_uint8` if None. A GPU works on one
-    batch while the one before is used, and the noises of the next are drawn."""
-    parts = (images[start : start + batch] for start in range(0, len(images), batch))
-    before = None
-    for first, z in ahead(lambda part: (part[0], path_noise(part, shape, seed)), parts):
-        x = flow.sample(net, z.to(device), steps)
-        drawn = decode(x, first) if decode else to_uint8(x)
-        if before is not None:
-            yield before.cpu()
-        before = drawn
-    if before is not None:
-        yield before.cpu()
-
-
-def ahead(work: Callable, given: Iterable) -> Iterator:
-    """work(each) for each of `given`; a thread does the next while one is used."""
-    with ThreadPoolExecutor(1) as thread:
-        waiting = None
-        for each in given:
-            begun = thread.submit(work, each)
-            if waiting:
-                yield waiting.result()
-            waiting = begun
-        if waiting:
-            yield waiting.result()
-
-
-def to_uint8(x: Tensor) -> Tensor:
-    """[−1, 1] to the 0 … 255 of an image file; of any shape."""
-    return ((x + 1) * 127.5).round().clamp(0, 255).byte()
-
-
-def from_uint8(images: Tensor) -> Tensor:
-    """0 … 255 to float32 in [−1, 1]; of any shape."""
-    return images.float() / 127.5 - 1
-
-
-def save_grid(images: Tensor, path: Path, enlarge: int = 2) -> None:
-    """Write uint8 images (N, C, H, W) as one PNG, about square, each pixel `enlarge` pixels wide."""
-    from PIL import Image
-    from torchvision.utils import make_grid
-
-    large = images.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
-    columns = math.ceil(len(images) ** 0.5)
-    grid = large[0] if len(images) == 1 else make_grid(large, columns, padding=2, pad_value=255)
-    Image.fromarray(rearrange(grid, "c h w -> h w c").numpy().squeeze()).save(path)
 
 
 def pick_device(name: str) -> torch.device:

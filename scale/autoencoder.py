@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 import dansm
 from dansm import BadInput
+from scale.data import from_uint8
+from scale.samples import to_uint8
 from scale.step import number_type
 
 # Stable Diffusion's, versions 1 and 2; a file of weights says nothing of it but by their shapes
@@ -120,7 +122,7 @@ class Encoder(_Half):
         height, width = images.shape[2:]
         if height % self.autoencoder.shrinks or width % self.autoencoder.shrinks:
             raise BadInput(f"images are {width}×{height} pixels: expected a multiple of {self.autoencoder.shrinks}")
-        x = dansm.from_uint8(images.to(self.device, non_blocking=True))
+        x = from_uint8(images.to(self.device, non_blocking=True))
         return self.autoencoder.scaled(self._run(x))
 
 
@@ -159,7 +161,7 @@ class Decoder(_Half):
         if wrong := _not_finite(images):
             raise BadInput(f"latent {first + wrong[0]} decodes to NaN in {self.dtype}".replace("torch.", "")
                            + ": expected finite images; --precision fp32 may give them")
-        return dansm.to_uint8(images)
+        return to_uint8(images)
 
     def fits(self, size: int) -> int:
         """How many latents of `size` numbers square can be decoded at a time within the memory, at least one. More than

@@ -43,6 +43,7 @@ from scale.bench import (
     timed,
 )
 from scale.recipe import Recipe
+from scale.samples import sample_images
 
 OURS, UNMATCHED, EAGER, PLAIN = "ours", "ours, no matching", "plain, --no-compile", "plain float32"
 IMAGES = 50_000  # as many as CIFAR-10 has
@@ -343,7 +344,7 @@ def sampling(case: Case, samples: int, seed: int, device: torch.device) -> Itera
     net = step.sampler(net, device)
 
     def draw(count):
-        deque(dansm.sample_images(net, flow, range(count), case.shape, EULER_STEPS, seed=seed, batch=at_once,
+        deque(sample_images(net, flow, range(count), case.shape, EULER_STEPS, seed=seed, batch=at_once,
                                   device=device), maxlen=0)
 
     first = _milliseconds(lambda: draw(at_once), device)  # kernels are compiled and loaded

@@ -19,7 +19,7 @@ from rich.progress import track
 
 import dansm
 from dansm import counted, say
-from scale import checkpoint, data, trainer
+from scale import checkpoint, data, samples, trainer
 from scale.latents import known_of, known_on_disk
 from scale.recipe import SETTINGS, Recipe, kind_of, load, names, shown
 from scale.step import at_once, processes, ranks, sampler
@@ -136,7 +136,7 @@ def folder_of_run(source: str) -> Path:
 def run(recipe: Recipe, out: Path, device: torch.device, fresh: bool) -> bool:
     """Read the data, train, write what the run was and a grid of samples, and say where they are. Under torchrun every
     process does so, and the first one speaks and writes. Returns whether all steps are made."""
-    dansm.check_steps("--sample-steps", recipe.sample_steps, dansm.FLOWS[recipe.flow])
+    samples.check_steps("--sample-steps", recipe.sample_steps, dansm.FLOWS[recipe.flow])
     data.check_out(recipe.data, out)
     new, out = not out.exists(), dansm.make_folder(out)
     with processes(device) as device:
@@ -230,8 +230,8 @@ def quiet(on: bool):
 def draw_grid(net, flow, shape, steps: int, seed: int, device, saved: Path, path: Path) -> None:
     """64 images of a trained network, eight at a time so that the time left can be told."""
     try:
-        draws = dansm.sample_images(net, flow, range(64), shape, steps, seed=seed, batch=8, device=device)
-        dansm.save_grid(torch.cat(list(track(draws, "sampling", total=8, console=dansm.console))), path)
+        draws = samples.sample_images(net, flow, range(64), shape, steps, seed=seed, batch=8, device=device)
+        samples.save_grid(torch.cat(list(track(draws, "sampling", total=8, console=dansm.console))), path)
     except KeyboardInterrupt as stop:
         raise dansm.Stopped(f"stopped; the run is saved in {saved}") from stop
 
@@ -241,7 +241,7 @@ def sample(model: Path, device: torch.device, out: Path, *, count: int, steps: i
            memory: float | None = None) -> None:
     """Draw images 0 … count − 1 of a seed from a run, a checkpoint or exported weights, and decode latents."""
     net, flow, about = checkpoint.load_model(model, device, solver, say=say)
-    dansm.check_steps("--steps", steps, type(flow))
+    samples.check_steps("--steps", steps, type(flow))
     decoder = decoder_for(model, net.settings["channels"], about, autoencoder, device, precision, memory)
     out, made_from = dansm.make_folder(out), {
         "checkpoint": str(about["file"]), "trained_steps": about["step"], "steps": steps, "solver": solver,
@@ -251,24 +251,29 @@ def sample(model: Path, device: torch.device, out: Path, *, count: int, steps: i
         dansm.write_json(out / "sample.json", {**made_from, "count": 0})  # whose images these are, if it is killed
     batch = batch or at_once(net, device)
     begin, drawn_so_far, shown = time.perf_counter(), 0, []
-    draws = dansm.sample_images(sampler(net, device, precision), flow, range(count), net.shape, steps, seed=seed,
+    draws = samples.sample_images(sampler(net, device, precision), flow, range(count), net.shape, steps, seed=seed,
                                 batch=batch, device=device, decode=decoder and decoder.decode)
     try:
         for drawn in track(draws, "sampling", total=math.ceil(count / batch), console=dansm.console):
             for number, image in enumerate(drawn if files else (), drawn_so_far):
-                dansm.save_grid(image[None], out / f"{number:06d}.png", enlarge=1)
+                samples.save_grid(image[None], out / f"{number:06d}.png", enlarge=1)
             drawn_so_far += len(drawn)
             shown += drawn[: 400 - len(shown)]
     except KeyboardInterrupt:
         if not shown:
             raise
+        stopped = True
+    else:
+        stopped = False
     seconds = time.perf_counter() - begin
-    dansm.save_grid(torch.stack(shown), out / "samples.png")
+    samples.save_grid(torch.stack(shown), out / "samples.png")
     dansm.write_json(out / "sample.json", {
         **made_from, "count": drawn_so_far, "recipe": about["recipe"], "seconds": round(seconds, 2),
         "hardware": dansm.hardware(device)})
     say(f"{counted(drawn_so_far, 'image')} in {counted(steps, 'step')} each: {seconds:.1f} s")
     dansm.say_files(out, "samples.png", "sample.json", *(["000000.png and so on"] if files else []))
+    if stopped:
+        raise dansm.Stopped(f"stopped after {drawn_so_far:,} of {counted(count, 'image')}")
 
 
 def check_numbered(out: Path, made_from: dict, count: int) -> None:

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dansm import BadInput, check_count, free_memory, from_uint8, say
+from dansm import BadInput, check_count, free_memory, say
 from scale.cache import OPTION, SHARED, cached, digest_of_files, find_cached
 from scale.latents import Shards, draw, known_on_disk, open_encoded
 from scale.read import Source, Unreadable, check_finite, check_no_size, files_of, open_latents, opened, square
@@ -279,6 +279,26 @@ def _in_memory(source: Path, shape: tuple[int, ...], dtype) -> np.ndarray:
                        f"{free / 2e9:,.1f} GB: expected smaller images (--size), or a folder to keep them in "
                        f"({OPTION})")
     return np.empty(shape, dtype)
+
+
+def from_uint8(images: Tensor) -> Tensor:
+    """0 … 255 to float32 in [−1, 1]; of any shape."""
+    return images.float() / 127.5 - 1
+
+
+def look(images: Tensor | np.ndarray | Shards) -> list[float] | None:
+    """By which a run knows its data again: the means of 64 images, from the first to the last, white being 1, or of
+    latents. None for `Shards`, which `known_of` tells apart."""
+    if isinstance(images, Shards):
+        return None
+    white = 255 if str(images.dtype).endswith("uint8") else 1
+    places = np.linspace(0, len(images) - 1, 64).round().astype(int)
+    return [torch.as_tensor(images[place]).double().mean().item() / white for place in places]
+
+
+def look_alike(before: list[float], now: list[float]) -> bool:
+    """Within one of 255 steps, as two decoders of JPEG do not make the same of a file."""
+    return all(abs(one - other) <= 1 / 255 for one, other in zip(before, now, strict=True))
 
 
 def ahead(work: Callable, items: Iterable, *, threads: int, depth: int) -> Iterator:

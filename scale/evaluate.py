@@ -39,6 +39,7 @@ from scale.kept import Pixels, Real
 from scale.kept import digest as _digest
 from scale.latents import known_on_disk
 from scale.recipe import parse_counts
+from scale.samples import check_steps, sample_images
 from scale.step import at_once, number_type, sampler
 
 VERSION = 1  # of what the cache and the rows hold; another one is measured anew
@@ -186,12 +187,12 @@ def _lite0(device):
     return net.to(device).eval().requires_grad_(False)
 
 
-@torch.no_grad()
 def seen_at_once(device: torch.device) -> int:
     """Real images at a time; on a CPU fewer, so that the time left can be told."""
     return SEEN_AT_ONCE if device.type == "cuda" else 64
 
 
+@torch.no_grad()
 def features_of(images: Tensor, extractor: Extractor, device) -> tuple[Tensor, Tensor | None]:
     """Features (N, D) float32 on the device, and logits where there are any. images: uint8 (N, 1 or 3, H, W), grey
     ones are repeated for the three colours. Raises BadInput for what is no such features."""
@@ -474,7 +475,7 @@ def load_models(paths: Iterable[Path], steps: list[int], solver: str, autoencode
     for path in paths:
         net, flow, about = checkpoint.load_model(path, "cpu", solver, say=say)
         for count in steps:
-            dansm.check_steps("--steps", count, type(flow))
+            check_steps("--steps", count, type(flow))
         decoder = decoder_for(path, net.settings["channels"], about, autoencoder, device, precision, memory)
         models.append(Model(path, net, flow, about, decoder))
     return models
@@ -485,7 +486,7 @@ def draw_features(net, flow, numbers: range, shape, steps: int, extractor: Extra
     """Features (N, D), and logits, of N images of a seed by their numbers: for every model from the same noise.
     net: what `scale.step.sampler` makes of a network; decode: what makes images of latents, as in `sample_images`."""
     features, logits = [], []
-    drawn = dansm.sample_images(net, flow, numbers, shape, steps, seed=seed, batch=batch, device=device, decode=decode)
+    drawn = sample_images(net, flow, numbers, shape, steps, seed=seed, batch=batch, device=device, decode=decode)
     for images in chain.from_iterable(images.split(SEEN_AT_ONCE) for images in drawn):
         found, classes = features_of(images, extractor, device)
         features.append(found.cpu())
@@ -506,7 +507,13 @@ def evaluate(paths: list[Path], data: str | None, device: torch.device, out: Pat
     """Score each model at each count of steps, write evaluate.json and evaluate.csv row by row, print one table.
 
     data         the real images; None: what the models say they were trained on, or what their latents are of
-    steps        counts parted by commas
+    out          folder of evaluate.json, which is added to, and evaluate.csv
+    steps        counts parted by commas; solver: "euler" or "heun", of a flow
+    count        images drawn for each row, by their numbers of `seed`, `batch` at a time (0: as many as fit)
+    size         real images are made squares of so many pixels; skip_unreadable: those that cannot be read are left out
+    features     "inception", its `weights` in a file if they are not to be downloaded, or module:callable
+    precision    of the generator, as in `scale.step.number_type`
+    cache        folder that keeps the features of real images
     autoencoder  decodes the latents of models of latents, in `memory` gigabytes
     A row that evaluate.json has already, of the same weights, images and settings, is not measured again.
     """
@@ -520,7 +527,7 @@ def evaluate(paths: list[Path], data: str | None, device: torch.device, out: Pat
     asked = []
     with _progress(len(models) * count * sum(cost.values())) as advance:
         try:
-            real = real_features(images, extractor, device, batch=batch or seen_at_once(device), cache=cache,
+            real = real_features(images, extractor, device, batch=seen_at_once(device), cache=cache,
                                  track=partial(_track, advance), check=partial(_check_shape, models, source))
             common = {"features": extractor.name, "data": source, "real_images": real.count, "seed": seed}
             made_from = [VERSION, real.digest, count, seed]
@@ -616,6 +623,7 @@ def _take(row: dict, rows: list[dict], asked: list[dict], measure: Callable[[], 
     begin = time.monotonic()
     row |= measure()
     row["seconds"] = round(time.monotonic() - begin, 2)
+    row["gpu"] = dansm.hardware(device)["gpu"] or "CPU"  # calls on several machines add up
     rows.append(row)
     asked.append(row)
     write_rows(out, rows, device)

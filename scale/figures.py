@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-import dansm
 from dansm import counted
 from scale.foundations import shorten
+from scale.samples import to_uint8
 
 COLUMN, PAGE = 3.4, 7.0  # inches: one column of a paper of two, and both
 INK, NOTE, PALE, NOISE, DATA = "#2b2f36", "#5b6470", "#d3d9e0", "#8fa8c4", "#c8441b"  # those of tiny.pictures
@@ -55,7 +55,7 @@ def kind_of(pairs: str) -> str:
 
 def pixels(images: Tensor) -> np.ndarray:
     """[−1, 1] (N, C, H, W), of one channel or three → uint8 (N, H, W, 3)."""
-    shown = rearrange(dansm.to_uint8(images.cpu()), "n c h w -> n h w c").numpy()
+    shown = rearrange(to_uint8(images.cpu()), "n c h w -> n h w c").numpy()
     return np.broadcast_to(shown, (*shown.shape[:3], 3))
 
 

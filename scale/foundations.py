@@ -22,6 +22,7 @@ from dansm import BadInput, counted, say
 from scale import checkpoint, data
 from scale.command import decoder_for
 from scale.recipe import parse_counts
+from scale.samples import check_steps
 from scale.step import sampler
 
 MATCH_SIZES = (100, 1000, 10_000)  # the paper's
@@ -70,7 +71,7 @@ def load_models(paths: list[Path], device: torch.device, *, steps: list[int], la
     for path, label in zip(paths, labels, strict=True):
         net, flow, about = checkpoint.load_model(path, device, say=say)
         for count in steps:
-            dansm.check_steps("--steps", count, type(flow))
+            check_steps("--steps", count, type(flow))
         shape = net.shape
         models.append(Model(label, sampler(net, device, precision), flow, shape, about))
         if shape != models[0].shape:
@@ -291,7 +292,7 @@ def grid(paths: list[Path], *, step_counts: str, side: int, labels, batch: int, 
 
 def _pictures(x: Tensor, decoder) -> Tensor:
     """Samples, (N, C, H, W), as images in [−1, 1]: latents decoded."""
-    return x if decoder is None else dansm.from_uint8(decoder.decode(x))
+    return x if decoder is None else data.from_uint8(decoder.decode(x))
 
 
 # ---------------------------------------------------------------------------------------------------

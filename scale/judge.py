@@ -16,6 +16,7 @@ import dansm
 from scale import evaluate
 from scale.latents import known_of
 from scale.recipe import Recipe
+from scale.samples import check_steps
 from scale.step import FastTraining, at_once, ranks, sampler
 
 SEED = 0  # of the noises for every run, as that of dansm evaluate where none is given: runs compare pair by pair
@@ -56,7 +57,7 @@ class Judge:
             raise dansm.BadInput(f"--evaluate-count is {recipe.evaluate_count}: expected at least {self.processes}, an "
                                  "image for each process")
         for steps in recipe.evaluate_steps:
-            dansm.check_steps("--evaluate-steps", steps, dansm.FLOWS[recipe.flow])
+            check_steps("--evaluate-steps", steps, dansm.FLOWS[recipe.flow])
         if self.rank:
             group.barrier()  # what is to be downloaded, the first one does
         weights = Path(recipe.inception_weights) if recipe.inception_weights else None

@@ -26,6 +26,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 import dansm
 from dansm import counted, say
 from scale import checkpoint, command, trainer
+from scale.data import from_uint8
 from scale.evaluate import check_pictures, digest_of_images
 from scale.prior import ON_A_GPU, WAYS, noises, prior
 from scale.recipe import Recipe, load, shown
@@ -104,30 +105,28 @@ def todo(names: list[str], rows: list[dict]) -> Iterator[tuple[Run, int]]:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """What was measured so far. BadInput for what is no such table."""
-    if not path.exists():
-        return []
+    """What was measured so far."""
     kinds = dict(seed=int, images=int, seconds=float, steps=int, distance=float, real=float)
-    try:
-        with open(path, newline="") as file:
-            rows = [{name: kinds.get(name, str)(row[name]) for name in FIELDS} for row in csv.DictReader(file)]
-    except (KeyError, ValueError, TypeError, OSError) as error:
-        raise dansm.BadInput(f"{path} cannot be read ({error}): expected what dansm proof wrote, or another --out"
-                             ) from error
+    rows = read_table(path, **dict.fromkeys(FIELDS, str) | kinds)
     if strange := next((row["run"] for row in rows if row["run"] not in RUNS), None):
         raise dansm.BadInput(f"{path} holds a run {strange!r}: expected one of {', '.join(RUNS)}, or another --out")
     return rows
 
 
 def read_speeds(path: Path) -> list[dict]:
-    return [{**row, "seed": int(row["seed"])} for row in read_table(path)]
+    return read_table(path, run=str, seed=int, images_per_second=float)
 
 
-def read_table(path: Path) -> list[dict[str, str]]:
+def read_table(path: Path, **kinds: type) -> list[dict]:
+    """The rows, the columns of `kinds` as that; none where there is no file. BadInput for what is no such table."""
     if not path.exists():
         return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+    try:
+        with open(path, newline="") as file:
+            return [row | {name: kind(row[name]) for name, kind in kinds.items()} for row in csv.DictReader(file)]
+    except (KeyError, ValueError, TypeError, OSError) as error:
+        raise dansm.BadInput(f"{path} cannot be read ({error}): expected what dansm proof wrote, or another --out"
+                             ) from error
 
 
 def rows_of(run: Run, seed: int, log: Path, gpu: str, features: str) -> list[dict]:
@@ -257,13 +256,13 @@ def measure_prior(images, which: str, out: Path, device) -> None:
     if not count:
         say(f"the prior is not tested: that takes {PRIOR:,} images, there are {len(images):,}")
         return
-    rows = [row for row in read_table(table) if row["data"] == which]
+    rows = [row for row in read_table(table, way=str, data=str) if row["data"] == which]
     there = {row["way"] for row in rows}
     ways = [way for way in WAYS + (ON_A_GPU if device.type == "cuda" else []) if way.name not in there]
     if not ways:
         return
     some = np.random.default_rng(0).permutation(len(images))[:count]
-    images = dansm.from_uint8(torch.from_numpy(np.asarray(images)[some]).to(device))
+    images = from_uint8(torch.from_numpy(np.asarray(images)[some]).to(device))
     with Progress(TextColumn("the prior of {task.description}"), BarColumn(), TimeRemainingColumn(),
                   console=dansm.console) as bar:
         task = bar.add_task(ways[0].name, total=sum(noises(images, way) for way in ways))

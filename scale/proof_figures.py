@@ -43,7 +43,7 @@ def draw(rows: list[dict], speeds: list[dict], out: Path) -> list[str]:
 def at_their_rate(rows: list[dict], speeds: list[dict]) -> list[dict]:
     """`rows` with the seconds that their images take at the run's median rate: on the clock one run begins with kernels
     to be compiled, the next of the same call with none. Those of runs too short for a rate are left out."""
-    rates = {(speed["run"], speed["seed"]): float(speed["images_per_second"]) for speed in speeds}
+    rates = {(speed["run"], speed["seed"]): speed["images_per_second"] for speed in speeds}
     return [{**row, "seconds": row["images"] / rates[row["run"], row["seed"]]} for row in rows
             if (row["run"], row["seed"]) in rates]
 

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import dansm
-from scale.data import load_images
+from scale.data import from_uint8, load_images
 from scale.evaluate import check_pictures
 from scale.figures import COLUMN, DATA, INK, NOISE, NOTE, PALE, SERIES, STYLE, save
 from scale.foundations import make_table, mean_and_std, shown
@@ -35,7 +35,10 @@ def load_pixels(source: str) -> Tensor:
     """(N, D) in [−1, 1]. BadInput for latents."""
     images = load_images(source)
     check_pictures(images)
-    return dansm.from_uint8(torch.as_tensor(np.asarray(images)).flatten(1))
+    numbers = math.prod(images.shape[1:])
+    needed = 12 * len(images) * numbers + 24 * numbers**2  # bytes: what is converted, and what is made on the way
+    dansm.check_memory(f"--data is {source}, {len(images):,} images of {numbers:,} numbers", needed, "cpu")
+    return from_uint8(torch.as_tensor(np.asarray(images)).flatten(1))
 
 
 def measure(images: Tensor, draws: int = DRAWS, match_sizes=MATCH_SIZES, nearest_of: int = NEAREST_OF,

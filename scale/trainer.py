@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 import dansm
-from scale import checkpoint, data
+from scale import checkpoint, data, samples
 from scale.judge import Judge, due, is_evaluation
 from scale.latents import known_of
 from scale.recipe import Recipe, changed, make_flow, write
@@ -59,7 +59,8 @@ def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, 
     run = FastTraining(new_network(images, recipe), recipe, device)
     torch.manual_seed(recipe.seed if rank == 0 else _seed_of(recipe.seed, rank))
     flow = make_flow(dataclasses.asdict(recipe), known_of(images) is None)
-    pool = dansm.NoisePool(recipe.match_size, images.shape[1:], cost=recipe.cost, device=device, seed=recipe.seed,
+    pooled = recipe.match_size if recipe.method == "greedy" else 0  # the others need its generator alone
+    pool = dansm.NoisePool(pooled, images.shape[1:], cost=recipe.cost, device=device, seed=recipe.seed,
                            dtype=number_type(recipe.pool, device), fast=recipe.fast, match_scope=recipe.match_scope,
                            compile=recipe.compile)
     keeper = Keeper(out, recipe, images, fresh, console)
@@ -141,7 +142,7 @@ class Keeper:
 
     def __init__(self, out: Path, recipe: Recipe, images, fresh: bool, console: Console):
         self.out, self.recipe, self.console = out, recipe, console
-        self.images, self.latents = len(images), known_of(images)
+        self.images, self.latents, self.look = len(images), known_of(images), data.look(images)
         self.rank, self.processes = ranks()
         self.metrics, self.aside = out / "metrics.jsonl", out / "metrics.partial"
         if fresh and self._restarted():
@@ -212,9 +213,15 @@ class Keeper:
     def _check(self, path, state, run):
         """BadInput if the checkpoint is of a run with other settings, images or processes."""
         with checkpoint.reading(path):
-            differences = changed(state["recipe"], self.recipe)
+            before, known = state["recipe"], state.get("look")  # runs of before had none
+            alike = None if known is None or self.look is None else data.look_alike(known, self.look)
+            if alike:  # wherever they lie now
+                before = before | {"data": self.recipe.data}
+            differences = changed(before, self.recipe)
             if state["images"] != self.images:
                 differences.append(f"images {state['images']:,} → {self.images:,}")
+            elif alike is False:
+                differences.append("images → others, as many")
             for part, words in {"size": "images of {} pixels", "channels": "images of {} channels"}.items():
                 if state["network"][part] != run.net.settings[part]:
                     differences.append(f"{words.format(state['network'][part])} → {run.net.settings[part]}")
@@ -269,7 +276,7 @@ class Keeper:
         if self.rank == 0:
             checkpoint.save(self.out, {
                 "network": run.net.settings, "recipe": dataclasses.asdict(self.recipe), "data": self.recipe.data,
-                "images": self.images, "latents": self.latents,
+                "images": self.images, "look": self.look, "latents": self.latents,
                 "training": run.state_dict(), "ranks": everyones, "seconds": self.seconds,
             }, self.recipe.keep, drop=self.others)
             if self.keeps_other:
@@ -285,9 +292,9 @@ class Keeper:
             return
         part = self.recipe.batch // (self.processes * self.recipe.accumulate)  # fits into memory: a step had it
         net = sampler(run.average, device, self.recipe.precision, self.recipe.compile)
-        draws = dansm.sample_images(net, flow, range(64), shape, self.recipe.sample_steps, seed=self.recipe.seed,
+        draws = samples.sample_images(net, flow, range(64), shape, self.recipe.sample_steps, seed=self.recipe.seed,
                                     batch=min(64, part), device=device)
-        dansm.save_grid(torch.cat(list(draws)), self.out / f"samples-{run.step:08d}.png")
+        samples.save_grid(torch.cat(list(draws)), self.out / f"samples-{run.step:08d}.png")
 
     def _gathered(self, ours) -> list | None:
         if self.processes == 1:
@@ -315,15 +322,24 @@ def _take_up_random_numbers(path, state, pool, device):
     if state["pool"]["made_for"]["device"] != device.type:
         raise dansm.BadInput(f"{path} was not begun on --device {device.type}: a run goes on only on the kind of "
                              "device it was begun on; expected that one, another --out, or --fresh to begin anew")
-    pool.load_state_dict(state["pool"])
+    saved = state["pool"]
+    if pool.match_size == 0:  # a run of random pairs once saved the whole pool that it did not use
+        saved = saved | {"made_for": saved["made_for"] | {"match_size": 0}, "index": saved["index"][:0]}
+    pool.load_state_dict(saved)
     torch.set_rng_state(state["random"]["cpu"])
     if device.type == "cuda":
         torch.cuda.set_rng_state(state["random"]["cuda"], device)
+    elif device.type == "mps" and "mps" in state["random"]:
+        torch.mps.set_rng_state(state["random"]["mps"])
 
 
 def _random_state(device):
     state = {"cpu": torch.get_rng_state()}
-    return {**state, "cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state()
+    return state
 
 
 def _forget_after(metrics, step):

@@ -20,7 +20,7 @@ from test_checkpoint import broken_checkpoints, same
 from test_data import noise_image
 
 import dansm
-from scale import checkpoint, trainer
+from scale import checkpoint, samples, trainer
 from scale.recipe import Recipe, load
 
 ROOT = Path(__file__).parent.parent
@@ -362,7 +362,7 @@ def test_a_second_ctrl_c_stops_at_once_with_exit_code_130_and_what_was_saved(run
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(dansm, "sample_images", stop)  # the grid of samples comes after the last save
+    monkeypatch.setattr(samples, "sample_images", stop)  # the grid of samples comes after the last save
     code, _, err = run("train", images, "--out", tmp_path / "out", "--steps", 2, *FAST)
     assert (code, err) == (130, f"dansm: stopped; the run is saved in {checkpoint.newest(tmp_path / 'out')}\n")
     assert json.loads((tmp_path / "out" / "train.json").read_text())["steps"] == 2
@@ -424,7 +424,7 @@ def test_image_7_is_the_same_whatever_the_count_and_the_batch(run, trained, tmp_
         assert abs(few[i] - many[i]).max() <= 1  # the last bits of a product depend on the batch
     assert abs(few[7] - few[6]).mean() > 20
     z = dansm.path_noise([7], (3, 16, 16))
-    assert abs(few[7] - dansm.to_uint8(z)[0].permute(1, 2, 0).numpy()).mean() > 1
+    assert abs(few[7] - samples.to_uint8(z)[0].permute(1, 2, 0).numpy()).mean() > 1
     assert Image.open(tmp_path / "few" / "samples.png").size == (3 * 34 + 2, 3 * 34 + 2)
     assert Image.open(tmp_path / "many" / "samples.png").size == (5 * 34 + 2, 4 * 34 + 2)
 
@@ -490,7 +490,7 @@ def test_numbered_images_are_not_mixed_with_those_of_another_call(run, refused, 
 
 def test_images_of_a_sampling_that_was_killed_are_its_own(run, trained, tmp_path, monkeypatch):
     same = "sample", trained, "--count", 4, "--batch", 2, "--steps", 2, "--files", "--out", tmp_path / "out"
-    save = dansm.save_grid
+    save = samples.save_grid
 
     def killed_at_the_end(images, path, **settings):
         if path.name == "samples.png":
@@ -498,7 +498,7 @@ def test_images_of_a_sampling_that_was_killed_are_its_own(run, trained, tmp_path
         save(images, path, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(dansm, "save_grid", killed_at_the_end)
+        patch.setattr(samples, "save_grid", killed_at_the_end)
         assert run(*same)[0] == 130
     assert len(list((tmp_path / "out").glob("0*.png"))) == 4
     assert run(*same)[0] == 0
@@ -512,7 +512,7 @@ def test_an_export_lies_beside_its_run_if_nothing_else_is_said(run, trained):
 
 
 def test_sampling_stopped_by_ctrl_c_keeps_what_is_drawn(run, trained, tmp_path, monkeypatch):
-    draw = dansm.sample_images
+    draw = samples.sample_images
 
     def stopped_after_two_batches(*arguments, **settings):
         draws = draw(*arguments, **settings)
@@ -520,8 +520,10 @@ def test_sampling_stopped_by_ctrl_c_keeps_what_is_drawn(run, trained, tmp_path, 
         yield next(draws)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(dansm, "sample_images", stopped_after_two_batches)
-    run("sample", trained, "--count", 9, "--batch", 3, "--steps", 2, "--files", "--out", tmp_path / "out")
+    monkeypatch.setattr(samples, "sample_images", stopped_after_two_batches)
+    command = "sample", trained, "--count", 9, "--batch", 3, "--steps", 2, "--files", "--out", tmp_path / "out"
+    code, _, err = run(*command)
+    assert (code, err) == (130, "dansm: stopped after 6 of 9 images\n")
     assert json.loads((tmp_path / "out" / "sample.json").read_text())["count"] == 6
     assert files_of(tmp_path / "out") == [*(f"{i:06d}.png" for i in range(6)), "sample.json", "samples.png"]
 
@@ -1147,6 +1149,39 @@ def test_going_on_with_another_folder_is_refused(run, refused, images, tmp_path)
     run("train", images, "--steps", 1, "--out", tmp_path / "out", *FAST)
     fewer = make_images(tmp_path / "fewer", count=5)
     assert "images 24 → 5" in refused("train", fewer, "--steps", 2, "--out", tmp_path / "out", *FAST)
+
+
+def test_going_on_with_other_images_of_the_same_names_is_refused(run, refused, images, tmp_path):
+    run("train", images, "--steps", 1, "--out", tmp_path / "out", *FAST)
+    for path in images.iterdir():
+        Image.new("RGB", (16, 16)).save(path)
+    assert "images → others, as many" in refused("train", images, "--steps", 2, "--out", tmp_path / "out", *FAST)
+
+
+def test_a_run_goes_on_where_its_images_have_moved(run, refused, images, tmp_path):
+    out, moved = tmp_path / "out", tmp_path / "elsewhere"
+    run("train", images, "--steps", 1, "--out", out, *FAST)
+    images.rename(moved)
+    assert run("train", moved, "--steps", 2, "--out", out, *FAST)[0] == 0
+    saved = checkpoint.newest(out)
+    assert saved.name == "checkpoint-00000002.pt"
+    change(saved, "look", to=None)  # of a run begun before it was kept: the name is all there is
+    images.parent.mkdir(exist_ok=True)
+    moved.rename(images)
+    assert f"data {moved} → {images}" in refused("train", images, "--steps", 3, "--out", out, *FAST)
+
+
+def test_random_pairs_need_no_room_for_a_pool_and_go_on_from_one(run, images, tmp_path):
+    """Once they saved a whole pool, of which they used the generator alone."""
+    out, command = tmp_path / "out", ["train", images, "--method", "random", *FAST]
+    assert run(*command, "--match-size", 10**11, "--steps", 1, "--out", tmp_path / "large")[0] == 0
+    run(*command, "--steps", 4, "--out", tmp_path / "whole")
+    run(*command, "--steps", 2, "--out", out)
+    made_for = state_of(out)["ranks"][0]["pool"]["made_for"]
+    assert made_for["match_size"] == 0
+    change(checkpoint.newest(out), "ranks", 0, "pool", "made_for", "match_size", to=10)
+    assert run(*command, "--steps", 4, "--out", out)[0] == 0
+    assert same(state_of(out)["training"], state_of(tmp_path / "whole")["training"])
 
 
 def test_an_empty_name_is_no_folder(refused, tmp_path):

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-import dansm
 from dansm import BadInput
 from scale import data
 from scale.data import batches, load_images
 from scale.read import find_files
+from scale.samples import to_uint8
 
 
 def noise_image(width, height, seed=0, mode="RGB"):
@@ -225,7 +225,7 @@ def test_black_is_minus_1_and_white_is_1_exactly_and_the_levels_come_back():
     images = torch.arange(256, dtype=torch.uint8).view(256, 1, 1, 1)
     x = stream(images, 256, 1, flip=False)
     assert (x.dtype, x.min().item(), x.max().item()) == (torch.float32, -1.0, 1.0)
-    assert torch.equal(dansm.to_uint8(x).flatten().sort().values, images.flatten())
+    assert torch.equal(to_uint8(x).flatten().sort().values, images.flatten())
 
 
 def test_a_batch_larger_than_the_data_shows_each_image_as_often():

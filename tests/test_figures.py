@@ -20,6 +20,7 @@ import dansm
 from dansm import BadInput
 from scale import checkpoint, figures, foundations, paths
 from scale.data import load_images
+from scale.samples import sample_images, to_uint8
 
 NETWORK = dict(channels=3, size=8, width=8, multipliers=(1,), blocks=1, attention_at=(), dropout=0.0)
 FAST = ("--device", "cpu", "--batch", 16)
@@ -125,8 +126,8 @@ def test_compare_takes_the_noise_that_dansm_sample_takes(save_model):
     (model,) = foundations.load_models([save_model("a")], torch.device("cpu"), steps=[3])
     pairs = foundations.own_pairs(model, range(5, 12), 3, seed=4, batch=3, device="cpu")
     assert torch.equal(pairs.z, dansm.path_noise(range(5, 12), (3, 8, 8), 4))
-    drawn = torch.cat(list(dansm.sample_images(model.net, model.flow, range(5, 12), model.shape, 3, seed=4)))
-    assert torch.equal(dansm.to_uint8(pairs.x), drawn)
+    drawn = torch.cat(list(sample_images(model.net, model.flow, range(5, 12), model.shape, 3, seed=4)))
+    assert torch.equal(to_uint8(pairs.x), drawn)
     path = torch.stack(list(model.flow.path(model.net, pairs.z, 3)))
     assert pairs.straightness == pytest.approx(dansm.straightness(path), rel=1e-4)
 

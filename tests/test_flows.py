@@ -345,3 +345,11 @@ def test_a_bfloat16_batch_does_not_round_the_levels():
     net, x = Watched(), torch.zeros(1000, 1, dtype=torch.bfloat16)
     Diffusion().loss(net, x, x, 1 - (torch.arange(1000) + 0.5) / 1000)
     assert net.seen[0][1].tolist() == list(range(1000))
+
+
+def test_a_bfloat16_batch_has_its_noise_at_the_levels_next_to_the_data():
+    """ᾱ itself rounds to 1 at the first ten of them."""
+    net, x = Watched(), torch.zeros(20, 1, dtype=torch.bfloat16)
+    Diffusion().loss(net, x, torch.ones_like(x), 1 - (torch.arange(20) + 0.5) / 1000)
+    wanted = (1 - Diffusion().alpha_bar[:20]).sqrt()
+    assert torch.allclose(net.seen[0][0].flatten().double(), wanted, rtol=2**-8, atol=0)

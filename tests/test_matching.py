@@ -941,19 +941,3 @@ def test_a_pool_that_is_not_to_compile_asks_for_no_kernels(monkeypatch):
     assert asked == []
     NoisePool(10, (2,))
     assert len(asked) == 1
-
-
-def test_what_is_done_ahead_is_one_more_than_is_used_and_in_order():
-    done = []
-    used = dansm.ahead(lambda each: done.append(each) or each**2, range(5))
-    assert next(used) == 0 and next(used) == 1
-    used.close()  # waits for what is under way
-    assert done == [0, 1, 2]
-    assert list(dansm.ahead(len, [])) == [] and list(dansm.ahead(str, [7])) == ["7"]
-
-
-def test_what_fails_ahead_fails_when_it_is_used():
-    used = dansm.ahead(lambda each: 1 / each, [2, 0, 4])
-    assert next(used) == 0.5
-    with pytest.raises(ZeroDivisionError):
-        next(used)

@@ -102,6 +102,13 @@ def test_a_size_that_cannot_be_halved_often_enough_is_refused(size, multipliers)
         UNet(**SMALL | dict(size=size, multipliers=multipliers))
 
 
+@pytest.mark.parametrize(("name", "value"), [("channels", 0), ("channels", -1), ("multipliers", (0, 1)),
+                                             ("multipliers", (1.5,)), ("dropout", 2), ("dropout", -0.1)])
+def test_sizes_that_no_network_has_are_refused(name, value):
+    with pytest.raises(BadInput, match=f"{name} is"):
+        UNet(**SMALL | {name: value})
+
+
 @pytest.mark.parametrize("width", [0, 1, 2, 3, 5, 7, 129])
 def test_a_width_below_4_or_odd_is_refused(width):
     with pytest.raises(BadInput, match=f"width is {width}"):

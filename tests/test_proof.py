@@ -168,6 +168,13 @@ def test_some_runs_alone_and_unknown_ones(run, three, tmp_path):
     assert code == 2 and err.count("\n") == 1 and "off, greedy-10000, assigned-256, prior" in err
 
 
+def test_a_damaged_table_of_speeds_is_refused(run, three, tmp_path):
+    assert run(*three, "--only", "off")[0] == 0
+    (tmp_path / "out" / "speed.csv").write_text("run,x\noff,1\n")
+    code, _, err = run(*three, "--only", "off")
+    assert code == 2 and err.count("\n") == 1 and "speed.csv cannot be read" in err
+
+
 @pytest.mark.parametrize("content", ["run,seed\nother,0\n", "nothing\n1\n",
                                      ",".join(proof.FIELDS) + "\nother,0,1,1,1,1,1,test_evaluate:seen,some,CPU\n",
                                      ",".join(proof.FIELDS) + "\noff,0,1,1,1,1,1,inception,some,CPU\n"])
@@ -269,7 +276,7 @@ def test_the_ratio_of_each_run_is_to_random_pairs_of_its_own_batch():
 
 def test_minutes_are_those_of_the_images_at_the_runs_own_rate():
     rows = rows_by(lambda n, _: 1.0, "off", 2, images=(256_000,)) + rows_by(lambda n, _: 1.0, "nearest-16", 1)
-    found = proof_figures.at_their_rate(rows, [dict(run="off", seed=1, images_per_second="12800.0")])
+    found = proof_figures.at_their_rate(rows, [dict(run="off", seed=1, images_per_second=12800.0)])
     assert [(row["run"], row["seed"], row["seconds"]) for row in found] == [("off", 1, 20.0)]
 
 

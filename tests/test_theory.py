@@ -227,6 +227,13 @@ def test_the_command_refuses_fewer_images_than_a_pool_has_noises(capsys, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+def test_more_images_than_the_memory_holds_are_refused(monkeypatch):
+    monkeypatch.setattr(theory, "load_images", lambda source: torch.zeros(10, 3, 4, 4, dtype=torch.uint8))
+    monkeypatch.setattr(dansm, "free_memory", lambda device: 10_000)
+    with pytest.raises(dansm.BadInput, match="--data is x, 10 images of 48 numbers: that needs"):
+        theory.load_pixels("x")
+
+
 def test_the_command_measures(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(theory, "load_pixels", lambda source: torch.rand(4000, 12) * 2 - 1)
     monkeypatch.setattr(theory, "MATCH_SIZES", (20, 40, 80))

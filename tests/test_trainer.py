@@ -24,7 +24,7 @@ from test_checkpoint import same
 from test_commands import FAST, TINY, files_of, log_of, make_images, state_of, wait_for
 
 import dansm
-from scale import checkpoint, data, foundations, trainer
+from scale import checkpoint, data, foundations, samples, trainer
 from scale.recipe import Recipe
 from scale.step import FastTraining, number_type, operations_per_image, peak
 
@@ -365,8 +365,8 @@ def test_grids_are_of_the_same_noise_and_change_nothing(run, images, tmp_path, m
 
 
 def test_a_grid_takes_no_more_at_once_than_a_step(run, images, tmp_path, monkeypatch):
-    draw, sizes = dansm.sample_images, []
-    monkeypatch.setattr(dansm, "sample_images", lambda *given, **settings: (
+    draw, sizes = samples.sample_images, []
+    monkeypatch.setattr(samples, "sample_images", lambda *given, **settings: (
         sizes.append(settings.get("batch")) or draw(*given, **settings)))
     monkeypatch.setattr(trainer, "GRID_SHARE", 1e15)
     run("train", images, "--steps", 2, "--accumulate", 2, *OFTEN, "--out", tmp_path / "out", *FAST)

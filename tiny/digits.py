@@ -25,7 +25,7 @@ import dansm
 STEP_COUNTS = (1, 2, 3, 5, 10)
 NETWORK = dict(channels=1, size=8, width=16, multipliers=(1, 2), blocks=1, attention_at=(4,), dropout=0.0, biggan=False)
 LOOKS = {"random": dict(color="#8a97a8", marker="o"), "optimal": dict(color="#7a4b94", marker="D"),
-         "greedy": dict(color="#c8431a", marker="s")}
+         "greedy": dict(color="#c8441b", marker="s")}
 CURVES = (1, 2, 5, 10)  # of STEP_COUNTS, those with a curve
 BATCH, RATE, DECAY = 64, 1e-3, 0.995  # for other batches see `train_one`
 
