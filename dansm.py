@@ -256,7 +256,14 @@ class NoisePool:
     Samples are served in batch order, each takes its nearest noise, which leaves the pool; an empty pool is
     drawn anew, in the middle of a batch if need be. So the scope of the match does not depend on the batch
     size, which may be 1. Over a whole pool the noises handed out are exactly those drawn: the prior stays
-    N(0, I). match_size 0 or 1 is vanilla training, a random noise for each sample.
+    N(0, I). match_size 0 or 1 is vanilla training, a random noise for each sample. For each x of a batch it is
+
+        if len(noise) == 0:
+            noise = torch.randn(match_size, *shape)
+        i = (noise - x).flatten(1).norm(dim=1).argmin()
+        z, noise = noise[i], torch.cat([noise[:i], noise[i + 1 :]])
+
+    and the rest of the class is how that costs a batch nothing.
 
     match_size   how many noises, or None for as many as `memory` holds
     shape        of one sample, (C, H, W) or any other
