@@ -270,6 +270,7 @@ def measure_prior(images, which: str, out: Path, device) -> None:
             bar.update(task, description=way.name)
             row, = prior(images, [way], advance=lambda count: bar.advance(task, count))
             rows.append({**row, "data": which})
+            rows.sort(key=lambda row: [way.name for way in WAYS + ON_A_GPU].index(row["way"]))
             dansm.write_csv(rows, table)
     dansm.say_files(out, table.name)
 

@@ -35,24 +35,52 @@ def test_every_file_the_readme_names_is_there():
     assert not missing
 
 
-def test_what_the_readme_says_of_the_digits_is_what_was_measured():
-    record = json.loads((README.parent / "results" / "digits" / "long" / "digits.json").read_text())
+def digits(folder):
+    """The seeds of a record, and what gives the curve of some of them, (images, mean distance), by method and steps."""
+    record = json.loads((README.parent / "results" / "digits" / folder / "digits.json").read_text())
     marks, seeds = (sorted({run[key] for run in record["runs"]}) for key in ("trained_steps", "seed"))
 
     def curve(method, count, of):
-        return [(64 * mark, fmean(run["distance"][count] for run in record["runs"] if run["seed"] in of and
-                                  (run["method"], run["trained_steps"]) == (method, mark))) for mark in marks]
+        return [(record["batch"] * mark, fmean(run["distance"][count] for run in record["runs"] if run["seed"] in of and
+                                               (run["method"], run["trained_steps"]) == (method, mark)))
+                for mark in marks]
 
-    def needed(count, of):
-        return images_to(curve("random", count, of)[-1][1], curve("greedy", count, of))
+    return seeds, curve
 
-    said = " ".join(README.read_text().split())
-    assert len(seeds) == 3 and 64 * marks[-1] == 256_000
-    told = {"10": "{:,.0f} ({:,.0f} to {:,.0f} by seed), in five", "5": "{:,.0f} ({:,.0f} to {:,.0f})."}
-    for count, words in told.items():
-        by_seed = [needed(count, [seed]) for seed in seeds]
-        found = (needed(count, seeds), min(by_seed), max(by_seed))
-        assert words.format(*(round(images, -3) for images in found)) in said
+
+def told(folder, words, count):
+    """`words` with the images that the pool needs for what random pairs come to at their end: mean, least, most."""
+    seeds, curve = digits(folder)
+    found = [images_to(curve("random", count, of)[-1][1], curve("greedy", count, of))
+             for of in (seeds, *([seed] for seed in seeds))]
+    return words(found[0], min(found[1:]), max(found[1:]))
+
+
+def test_what_the_readme_says_of_the_digits_is_what_was_measured():
+    said, (seeds, curve) = " ".join(README.read_text().split()), digits("long")
+    assert len(seeds) == 3 and curve("random", "1", seeds)[-1][0] == 256_000
+
+    def thousands(*images):
+        return "{:,.0f} ({:,.0f} to {:,.0f}".format(*(round(number, -3) for number in images))
+
+    assert told("long", thousands, "10") + " by seed), in five" in said
+    assert told("long", thousands, "5") + ")." in said
+
+
+def test_what_the_readme_says_of_small_batches_is_what_was_measured():
+    said = " ".join(README.read_text().replace("**", "").split())
+    for folder, methods, joined in (("batch8", ("random", "optimal", "greedy"), ", "),
+                                    ("batch1", ("random", "greedy"), " → ")):
+        seeds, curve = digits(folder)
+        last = {count: joined.join(f"{curve(method, count, seeds)[-1][1]:.2f}" for method in methods)
+                for count in ("1", "5", "10")}
+        assert len(seeds) == 3
+        assert f"{last['1']} in one step" in said and f"{last['5']} in five" in said and f"{last['10']} in ten" in said
+
+    def hundreds(*images):
+        return "{:,.0f} images ({:,.0f} to {:,.0f} by seed)".format(*(round(number, -2) for number in images))
+
+    assert f"the pool has after {told('batch1', hundreds, '10')}" in said
 
 
 def records(name):
