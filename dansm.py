@@ -1289,7 +1289,7 @@ def digits_command(
 
     run(match_size=match_size, steps=steps, batch=batch, assigned=assigned,
         judge_at=parse_counts("--judge-at", judge_at) if judge_at else (), seeds=seeds, seed=seed,
-        device=pick_device(device), out=make_folder(out))
+        device=pick_device(device), out=out)
 
 
 WITH_ANY_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}  # which scale knows, and the help of them

@@ -529,7 +529,8 @@ def evaluate(paths: list[Path], data: str | None, device: torch.device, out: Pat
         try:
             real = real_features(images, extractor, device, batch=seen_at_once(device), cache=cache,
                                  track=partial(_track, advance), check=partial(_check_shape, models, source))
-            common = {"features": extractor.name, "data": source, "real_images": real.count, "seed": seed}
+            common = {"features": extractor.name, "data": source, "real_images": real.count,
+                      "real_digest": real.digest[:8], "seed": seed}
             made_from = [VERSION, real.digest, count, seed]
             row = {"model": "real images", "made_from": _digest("floor", made_from), **common}
             _take(row, rows, asked, lambda: floor(real, count, extractor, seed=seed, device=device), out, device)
@@ -567,11 +568,11 @@ def _find_real(models: list[Model], data: str | None, size: int | None, skip_unr
     """The real images, with their source."""
     recipes = [model.about["recipe"] for model in models]
     if data is None:
-        sources = sorted({str(model.about["data"]) for model in models})
-        if len(sources) > 1 or not sources[0]:
-            raise BadInput(f"the models were trained on {', '.join(map(repr, sources))}: expected --data, the images "
-                           "to compare all of them with")
-        data, size = sources[0], size or recipes[0].get("size") or None
+        sources = {os.path.realpath(name): name for name in (str(model.about["data"]) for model in models)}
+        if len(sources) > 1 or "" in sources.values():
+            raise BadInput(f"the models were trained on {', '.join(sorted(map(repr, sources.values())))}: expected "
+                           "--data, the images to compare all of them with")
+        data, size = next(iter(sources.values())), size or recipes[0].get("size") or None
         skip_unreadable = skip_unreadable or recipes[0].get("skip_unreadable", False)
         if models[0].decoder:
             there = known_on_disk(Path(data))
@@ -580,6 +581,9 @@ def _find_real(models: list[Model], data: str | None, size: int | None, skip_unr
                 raise BadInput(f"{data} does not say what images its latents are of: expected --data, those images")
             data, size = known["source"], size or known["size"]
             skip_unreadable = skip_unreadable or bool(there.get("left_out"))
+        if data != "cifar10" and not Path(data).exists():
+            raise BadInput(f"{models[0].path} was trained on {data}, which is not here: expected --data, where its "
+                           "images lie now")
     caches = [Path(recipe["cache"]) for recipe in recipes if recipe.get("cache")]
     return data, stream_images(data, size=size, skip_unreadable=skip_unreadable, caches=caches)
 

@@ -27,7 +27,7 @@ import dansm
 from dansm import counted, say
 from scale import checkpoint, command, trainer
 from scale.data import from_uint8
-from scale.evaluate import check_pictures, digest_of_images
+from scale.evaluate import check_pictures, digest_of_images, load_extractor
 from scale.prior import ON_A_GPU, WAYS, noises, prior
 from scale.recipe import Recipe, load, shown
 
@@ -53,7 +53,7 @@ class Run(NamedTuple):
 OFF, MATCHED = "off", "greedy-10000"
 DIFFUSION = dict(flow="diffusion", target="velocity")  # one that says the noise needs far more images than fit here
 RUNS = {run.name: run for run in [
-    Run(OFF, dict(method="random"), LONG, 3, "off: random pairs"),
+    Run(OFF, dict(method="random"), LONG, 3, "random pairs"),
     Run(MATCHED, dict(), LONG, 3, "pool of 10,000"),
     Run("greedy-1000", dict(match_size=1000), MIDDLE, 1, "pool of 1,000"),
     Run("greedy-100000", dict(match_size=100_000), MIDDLE, 3, "pool of 100,000"),
@@ -61,15 +61,15 @@ RUNS = {run.name: run for run in [
     Run("assigned-256", dict(method="optimal", match_size=256), MIDDLE, 1, "assignment within batches of 256"),
     Run("nearest-16", dict(method="nearest", match_size=16), MIDDLE, 1, "nearest of 16"),
     Run("optimal-10000", dict(method="optimal"), MIDDLE, 1, "assignment over 10,000"),
-    Run("diffusion-off", dict(DIFFUSION, method="random"), MIDDLE, 1, "diffusion, off"),
+    Run("diffusion-off", dict(DIFFUSION, method="random"), MIDDLE, 1, "diffusion, random pairs"),
     Run("diffusion-greedy-10000", DIFFUSION, MIDDLE, 1, "diffusion, pool of 10,000"),
     Run("inner-10000", dict(cost="inner"), SHORT, 3, "pool of 10,000, inner product"),
     Run("inner-100000", dict(cost="inner", match_size=100_000), SHORT, 3, "pool of 100,000, inner product"),
-    Run("batch8-off", dict(batch=8, lr=1e-4, method="random"), FEW[2], 1, "batch 8, off"),
+    Run("batch8-off", dict(batch=8, lr=1e-4, method="random"), FEW[2], 1, "batch 8, random pairs"),
     Run("batch8-assigned", dict(batch=8, lr=1e-4, method="optimal", match_size=8), FEW[2], 1,
         "batch 8, assignment within batches"),
     Run("batch8-greedy-10000", dict(batch=8, lr=1e-4), FEW[2], 1, "batch 8, pool of 10,000"),
-    Run("batch1-off", dict(batch=1, lr=4e-5, method="random"), FEW[0], 1, "batch 1, off"),
+    Run("batch1-off", dict(batch=1, lr=4e-5, method="random"), FEW[0], 1, "batch 1, random pairs"),
     Run("batch1-greedy-10000", dict(batch=1, lr=4e-5), FEW[0], 1, "batch 1, pool of 10,000"),
 ]}
 
@@ -192,6 +192,9 @@ def prove(data: str, out: Path, work: Path, device: torch.device, *, names: list
     begin, more = time.monotonic(), {**more, "cache": str(cache or "")}
     rows, runs = read_rows(out / "distances.csv"), [name for name in names if name in RUNS]
     waiting, tests_prior = list(todo(runs, rows)), "prior" in names and (not minutes or names == ["prior"])
+    if waiting:  # before anything is read or made
+        weights = more.get("inception_weights")
+        load_extractor(more["evaluate_features"], device, Path(weights) if weights else None, "--features")
     say(f"{counted(len(waiting), 'run')} of {sum(RUNS[name].seeds for name in runs)} to go")
     if waiting or tests_prior:
         images, _ = command.read(recipe_of(RUNS[OFF], 0, data, **more))

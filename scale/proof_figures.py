@@ -62,7 +62,7 @@ def curves(rows: list[dict], looks: dict[str, dict], along: str) -> Figure | Non
     for axes, steps in zip(panels, counts, strict=True):
         axes.set(xscale="log", yscale="log")
         _few_plain_numbers(axes.xaxis, (1, 3))
-        _few_plain_numbers(axes.yaxis, (1, 1.5, 2, 3, 5, 7))
+        _few_plain_numbers(axes.yaxis, (1, 1.5, 2, 3, 4, 5, 7))
         for name, look in looks.items():
             _draw_run(axes, [row for row in rows if (row["run"], row["steps"]) == (name, steps)], look, along, unit)
         axes.set_title(f"{steps} steps", pad=3)
@@ -117,7 +117,8 @@ def side_by_side(rows: list[dict], names: list[str], images: int | None) -> Figu
                   markersize=3.5, label=f"{steps} steps")
     axes.axvline(1, color=INK, linewidth=0.6)
     axes.set_yticks(range(len(found)), [proof.RUNS[name].label for name in reversed(found)], fontsize=6.5)
-    axes.set_xlabel("distance ÷ that of random pairs", fontsize=7)
+    seen = f"\nafter {images / 1e6:.2f} million images" if images else ""
+    axes.set_xlabel(f"distance ÷ that of random pairs{seen}", fontsize=7)
     axes.grid(axis="x", color=PALE, linewidth=0.5)
     figure.legend(loc="outside upper center", ncols=5, frameon=False, handletextpad=0.1, columnspacing=0.8)
     return figure

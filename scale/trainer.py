@@ -221,7 +221,7 @@ class Keeper:
             if state["images"] != self.images:
                 differences.append(f"images {state['images']:,} → {self.images:,}")
             elif alike is False:
-                differences.append("images → others, as many")
+                differences.append("as many images, but not the same ones")
             for part, words in {"size": "images of {} pixels", "channels": "images of {} channels"}.items():
                 if state["network"][part] != run.net.settings[part]:
                     differences.append(f"{words.format(state['network'][part])} → {run.net.settings[part]}")

@@ -1155,7 +1155,8 @@ def test_going_on_with_other_images_of_the_same_names_is_refused(run, refused, i
     run("train", images, "--steps", 1, "--out", tmp_path / "out", *FAST)
     for path in images.iterdir():
         Image.new("RGB", (16, 16)).save(path)
-    assert "images → others, as many" in refused("train", images, "--steps", 2, "--out", tmp_path / "out", *FAST)
+    said = refused("train", images, "--steps", 2, "--out", tmp_path / "out", *FAST)
+    assert "as many images, but not the same ones" in said
 
 
 def test_a_run_goes_on_where_its_images_have_moved(run, refused, images, tmp_path):

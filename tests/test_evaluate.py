@@ -647,6 +647,17 @@ def test_evaluate_makes_one_table_of_models_and_steps(run, model, images, tmp_pa
     assert [float(line["recall"]) for line in lines] == [row["recall"] for row in rows]
 
 
+def test_one_folder_named_in_two_ways_is_one_and_one_that_moved_is_asked_for(run, images, tmp_path):
+    for name, folder in (("one", images), ("two", images.relative_to(tmp_path))):
+        make_run(tmp_path / name, data=str(folder))
+    command = ["evaluate", tmp_path / "one", tmp_path / "two", *options(tmp_path)]
+    assert run(*command)[0] == 0
+    assert len({row["real_digest"] for row in rows_of(tmp_path / "out")}) == 1
+    images.rename(tmp_path / "elsewhere")
+    code, _, err = run(*command)
+    assert code == 2 and "was trained on" in err and "which is not here: expected --data" in err
+
+
 def test_scores_are_those_of_the_images_that_dansm_sample_writes(run, model, images, tmp_path):
     from PIL import Image
 

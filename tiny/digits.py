@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -56,14 +57,14 @@ def run(*, match_size: int = 1000, steps: int = 500, batch: int = BATCH, assigne
     console, images = Console(), load_digits().to(device)
     ways = [way for way in LOOKS if assigned or way != "optimal"]
     marks = sorted({mark for mark in judge_at if mark < steps} | {steps})
-    (out / "curve.png").unlink(missing_ok=True)  # of a call before
     halves = np.array_split(np.random.default_rng(0).permutation(len(images)), 2)
     result = {"data": "1,797 digits of scikit-learn, 8×8", "batch": batch, "steps": steps, "match_size": match_size,
               "ways": ways, "step_counts": STEP_COUNTS, "hardware": dansm.hardware(device), "runs": [],
               "real_half_against_half": dansm.frechet_distance(*(images[half] for half in halves))}
     bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[loss]}"),
                    TimeElapsedColumn(), TimeRemainingColumn(), console=console)
-    with bar:
+    (dansm.make_folder(out) / "curve.png").unlink(missing_ok=True)  # of a call before
+    with bar, _saying_what_is_kept(result, seeds, len(ways) * len(marks), out):
         task = bar.add_task("training", total=seeds * len(ways) * (steps + len(marks) * 2 * sum(STEP_COUNTS)), loss="")
         for each in range(seed, seed + seeds):
             samples = {}
@@ -85,6 +86,16 @@ def run(*, match_size: int = 1000, steps: int = 500, batch: int = BATCH, assigne
     print_table(result, console)
     dansm.say_files(out, "digits.png", *["curve.png"] * (len(marks) > 1), "digits.json")
     return result
+
+
+@contextmanager
+def _saying_what_is_kept(result: dict, seeds: int, a_seed: int, out: Path):
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        done = len(result["runs"]) // a_seed
+        raise dansm.Stopped(f"stopped: {done} of {dansm.counted(seeds, 'seed')} in {out / 'digits.json'}" if done else
+                            "stopped before the first seed was done, nothing is kept") from stop
 
 
 def train_one(images: Tensor, way: str, match_size: int, batch: int, marks: list[int], seed: int,
