@@ -639,6 +639,29 @@ def test_digits_judged_on_the_way_are_trained_alike(run, refused, tmp_path, monk
     assert files_of(tmp_path / "whole") == ["digits.json", "digits.png"]  # the curve was of the call before
 
 
+def test_digits_that_are_stopped_say_what_is_kept(run, tmp_path, monkeypatch):
+    from tiny import digits
+
+    few, draw = digits.load_digits()[:100], digits.draw_samples
+    monkeypatch.setattr(digits, "load_digits", lambda: few)
+
+    def stopped(net, count, steps, seed, device):
+        if seed == stop_at:
+            raise KeyboardInterrupt
+        return draw(net, count, steps, seed, device)
+
+    monkeypatch.setattr(digits, "draw_samples", stopped)
+    options = "digits", "--steps", 1, "--seeds", 2, "--match-size", 70, "--device", "cpu", "--out", tmp_path / "out"
+    stop_at = 0
+    code, said, err = run(*options)
+    assert (code, err) == (130, "dansm: stopped before the first seed was done, nothing is kept\n")
+    stop_at = 1
+    code, said, err = run(*options)
+    assert (code, err) == (130, f"dansm: stopped: 1 of 2 seeds in {tmp_path / 'out' / 'digits.json'}\n")
+    assert "random, seed 0: trained\ngreedy, seed 0: trained\n" in said
+    assert len(json.loads((tmp_path / "out" / "digits.json").read_text())["runs"]) == 2
+
+
 def test_digits_in_batches_of_one_and_assigned_within_batches(run, tmp_path, monkeypatch):
     """In a batch of one nothing can be assigned: the paths are those of random pairs, where the pool's are shorter."""
     from tiny import digits

@@ -79,6 +79,8 @@ def run(*, match_size: int = 1000, steps: int = 500, batch: int = BATCH, assigne
                         bar.update(task, advance=2 * count)  # a step over all digits takes about two of training
                     result["runs"].append({"seed": each, "method": way, "trained_steps": mark, "path_length": length,
                                            "distance": distances})
+                if not console.is_terminal:  # where the bar is not drawn
+                    dansm.say(f"{way}, seed {each}: trained")
             dansm.write_json(out / "digits.json", result)
             draw_picture(result, samples, out / "digits.png")
             if len(marks) > 1:
