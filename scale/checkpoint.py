@@ -27,7 +27,7 @@ NAME = re.compile(r"checkpoint-(\d{8,})\.pt")
 BEFORE = "checkpoint.pt"  # the only one of a run's folder, when versions were 1
 MARK = b"sha256:"  # then 64 hexadecimal digits end the file, of all bytes before them
 DESCRIBED = ("dansm", "network", "flow", "times", "step", "decay", "data", "recipe")  # beside exported weights
-ADDED = ("latents",)  # there too, but not by earlier versions
+ADDED = ("latents", "images")  # there too, but not by earlier versions
 EXPECTED = "expected a file that dansm train wrote"
 
 
@@ -271,7 +271,8 @@ def load_model(path: Path, device, solver: str = "euler", average: int = 0,
     average   which one, where a checkpoint holds several
     say       gets a line for each newer checkpoint of a folder that cannot be read
 
-    The dict has "file", "step", "decay", "recipe", "network", "flow", "times", "data", "latents", see `latents_of`.
+    The dict has "file", "step", "decay", "recipe", "network", "flow", "times", "data", "latents", see `latents_of`,
+    and "images", how many it was trained on, None where that is not known.
     Raises BadInput.
     """
     net, flow, about = _model(*_averaged(path, average, say), solver)
@@ -329,7 +330,8 @@ def _averaged(path, average, say) -> tuple[dict[str, Tensor], dict]:
     check_average(path, average, averages)
     about = {"dansm": VERSION, "network": state["network"], "flow": recipe["flow"], "times": recipe["times"],
              "step": training["step"], "decay": averages[average]["decay"],
-             "data": state.get("data", recipe.get("data", "")), "recipe": recipe, "latents": latents_of(state)}
+             "data": state.get("data", recipe.get("data", "")), "recipe": recipe, "latents": latents_of(state),
+             "images": state.get("images")}
     return averages[average]["weights"], {"file": path, **about}
 
 
@@ -356,7 +358,7 @@ def _exported(path, average) -> tuple[dict[str, Tensor], dict]:
             isinstance(about[part], dict) for part in ("network", "recipe")):
         raise BadInput(f"{path} is of version {about['dansm']!r:.20}, or another's: {wanted}, of version {VERSION}")
     check_average(path, average, [about])
-    return weights, about | {"latents": latents_of(about)}
+    return weights, about | {"latents": latents_of(about), "images": about.get("images")}
 
 
 def _check_weights(path, weights: dict, wanted: dict[str, Tensor]) -> None:

@@ -529,6 +529,8 @@ def evaluate(paths: list[Path], data: str | None, device: torch.device, out: Pat
         try:
             real = real_features(images, extractor, device, batch=seen_at_once(device), cache=cache,
                                  track=partial(_track, advance), check=partial(_check_shape, models, source))
+            if data is None:
+                _check_count(models, source, real.count)
             common = {"features": extractor.name, "data": source, "real_images": real.count,
                       "real_digest": real.digest[:8], "seed": seed}
             made_from = [VERSION, real.digest, count, seed]
@@ -586,6 +588,15 @@ def _find_real(models: list[Model], data: str | None, size: int | None, skip_unr
                            "images lie now")
     caches = [Path(recipe["cache"]) for recipe in recipes if recipe.get("cache")]
     return data, stream_images(data, size=size, skip_unreadable=skip_unreadable, caches=caches)
+
+
+def _check_count(models: list[Model], source: str, count: int) -> None:
+    """BadInput if a model was trained on more or fewer images than lie there now."""
+    for model in models:
+        known = model.about["images"]
+        if isinstance(known, int) and known != count and model.decoder is None:
+            raise BadInput(f"{model.path} was trained on {dansm.counted(known, 'image')}, {source} holds {count:,} now: "
+                           "expected --data, the images to compare with")
 
 
 def _check_shape(models: list[Model], data: str, shape) -> None:

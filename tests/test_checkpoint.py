@@ -444,7 +444,8 @@ def test_what_is_exported_is_the_average_and_says_how_to_sample_from_it(tmp_path
     with checkpoint.safe_open(out, "pt") as file:
         beside = {key: json.loads(value) for key, value in file.metadata().items()}
     assert beside == {"dansm": 2, "network": state["network"], "flow": "rectified", "times": "uniform", "step": 7,
-                      "decay": 0.5, "data": "digits", "recipe": state["recipe"], "latents": None}
+                      "decay": 0.5, "data": "digits", "recipe": state["recipe"], "latents": None,
+                      "images": None}
     exported, direct = (checkpoint.load_model(place, "cpu", "heun") for place in (out, path))
     assert same(exported[0].state_dict(), direct[0].state_dict()) and not exported[0].training
     assert exported[1].solver == "heun"

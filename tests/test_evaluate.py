@@ -658,6 +658,18 @@ def test_one_folder_named_in_two_ways_is_one_and_one_that_moved_is_asked_for(run
     assert code == 2 and "was trained on" in err and "which is not here: expected --data" in err
 
 
+def test_other_images_in_the_place_of_those_trained_on_are_noticed_by_their_count(run, images, tmp_path):
+    model = make_run(tmp_path / "run", data=str(images))
+    saved = checkpoint.newest(model)
+    state = checkpoint.load(saved)
+    for count, wanted in ((7, 2), (len(list(images.iterdir())), 0)):
+        checkpoint.write(saved, state | {"images": count})
+        code, _, err = run("evaluate", model, *options(tmp_path))
+        assert code == wanted and ("was trained on 7 images" in err) == (wanted == 2)
+    checkpoint.write(saved, state | {"images": 7})
+    assert run("evaluate", model, "--data", images, *options(tmp_path))[0] == 0  # as asked for
+
+
 def test_scores_are_those_of_the_images_that_dansm_sample_writes(run, model, images, tmp_path):
     from PIL import Image
 
