@@ -595,8 +595,8 @@ def _check_count(models: list[Model], source: str, count: int) -> None:
     for model in models:
         known = model.about["images"]
         if isinstance(known, int) and known != count and model.decoder is None:
-            raise BadInput(f"{model.path} was trained on {dansm.counted(known, 'image')}, {source} holds {count:,} now: "
-                           "expected --data, the images to compare with")
+            raise BadInput(f"{model.path} was trained on {dansm.counted(known, 'image')}, {source} holds {count:,} "
+                           "now: expected --data, the images to compare with")
 
 
 def _check_shape(models: list[Model], data: str, shape) -> None:
