@@ -220,7 +220,7 @@ class Keeper:
             differences = changed(before, self.recipe)
             if state["images"] != self.images:
                 differences.append(f"images {state['images']:,} → {self.images:,}")
-            elif alike is False:
+            elif alike is False and (state.get("latents") is None) == (self.latents is None):
                 differences.append("as many images, but not the same ones")
             for part, words in {"size": "images of {} pixels", "channels": "images of {} channels"}.items():
                 if state["network"][part] != run.net.settings[part]:
