@@ -262,9 +262,6 @@ def sample(model: Path, device: torch.device, out: Path, *, count: int, steps: i
     except KeyboardInterrupt:
         if not shown:
             raise
-        stopped = True
-    else:
-        stopped = False
     seconds = time.perf_counter() - begin
     samples.save_grid(torch.stack(shown), out / "samples.png")
     dansm.write_json(out / "sample.json", {
@@ -272,7 +269,7 @@ def sample(model: Path, device: torch.device, out: Path, *, count: int, steps: i
         "hardware": dansm.hardware(device)})
     say(f"{counted(drawn_so_far, 'image')} in {counted(steps, 'step')} each: {seconds:.1f} s")
     dansm.say_files(out, "samples.png", "sample.json", *(["000000.png and so on"] if files else []))
-    if stopped:
+    if drawn_so_far < count:
         raise dansm.Stopped(f"stopped after {drawn_so_far:,} of {counted(count, 'image')}")
 
 

@@ -259,7 +259,8 @@ def measure_prior(images, which: str, out: Path, device) -> None:
     if not count:
         say(f"the prior is not tested: that takes {PRIOR:,} images, there are {len(images):,}")
         return
-    rows = [row for row in read_table(table, way=str, data=str) if row["data"] == which]
+    rows, names = read_table(table, way=str, data=str), [way.name for way in WAYS + ON_A_GPU]
+    check_same(rows, table, data=which)
     there = {row["way"] for row in rows}
     ways = [way for way in WAYS + (ON_A_GPU if device.type == "cuda" else []) if way.name not in there]
     if not ways:
@@ -273,7 +274,7 @@ def measure_prior(images, which: str, out: Path, device) -> None:
             bar.update(task, description=way.name)
             row, = prior(images, [way], advance=lambda count: bar.advance(task, count))
             rows.append({**row, "data": which})
-            rows.sort(key=lambda row: [way.name for way in WAYS + ON_A_GPU].index(row["way"]))
+            rows.sort(key=lambda row: names.index(row["way"]) if row["way"] in names else len(names))
             dansm.write_csv(rows, table)
     dansm.say_files(out, table.name)
 

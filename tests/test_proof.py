@@ -154,6 +154,14 @@ def test_the_prior_is_tested_once_there_are_images_for_a_whole_pool(run, three, 
     assert run(*three, "--only", "prior")[0] == 0
     row, larger = proof.read_table(tmp_path / "out" / "prior.csv")
     assert row == before[0] and (larger["way"], larger["noises"]) == ("a larger pool", "80")
+    table = tmp_path / "out" / "prior.csv"
+    table.write_text(table.read_text().replace("drawn,", "called otherwise,").replace("40 images", "41 images"))
+    kept = table.read_text()
+    code, _, err = run(*three, "--only", "prior")  # of other images: neither lost nor added to
+    assert code == 2 and err.count("\n") == 1 and "41 images" in err and table.read_text() == kept
+    table.write_text(kept.replace("41 images", "40 images"))
+    assert run(*three, "--only", "prior")[0] == 0
+    assert [row["way"] for row in proof.read_table(table)] == ["drawn", "a larger pool", "called otherwise"]
 
 
 def test_no_minutes_left_begin_nothing(run, three, tmp_path):
