@@ -1,8 +1,8 @@
 """Matching: each rule against the loop of the paper written out, and what must hold whatever the rule."""
 
 import copy
-import inspect
 import gc
+import inspect
 import io
 import math
 import pickle
