@@ -36,7 +36,7 @@ def cached(cache: Path, source: Path, files: list[Path], size: int | None, skip_
     kept, digest = _place(cache, source, size), digest_of_files(source, files, size)
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with _alone(kept.with_suffix(".lock")):
+        with alone(kept.with_suffix(".lock")):
             if (found := _look_up(kept, digest, skip_unreadable, left_out)) is None:
                 made_from = {"digest": digest, "source": str(source), "size": size, "files": len(files)}
                 _keep(kept, made_from, left_out, decode)
@@ -72,7 +72,7 @@ def digest_of_files(source: Path, files: list[Path], size: int | None) -> str:
 
 
 @contextmanager
-def _alone(lock: Path) -> Iterator[None]:
+def alone(lock: Path) -> Iterator[None]:
     """One process at a time. The lock goes with the process that holds it, however that ends."""
     with open(lock, "w") as file:
         if fcntl is not None:

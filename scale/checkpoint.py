@@ -381,9 +381,13 @@ def _check_weights(path, weights: dict, wanted: dict[str, Tensor]) -> None:
 # ---------------------------------------------------------------------------------------------------
 
 
+class InUse(BadInput):
+    """Another process has the folder."""
+
+
 @contextmanager
 def lock(out: Path, how: str = "trained") -> Iterator[None]:
-    """Only this process trains into the folder `out`, or whatever `how` says; BadInput that names the one that does.
+    """Only this process trains into the folder `out`, or whatever `how` says; InUse that names the one that does.
 
     The lock is the kernel's, on the file .lock, and goes with the process however that ends; the file stays, and says
     nothing by itself. What a kill left half written is removed.
@@ -392,7 +396,7 @@ def lock(out: Path, how: str = "trained") -> Iterator[None]:
     try:
         if not _take(descriptor):
             holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
-            raise BadInput(f"{out} is being {how} into by {holder}: expected another --out, or that it has ended")
+            raise InUse(f"{out} is being {how} into by {holder}: expected another --out, or that it has ended")
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         remove_unfinished(out)

@@ -2,7 +2,8 @@
 
 A run is the recipe "proof" with the settings that its name stands for, and a seed. What its evaluations say goes into
 one table, distances.csv, as soon as it is there; what is there is not measured again, so that calls add up, whatever
-ends them. `summarize` and `scale.proof_figures` make of the table what a reader wants to know.
+ends them, and share the work where several are under way, one on each GPU. `summarize` and `scale.proof_figures` make
+of the table what a reader wants to know.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import shlex
 import statistics
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +28,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 import dansm
 from dansm import counted, say
 from scale import checkpoint, command, trainer
+from scale.cache import alone
 from scale.data import from_uint8
 from scale.evaluate import check_pictures, digest_of_images, load_extractor
 from scale.prior import ON_A_GPU, WAYS, noises, prior
@@ -211,18 +214,18 @@ def prove(data: str, out: Path, work: Path, device: torch.device, *, names: list
         left = minutes - (time.monotonic() - begin) / 60 if minutes else 0
         if minutes and left <= 0:
             break
-        recipe = recipe_of(run, seed, data, minutes=left, **more)
-        say(f"{run.name}, seed {seed}: {command_of(run, seed, data, **more)}")
-        new, speed, stopped = one_run(run, seed, images, recipe, work, device)
-        rows = taken_in(rows, [{**row, "data": which} for row in new])
-        if rows:
-            dansm.write_csv(rows, out / "distances.csv")
-        if speed:
-            dansm.write_csv(merged(read_speeds(out / "speed.csv"), [speed], "run", "seed"), out / "speed.csv")
+        with turn(run, seed, out, work) as ours:
+            if not ours:
+                continue
+            recipe = recipe_of(run, seed, data, minutes=left, **more)
+            say(f"{run.name}, seed {seed}: {command_of(run, seed, data, **more)}")
+            new, speed, stopped = one_run(run, seed, images, recipe, work, device)
+            add([{**row, "data": which} for row in new], speed, out)
         if stopped:
             break
-    if rows:
-        finish(rows, read_speeds(out / "speed.csv"), out)
+    with alone(out / ".lock"):
+        if rows := read_rows(out / "distances.csv"):
+            finish(rows, read_speeds(out / "speed.csv"), out)
     if waiting:
         left = len(list(todo(runs, rows)))
         say("all runs are done" if not left else f"{counted(left, 'run')} to go: the same command goes on")
@@ -238,18 +241,44 @@ def check_same(rows: list[dict], table: Path, **now: str) -> None:
                                  "--out")
 
 
+@contextmanager
+def turn(run: Run, seed: int, out: Path, work: Path) -> Iterator[bool]:
+    """Whether the run is left to this call, and to no other meanwhile: calls side by side take what the others have not
+    begun, and leave what they have ended."""
+    with ExitStack() as held:
+        try:
+            held.enter_context(checkpoint.lock(folder_of(run, seed, work)))
+            ours = (run, seed) in todo([run.name], read_rows(out / "distances.csv"))
+        except checkpoint.InUse as other:
+            say(f"{run.name}, seed {seed}, is another call's: {other}")
+            ours = False
+        yield ours
+
+
+def folder_of(run: Run, seed: int, work: Path) -> Path:
+    return dansm.make_folder(work / f"{run.name}-{seed}", "--work")
+
+
 def one_run(run: Run, seed: int, images, recipe: Recipe, work: Path, device) -> tuple[list[dict], dict | None, bool]:
     """Train it as far as the recipe's minutes go. Returns what its evaluations say, how fast it trained in this call,
     if it was long enough to tell, and whether Ctrl-C or SIGTERM ended it."""
-    folder, gpu = dansm.make_folder(work / f"{run.name}-{seed}", "--work"), dansm.hardware(device)["gpu"] or "CPU"
-    with checkpoint.lock(folder):
-        summary, *_ = trainer.fit(images, recipe, out=folder, fresh=False, device=device, console=dansm.console)
+    folder, gpu = folder_of(run, seed, work), dansm.hardware(device)["gpu"] or "CPU"
+    summary, *_ = trainer.fit(images, recipe, out=folder, fresh=False, device=device, console=dansm.console)
     gc.collect()  # a run's graphs hold memory
     if device.type == "cuda":
         torch.cuda.empty_cache()
     log, first = folder / "metrics.jsonl", summary["steps"] - summary["this_call"]["steps"]
     return rows_of(run, seed, log, gpu, recipe.evaluate_features), speed_of(run, seed, log, gpu, first), (
         summary["stopped_early"])
+
+
+def add(new: list[dict], speed: dict | None, out: Path) -> None:
+    """Into the tables, to which a call beside this one may have added meanwhile."""
+    with alone(out / ".lock"):
+        if rows := taken_in(read_rows(out / "distances.csv"), new):
+            dansm.write_csv(rows, out / "distances.csv")
+        if speed:
+            dansm.write_csv(merged(read_speeds(out / "speed.csv"), [speed], "run", "seed"), out / "speed.csv")
 
 
 def measure_prior(images, which: str, out: Path, device) -> None:

@@ -11,7 +11,7 @@ import torch
 from test_commands import make_images
 
 import dansm
-from scale import judge, prior, proof, proof_figures, trainer
+from scale import checkpoint, judge, prior, proof, proof_figures, trainer
 from scale.recipe import load
 
 run = test_commands.run
@@ -103,6 +103,28 @@ def test_calls_that_end_early_add_up(run, three, tmp_path, monkeypatch):
     cut, once = ([{name: row[name] for name in row if name != "seconds"} for row in csv.DictReader(text.splitlines())]
                  for text in ((tmp_path / "cut" / "distances.csv").read_text(), whole))
     assert cut == once
+
+
+def test_calls_side_by_side_share_the_runs(run, three, tmp_path, monkeypatch):
+    """Another call trains the first seed of off, ends a run meanwhile, and has ended another when its turn comes."""
+    train = proof.one_run
+
+    def beside(entry, seed, *rest):
+        new, speed, stopped = train(entry, seed, *rest)
+        if entry.name == "greedy-10000":  # the other call has done this one, before it is added
+            done = [{**row, "run": "assigned-256", "data": "the same"} for row in new if row["images"] == 32]
+            proof.add(done, None, tmp_path / "out")
+        return new, speed, stopped
+
+    monkeypatch.setattr(proof, "one_run", beside)
+    work = tmp_path / "work" / "off-0"
+    work.mkdir(parents=True)
+    with checkpoint.lock(work):
+        code, said, err = run(*three)
+    assert (code, err) == (0, "") and "off, seed 0, is another call's" in said
+    assert {(row["run"], row["seed"]) for row in table(tmp_path)} == {
+        ("greedy-10000", "0"), ("assigned-256", "0"), ("off", "1")}
+    assert not (tmp_path / "work" / "assigned-256-0" / "metrics.jsonl").exists() and "1 run to go" in said
 
 
 def test_a_curve_is_of_one_training():
