@@ -29,6 +29,7 @@ from scale.launch import compiling_ahead, launch
 # a whole row is read, which of a million noises takes about a millisecond.
 KEEP, MANY = (64, 128), 2**16
 LANES = 1024  # noises looked at together
+WARP = 32  # threads
 PROGRAMS = 528  # bidding at once: four for each of an H100's multiprocessors
 SAMPLES = dansm.NoisePool.served_at_once
 FEW = 1024  # so few noises are left that a list would be all of them: samples are served in turn
@@ -327,10 +328,12 @@ def _auction(cost, gap):
     random = cost.mean(dtype=torch.float64).item() * samples
     words = torch.zeros(noises, dtype=torch.int64, device=cost.device)
     epsilon = shifted.mean(dtype=torch.float64).item() / 4
+    # No fewer lanes than threads: two that read the same word, which others write meanwhile, could read it differently,
+    # bid for different noises, and wait for each other for ever.
+    lanes = min(4096, max(WARP, triton.next_power_of_2(noises)))
     while True:
         words &= -(2**32)
-        _bid[(min(noises, PROGRAMS),)](shifted, words, samples, noises, epsilon,
-                                       min(4096, triton.next_power_of_2(noises)), num_warps=8)
+        _bid[(min(noises, PROGRAMS),)](shifted, words, samples, noises, epsilon, lanes, num_warps=min(8, lanes // WARP))
         holder = (words & (2**32 - 1)) - 1
         prices = (words >> 32).int().view(torch.float32)
         picks = torch.empty(noises, dtype=torch.int64, device=cost.device)
