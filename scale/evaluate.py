@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from functools import cache as once
 from functools import partial
 from itertools import chain, islice
@@ -233,17 +233,19 @@ def real_features(images: Stream | Tensor | np.ndarray, extractor: Extractor, de
         images = images.numpy() if isinstance(images, Tensor) else images
         digests = kept.digests_of(images)
         reading, pixels = partial(_one_by_one, images, digests), kept.pixels_of(digests, images.shape[1:])
-    found = None
-    if pixels:
-        check(pixels.shape)
-        found = cache and _find(cache, pixels, extractor)
-    if not found:
-        pixels, *measured = _measured(reading, extractor, device, batch, track, check)
-        found = cache and _find(cache, pixels, extractor)  # from elsewhere: no number is to depend on where they lie
-    if not found:
-        found = Real(_digest_for(pixels, extractor), *measured)
-        if cache:
-            kept.keep(cache, found, pixels, extractor.key)
+    known = cache and pixels
+    with kept.turn(cache, _digest_for(pixels, extractor), pixels, extractor.key) if known else nullcontext():
+        found = None
+        if pixels:
+            check(pixels.shape)
+            found = cache and _find(cache, pixels, extractor)
+        if not found:
+            pixels, *measured = _measured(reading, extractor, device, batch, track, check)
+            found = cache and _find(cache, pixels, extractor)  # from elsewhere: no number is to depend on where it lay
+        if not found:
+            found = Real(_digest_for(pixels, extractor), *measured)
+            if cache:
+                kept.keep(cache, found, pixels, extractor.key)
     if cache and files and pixels != noted:
         kept.write_note(cache, images, pixels)
     return found

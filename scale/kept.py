@@ -7,7 +7,8 @@ import hashlib
 import json
 import os
 import zipfile
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 import dansm
 from dansm import BadInput, say
+from scale.cache import alone
 from scale.data import Stream, ahead
 
 DIGEST = 16  # bytes of an image's: 48 MB for three million
@@ -124,6 +126,18 @@ def keep(cache: Path, real: Real, pixels: Pixels, extractor: str) -> None:
     finally:
         if beside.exists():
             beside.unlink()
+
+
+@contextmanager
+def turn(cache: Path, name: str, pixels: Pixels, extractor: str) -> Iterator[None]:
+    """Of calls side by side one measures, and the others wait for what it keeps; none where nothing can be kept."""
+    with ExitStack() as held:
+        with suppress(OSError):
+            cache.mkdir(parents=True, exist_ok=True)
+            lock = _place(cache, name, pixels, extractor).with_suffix(".lock")
+            held.enter_context(alone(lock))
+            held.callback(lock.unlink, missing_ok=True)
+        yield
 
 
 def sizes(cache: Path, extractor: str) -> set[tuple[int, ...]]:

@@ -6,8 +6,10 @@ import os
 import pickle
 import random
 import threading
+import time
 import urllib.error
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -242,6 +244,23 @@ def test_features_of_the_same_real_images_are_measured_once(counting, tmp_path, 
     evaluate.real_features(images, counting, "cpu", cache=cache)
     evaluate.real_features(images, counting._replace(key="other"), "cpu", cache=cache)
     assert len(list(cache.iterdir())) == 3
+
+
+def test_calls_side_by_side_measure_the_real_images_once(counting, tmp_path):
+    images, _ = digits(40)
+    begun, seen = threading.Barrier(3), counting.extract
+
+    def slowly(images):
+        time.sleep(0.2)
+        return seen(images)
+
+    def call():
+        begun.wait()
+        return evaluate.real_features(images, counting._replace(extract=slowly), "cpu", cache=tmp_path)
+
+    with ThreadPoolExecutor(3) as threads:
+        found = [call.result() for call in [threads.submit(call) for _ in range(3)]]
+    assert counting.extract.images == 40 and all(torch.equal(one.features, found[0].features) for one in found)
 
 
 @pytest.mark.parametrize("damage", [lambda whole: whole[:-100], lambda whole: b"", lambda whole: b"PK" + whole[:99],
