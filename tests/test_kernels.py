@@ -206,7 +206,8 @@ def test_the_auction_ends_where_all_pairings_cost_the_same(cost):
 @pytest.mark.parametrize("noises", [1, 8, 33, 255, 256, 5000])
 def test_no_word_is_read_by_two_threads_of_an_auction(monkeypatch, noises):
     """Of 256 threads and 8 lanes many read the same word, one of them before another program wrote it: they bid for
-    different noises, and the kernel never ended, once in some thousand auctions on an H100."""
+    different noises and wait for each other for ever. Seen once: a training that assigned within batches of eight stood
+    still after some hundred auctions on an H100, beside other trainings."""
     class Launched(Exception):
         pass
 
