@@ -50,8 +50,8 @@ def at_their_rate(rows: list[dict], speeds: list[dict]) -> list[dict]:
 
 @matplotlib.rc_context(STYLE)
 def curves(rows: list[dict], looks: dict[str, dict], along: str) -> Figure | None:
-    """Distance against "images" or "seconds", a panel for each count of steps, a line for each run: the mean over its
-    seeds, and a band from the least to the most."""
+    """Distance against "images" or "seconds", a panel for each count of steps, a line for each run: the mean over the
+    seeds that have come farthest, and a band from the least to the most of all."""
     rows = [row for row in rows if row["run"] in looks]
     if not rows:
         return None
@@ -78,12 +78,21 @@ def curves(rows: list[dict], looks: dict[str, dict], along: str) -> Figure | Non
 def _draw_run(axes, rows: list[dict], look: dict, along: str, unit: float) -> None:
     if not rows:
         return
-    places = sorted({row["images"] for row in rows})
-    at = [[row for row in rows if row["images"] == place] for place in places]
-    x = [fmean(row[along] for row in each) / unit for each in at]
-    found = [[row["distance"] for row in each] for each in at]
-    axes.plot(x, list(map(fmean, found)), markersize=3, linewidth=1.1, label=proof.RUNS[rows[0]["run"]].label, **look)
-    axes.fill_between(x, list(map(min, found)), list(map(max, found)), color=look["color"], alpha=0.25, linewidth=0)
+    name, steps = rows[0]["run"], rows[0]["steps"]
+    farthest = proof.curves(rows, name, steps)  # a mean that others join and leave would jump from point to point
+    line = _by_images([row for row in rows if row["seed"] in farthest])
+    axes.plot([fmean(row[along] for row in of_all) / unit for of_all in line],
+              [fmean(row["distance"] for row in of_all) for of_all in line],
+              markersize=3, linewidth=1.1, label=proof.RUNS[name].label, **look)
+    band = _by_images(rows)
+    axes.fill_between([fmean(row[along] for row in of_all) / unit for of_all in band],
+                      [min(row["distance"] for row in of_all) for of_all in band],
+                      [max(row["distance"] for row in of_all) for of_all in band],
+                      color=look["color"], alpha=0.25, linewidth=0)
+
+
+def _by_images(rows: list[dict]) -> list[list[dict]]:
+    return [[row for row in rows if row["images"] == images] for images in sorted({row["images"] for row in rows})]
 
 
 def _few_plain_numbers(axis, leading: tuple[float, ...]) -> None:

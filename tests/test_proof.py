@@ -297,6 +297,18 @@ def test_a_curve_that_never_comes_so_near_has_no_images():
     assert proof.images_to(1.5, []) is None
 
 
+def test_a_line_is_of_the_seeds_that_came_farthest_and_its_band_of_all():
+    some = (256_000, 512_000)
+    rows = rows_by(lambda n, _: 8e6 / n, "off") + [
+        {**row, "seed": 1} for row in rows_by(lambda n, _: 4e6 / n, "off", images=some)]
+    axes, = proof_figures.curves(rows, proof_figures.LOOKS, "images").axes
+    line, = axes.lines
+    assert list(line.get_ydata()) == [8e6 / images for images in (256_000, 512_000, 1_024_000, 2_048_000)]
+    corners = axes.collections[0].get_paths()[0].vertices
+    of_both = {round(y, 6) for x, y in corners if round(x * 1e6) in some}
+    assert of_both == {round(each / images, 6) for each in (8e6, 4e6) for images in some}
+
+
 def test_the_ratio_of_each_run_is_to_random_pairs_of_its_own_batch():
     known = {"off": 9.0, "batch8-off": 4.0, "batch8-assigned": 3.0}
     rows = [row for name in known for row in rows_by(lambda *_, name=name: known[name], name, images=(512_000,))]
