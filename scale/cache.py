@@ -80,6 +80,24 @@ def alone(lock: Path) -> Iterator[None]:
         yield
 
 
+def take_alone(file) -> bool:
+    """Lock the open file for this process alone if no other has it; else with the others. Whether it is alone."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        share(file)
+        return False
+    return True
+
+
+def share(file) -> None:
+    """Let others in; waits for one that has the file alone."""
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_SH)
+
+
 def _look_up(kept: Path, digest, skip_unreadable, left_out) -> np.ndarray | None:
     """The array of an earlier call, or None if it is of other files or not whole."""
     try:

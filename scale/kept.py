@@ -131,13 +131,14 @@ def keep(cache: Path, real: Real, pixels: Pixels, extractor: str) -> None:
 @contextmanager
 def turn(cache: Path, name: str, pixels: Pixels, extractor: str) -> Iterator[None]:
     """Of calls side by side one measures, and the others wait for what it keeps; none where nothing can be kept."""
+    lock = _place(cache, name, pixels, extractor).with_suffix(".lock")
     with ExitStack() as held:
         with suppress(OSError):
             cache.mkdir(parents=True, exist_ok=True)
-            lock = _place(cache, name, pixels, extractor).with_suffix(".lock")
             held.enter_context(alone(lock))
-            held.callback(lock.unlink, missing_ok=True)
         yield
+    with suppress(OSError):  # if one waits for it still, the next measures beside it, and keeps the same
+        lock.unlink()
 
 
 def sizes(cache: Path, extractor: str) -> set[tuple[int, ...]]:

@@ -12,10 +12,11 @@ import csv
 import gc
 import json
 import math
+import os
 import shlex
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -28,7 +29,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 import dansm
 from dansm import counted, say
 from scale import checkpoint, command, trainer
-from scale.cache import alone
+from scale.cache import alone, share, take_alone
 from scale.data import from_uint8
 from scale.evaluate import check_pictures, digest_of_images, load_extractor
 from scale.prior import ON_A_GPU, WAYS, noises, prior
@@ -117,7 +118,7 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def read_speeds(path: Path) -> list[dict]:
-    return read_table(path, run=str, seed=int, images_per_second=float)
+    return read_table(path, run=str, seed=int, images_per_second=float, gpu=str)
 
 
 def read_table(path: Path, **kinds: type) -> list[dict]:
@@ -170,7 +171,7 @@ def merged(rows: list[dict], new: list[dict], *keys: str) -> list[dict]:
 def taken_in(rows: list[dict], new: list[dict]) -> list[dict]:
     """`rows` with all that a run of one seed has told so far. What was told before stays as it is, on whichever card;
     other distances are those of a training begun anew, as its checkpoints were lost: the one that came farther counts,
-    whole, as a curve of two trainings is none."""
+    of two that came as far the later. It counts whole, as a curve of two trainings is none."""
     ours = [row for row in rows if new and (row["run"], row["seed"]) == (new[0]["run"], new[0]["seed"])]
     if len(new) < len(ours):
         return rows
@@ -209,17 +210,21 @@ def prove(data: str, out: Path, work: Path, device: torch.device, *, names: list
         check_same(rows, out / "distances.csv", features=more["evaluate_features"], data=which)
     if waiting:
         commands = [command_of(run, seed, data, **more) for run, seed in todo(list(RUNS), [])]
-        (out / "commands.txt").write_text("".join(f"{each}\n" for each in commands))
+        with alone(out / ".lock"):
+            (out / "commands.txt").write_text("".join(f"{each}\n" for each in commands))
     for run, seed in waiting:
         left = minutes - (time.monotonic() - begin) / 60 if minutes else 0
         if minutes and left <= 0:
             break
-        with turn(run, seed, out, work) as ours:
+        with turn(run, seed, out, work) as ours, visit(device, out) as alone_there:
             if not ours:
                 continue
             recipe = recipe_of(run, seed, data, minutes=left, **more)
             say(f"{run.name}, seed {seed}: {command_of(run, seed, data, **more)}")
             new, speed, stopped = one_run(run, seed, images, recipe, work, device)
+            if speed and not alone_there():
+                say(f"{run.name}, seed {seed}, has no rate: another call trained on the same device")
+                speed = None
             add([{**row, "data": which} for row in new], speed, out)
         if stopped:
             break
@@ -230,7 +235,8 @@ def prove(data: str, out: Path, work: Path, device: torch.device, *, names: list
         left = len(list(todo(runs, rows)))
         say("all runs are done" if not left else f"{counted(left, 'run')} to go: the same command goes on")
     if tests_prior:
-        measure_prior(images, which, out, device)
+        with alone(out / ".prior.lock"):  # another call finds there what this one has measured
+            measure_prior(images, which, out, device)
 
 
 def check_same(rows: list[dict], table: Path, **now: str) -> None:
@@ -255,6 +261,19 @@ def turn(run: Run, seed: int, out: Path, work: Path) -> Iterator[bool]:
         yield ours
 
 
+@contextmanager
+def visit(device: torch.device, out: Path) -> Iterator[Callable[[], bool]]:
+    """Yields what tells whether no other call into `out` has trained on this device meanwhile: that of half a GPU is no
+    rate. A visitor has the file to himself if he is the first, and leaves a byte in it."""
+    name = torch.cuda.get_device_properties(device).uuid if device.type == "cuda" else device.type
+    with open(out / f".{name}.lock", "ab", buffering=0) as visitors:
+        first = take_alone(visitors)
+        visitors.write(b".")
+        count = visitors.tell()
+        share(visitors)
+        yield lambda: first and os.fstat(visitors.fileno()).st_size == count
+
+
 def folder_of(run: Run, seed: int, work: Path) -> Path:
     return dansm.make_folder(work / f"{run.name}-{seed}", "--work")
 
@@ -275,7 +294,10 @@ def one_run(run: Run, seed: int, images, recipe: Recipe, work: Path, device) -> 
 def add(new: list[dict], speed: dict | None, out: Path) -> None:
     """Into the tables, to which a call beside this one may have added meanwhile."""
     with alone(out / ".lock"):
-        if rows := taken_in(read_rows(out / "distances.csv"), new):
+        rows = read_rows(out / "distances.csv")
+        if new:  # as when this call began: another may have written the first row
+            check_same(rows, out / "distances.csv", features=new[0]["features"], data=new[0]["data"])
+        if rows := taken_in(rows, new):
             dansm.write_csv(rows, out / "distances.csv")
         if speed:
             dansm.write_csv(merged(read_speeds(out / "speed.csv"), [speed], "run", "seed"), out / "speed.csv")
@@ -323,14 +345,12 @@ def finish(rows: list[dict], speeds: list[dict], out: Path) -> None:
 
 
 def curves(rows: list[dict], name: str, steps: int) -> dict[int, list[tuple[int, float]]]:
-    """Of each seed of a run, in that many steps: (images, distance) in the order of images. Of the seeds that have come
-    farthest only: while others are under way, means over them would jump from point to point."""
+    """Of each seed of a run, in that many steps: (images, distance) in the order of images."""
     found = {}
     for row in sorted(rows, key=lambda row: row["images"]):
         if (row["run"], row["steps"]) == (name, steps):
             found.setdefault(row["seed"], []).append((row["images"], row["distance"]))
-    most = max(map(len, found.values()), default=0)
-    return {seed: points for seed, points in found.items() if len(points) == most}
+    return found
 
 
 def mean_curve(found: dict[int, list[tuple[int, float]]]) -> list[tuple[int, float]]:
@@ -351,9 +371,9 @@ def images_to(distance: float, found: list[tuple[int, float]]) -> float | None:
 
 
 def summarize(rows: list[dict]) -> list[dict]:
-    """A row for each run, steps and images at which both it and off (of its own kind) were measured:
+    """A row for each run, steps and images at which both it and off (of its own kind) were measured from equal seeds:
 
-    distance, off     means over the seeds that have come farthest, with `seeds` and `off_seeds`, how many those are
+    distance, off     means over the `seeds` that both have come so far with
     spread, off_spread   standard deviations over seeds, None of one
     of_off            distance / off
     images_off        that off needs for the run's distance, and `saved`, 1 − images / images_off; None where off does
@@ -366,10 +386,17 @@ def summarize(rows: list[dict]) -> list[dict]:
             continue
         for steps in sorted({row["steps"] for row in rows if row["run"] == name}):
             ours, off = curves(rows, name, steps), curves(rows, base_of(run), steps)
-            shared = {images for images, _ in mean_curve(ours)} & {images for images, _ in mean_curve(off)}
-            found += [{"run": name, "steps": steps, "images": images, **_compared(ours, off, images)}
-                      for images in sorted(shared)]
+            for images in sorted({row["images"] for row in rows}):
+                seeds = reached(ours, images) & reached(off, images)
+                if seeds:
+                    pair = ({seed: all_of_them[seed] for seed in sorted(seeds)} for all_of_them in (ours, off))
+                    found.append({"run": name, "steps": steps, "images": images, **_compared(*pair, images)})
     return found
+
+
+def reached(found: dict[int, list[tuple[int, float]]], images: int) -> set[int]:
+    """The seeds that were measured after so many images."""
+    return {seed for seed, points in found.items() if images in dict(points)}
 
 
 def base_of(run: Run) -> str:
@@ -386,7 +413,7 @@ def _compared(ours: dict, off: dict, images: int) -> dict:
     least, most = _range(images_to(each, points) for each in mine for points in off.values())
     needs = images_or_fewer(of_off, mean_curve(ours))
     quick, slow = _range(images_or_fewer(each, points) for each in theirs for points in ours.values())
-    return {"distance": round(distance, 3), "off": round(of_off, 3), "seeds": len(mine), "off_seeds": len(theirs),
+    return {"distance": round(distance, 3), "off": round(of_off, 3), "seeds": len(mine),
             "spread": _spread(mine), "off_spread": _spread(theirs), "of_off": round(distance / of_off, 4),
             "images_off": needed and round(needed), "saved": needed and round(1 - images / needed, 3),
             "least_saved": least and round(1 - images / least, 3), "most_saved": most and round(1 - images / most, 3),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 
@@ -43,15 +44,15 @@ def draw(rows: list[dict], speeds: list[dict], out: Path) -> list[str]:
 def at_their_rate(rows: list[dict], speeds: list[dict]) -> list[dict]:
     """`rows` with the seconds that their images take at the run's median rate: on the clock one run begins with kernels
     to be compiled, the next of the same call with none. Those of runs too short for a rate are left out."""
-    rates = {(speed["run"], speed["seed"]): speed["images_per_second"] for speed in speeds}
-    return [{**row, "seconds": row["images"] / rates[row["run"], row["seed"]]} for row in rows
-            if (row["run"], row["seed"]) in rates]
+    which = itemgetter("run", "seed", "gpu")
+    rates = {which(speed): speed["images_per_second"] for speed in speeds}
+    return [{**row, "seconds": row["images"] / rates[which(row)]} for row in rows if which(row) in rates]
 
 
 @matplotlib.rc_context(STYLE)
 def curves(rows: list[dict], looks: dict[str, dict], along: str) -> Figure | None:
     """Distance against "images" or "seconds", a panel for each count of steps, a line for each run: the mean over the
-    seeds that have come farthest, and a band from the least to the most of all."""
+    seeds that have come farthest, and where there are several a band from the least to the most of all."""
     rows = [row for row in rows if row["run"] in looks]
     if not rows:
         return None
@@ -79,12 +80,12 @@ def _draw_run(axes, rows: list[dict], look: dict, along: str, unit: float) -> No
     if not rows:
         return
     name, steps = rows[0]["run"], rows[0]["steps"]
-    farthest = proof.curves(rows, name, steps)  # a mean that others join and leave would jump from point to point
-    line = _by_images([row for row in rows if row["seed"] in farthest])
+    farthest = proof.reached(proof.curves(rows, name, steps), max(row["images"] for row in rows))
+    line = _by_images([row for row in rows if row["seed"] in farthest])  # a mean that some leave half way would jump
     axes.plot([fmean(row[along] for row in of_all) / unit for of_all in line],
               [fmean(row["distance"] for row in of_all) for of_all in line],
               markersize=3, linewidth=1.1, label=proof.RUNS[name].label, **look)
-    band = _by_images(rows)
+    band = [of_all for of_all in _by_images(rows) if len(of_all) > 1]
     axes.fill_between([fmean(row[along] for row in of_all) / unit for of_all in band],
                       [min(row["distance"] for row in of_all) for of_all in band],
                       [max(row["distance"] for row in of_all) for of_all in band],
@@ -125,7 +126,8 @@ def side_by_side(rows: list[dict], names: list[str], images: int | None) -> Figu
         axes.plot([], [], MARKERS[number % len(MARKERS)], color=matplotlib.colormaps["cividis"](number / len(counts)),
                   markersize=3.5, label=f"{steps} steps")
     axes.axvline(1, color=INK, linewidth=0.6)
-    axes.set_yticks(range(len(found)), [proof.RUNS[name].label for name in reversed(found)], fontsize=6.5)
+    labels = [_with_seeds(proof.RUNS[name].label, of_steps) for name, of_steps in reversed(found.items())]
+    axes.set_yticks(range(len(found)), labels, fontsize=6.5)
     seen = f"\nafter {images / 1e6:.2f} million images" if images else ""
     axes.set_xlabel(f"distance ÷ that of random pairs{seen}", fontsize=7)
     axes.grid(axis="x", color=PALE, linewidth=0.5)
@@ -133,16 +135,18 @@ def side_by_side(rows: list[dict], names: list[str], images: int | None) -> Figu
     return figure
 
 
+def _with_seeds(label: str, of_steps: dict[int, list[float]]) -> str:
+    seeds = min(map(len, of_steps.values()))
+    return f"{label}, {seeds} seeds" if seeds > 1 else label
+
+
 def ratios(rows: list[dict], name: str, images: int | None) -> dict[int, list[float]]:
-    """Steps → of each seed its distance over the mean of its kind's random pairs."""
+    """Steps → of each seed its distance over that of its kind's random pairs of the same seed."""
     run = proof.RUNS[name]
     at = [row for row in rows if row["images"] == (images or run.images)]
-    off = {}
-    for row in at:
-        if row["run"] == proof.base_of(run):
-            off.setdefault(row["steps"], []).append(row["distance"])
+    off = {(row["steps"], row["seed"]): row["distance"] for row in at if row["run"] == proof.base_of(run)}
     found = {}
     for row in at:
-        if row["run"] == name and row["steps"] in off:
-            found.setdefault(row["steps"], []).append(row["distance"] / fmean(off[row["steps"]]))
+        if row["run"] == name and (row["steps"], row["seed"]) in off:
+            found.setdefault(row["steps"], []).append(row["distance"] / off[row["steps"], row["seed"]])
     return found

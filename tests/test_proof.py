@@ -12,6 +12,8 @@ from test_commands import make_images
 
 import dansm
 from scale import checkpoint, judge, prior, proof, proof_figures, trainer
+from scale.data import load_images
+from scale.evaluate import digest_of_images
 from scale.recipe import load
 
 run = test_commands.run
@@ -107,12 +109,12 @@ def test_calls_that_end_early_add_up(run, three, tmp_path, monkeypatch):
 
 def test_calls_side_by_side_share_the_runs(run, three, tmp_path, monkeypatch):
     """Another call trains the first seed of off, ends a run meanwhile, and has ended another when its turn comes."""
-    train = proof.one_run
+    train, which = proof.one_run, f"40 images, {digest_of_images(load_images(str(three[2])))[:8]}"
 
     def beside(entry, seed, *rest):
         new, speed, stopped = train(entry, seed, *rest)
         if entry.name == "greedy-10000":  # the other call has done this one, before it is added
-            done = [{**row, "run": "assigned-256", "data": "the same"} for row in new if row["images"] == 32]
+            done = [{**row, "run": "assigned-256", "data": which} for row in new if row["images"] == 32]
             proof.add(done, None, tmp_path / "out")
         return new, speed, stopped
 
@@ -125,6 +127,37 @@ def test_calls_side_by_side_share_the_runs(run, three, tmp_path, monkeypatch):
     assert {(row["run"], row["seed"]) for row in table(tmp_path)} == {
         ("greedy-10000", "0"), ("assigned-256", "0"), ("off", "1")}
     assert not (tmp_path / "work" / "assigned-256-0" / "metrics.jsonl").exists() and "1 run to go" in said
+
+
+def test_what_another_call_trains_beside_on_the_same_device_costs_the_rate(run, three, tmp_path, monkeypatch):
+    train, rate = proof.one_run, dict(images_per_second=9.0, gpu="CPU")
+
+    def beside(entry, seed, *rest):
+        new, _, stopped = train(entry, seed, *rest)
+        if entry.name == "off" and seed == 0:
+            with proof.visit(torch.device("cpu"), tmp_path / "out") as alone:  # comes and goes
+                assert not alone()
+        return new, dict(rate, run=entry.name, seed=seed), stopped
+
+    monkeypatch.setattr(proof, "one_run", beside)
+    code, said, err = run(*three)
+    assert (code, err) == (0, "") and said.count("has no rate") == 1 and "off, seed 0, has no rate" in said
+    assert {(row["run"], row["seed"]) for row in proof.read_speeds(tmp_path / "out" / "speed.csv")} == {
+        ("greedy-10000", 0), ("assigned-256", 0), ("off", 1)}
+    with proof.visit(torch.device("cpu"), tmp_path / "out") as first:
+        assert first()
+        with proof.visit(torch.device("cpu"), tmp_path / "out") as second:
+            assert not first() and not second()
+
+
+def test_a_call_that_began_with_other_features_adds_nothing(tmp_path):
+    row = dict(run="off", seed=0, images=32, seconds=1.0, steps=2, distance=3.0, real=1.0, features="a", data="some",
+               gpu="none")
+    proof.add([row], None, tmp_path)
+    for other in (dict(features="b"), dict(data="others")):
+        with pytest.raises(dansm.BadInput, match="expected the same"):
+            proof.add([{**row, "seed": 1, **other}], None, tmp_path)
+    assert len(proof.read_rows(tmp_path / "distances.csv")) == 1
 
 
 def test_a_curve_is_of_one_training():
@@ -259,7 +292,7 @@ def test_seeds_give_means_and_spreads():
     rows = rows_by(lambda n, seed: factor[seed] * n**-0.5, "off", 3) + rows_by(
         lambda n, seed: factor[seed] * (1.6 * n) ** -0.5, "greedy-10000", 3)
     row = next(row for row in proof.summarize(rows) if row["images"] == 512_000)
-    assert (row["seeds"], row["off_seeds"]) == (3, 3)
+    assert row["seeds"] == 3
     assert row["off"] == pytest.approx(1.1 * 512_000**-0.5, abs=1e-3)
     assert row["saved"] == pytest.approx(0.375, abs=1e-3)
     assert row["least_saved"] == pytest.approx(1 - (1.2 / 1.0) ** 2 / 1.6, abs=1e-3)
@@ -268,19 +301,25 @@ def test_seeds_give_means_and_spreads():
     assert row["least_ratio"] == pytest.approx(1.6 / 1.2**2, abs=1e-3) and row["most_ratio"] == 2.0
 
 
-def test_seeds_that_are_under_way_are_left_out_and_take_nothing_away():
-    """One whole seed of each, and a second begun: what the first says stands, alone."""
+def test_seeds_that_are_under_way_count_as_far_as_both_have_come():
+    """One whole seed of each, and a second begun: behind its end, what the first says stands, alone. Nor does a seed
+    count that only one of the two has."""
     some = (256_000, 512_000)
     whole = rows_by(lambda n, _: n**-0.5, "off") + rows_by(lambda n, _: (1.6 * n) ** -0.5, "greedy-10000")
     begun = [{**row, "seed": 1, "distance": 3 * row["distance"]} for row in whole if row["images"] in some]
-    assert proof.summarize(whole + begun) == proof.summarize(whole)
-    assert [row["seeds"] for row in proof.summarize(whole + begun)] == [1] * 4
+    alone = [{**row, "seed": 2, "distance": 9.0} for row in whole if row["run"] == "off"]
+    found, of_one = proof.summarize(whole + begun + alone), proof.summarize(whole)
+    assert [row["seeds"] for row in found] == [2, 2, 1, 1] and found[2:] == of_one[2:]
+    mean = [2 * row["distance"] for row in of_one[:2]]
+    assert [row["distance"] for row in found[:2]] == pytest.approx(mean, abs=2e-3)
+    assert [row["of_off"] for row in found[:2]] == [row["of_off"] for row in of_one[:2]]
+    assert found[1]["images_ours"] == of_one[1]["images_ours"] and found[1]["spread"] > 0
 
 
 def test_a_range_is_that_of_all_pairs_of_seeds_or_none():
     """At 1,024,000 images the second seed is nearer than off ever comes: there is no range then, nor half of one."""
     factor = (1.0, 0.5)
-    rows = rows_by(lambda n, _: n**-0.5, "off") + rows_by(
+    rows = rows_by(lambda n, _: n**-0.5, "off", 2) + rows_by(
         lambda n, seed: factor[seed] * (1.2 * n) ** -0.5, "greedy-10000", 2)
     found = {row["images"]: row for row in proof.summarize(rows)}
     assert found[256_000]["least_saved"] == pytest.approx(1 - 1 / 1.2, abs=1e-3)
@@ -305,8 +344,8 @@ def test_a_line_is_of_the_seeds_that_came_farthest_and_its_band_of_all():
     line, = axes.lines
     assert list(line.get_ydata()) == [8e6 / images for images in (256_000, 512_000, 1_024_000, 2_048_000)]
     corners = axes.collections[0].get_paths()[0].vertices
-    of_both = {round(y, 6) for x, y in corners if round(x * 1e6) in some}
-    assert of_both == {round(each / images, 6) for each in (8e6, 4e6) for images in some}
+    assert {round(x * 1e6) for x, _ in corners} == set(some)  # where there is one alone, there is no band
+    assert {round(y, 6) for _, y in corners} == {round(each / images, 6) for each in (8e6, 4e6) for images in some}
 
 
 def test_the_ratio_of_each_run_is_to_random_pairs_of_its_own_batch():
@@ -314,11 +353,14 @@ def test_the_ratio_of_each_run_is_to_random_pairs_of_its_own_batch():
     rows = [row for name in known for row in rows_by(lambda *_, name=name: known[name], name, images=(512_000,))]
     assert proof_figures.ratios(rows, "batch8-assigned", None) == {3: [0.75]}
     assert proof_figures.ratios(rows, "off", 512_000) == {3: [1.0]}
+    seeds = rows_by(lambda _, seed: (2.0, 4.0)[seed], "off", 2) + rows_by(lambda _, seed: 2.0, "greedy-10000", 3)
+    assert proof_figures.ratios(seeds, "greedy-10000", 512_000) == {3: [1.0, 0.5]}  # each by its own seed's
 
 
 def test_minutes_are_those_of_the_images_at_the_runs_own_rate():
     rows = rows_by(lambda n, _: 1.0, "off", 2, images=(256_000,)) + rows_by(lambda n, _: 1.0, "nearest-16", 1)
-    found = proof_figures.at_their_rate(rows, [dict(run="off", seed=1, images_per_second=12800.0)])
+    found = proof_figures.at_their_rate(rows, [dict(run="off", seed=1, gpu="none", images_per_second=12800.0),
+                                                dict(run="off", seed=0, gpu="another", images_per_second=1.0)])
     assert [(row["run"], row["seed"], row["seconds"]) for row in found] == [("off", 1, 20.0)]
 
 

@@ -129,17 +129,24 @@ def test_what_the_readme_says_under_its_curve_is_what_was_measured():
     for row in records("summary.csv"):
         if row["run"] == "greedy-10000":
             found.setdefault(row["steps"], {})[int(row["images"])] = row
-    last = {steps: by_images[5_120_000] for steps, by_images in found.items()}
-    needs = {steps: f"{float(row['images_ours'] or 'nan') / 1e6:.2f} million" for steps, row in last.items()}
-    assert f"need {needs['10']} in ten sampling steps and {needs['5']} in five" in text
-    assert f"after {needs['3']}." in text and last["3"]["at_least"] == "True"
+
+    words = {"5": "five", "10": "ten", "20": "twenty", "50": "fifty"}
+
+    def needs(steps, images):
+        return f"{float(found[steps][images]['images_ours']) / 1e6:.2f} million in {words[steps]}"
+
+    ten, twenty, fifty = (needs(steps, 1_024_000) for steps in ("10", "20", "50"))
+    last = {steps: row[5_120_000] for steps, row in found.items()}
+    assert f"need {ten} sampling steps, {twenty} and {fifty} (three seeds)" in text
+    assert all(row[1_024_000]["seeds"] == "3" and last[steps]["seeds"] == "1" for steps, row in found.items())
+    assert f"needs {needs('10', 5_120_000)} steps and {needs('5', 5_120_000)} (one seed)" in text
+    assert last["3"]["at_least"] == "True" and float(last["3"]["images_ours"]) == 256_000
+    both = {steps: f"{float(row['distance']):.1f} against {float(row['off']):.1f}" for steps, row in last.items()}
+    assert f"{both['20']} and {both['50']}" in text and not last["20"]["ratio"] and not last["50"]["ratio"]
     fewer = {steps: {images: 100 - 100 / float(row["ratio"]) for images, row in rows.items() if row["ratio"]}
              for steps, rows in found.items()}
-    told = [fewer["20"].pop(images) for images in (512_000, 1_024_000, 2_048_000, 3_584_000)]
-    assert f"they need {min(told):.0f} to {max(told):.0f} % fewer than random pairs from 0.5 to 3.6 million" in text
-    assert f"the pool needs {min(told):.0f} to {max(told):.0f} % fewer images on CIFAR-10" in text
-    assert max(fewer["20"].values()) < 1  # before and after
-    told = [fewer["50"].pop(images) for images in (512_000, 1_024_000, 2_048_000, 3_584_000)]
-    assert f"in fifty {min(told):.0f} to {max(told):.0f} % fewer, and more in the end" in text
-    assert max(fewer["50"].values()) < 0 and not last["50"]["ratio"]  # before, and in the end
-    assert f"{float(last['50']['distance']):.1f} against {float(last['50']['off']):.1f} at the end" in text
+    told = [fewer["20"][images] for images in (512_000, 1_024_000, 2_048_000, 3_584_000)]
+    assert f"the pool of 10,000 needs {min(told):.0f} to {max(told):.0f} % fewer images on CIFAR-10" in text
+    told = [fewer["50"][images] for images in (512_000, 1_024_000, 2_048_000)]
+    assert f"in fifty {min(told):.0f} to {max(told):.0f} % fewer up to 2 million, then more" in text
+    assert fewer["50"][3_584_000] < 0
