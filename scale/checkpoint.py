@@ -338,7 +338,8 @@ def _averaged(path, average, say) -> tuple[dict[str, Tensor], dict]:
 def check_average(path, average: int, averages: list[dict]) -> None:
     if not 0 <= average < len(averages):
         held = ", ".join(f"{number}: decay {each['decay']}" for number, each in enumerate(averages))
-        raise BadInput(f"--average is {average}: {path} holds {held}; expected one of 0 … {len(averages) - 1}")
+        expected = f"one of 0 … {len(averages) - 1}" if len(averages) > 1 else "0"
+        raise BadInput(f"--average is {average}: {path} holds {held}; expected {expected}")
 
 
 def _exported(path, average) -> tuple[dict[str, Tensor], dict]:

@@ -63,7 +63,8 @@ def _with_options(function):
                                          help="begin anew where --out holds a run already, whose checkpoints go when "
                                               "the new one first saves")]
     all_steps = Annotated[bool, typer.Option("--all-steps", rich_help_panel="Where",
-                                             help="exit code 130 where the run stops before, for scripts that go on")]
+                                             help="exit code 130, not 0, if stopped before --steps: what a script has "
+                                                  "after it waits")]
     taken = {"recipe": (source, inspect.Parameter.empty)} | {name: (_option(name), None) for name in SETTINGS}
     taken |= {"out": (out, None), "device": (device, "auto"), "fresh": (fresh, False), "all_steps": (all_steps, False)}
 
@@ -139,6 +140,7 @@ def run(recipe: Recipe, out: Path, device: torch.device, fresh: bool) -> bool:
     samples.check_steps("--sample-steps", recipe.sample_steps, dansm.FLOWS[recipe.flow])
     data.check_out(recipe.data, out)
     new, out = not out.exists(), dansm.make_folder(out)
+    check_pictures_of_others(out, checkpoint.newest(out) or (out / "metrics.jsonl").exists())
     with processes(device) as device:
         first = ranks()[0] == 0
         try:
@@ -162,6 +164,9 @@ def _run(recipe, out, device, fresh, first) -> bool:
     images, left_out = read(recipe)
     if device.type == "cpu" and recipe.network != "small" and recipe.width is None:
         say(f"on a CPU {recipe.network} takes seconds for each image: --network small is made for one")
+    if recipe.method == "greedy" and recipe.match_size > (seen := recipe.steps * recipe.batch):
+        say(f"the pool of {counted(recipe.match_size, 'noise')} outlasts the {counted(seen, 'image')} of all steps:",
+            "those trained on are the nearest to images, and not N(0, I); a smaller --match-size is better")
     summary, net, flow = trainer.fit(images, recipe, out=out, fresh=fresh, device=device, console=dansm.console)
     whole = summary["steps"] >= recipe.steps
     if not first:
@@ -246,6 +251,10 @@ def sample(model: Path, device: torch.device, out: Path, *, count: int, steps: i
     out, made_from = dansm.make_folder(out), {
         "checkpoint": str(about["file"]), "trained_steps": about["step"], "steps": steps, "solver": solver,
         "precision": precision, "seed": seed, "autoencoder": autoencoder and str(autoencoder)}
+    if checkpoint.newest(out):
+        raise dansm.BadInput(f"--out is {out}, which holds a run, whose samples.png this would take the place of: "
+                             "expected another folder")
+    check_pictures_of_others(out, (out / "sample.json").exists())
     check_numbered(out, made_from, count)
     if files:
         dansm.write_json(out / "sample.json", {**made_from, "count": 0})  # whose images these are, if it is killed
@@ -271,6 +280,13 @@ def sample(model: Path, device: torch.device, out: Path, *, count: int, steps: i
     dansm.say_files(out, "samples.png", "sample.json", *(["000000.png and so on"] if files else []))
     if drawn_so_far < count:
         raise dansm.Stopped(f"stopped after {drawn_so_far:,} of {counted(count, 'image')}")
+
+
+def check_pictures_of_others(out: Path, ours: bool) -> None:
+    """BadInput if `out` holds a samples.png and nothing beside it that says it is of a call of ours."""
+    if not ours and (out / "samples.png").exists():
+        raise dansm.BadInput(f"--out is {out}, which holds a samples.png that no dansm wrote, as it seems: expected "
+                             "another folder, or that it is moved")
 
 
 def check_numbered(out: Path, made_from: dict, count: int) -> None:

@@ -31,7 +31,7 @@ from dansm import counted, say
 from scale import checkpoint, command, trainer
 from scale.cache import alone, share, take_alone
 from scale.data import from_uint8
-from scale.evaluate import check_pictures, digest_of_images, load_extractor
+from scale.evaluate import check_real, digest_of_images, load_extractor
 from scale.prior import ON_A_GPU, WAYS, noises, prior
 from scale.recipe import Recipe, load, shown
 
@@ -121,14 +121,21 @@ def read_speeds(path: Path) -> list[dict]:
     return read_table(path, run=str, seed=int, images_per_second=float, gpu=str)
 
 
+def read_prior(path: Path) -> list[dict]:
+    return read_table(path, way=str, data=str)
+
+
 def read_table(path: Path, **kinds: type) -> list[dict]:
     """The rows, the columns of `kinds` as that; none where there is no file. BadInput for what is no such table."""
     if not path.exists():
         return []
     try:
         with open(path, newline="") as file:
-            return [row | {name: kind(row[name]) for name, kind in kinds.items()} for row in csv.DictReader(file)]
-    except (KeyError, ValueError, TypeError, OSError) as error:
+            rows = csv.DictReader(file)
+            if missing := [name for name in kinds if name not in (rows.fieldnames or ())]:
+                raise ValueError(f"it has no column {missing[0]}")
+            return [row | {name: kind(row[name]) for name, kind in kinds.items()} for row in rows]
+    except (ValueError, TypeError, OSError) as error:
         raise dansm.BadInput(f"{path} cannot be read ({error}): expected what dansm proof wrote, or another --out"
                              ) from error
 
@@ -195,6 +202,7 @@ def prove(data: str, out: Path, work: Path, device: torch.device, *, names: list
     """
     begin, more = time.monotonic(), {**more, "cache": str(cache or "")}
     rows, runs = read_rows(out / "distances.csv"), [name for name in names if name in RUNS]
+    read_speeds(out / "speed.csv"), read_prior(out / "prior.csv")  # a damaged one is to be told before hours of work
     waiting, tests_prior = list(todo(runs, rows)), "prior" in names and (not minutes or names == ["prior"])
     if waiting:  # before anything is read or made
         weights = more.get("inception_weights")
@@ -202,7 +210,7 @@ def prove(data: str, out: Path, work: Path, device: torch.device, *, names: list
     say(f"{counted(len(waiting), 'run')} of {sum(RUNS[name].seeds for name in runs)} to go")
     if waiting or tests_prior:
         images, _ = command.read(recipe_of(RUNS[OFF], 0, data, **more))
-        check_pictures(images)
+        check_real(images)
         if names == ["prior"] and len(images) < PRIOR:
             raise dansm.BadInput(f"--only is prior, which is tested on {PRIOR:,} images or more, and there are "
                                  f"{len(images):,}: expected more")
@@ -310,7 +318,7 @@ def measure_prior(images, which: str, out: Path, device) -> None:
     if not count:
         say(f"the prior is not tested: that takes {PRIOR:,} images, there are {len(images):,}")
         return
-    rows, names = read_table(table, way=str, data=str), [way.name for way in WAYS + ON_A_GPU]
+    rows, names = read_prior(table), [way.name for way in WAYS + ON_A_GPU]
     check_same(rows, table, data=which)
     there = {row["way"] for row in rows}
     ways = [way for way in WAYS + (ON_A_GPU if device.type == "cuda" else []) if way.name not in there]

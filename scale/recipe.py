@@ -205,7 +205,7 @@ def parse_counts(option: str, text: str, at_least: int = 1, at_most: int = 2**63
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and at_least <= int(part) <= at_most for part in parts):
         within = f"of at least {at_least}" if at_most >= 2**63 - 1 else f"from {at_least} to {at_most:,}"
-        raise BadInput(f"{option} is {text!r}: expected whole numbers {within}, parted by commas, as in 100,1000")
+        raise BadInput(f"{option} is {text!r}: expected whole numbers {within}, parted by commas, as in 10,50")
     return list(dict.fromkeys(map(int, parts)))
 
 

@@ -155,6 +155,14 @@ def test_on_a_cpu_it_is_said_which_network_is_made_for_one(run, images, tmp_path
         assert code == 0 and ("--network small is made for one" in said) == hint
 
 
+def test_it_is_said_if_the_pool_outlasts_the_training(run, images, tmp_path):
+    """What a pool hands out before it is empty is not N(0, I)."""
+    for steps, method, told in ((1, "greedy", True), (2, "greedy", False), (1, "nearest", False)):
+        out = tmp_path / f"{method}-{steps}"
+        said = run("train", images, *FAST, "--steps", steps, "--method", method, "--out", out)[1]
+        assert ("the pool of 10 noises outlasts the 8 images of all steps" in said) == told
+
+
 def test_minutes_stop_a_run_that_has_steps_left(run, images, tmp_path):
     code, _, _ = run("train", images, "--steps", 10**9, "--minutes", 0.002, "--out", tmp_path / "out", *FAST)
     described = json.loads((tmp_path / "out" / "train.json").read_text())
@@ -486,6 +494,21 @@ def test_numbered_images_are_not_mixed_with_those_of_another_call(run, refused, 
     assert "steps 2 → 3" in refused(*same[:-3], "--steps", 3, "--out", out)  # without --files it is of another call too
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert run(*same, "--count", 5)[0] == 0 and len(list(out.glob("0*.png"))) == 5
+
+
+def test_pictures_of_others_are_kept(refused, images, trained, tmp_path):
+    """Those of a run are not for sample to write over, and what no command here wrote is for none."""
+    of_run = trained.parent
+    before = (of_run / "samples.png").read_bytes()
+    said = refused("sample", trained, "--count", 1, "--steps", 1, "--out", of_run)
+    assert "holds a run" in said and "another folder" in said
+    assert (of_run / "samples.png").read_bytes() == before and not (of_run / "sample.json").exists()
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "samples.png").write_text("mine")
+    for command in (("sample", trained, "--count", 1, "--steps", 1), ("train", images, "--steps", 1, *FAST)):
+        assert f"{mine}, which holds a samples.png" in refused(*command, "--out", mine)
+    assert files_of(mine) == ["samples.png"] and (mine / "samples.png").read_text() == "mine"
 
 
 def test_images_of_a_sampling_that_was_killed_are_its_own(run, trained, tmp_path, monkeypatch):

@@ -231,11 +231,21 @@ def test_some_runs_alone_and_unknown_ones(run, three, tmp_path):
     assert code == 2 and err.count("\n") == 1 and "off, greedy-10000, assigned-256, prior" in err
 
 
-def test_a_damaged_table_of_speeds_is_refused(run, three, tmp_path):
-    assert run(*three, "--only", "off")[0] == 0
-    (tmp_path / "out" / "speed.csv").write_text("run,x\noff,1\n")
+@pytest.mark.parametrize("name", ["speed.csv", "prior.csv", "distances.csv"])
+@pytest.mark.parametrize("content", ["run,x\noff,1\n", "", "run,seed,images_per_second,gpu\noff,zero,1,CPU\n"])
+def test_a_damaged_table_is_refused_before_anything_is_trained(run, three, tmp_path, name, content):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text(content)
     code, _, err = run(*three, "--only", "off")
-    assert code == 2 and err.count("\n") == 1 and "speed.csv cannot be read" in err
+    assert code == 2 and err.count("\n") == 1 and f"{name} cannot be read" in err
+    assert (tmp_path / "out" / name).read_text() == content and not (tmp_path / "work").exists()
+
+
+def test_too_few_images_are_refused_before_anything_is_written(run, three, tmp_path):
+    few = make_images(tmp_path / "few", count=3, width=8, height=8)
+    code, _, err = run(*("proof", "--data", few, *three[3:]))
+    assert code == 2 and err.count("\n") == 1 and "3 real images" in err
+    assert not (tmp_path / "work").exists() and not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize("content", ["run,seed\nother,0\n", "nothing\n1\n",
