@@ -224,15 +224,16 @@ def prove(data: str, out: Path, work: Path, device: torch.device, *, names: list
         left = minutes - (time.monotonic() - begin) / 60 if minutes else 0
         if minutes and left <= 0:
             break
-        with turn(run, seed, out, work) as ours, visit(device, out) as alone_there:
+        with turn(run, seed, out, work) as ours:
             if not ours:
                 continue
             recipe = recipe_of(run, seed, data, minutes=left, **more)
             say(f"{run.name}, seed {seed}: {command_of(run, seed, data, **more)}")
-            new, speed, stopped = one_run(run, seed, images, recipe, work, device)
-            if speed and not alone_there():
-                say(f"{run.name}, seed {seed}, has no rate: another call trained on the same device")
-                speed = None
+            with visit(device, out) as alone_there:
+                new, speed, stopped = one_run(run, seed, images, recipe, work, device)
+                if speed and not alone_there():
+                    say(f"{run.name}, seed {seed}, has no rate: another call trained on the same device")
+                    speed = None
             add([{**row, "data": which} for row in new], speed, out)
         if stopped:
             break
