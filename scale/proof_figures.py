@@ -1,4 +1,5 @@
-"""The figures of `scale.proof`: distance against images and minutes, and all ways of pairing side by side."""
+"""The figures of `scale.proof`: distance against images and minutes, what share of the images matching needs, and all
+ways of pairing side by side."""
 
 from __future__ import annotations
 
@@ -14,17 +15,18 @@ from scale import proof
 from scale.evaluate import INCEPTION
 from scale.figures import COLUMN, DATA, INK, NOISE, PAGE, PALE, STYLE, save
 
-OTHER = {"greedy-1000": "#e0a458", "greedy-100000": "#7a4b94", "greedy-1000000": "#2a7f62"}
 LOOKS = {proof.OFF: dict(color=NOISE, marker="o", linestyle=(0, (4, 2))),
+         "greedy-1000": dict(color="#e0a458", marker="^", linestyle=(0, (1, 1.2))),
          proof.MATCHED: dict(color=DATA, marker="s", linestyle="-"),
-         **{name: dict(color=color, marker=marker, linestyle=(0, (1, 1.2)))
-            for (name, color), marker in zip(OTHER.items(), "^vD", strict=True)}}
+         "greedy-100000": dict(color="#7a4b94", marker="v", linestyle=(0, (1, 1.2))),
+         "greedy-1000000": dict(color="#2a7f62", marker="D", linestyle=(0, (1, 1.2)))}
 DIFFUSION = {"diffusion-off": LOOKS[proof.OFF], "diffusion-greedy-10000": LOOKS[proof.MATCHED]}
 PEERS = ["assigned-256", "nearest-16", "optimal-10000", "greedy-1000", proof.MATCHED, "greedy-100000",
          "greedy-1000000"]
 MARKERS = "osD^v"
 SMALL = ["batch8-assigned", "batch8-greedy-10000", "batch1-greedy-10000"]
 COSTS = [proof.MATCHED, "inner-10000", "greedy-100000", "inner-100000"]
+CLAIMED = 0.6, 0.7  # of the images, by the paper: 30 to 40 % fewer
 
 
 def draw(rows: list[dict], speeds: list[dict], out: Path) -> list[str]:
@@ -57,8 +59,9 @@ def curves(rows: list[dict], looks: dict[str, dict], along: str) -> Figure | Non
     if not rows:
         return None
     counts = sorted({row["steps"] for row in rows})
-    figure = Figure((PAGE, 2.6), layout="constrained")
-    panels = figure.subplots(1, len(counts), squeeze=False)[0]
+    shares = proof.summarize(rows) if along == "images" else []
+    figure = Figure((PAGE, 4.3 if shares else 2.6), layout="constrained")
+    panels, *below = figure.subplots(2 if shares else 1, len(counts), squeeze=False, sharex=True)
     unit = 1e6 if along == "images" else 60
     for axes, steps in zip(panels, counts, strict=True):
         axes.set(xscale="log", yscale="log")
@@ -69,11 +72,42 @@ def curves(rows: list[dict], looks: dict[str, dict], along: str) -> Figure | Non
         axes.set_title(f"{steps} steps", pad=3)
     features = rows[0]["features"]
     panels[0].set_ylabel("FID" if features == INCEPTION else f"Fréchet distance\n({features.partition(':')[2]})")
-    along = {"images": "images trained on, millions", "seconds": "minutes of training, start not counted"}[along]
-    figure.supxlabel(along, fontsize=8)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
+    if shares:
+        _draw_shares(below[0], shares, looks, counts)
+    figure.supxlabel({"images": f"images trained on, millions{' (below: by random pairs)' if shares else ''}",
+                      "seconds": "minutes of training, start not counted"}[along], fontsize=8)
+    handles, labels = (of_both[0] + of_both[1] for of_both in zip(
+        panels[0].get_legend_handles_labels(), below[0][0].get_legend_handles_labels() if shares else ([], []),
+        strict=True))
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
     return figure
+
+
+def _draw_shares(panels, shares: list[dict], looks: dict[str, dict], counts: list[int]) -> None:
+    """A row of panels: of the images that random pairs were trained on, the share that a run needs to come to their
+    distance. A band is of all pairs of seeds; hollow is what was reached before anything was measured."""
+    for axes, steps in zip(panels, counts, strict=True):
+        axes.axhline(1, color=NOISE, linewidth=1.1, linestyle=LOOKS[proof.OFF]["linestyle"])
+        if proof.OFF in looks:
+            axes.axhspan(*CLAIMED, color=PALE, linewidth=0, zorder=0)
+        for name, look in looks.items():
+            found = [row for row in shares if (row["run"], row["steps"]) == (name, steps) and row["ratio"]]
+            along, share = [row["images"] / 1e6 for row in found], [1 / row["ratio"] for row in found]
+            axes.plot(along, share, linewidth=1.1, color=look["color"], linestyle=look["linestyle"])
+            for images, height, row in zip(along, share, found, strict=True):
+                axes.plot(images, height, look["marker"], color=look["color"], markersize=3,
+                          markerfacecolor="white" if row["at_least"] else look["color"])
+            band = [row for row in found if row["least_ratio"] and row["seeds"] > 1]
+            axes.fill_between([row["images"] / 1e6 for row in band], [1 / row["most_ratio"] for row in band],
+                              [1 / row["least_ratio"] for row in band], color=look["color"], alpha=0.25, linewidth=0)
+        axes.grid(axis="x", color=PALE, linewidth=0.5)
+        axes.sharey(panels[0])
+        axes.label_outer()
+    panels[0].set_ylim(bottom=0)
+    panels[0].set_ylabel("images to equal quality\n÷ those of random pairs")
+    if proof.OFF in looks:
+        panels[0].fill_between([], [], [], color=PALE, label="the paper's claim (below)")
+    panels[0].plot([], [], "s", color=INK, markerfacecolor="white", markersize=3, label="hollow: at most so many")
 
 
 def _draw_run(axes, rows: list[dict], look: dict, along: str, unit: float) -> None:

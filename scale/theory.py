@@ -84,7 +84,8 @@ def measure_pools(x: Tensor, z: Tensor, match_size: int, directions: Tensor) -> 
     rows = []
     for way in (*WAYS, "free"):
         paired = match_in_pools(x, z, match_size, way)
-        rows.append({"way": way, **gains(x, paired, z, match_size), **spread_along(x, paired, directions)})
+        rows.append({"way": way, **gains(x, paired, z, match_size), **spread_along(x, paired, directions),
+                     **variance_by_age(paired @ directions[:, 0], match_size)})
     best = next(row["gain"] for row in rows if row["way"] == "optimal")
     return [{**row, "share_of_optimal": row["gain"] / best} for row in rows]
 
@@ -111,6 +112,13 @@ def gains(x: Tensor, paired: Tensor, z: Tensor, match_size: int) -> dict[str, fl
     quarters = (1 - length / at_random).tolist()
     return {"gain": 1 - (length.sum() / at_random.sum()).item(),
             **{f"quarter_{i}": gain for i, gain in enumerate(quarters, 1)}}
+
+
+def variance_by_age(along: Tensor, match_size: int) -> dict[str, float]:
+    """Of noises in the order they were taken, `along` the images' first principal direction, (N,): their variance in
+    each quarter of the pools' lives. In N(0, I) it is 1; of a quarter of a pool it need not be."""
+    quarters = along.view(-1, 4, match_size // 4).transpose(0, 1).flatten(1)
+    return {f"first_variance_{i}": quarter.var().item() for i, quarter in enumerate(quarters, 1)}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -265,13 +273,20 @@ def draw_gains(panel, result: dict) -> None:
 
 
 def print_gains(result: dict) -> None:
-    """The table of the page: what each way of pairing wins at each size, and what is left of it in a last quarter."""
+    """The tables of the page: what each way of pairing wins at each size, and what is left of it in a last quarter; and
+    which noises the first and the last quarter take."""
     of = {(row["match_size"], row["way"]): row for row in result["summary"]}
     columns = *WAYS, *(f"last quarter,\n{way}" for way in WAYS)
     table = make_table("Mean squared path, shorter than at random by", *columns)
     for size in result["match_sizes"]:
         found = [of[size, way][measure] for measure in ("gain", "quarter_4") for way in WAYS]
         table.add_row(f"{size:,}", *(f"{100 * each['mean']:.2f} ± {100 * each['std']:.2f} %" for each in found))
+    dansm.console.print(table)
+    columns = [f"{which} quarter,\n{way}" for way in WAYS for which in ("first", "last")]
+    table = make_table("Variance along the images' first direction of the noises taken (whole pools: 1)", *columns)
+    for size in result["match_sizes"]:
+        found = [of[size, way][f"first_variance_{i}"] for way in WAYS for i in (1, 4)]
+        table.add_row(f"{size:,}", *(f"{each['mean']:.2f} ± {each['std']:.2f}" for each in found))
     dansm.console.print(table)
 
 
