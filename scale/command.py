@@ -22,7 +22,7 @@ from dansm import counted, say
 from scale import checkpoint, data, samples, trainer
 from scale.latents import known_of, known_on_disk
 from scale.recipe import SETTINGS, Recipe, kind_of, load, names, shown
-from scale.step import at_once, processes, ranks, sampler
+from scale.step import at_once, number_type, processes, ranks, sampler
 
 WORDS = {int: "N", float: "X", str: "NAME"}  # that stand in the help for a value
 
@@ -160,7 +160,16 @@ def forget(out: Path) -> None:
             out.rmdir()
 
 
+def check_place(recipe: Recipe, device: torch.device) -> None:
+    """BadInput for what this device, or a process by itself, cannot do: to be told before minutes of reading."""
+    number_type(recipe.precision, device)
+    if recipe.match_scope == "global" and not group.is_initialized():
+        raise dansm.BadInput("--match-scope is global, for several processes: expected the command under torchrun, or "
+                             "rank")
+
+
 def _run(recipe, out, device, fresh, first) -> bool:
+    check_place(recipe, device)
     images, left_out = read(recipe)
     if device.type == "cpu" and recipe.network != "small" and recipe.width is None:
         say(f"on a CPU {recipe.network} takes seconds for each image: --network small is made for one")

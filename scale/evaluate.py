@@ -450,7 +450,9 @@ def _precision_recall(features, others, device) -> dict:
 # ---------------------------------------------------------------------------------------------------
 
 
-class Model(NamedTuple):
+class Judged(NamedTuple):
+    """A model to judge, with what makes images of its samples."""
+
     path: Path  # as it was given
     net: dansm.UNet
     flow: object
@@ -468,7 +470,7 @@ class Model(NamedTuple):
 
 
 def load_models(paths: Iterable[Path], steps: list[int], solver: str, autoencoder: Path | None, device,
-                precision: str, memory: float | None = None) -> list[Model]:
+                precision: str, memory: float | None = None) -> list[Judged]:
     """The models on the CPU, with decoders on the device for those of latents. BadInput for one that cannot be read,
     makes latents that `autoencoder` does not decode, or takes not so many steps."""
     from scale.command import decoder_for
@@ -479,7 +481,7 @@ def load_models(paths: Iterable[Path], steps: list[int], solver: str, autoencode
         for count in steps:
             check_steps("--steps", count, type(flow))
         decoder = decoder_for(path, net.settings["channels"], about, autoencoder, device, precision, memory)
-        models.append(Model(path, net, flow, about, decoder))
+        models.append(Judged(path, net, flow, about, decoder))
     return models
 
 
@@ -568,7 +570,7 @@ def evaluate(paths: list[Path], data: str | None, device: torch.device, out: Pat
                             "same command goes on") from stopped
 
 
-def _find_real(models: list[Model], data: str | None, size: int | None, skip_unreadable: bool) -> tuple[str, Stream]:
+def _find_real(models: list[Judged], data: str | None, size: int | None, skip_unreadable: bool) -> tuple[str, Stream]:
     """The real images, with their source."""
     recipes = [model.about["recipe"] for model in models]
     if data is None:
@@ -592,7 +594,7 @@ def _find_real(models: list[Model], data: str | None, size: int | None, skip_unr
     return data, stream_images(data, size=size, skip_unreadable=skip_unreadable, caches=caches)
 
 
-def _check_count(models: list[Model], source: str, count: int) -> None:
+def _check_count(models: list[Judged], source: str, count: int) -> None:
     """BadInput if a model was trained on more or fewer images than lie there now."""
     for model in models:
         known = model.about["images"]
@@ -601,7 +603,7 @@ def _check_count(models: list[Model], source: str, count: int) -> None:
                            "now: expected --data, the images to compare with")
 
 
-def _check_shape(models: list[Model], data: str, shape) -> None:
+def _check_shape(models: list[Judged], data: str, shape) -> None:
     """BadInput if images of (C, H, W) are of another size than those of a model."""
     for model in models:
         if tuple(shape[1:]) != (model.pixels, model.pixels):

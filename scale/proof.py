@@ -207,7 +207,6 @@ def prove(data: str, out: Path, work: Path, device: torch.device, *, names: list
     if waiting:  # before anything is read or made
         weights = more.get("inception_weights")
         load_extractor(more["evaluate_features"], device, Path(weights) if weights else None, "--features")
-    say(f"{counted(len(waiting), 'run')} of {sum(RUNS[name].seeds for name in runs)} to go")
     if waiting or tests_prior:
         images, _ = command.read(recipe_of(RUNS[OFF], 0, data, **more))
         check_real(images)
@@ -216,6 +215,7 @@ def prove(data: str, out: Path, work: Path, device: torch.device, *, names: list
                                  f"{len(images):,}: expected more")
         which = f"{len(images):,} images, {digest_of_images(np.asarray(images))[:8]}"
         check_same(rows, out / "distances.csv", features=more["evaluate_features"], data=which)
+    say(f"{counted(len(waiting), 'run')} of {sum(RUNS[name].seeds for name in runs)} to go")
     if waiting:
         commands = [command_of(run, seed, data, **more) for run, seed in todo(list(RUNS), [])]
         with alone(out / ".lock"):

@@ -125,9 +125,13 @@ class Recipe:
         settings = dict(channels=channels, size=size) | dansm.NETWORKS[self.network] | own
         try:
             with torch.device("meta"):  # shapes without memory: only to see that the sizes fit
-                dansm.UNet(**settings)
+                net = dansm.UNet(**settings)
         except BadInput as error:
             raise BadInput(f"{error}; --size N makes them N pixels square") from error
+        levels = [size >> level for level in range(len(net.settings["multipliers"]))]
+        if strange := set(self.attention_at or ()) - set(levels):
+            raise BadInput(f"--attention-at has {min(strange)}: expected sizes that a level of the network has, of "
+                           f"{', '.join(map(str, levels))}")
         return settings
 
 

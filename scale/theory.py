@@ -276,17 +276,17 @@ def print_gains(result: dict) -> None:
     """The tables of the page: what each way of pairing wins at each size, and what is left of it in a last quarter; and
     which noises the first and the last quarter take."""
     of = {(row["match_size"], row["way"]): row for row in result["summary"]}
-    columns = *WAYS, *(f"last quarter,\n{way}" for way in WAYS)
+    columns = *WAYS, *(f"{way},\nlast ¼" for way in WAYS)
     table = make_table("Mean squared path, shorter than at random by", *columns)
     for size in result["match_sizes"]:
         found = [of[size, way][measure] for measure in ("gain", "quarter_4") for way in WAYS]
-        table.add_row(f"{size:,}", *(f"{100 * each['mean']:.2f} ± {100 * each['std']:.2f} %" for each in found))
+        table.add_row(f"{size:,}", *(f"{100 * each['mean']:.2f} %\n± {100 * each['std']:.2f} %" for each in found))
     dansm.console.print(table)
-    columns = [f"{which} quarter,\n{way}" for way in WAYS for which in ("first", "last")]
-    table = make_table("Variance along the images' first direction of the noises taken (whole pools: 1)", *columns)
+    columns = [f"{way},\n{which} ¼" for way in WAYS for which in ("first", "last")]
+    table = make_table("Variance of the noises taken, along the images' first direction (N(0, I): 1)", *columns)
     for size in result["match_sizes"]:
         found = [of[size, way][f"first_variance_{i}"] for way in WAYS for i in (1, 4)]
-        table.add_row(f"{size:,}", *(f"{each['mean']:.2f} ± {each['std']:.2f}" for each in found))
+        table.add_row(f"{size:,}", *(f"{each['mean']:.2f}\n± {each['std']:.2f}" for each in found))
     dansm.console.print(table)
 
 

@@ -616,10 +616,10 @@ def test_toy_runs(run, tmp_path, monkeypatch):
     out = tmp_path / "out"
     code, said, err = run("toy", "--shape", "two-moons", "--steps", 2, "--seeds", 1, "--match-size", 8, "--out", out)
     assert (code, err) == (0, "")
-    assert files_of(out) == ["flow.gif", "pairs.png", "paths.png", "samples.png", "toy.json"]
+    assert files_of(out) == ["flow.gif", "pairs.png", "paths.png", "results.csv", "samples.png", "toy.json"]
     assert all(name in said for name in files_of(out)) and str(out) in said.replace("\n", "")
     assert json.loads((out / "toy.json").read_text())["shape"] == "two-moons"
-    assert all(Image.open(out / name).width > 100 for name in files_of(out) if not name.endswith("json"))
+    assert all(Image.open(out / name).width > 100 for name in files_of(out) if name.endswith(("png", "gif")))
 
 
 def test_digits_runs(run, tmp_path, monkeypatch):

@@ -88,65 +88,109 @@ def records(name):
         return list(csv.DictReader(file))
 
 
+LABELS = {run.label: name for name, run in RUNS.items()}
+COUNTS = {"3": "three", "5": "five", "10": "ten", "20": "twenty", "50": "fifty"}
+
+
+def distance(run, steps, images):
+    """Over the seeds that came so far: mean ± standard deviation, or what one seed has."""
+    found = [float(row["distance"]) for row in records("distances.csv")
+             if (row["run"], row["steps"], row["images"]) == (run, str(steps), str(images))]
+    return f"{fmean(found):.1f} ± {stdev(found):.1f}" if len(found) > 1 else f"{found[0]:.1f}"
+
+
 def test_the_table_of_the_proof_is_what_was_measured():
-    """Each row to its last digit, from the tables of the first seed; rates of those that had a card for themselves."""
-    labels = {run.label: name for name, run in RUNS.items()}
-    rows = re.findall(r"^\| (.+?) \| ([\d. |]+?) \| ([\d,]+|–) \| ([\d.]+ %|–) \|$", README.read_text(), re.MULTILINE)
+    """Each row to its last digit; rates of those that had a card for themselves."""
+    rows = re.findall(r"^\| (.+?) \| ([\d. |±]+?) \| ([\d,]+|–) \| ([\d.]+ %|–) \|$", README.read_text(), re.MULTILINE)
     assert len(rows) >= 10
     for label, distances, rate, share in rows:
-        measured = [row for row in records("distances.csv") if row["images"] == "2048000" and row["seed"] == "0"
-                    and row["run"] == labels[label]]
-        assert distances.split(" | ") == [f"{float(row['distance']):.1f}" for row in measured], label
+        assert distances.split(" | ") == [distance(LABELS[label], steps, 2_048_000) for steps in COUNTS], label
         told = [(f"{float(speed['images_per_second']):,.0f}", f"{100 * float(speed['matching']):.1f} %")
-                for speed in records("speed.csv") if (speed["run"], speed["seed"]) == (labels[label], "0")]
+                for speed in records("speed.csv") if (speed["run"], speed["seed"]) == (LABELS[label], "0")]
         assert [(rate, share)] == (told or [("–", "–")])
 
 
-def of_seeds(run, steps):
-    """How many seeds there are after 1,024,000 images, and the mean and standard deviation of their distances."""
-    found = [float(row["distance"]) for row in records("distances.csv")
-             if (row["run"], row["steps"], row["images"]) == (run, steps, "1024000")]
-    return str(len(found)), f"{fmean(found):.1f} ± {stdev(found):.1f}"
+def test_every_run_of_the_proof_is_there_whole():
+    ends = {(row["run"], int(row["seed"])) for row in records("distances.csv")
+            if int(row["images"]) == RUNS[row["run"]].images}
+    assert ends == {(name, seed) for name, run in RUNS.items() for seed in range(run.seeds)} and len(ends) == 27
 
 
 def test_what_is_said_of_seeds_is_what_was_measured():
     said, table = README.read_text(), (README.parent / "results" / "README.md").read_text()
-    said, counts = " ".join(said.split()), ("3", "5", "10", "20", "50")
-    for steps in counts:
-        (seeds, off), (_, ours) = (of_seeds(name, steps) for name in ("off", "greedy-10000"))
-        assert seeds == "3" and f"{off} and {ours} in" in said
-    (seeds, inner), (_, squared) = (of_seeds(name, "10") for name in ("inner-100000", "greedy-100000"))
-    assert seeds == "2" and f"of 100,000 {inner} against {squared}, two seeds" in said
-    rows = re.findall(r"^  \| (.+?) \| (\d) \| ([\d.]+ ± [\d.± |]+) \|$", table, re.MULTILINE)
-    labels = {run.label: name for name, run in RUNS.items()}
-    assert len(rows) == 4
-    for label, seeds, cells in rows:
-        assert [(seeds, cell) for cell in cells.split(" | ")] == [of_seeds(labels[label], steps) for steps in counts]
+    said = " ".join(said.split())
+    inner, squared = (distance(name, 10, 1_024_000) for name in ("inner-10000", "greedy-10000"))
+    assert f"of 10,000 {inner} against {squared} in ten" in said
+    inner, squared = (distance(name, 10, 1_024_000) for name in ("inner-100000", "greedy-100000"))
+    assert f"of 100,000 {inner} against {squared}" in said
+    rows = re.findall(r"^  \| (.+?) \| ([\d,]+) \| ([\d.]+ ± [\d.± |]+) \|$", table, re.MULTILINE)
+    assert len(rows) == 10
+    for label, images, cells in rows:
+        at = int(images.replace(",", ""))
+        assert cells.split(" | ") == [distance(LABELS[label], steps, at) for steps in COUNTS], label
+
+
+def test_what_is_said_of_small_batches_on_cifar10_is_what_was_measured():
+    for page in (README, README.parent / "results" / "README.md"):
+        said = " ".join(page.read_text().replace("**", "").replace(" → ", " and ").split())
+        for steps, word in COUNTS.items():
+            eight = ", ".join(distance(f"batch8-{way}", steps, 512_000) for way in ("off", "assigned", "greedy-10000"))
+            assert f"{eight} in {word}" in said, (page, word, eight)
+            one = " and ".join(distance(f"batch1-{way}", steps, 128_000) for way in ("off", "greedy-10000"))
+            assert one in said, (page, word, one)
+
+
+def needed(run, steps, images):
+    row, = (row for row in records("summary.csv")
+            if (row["run"], row["steps"], row["images"]) == (run, str(steps), str(images)))
+    return row
+
+
+def test_the_table_of_images_to_equal_quality_is_what_was_measured():
+    """Each cell: at most the first mark; or the images, and in brackets those of the quickest and slowest pair."""
+    table = (README.parent / "results" / "README.md").read_text()
+    rows = re.findall(r"^  \| ([\d,]+) \| (10,000|100,000) \| (.+) \|$", table, re.MULTILINE)
+    assert len(rows) == 7
+    for images, pool, cells in rows:
+        at = int(images.replace(",", ""))
+        for cell, steps in zip(cells.split(" | "), COUNTS, strict=True):
+            row = needed(f"greedy-{pool.replace(',', '')}", steps, at)
+            ours = round(float(row["images_ours"]), -3)
+            if cell == "256,000 at most":
+                assert row["at_least"] == "True" and ours == 256_000
+                continue
+            least, most = (row[name] and at / float(row[name]) for name in ("most_ratio", "least_ratio"))
+            brackets = f"{least:,.0f} to {most:,.0f}" if most else "not by each"
+            numbers = [round(int(number.replace(",", "")), -3) for number in re.findall(r"[\d,]{4,}", brackets)]
+            said = [int(number.replace(",", "")) for number in re.findall(r"[\d,]{4,}", cell)]
+            assert said[0] == ours and row["at_least"] == "False" and ("not by each" in cell) == (not most)
+            assert said[1:] == pytest.approx(numbers, abs=1000), (cell, row)  # ratios have three digits
 
 
 def test_what_the_readme_says_under_its_curve_is_what_was_measured():
-    text, found = " ".join(README.read_text().split()), {}
-    for row in records("summary.csv"):
-        if row["run"] == "greedy-10000":
-            found.setdefault(row["steps"], {})[int(row["images"])] = row
-
-    words = {"5": "five", "10": "ten", "20": "twenty", "50": "fifty"}
+    text = " ".join(README.read_text().split())
 
     def needs(steps, images):
-        return f"{float(found[steps][images]['images_ours']) / 1e6:.2f} million in {words[steps]}"
+        return f"{float(needed('greedy-10000', steps, images)['images_ours']) / 1e6:.2f} million in {COUNTS[steps]}"
 
-    ten, twenty, fifty = (needs(steps, 1_024_000) for steps in ("10", "20", "50"))
-    last = {steps: row[5_120_000] for steps, row in found.items()}
-    assert f"need {ten} sampling steps, {twenty} and {fifty} (three seeds)" in text
-    assert all(row[1_024_000]["seeds"] == "3" and last[steps]["seeds"] == "1" for steps, row in found.items())
-    assert f"needs {needs('10', 5_120_000)} steps and {needs('5', 5_120_000)} (one seed)" in text
-    assert last["3"]["at_least"] == "True" and float(last["3"]["images_ours"]) == 256_000
-    both = {steps: f"{float(row['distance']):.1f} against {float(row['off']):.1f}" for steps, row in last.items()}
-    assert f"{both['20']} and {both['50']}" in text and not last["20"]["ratio"] and not last["50"]["ratio"]
-    fewer = {steps: {images: 100 - 100 / float(row["ratio"]) for images, row in rows.items() if row["ratio"]}
-             for steps, rows in found.items()}
-    told = [fewer["20"][images] for images in (512_000, 1_024_000, 2_048_000, 3_584_000)]
-    assert f"the pool of 10,000 needs {min(told):.0f} to {max(told):.0f} % fewer images on CIFAR-10" in text
-    told = [fewer["50"][images] for images in (512_000, 1_024_000, 2_048_000)]
-    assert f"in fifty {min(told):.0f} to {max(told):.0f} % fewer up to 2 million, then more" in text
-    assert fewer["50"][3_584_000] < 0
+    last = {steps: needed("greedy-10000", steps, 5_120_000) for steps in COUNTS}
+    assert all(row["seeds"] == "3" for row in last.values()) and last["3"]["at_least"] == "True"
+    three, five, ten, twenty = (needs(steps, 5_120_000) for steps in ("3", "5", "10", "20"))
+    assert f"needs at most {three} sampling steps, {five}, {ten} and {twenty}; in fifty" in text
+    ours, off = (distance(name, 50, 5_120_000) for name in ("greedy-10000", "off"))
+
+    def fewer(run, steps, *marks):
+        saved = [100 - 100 / float(needed(run, steps, images)["ratio"]) for images in marks]
+        return f"{min(saved):.0f} to {max(saved):.0f} %"
+
+    marks = (512_000, 1_024_000, 2_048_000, 3_584_000, 5_120_000)
+    assert f"In twenty steps the pool of 10,000 needs {fewer('greedy-10000', '20', *marks)} fewer images" in text
+    before, end = fewer("greedy-10000", "50", *marks[:-1]), 100 - 100 / float(last["50"]["ratio"])
+    assert f"in fifty {before} fewer up to 3.6 million and {end:.0f} % after 5.1" in text
+    assert f"by then, {ours} against {off}, and {before} before" in text
+    table = " ".join((README.parent / "results" / "README.md").read_text().split())
+    assert (f"met in ten steps (10,000: {fewer('greedy-10000', '10', *marks)}, 100,000: "
+            f"{fewer('greedy-100000', '10', *marks[:3])}, the more the longer)") in table
+    assert (f"in twenty the pool of 10,000 saves {fewer('greedy-10000', '20', *marks)}, that of 100,000 "
+            f"{fewer('greedy-100000', '20', *marks[:3])}; in fifty {fewer('greedy-10000', '50', *marks)} and "
+            f"{fewer('greedy-100000', '50', *marks[:3])}") in table

@@ -47,6 +47,11 @@ def row_of_table(size: int) -> str:
             f"| {last['squared']} | {last['inner']} |")
 
 
+def first_and_last(way: str) -> list[str]:
+    """The variance of noises along the images' first direction, in the first and the last quarter of 4,000."""
+    return [spread(OF[4000, way][f"first_variance_{i}"], 2, 1) for i in (1, 4)]
+
+
 def phrases_of_the_record() -> list[str]:
     growth = {row["pairs"]: row["over_random"] for row in load("foundations", "paths-cifar10.json")["summary"][1:]}
     assert list(growth) == ["matched, 100", "matched, 1,000", "matched, 10,000"]
@@ -68,6 +73,8 @@ def phrases_of_the_record() -> list[str]:
         f"their mean square {spread(PRIOR['nearest']['mean_square'], 4, 1)}",
         f"hands out {spread(pool['first_variance'], 3, 1)} and {spread(pool['mean_square'], 4, 1)}",
         *(row_of_table(size) for size in theory.MATCH_SIZES),
+        f"a variance of {first_and_last('inner')[0]}, the last {first_and_last('inner')[1]} (squared: "
+        f"{' and '.join(first_and_last('squared'))}; optimal: {' and '.join(first_and_last('optimal'))})",
         f"about {data['squared_norm']:.0f} + {data['numbers']:,} and",
         f"0 ± 2‖x‖ = {2 * data['squared_norm'] ** 0.5:.0f}",
         f"would save {spread(OF[1000, 'free']['gain'], 2)} %",
@@ -104,6 +111,9 @@ def test_what_the_page_says_in_words_holds_in_every_draw():
         for size in theory.MATCH_SIZES:
             assert rows[draw, size, "squared"]["gain"] < rows[draw, size, "inner"]["gain"]
             assert rows[draw, size, "squared"]["quarter_4"] < rows[draw, size, "inner"]["quarter_4"]
+            first, last = ([rows[draw, size, way][f"first_variance_{i}"] for way in ("inner", "squared", "optimal")]
+                           for i in (1, 4))
+            assert first == sorted(first, reverse=True) and last == sorted(last)
     same = {row["way"]: row["the_noises_drawn"] for row in RECORD["prior_rows"]}
     assert same == {"drawn": True, "matched": True, "nearest": False}
     data = RECORD["data"]
@@ -181,6 +191,12 @@ def test_gains_are_those_of_all_pairings_of_a_pool(small):
     assert found["gain"] == pytest.approx(1 - (length / sum(at_random)).item(), abs=1e-5)
     first = sum((x[i] - z[j]).square().sum() / 4 for i in (0, 4) for j in range(i, i + 4))
     assert found["quarter_1"] == pytest.approx(1 - ((x - paired)[[0, 4]].square().sum() / first).item(), abs=1e-5)
+
+
+def test_the_variance_by_age_is_of_the_same_quarter_of_all_pools():
+    along = torch.tensor([0.0, 1, 2, 3, 4, 5, 6, 9])  # two pools of four: quarters (0, 4), (1, 5), (2, 6), (3, 9)
+    found = theory.variance_by_age(along, 4)
+    assert found == {"first_variance_1": 8, "first_variance_2": 8, "first_variance_3": 8, "first_variance_4": 18}
 
 
 def test_greedy_of_the_page_is_the_pool(small):

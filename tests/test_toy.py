@@ -102,9 +102,11 @@ def test_a_run_writes_numbers_and_pictures(small, tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(pictures, "draw_flow", partial(pictures.draw_flow, frames=6))
     results = toy.run("eight-gaussians", match_size=100, steps=5, seeds=2, out=tmp_path / "new" / "folder")
     out = tmp_path / "new" / "folder"
-    written = ["flow.gif", "pairs.png", "paths.png", "samples.png", "toy.json"]
+    written = ["flow.gif", "pairs.png", "paths.png", "results.csv", "samples.png", "toy.json"]
     assert sorted(file.name for file in out.iterdir()) == written
     assert json.loads((out / "toy.json").read_text()) == results
+    methods = [line.split(",")[:2] for line in (out / "results.csv").read_text().splitlines()[1:]]
+    assert methods == [["eight-gaussians", method] for method in dansm.METHODS]
     assert list(results["summary"]) == list(dansm.METHODS)
     assert len(results["trainings"]) == 8
     for found in results["summary"].values():

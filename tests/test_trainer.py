@@ -161,6 +161,14 @@ def test_fp16_without_a_gpu_is_refused(refused, images, tmp_path):
     assert "precision is fp16, on cpu: expected bf16 or fp32" in said
 
 
+def test_what_cannot_be_done_here_is_told_before_the_data_is_read(refused, images, tmp_path, monkeypatch):
+    monkeypatch.setattr("scale.command.read", lambda recipe: pytest.fail("the data was read"))
+    for option, value, says in (("--precision", "fp16", "precision is fp16, on cpu"),
+                                ("--match-scope", "global", "--match-scope is global, for several processes: expected")):
+        assert says in refused("train", images, option, value, "--out", tmp_path / "out", *FAST)
+        assert not (tmp_path / "out").exists()
+
+
 def test_the_operations_of_the_papers_network():
     assert operations_per_image(dansm.UNet(channels=4).settings) == pytest.approx(65.09e9, rel=1e-3)
 

@@ -165,7 +165,7 @@ def run(shape: str = "swiss-roll", match_size: int = 1000, steps: int = 800, see
     match_size  for greedy; optimal gets at most 128 and nearest at most 16 of it
     steps       of training, BATCH pairs each
     seeds       trainings a method: seed, seed + 1, …
-    out         the folder for toy.json, pairs.png, paths.png, samples.png, flow.gif
+    out         the folder for toy.json, results.csv, pairs.png, paths.png, samples.png, flow.gif
 
     toy.json is written after every training, the pictures after the first seed: stopping early keeps them.
     Raises BadInput for an unknown shape or cost, and for counts that are not whole and positive.
@@ -215,7 +215,8 @@ def run_shape(shape: str, out: Path, settings: dict) -> tuple[dict, dict[str, nn
         console.print(f"Stopped: {len(results['trainings'])} of {count} trainings are in {out / 'toy.json'}")
         raise
     console.print(table(results))
-    dansm.say_files(out, "toy.json", "pairs.png", "paths.png", "samples.png", "flow.gif")
+    dansm.write_csv(rows_of({shape: results}), out / "results.csv")
+    dansm.say_files(out, "toy.json", "results.csv", "pairs.png", "paths.png", "samples.png", "flow.gif")
     return results, nets
 
 
@@ -283,8 +284,8 @@ def cell(value: dict[str, float], form: str = "{:.3f}") -> str:
     return f"{form.format(value['mean'])}\n[dim]±{form.format(value['std'])}[/]"
 
 
-def write_table(results: dict[str, dict], out: Path) -> None:
-    """Every shape's summary: results.json, and as a table of one row for each shape and method, results.csv."""
+def rows_of(results: dict[str, dict]) -> list[dict]:
+    """The summaries as a table: a row for each shape and method, means and standard deviations over seeds."""
     rows = []
     for shape, of_shape in results.items():
         for method, found in of_shape["summary"].items():
@@ -294,7 +295,12 @@ def write_table(results: dict[str, dict], out: Path) -> None:
             rows.append({"shape": shape, "method": method, "match_size": found["match_size"], "seeds": found["seeds"]}
                         | {f"{name}{end}": round(value[key], 5) for name, value in measures.items()
                            for end, key in (("", "mean"), ("_std", "std"))})
-    dansm.write_csv(rows, out / "results.csv")
+    return rows
+
+
+def write_table(results: dict[str, dict], out: Path) -> None:
+    """Every shape's summary: results.json, and as a table results.csv."""
+    dansm.write_csv(rows_of(results), out / "results.csv")
     dansm.write_json(out / "results.json", {
         shape: {key: of_shape[key] for key in ("settings", "floor", "summary")} for shape, of_shape in results.items()})
 
