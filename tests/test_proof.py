@@ -358,6 +358,18 @@ def test_a_line_is_of_the_seeds_that_came_farthest_and_its_band_of_all():
     assert {round(y, 6) for _, y in corners} == {round(each / images, 6) for each in (8e6, 4e6) for images in some}
 
 
+def test_the_lower_panels_show_the_share_of_images_and_leave_hollow_what_is_at_most():
+    """Half of random pairs' distance all along is half of the images; before the first mark nobody has looked."""
+    rows = rows_by(lambda n, _: 8e6 / n, "off") + rows_by(lambda n, _: 4e6 / n, proof.MATCHED)
+    above, below = proof_figures.curves(rows, proof_figures.LOOKS, "images").axes
+    assert len(above.lines) == 2
+    equal, line, *marks = below.lines
+    assert list(equal.get_ydata()) == [1, 1] and line.get_ydata() == pytest.approx([1, 0.5, 0.5, 0.5])
+    assert list(line.get_xdata()) == [0.256, 0.512, 1.024, 2.048]
+    hollow = [mark.get_markerfacecolor() == "white" for mark in marks[:4]]
+    assert hollow == [True, False, False, False]
+
+
 def test_the_ratio_of_each_run_is_to_random_pairs_of_its_own_batch():
     known = {"off": 9.0, "batch8-off": 4.0, "batch8-assigned": 3.0}
     rows = [row for name in known for row in rows_by(lambda *_, name=name: known[name], name, images=(512_000,))]
