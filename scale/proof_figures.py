@@ -92,6 +92,8 @@ def _draw_shares(panels, shares: list[dict], looks: dict[str, dict], counts: lis
             axes.axhspan(*CLAIMED, color=PALE, linewidth=0, zorder=0)
         for name, look in looks.items():
             found = [row for row in shares if (row["run"], row["steps"]) == (name, steps) and row["ratio"]]
+            if not found:
+                continue
             along, share = [row["images"] / 1e6 for row in found], [1 / row["ratio"] for row in found]
             axes.plot(along, share, linewidth=1.1, color=look["color"], linestyle=look["linestyle"])
             for images, height, row in zip(along, share, found, strict=True):
