@@ -13,6 +13,7 @@ import test_commands
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from PIL import Image
 from test_data import noise_image
 
@@ -89,6 +90,16 @@ def written(out, said, *names):
 
 
 # ------------------------------------------------------------------------------- foundation 1
+
+
+def test_the_same_figure_is_the_same_bytes(tmp_path):
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        figure = Figure((2, 2))
+        figure.subplots().plot([1, 2], [3, 4], "o-")
+        assert figures.save(figure, tmp_path / folder / "line") == ["line.png", "line.svg"]
+    for name in ("line.png", "line.svg"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
 def test_compare_images_is_what_its_docstring_says():
