@@ -216,7 +216,8 @@ def bench_autoencoder_command(
 def proof_command(
     data: Annotated[str, typer.Option(help="images, as for dansm train")] = "cifar10",
     only: Annotated[str | None, typer.Option(
-        help="those of these names, parted by commas; prior tests the noises; a wrong name lists all")] = None,
+        help="those of these names, parted by commas; prior tests the noises, rates times each run; a wrong name lists "
+             "all")] = None,
     minutes: Annotated[float, typer.Option(min=0, help="end this call after so many; 0: when all is done")] = 0.0,
     work: Annotated[Path, typer.Option(help="folder of the runs themselves")] = Path("runs/proof"),
     cache: Annotated[Path | None, typer.Option(help="folder that keeps the decoded images")] = None,
@@ -229,7 +230,7 @@ def proof_command(
 ) -> None:
     from scale.proof import RUNS, prove
 
-    known = [*RUNS, "prior"]
+    known = [*RUNS, "prior", "rates"]
     names = known if only is None else only.split(",")
     for name in names:
         dansm.check_choice("--only", name, known)

@@ -2,19 +2,22 @@
 
 A run is the recipe "proof" with the settings that its name stands for, and a seed. What its evaluations say goes into
 one table, distances.csv, as soon as it is there; what is there is not measured again, so that calls add up, whatever
-ends them, and share the work where several are under way, one on each GPU. `summarize` and `scale.proof_figures` make
-of the table what a reader wants to know.
+ends them, and share the work where several are under way, one on each GPU. How fast each trains is measured apart, all
+on one device with nothing beside it (speed.csv). `summarize` and `scale.proof_figures` make of the tables what a reader
+wants to know.
 """
 
 from __future__ import annotations
 
 import csv
+import dataclasses
 import gc
 import json
 import math
 import os
 import shlex
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -40,6 +43,7 @@ MARKS = (256_000, 512_000, SHORT, MIDDLE, 3_584_000, LONG)  # images after which
 FEW = 128_000, 256_000, 512_000  # those with batches of 1 and of 8, whose steps take nearly as long as one of 256
 OWN = "seed", "steps", "evaluate_at", "log_steps"  # what `recipe_of` sets for each run
 PRIOR = 10_000  # the largest pool whose noises are tested
+RATE_STEPS = 600  # at least, of a training that is to tell how fast it is
 FIELDS = ("run", "seed", "images", "seconds", "steps", "distance", "real", "features", "data", "gpu")
 
 
@@ -118,7 +122,7 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def read_speeds(path: Path) -> list[dict]:
-    return read_table(path, run=str, seed=int, images_per_second=float, gpu=str)
+    return read_table(path, run=str, images_per_second=float, matching=float, gpu=str)
 
 
 def read_prior(path: Path) -> list[dict]:
@@ -153,19 +157,15 @@ def rows_of(run: Run, seed: int, log: Path, gpu: str, features: str) -> list[dic
     return rows
 
 
-def speed_of(run: Run, seed: int, log: Path, gpu: str, first: int) -> dict | None:
-    """How fast the run trained behind step `first`, where a call began: medians over the lines of its log, but for two,
-    in which it warms up."""
-    lines = [line for line in map(json.loads, log.read_text().splitlines()) if "loss" in line and line["step"] > first]
-    lines = lines[2:]
-    if not lines:
-        return None
+def speed_of(run: Run, log: Path, gpu: str) -> dict:
+    """How fast a training was: means over the lines of its log, but for two, in which it warms up; `least` and `most`
+    of a line. `matching`: its share of the time; `distance`: of the pairs, and of unmatched ones beside it."""
+    lines = [line for line in map(json.loads, log.read_text().splitlines()) if "loss" in line][2:]
     rates = [line["images_per_second"] for line in lines]
-    return dict(run=run.name, seed=seed, images_per_second=round(statistics.median(rates), 1),
-                least=min(rates), most=max(rates),
-                matching=round(statistics.median(line["matching"] for line in lines), 4),
-                distance=round(statistics.fmean(line["distance"] for line in lines), 4),
-                distance_unmatched=round(statistics.fmean(line["distance_unmatched"] for line in lines), 4), gpu=gpu)
+    means = {name: round(statistics.fmean(line[name] for line in lines), 4)
+             for name in ("matching", "distance", "distance_unmatched")}
+    return dict(run=run.name, images_per_second=round(statistics.harmonic_mean(rates), 1), least=min(rates),
+                most=max(rates), **means, gpu=gpu)
 
 
 def merged(rows: list[dict], new: list[dict], *keys: str) -> list[dict]:
@@ -203,11 +203,13 @@ def prove(data: str, out: Path, work: Path, device: torch.device, *, names: list
     begin, more = time.monotonic(), {**more, "cache": str(cache or "")}
     rows, runs = read_rows(out / "distances.csv"), [name for name in names if name in RUNS]
     read_speeds(out / "speed.csv"), read_prior(out / "prior.csv")  # a damaged one is to be told before hours of work
-    waiting, tests_prior = list(todo(runs, rows)), "prior" in names and (not minutes or names == ["prior"])
+    waiting = list(todo(runs, rows))
+    tests_prior, times = (name in names and (not minutes or names == [name]) for name in ("prior", "rates"))
     if waiting:  # before anything is read or made
         weights = more.get("inception_weights")
         load_extractor(more["evaluate_features"], device, Path(weights) if weights else None, "--features")
-    if waiting or tests_prior:
+    images, which = None, ""
+    if waiting or tests_prior or times:
         images, _ = command.read(recipe_of(RUNS[OFF], 0, data, **more))
         check_real(images)
         if names == ["prior"] and len(images) < PRIOR:
@@ -220,6 +222,25 @@ def prove(data: str, out: Path, work: Path, device: torch.device, *, names: list
         commands = [command_of(run, seed, data, **more) for run, seed in todo(list(RUNS), [])]
         with alone(out / ".lock"):
             (out / "commands.txt").write_text("".join(f"{each}\n" for each in commands))
+    stopped = train_all(waiting, images, data, which, out, work, device, minutes=minutes, begin=begin, more=more)
+    if times and not stopped:
+        stopped = measure_rates(images, data, out, work, device, more)
+    with alone(out / ".lock"):
+        rows = read_rows(out / "distances.csv")
+        if rows or times:
+            finish(rows, read_speeds(out / "speed.csv"), out)
+    if waiting:
+        left = len(list(todo(runs, rows)))
+        say("all runs are done" if not left else f"{counted(left, 'run')} to go: the same command goes on")
+    if tests_prior and not stopped:
+        with alone(out / ".prior.lock"):  # another call finds there what this one has measured
+            measure_prior(images, which, out, device)
+
+
+def train_all(waiting: list[tuple[Run, int]], images, data: str, which: str, out: Path, work: Path, device, *,
+              minutes: float, begin: float, more: dict) -> bool:
+    """Those runs, one after the other, but for what other calls do. `which` images, as the table calls them. Returns
+    whether Ctrl-C or SIGTERM ended it."""
     for run, seed in waiting:
         left = minutes - (time.monotonic() - begin) / 60 if minutes else 0
         if minutes and left <= 0:
@@ -229,23 +250,12 @@ def prove(data: str, out: Path, work: Path, device: torch.device, *, names: list
                 continue
             recipe = recipe_of(run, seed, data, minutes=left, **more)
             say(f"{run.name}, seed {seed}: {command_of(run, seed, data, **more)}")
-            with visit(device, out) as alone_there:
-                new, speed, stopped = one_run(run, seed, images, recipe, work, device)
-                if speed and not alone_there():
-                    say(f"{run.name}, seed {seed}, has no rate: another call trained on the same device")
-                    speed = None
-            add([{**row, "data": which} for row in new], speed, out)
+            with visit(device, out):
+                new, stopped = one_run(run, seed, images, recipe, work, device)
+            add([{**row, "data": which} for row in new], out)
         if stopped:
-            break
-    with alone(out / ".lock"):
-        if rows := read_rows(out / "distances.csv"):
-            finish(rows, read_speeds(out / "speed.csv"), out)
-    if waiting:
-        left = len(list(todo(runs, rows)))
-        say("all runs are done" if not left else f"{counted(left, 'run')} to go: the same command goes on")
-    if tests_prior:
-        with alone(out / ".prior.lock"):  # another call finds there what this one has measured
-            measure_prior(images, which, out, device)
+            return True
+    return False
 
 
 def check_same(rows: list[dict], table: Path, **now: str) -> None:
@@ -287,29 +297,61 @@ def folder_of(run: Run, seed: int, work: Path) -> Path:
     return dansm.make_folder(work / f"{run.name}-{seed}", "--work")
 
 
-def one_run(run: Run, seed: int, images, recipe: Recipe, work: Path, device) -> tuple[list[dict], dict | None, bool]:
-    """Train it as far as the recipe's minutes go. Returns what its evaluations say, how fast it trained in this call,
-    if it was long enough to tell, and whether Ctrl-C or SIGTERM ended it."""
+def one_run(run: Run, seed: int, images, recipe: Recipe, work: Path, device) -> tuple[list[dict], bool]:
+    """Train it as far as the recipe's minutes go. Returns what its evaluations say, and whether Ctrl-C or SIGTERM ended
+    it."""
     folder, gpu = folder_of(run, seed, work), dansm.hardware(device)["gpu"] or "CPU"
+    summary = fit(images, recipe, folder, device)
+    return rows_of(run, seed, folder / "metrics.jsonl", gpu, recipe.evaluate_features), summary["stopped_early"]
+
+
+def fit(images, recipe: Recipe, folder: Path, device) -> dict:
     summary, *_ = trainer.fit(images, recipe, out=folder, fresh=False, device=device, console=dansm.console)
     gc.collect()  # a run's graphs hold memory
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    log, first = folder / "metrics.jsonl", summary["steps"] - summary["this_call"]["steps"]
-    return rows_of(run, seed, log, gpu, recipe.evaluate_features), speed_of(run, seed, log, gpu, first), (
-        summary["stopped_early"])
+    return summary
 
 
-def add(new: list[dict], speed: dict | None, out: Path) -> None:
-    """Into the tables, to which a call beside this one may have added meanwhile."""
+def add(new: list[dict], out: Path) -> None:
+    """Into the table, to which a call beside this one may have added meanwhile."""
     with alone(out / ".lock"):
         rows = read_rows(out / "distances.csv")
         if new:  # as when this call began: another may have written the first row
             check_same(rows, out / "distances.csv", features=new[0]["features"], data=new[0]["data"])
         if rows := taken_in(rows, new):
             dansm.write_csv(rows, out / "distances.csv")
-        if speed:
-            dansm.write_csv(merged(read_speeds(out / "speed.csv"), [speed], "run", "seed"), out / "speed.csv")
+
+
+def measure_rates(images, data: str, out: Path, work: Path, device, more: dict) -> bool:
+    """How fast each run trains on this device, of those that speed.csv does not have of it: trainings of their own that
+    nothing is kept of. One of another call on the same device meanwhile makes it half a device: then there is no row.
+    Returns whether Ctrl-C or SIGTERM ended it."""
+    gpu, table = dansm.hardware(device)["gpu"] or "CPU", out / "speed.csv"
+    for run in RUNS.values():
+        if (run.name, gpu) in {(row["run"], row["gpu"]) for row in read_speeds(table)}:
+            continue
+        say(f"{run.name}: how fast it trains")
+        dansm.make_folder(work, "--work")
+        with visit(device, out) as alone_there, tempfile.TemporaryDirectory(dir=work, prefix="rate-") as folder:
+            summary = fit(images, timed_recipe(run, data, **more), Path(folder), device)
+            if summary["stopped_early"]:
+                return True
+            speed = speed_of(run, Path(folder) / "metrics.jsonl", gpu)
+            if not alone_there():
+                say(f"{run.name} has no rate: another call trained on the same device")
+                continue
+        with alone(out / ".lock"):
+            dansm.write_csv(merged(read_speeds(table), [speed], "run", "gpu"), table)
+    return False
+
+
+def timed_recipe(run: Run, data: str, **more) -> Recipe:
+    """A run as it is timed: not evaluated, and as long as its pool lasts, which costs more while it is full."""
+    recipe = recipe_of(run, 0, data, **more)
+    pool = recipe.match_size if recipe.method in ("greedy", "optimal") else 0
+    steps = max(RATE_STEPS, -(-pool // recipe.batch))
+    return dataclasses.replace(recipe, steps=steps, evaluate_at=(), log_steps=max(1, steps // 12))
 
 
 def measure_prior(images, which: str, out: Path, device) -> None:

@@ -3,7 +3,6 @@ ways of pairing side by side."""
 
 from __future__ import annotations
 
-from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 
@@ -31,9 +30,9 @@ CLAIMED = 0.6, 0.7  # of the images, by the paper: 30 to 40 % fewer
 
 def draw(rows: list[dict], speeds: list[dict], out: Path) -> list[str]:
     """Every figure that there are rows for; returns the names of the files."""
-    written = []
+    written, (timed, card) = [], at_their_rate(rows, speeds)
     for name, figure in (("images", curves(rows, LOOKS, "images")),
-                         ("seconds", curves(at_their_rate(rows, speeds), LOOKS, "seconds")),
+                         ("seconds", curves(timed, LOOKS, "seconds", card)),
                          ("diffusion", curves(rows, DIFFUSION, "images")),
                          ("others", side_by_side(rows, PEERS, proof.MIDDLE)),
                          ("costs", side_by_side(rows, COSTS, proof.SHORT)),
@@ -43,18 +42,21 @@ def draw(rows: list[dict], speeds: list[dict], out: Path) -> list[str]:
     return written
 
 
-def at_their_rate(rows: list[dict], speeds: list[dict]) -> list[dict]:
-    """`rows` with the seconds that their images take at the run's median rate: on the clock one run begins with kernels
-    to be compiled, the next of the same call with none. Those of runs too short for a rate are left out."""
-    which = itemgetter("run", "seed", "gpu")
-    rates = {which(speed): speed["images_per_second"] for speed in speeds}
-    return [{**row, "seconds": row["images"] / rates[which(row)]} for row in rows if which(row) in rates]
+def at_their_rate(rows: list[dict], speeds: list[dict]) -> tuple[list[dict], str]:
+    """`rows` with the seconds that their images take at the rate of their run, and the card it is of: the one with most
+    rates, as those of two cards do not compare. On the clock one run begins with kernels to be compiled and the next
+    with none, and many shared a card. Those of runs that have no rate are left out."""
+    cards = [speed["gpu"] for speed in speeds]
+    card = max(cards, key=cards.count, default="")
+    rates = {speed["run"]: speed["images_per_second"] for speed in speeds if speed["gpu"] == card}
+    return [{**row, "seconds": row["images"] / rates[row["run"]]} for row in rows if row["run"] in rates], card
 
 
 @matplotlib.rc_context(STYLE)
-def curves(rows: list[dict], looks: dict[str, dict], along: str) -> Figure | None:
-    """Distance against "images" or "seconds", a panel for each count of steps, a line for each run: the mean over the
-    seeds that have come farthest, and where there are several a band from the least to the most of all."""
+def curves(rows: list[dict], looks: dict[str, dict], along: str, card: str = "") -> Figure | None:
+    """Distance against "images" or "seconds" on a `card`, a panel for each count of steps, a line for each run: the
+    mean over the seeds that have come farthest, and where there are several a band from the least to the most of all.
+    Against images, if there is something to compare with, below it the share of images that each needs."""
     rows = [row for row in rows if row["run"] in looks]
     if not rows:
         return None
@@ -75,7 +77,7 @@ def curves(rows: list[dict], looks: dict[str, dict], along: str) -> Figure | Non
     if shares:
         _draw_shares(below[0], shares, looks, counts)
     figure.supxlabel({"images": f"images trained on, millions{' (below: by random pairs)' if shares else ''}",
-                      "seconds": "minutes of training, start not counted"}[along], fontsize=8)
+                      "seconds": f"minutes of training on one {card}, start not counted"}[along], fontsize=8)
     handles, labels = (of_both[0] + of_both[1] for of_both in zip(
         panels[0].get_legend_handles_labels(), below[0][0].get_legend_handles_labels() if shares else ([], []),
         strict=True))

@@ -94,7 +94,7 @@ def test_calls_that_end_early_add_up(run, three, tmp_path, monkeypatch):
     """Each call makes one step of each run: they go on in the next, and the table is that of one call."""
     assert run(*three)[0] == 0
     whole = (tmp_path / "out" / "distances.csv").read_text()
-    three = [*three[:-3], tmp_path / "again", "--out", tmp_path / "cut"]
+    three = [*three[:-3], tmp_path / "again", "--out", tmp_path / "cut", "--only", ",".join(proof.RUNS)]
     monkeypatch.setattr(trainer.Decide, "__call__", lambda self: (True, False))
     begun = []
     for _ in range(9):
@@ -107,16 +107,27 @@ def test_calls_that_end_early_add_up(run, three, tmp_path, monkeypatch):
     assert cut == once
 
 
+def test_what_is_stopped_begins_nothing_more(run, three, tmp_path, monkeypatch):
+    monkeypatch.setattr(proof, "PRIOR", 20)
+    begun = []
+    for stopped in ("train_all", "measure_rates"):
+        for name in ("train_all", "measure_rates"):
+            monkeypatch.setattr(proof, name, lambda *_, name=name, stopped=stopped, **__: begun.append(name) or (
+                name == stopped))  # True: as Ctrl-C leaves it
+        assert run(*three)[0] == 0 and not (tmp_path / "out" / "prior.csv").exists()
+    assert begun == ["train_all", "train_all", "measure_rates"]
+
+
 def test_calls_side_by_side_share_the_runs(run, three, tmp_path, monkeypatch):
     """Another call trains the first seed of off, ends a run meanwhile, and has ended another when its turn comes."""
     train, which = proof.one_run, f"40 images, {digest_of_images(load_images(str(three[2])))[:8]}"
 
     def beside(entry, seed, *rest):
-        new, speed, stopped = train(entry, seed, *rest)
+        new, stopped = train(entry, seed, *rest)
         if entry.name == "greedy-10000":  # the other call has done this one, before it is added
             done = [{**row, "run": "assigned-256", "data": which} for row in new if row["images"] == 32]
-            proof.add(done, None, tmp_path / "out")
-        return new, speed, stopped
+            proof.add(done, tmp_path / "out")
+        return new, stopped
 
     monkeypatch.setattr(proof, "one_run", beside)
     work = tmp_path / "work" / "off-0"
@@ -129,21 +140,59 @@ def test_calls_side_by_side_share_the_runs(run, three, tmp_path, monkeypatch):
     assert not (tmp_path / "work" / "assigned-256-0" / "metrics.jsonl").exists() and "1 run to go" in said
 
 
-def test_what_another_call_trains_beside_on_the_same_device_costs_the_rate(run, three, tmp_path, monkeypatch):
-    train, rate = proof.one_run, dict(images_per_second=9.0, gpu="CPU")
+def test_rates_are_of_every_run_that_has_none_of_this_device(run, three, tmp_path, monkeypatch):
+    monkeypatch.setattr(proof, "RATE_STEPS", 24)
+    out = tmp_path / "out"
+    out.mkdir()
+    known = dict(run="off", images_per_second=9.0, least=8.0, most=9.0, matching=0.1, distance=1.0,
+                 distance_unmatched=1.0)
+    dansm.write_csv([{**known, "gpu": "CPU"}, {**known, "gpu": "another"}], out / "speed.csv")
+    code, said, err = run(*three, "--only", "rates")
+    assert (code, err) == (0, "") and "off: how fast" not in said and "assigned-256: how fast it trains" in said
+    found = {(row["run"], row["gpu"]): row for row in proof.read_speeds(out / "speed.csv")}
+    assert list(found) == [("off", "CPU"), ("off", "another"), ("greedy-10000", "CPU"), ("assigned-256", "CPU")]
+    assert found["off", "CPU"]["images_per_second"] == 9
+    fresh = found["assigned-256", "CPU"]
+    assert 0 < float(fresh["least"]) <= fresh["images_per_second"] <= float(fresh["most"]) and 0 < fresh["matching"] < 1
+    assert float(fresh["distance"]) < float(fresh["distance_unmatched"])
+    assert list((tmp_path / "work").iterdir()) == [] and not (out / "distances.csv").exists()
+    assert "how fast" not in run(*three, "--only", "rates")[1]
 
-    def beside(entry, seed, *rest):
-        new, _, stopped = train(entry, seed, *rest)
-        if entry.name == "off" and seed == 0:
+
+def test_a_run_is_timed_over_its_whole_pool_and_not_evaluated():
+    timed = {name: proof.timed_recipe(entry, "x") for name, entry in proof.RUNS.items()}
+    assert all(recipe.evaluate_at == () and recipe.log_steps == recipe.steps // 12 for recipe in timed.values())
+    longer = {name for name, recipe in timed.items() if recipe.steps > proof.RATE_STEPS}
+    assert longer == {"greedy-1000000", "batch8-greedy-10000", "batch1-greedy-10000"}
+    assert timed["greedy-1000000"].steps * 256 >= 1_000_000 and timed["batch1-greedy-10000"].steps == 10_000
+
+
+def test_what_trains_beside_on_the_same_device_costs_the_rate(run, three, tmp_path, monkeypatch):
+    monkeypatch.setattr(proof, "RATE_STEPS", 24)
+    train = proof.fit
+
+    def beside(images, recipe, *rest):
+        if recipe.method == "greedy":
             with proof.visit(torch.device("cpu"), tmp_path / "out") as alone:  # comes and goes
                 assert not alone()
-        return new, dict(rate, run=entry.name, seed=seed), stopped
+        return train(images, recipe, *rest)
+
+    monkeypatch.setattr(proof, "fit", beside)
+    code, said, err = run(*three, "--only", "rates")
+    assert (code, err) == (0, "") and said.count("has no rate") == 1 and "greedy-10000 has no rate" in said
+    assert {row["run"] for row in proof.read_speeds(tmp_path / "out" / "speed.csv")} == {"off", "assigned-256"}
+
+
+def test_a_run_that_is_proven_is_noticed_by_one_that_is_timed(run, three, tmp_path, monkeypatch):
+    train = proof.one_run
+
+    def beside(*given):
+        with proof.visit(torch.device("cpu"), tmp_path / "out") as alone:
+            assert not alone()
+        return train(*given)
 
     monkeypatch.setattr(proof, "one_run", beside)
-    code, said, err = run(*three)
-    assert (code, err) == (0, "") and said.count("has no rate") == 1 and "off, seed 0, has no rate" in said
-    assert {(row["run"], row["seed"]) for row in proof.read_speeds(tmp_path / "out" / "speed.csv")} == {
-        ("greedy-10000", 0), ("assigned-256", 0), ("off", 1)}
+    assert run(*three, "--only", "off")[0] == 0
     with proof.visit(torch.device("cpu"), tmp_path / "out") as first:
         assert first()
         with proof.visit(torch.device("cpu"), tmp_path / "out") as second:
@@ -153,10 +202,10 @@ def test_what_another_call_trains_beside_on_the_same_device_costs_the_rate(run, 
 def test_a_call_that_began_with_other_features_adds_nothing(tmp_path):
     row = dict(run="off", seed=0, images=32, seconds=1.0, steps=2, distance=3.0, real=1.0, features="a", data="some",
                gpu="none")
-    proof.add([row], None, tmp_path)
+    proof.add([row], tmp_path)
     for other in (dict(features="b"), dict(data="others")):
         with pytest.raises(dansm.BadInput, match="expected the same"):
-            proof.add([{**row, "seed": 1, **other}], None, tmp_path)
+            proof.add([{**row, "seed": 1, **other}], tmp_path)
     assert len(proof.read_rows(tmp_path / "distances.csv")) == 1
 
 
@@ -284,17 +333,15 @@ def test_what_is_saved_is_read_off_curves_that_are_known():
     assert [row["ratio"] for row in proof.summarize(worse)] == [0.5, 0.5, 0.5, None]
 
 
-def test_speed_is_the_median_of_the_lines_after_two(tmp_path):
+def test_speed_is_the_mean_over_the_lines_after_two(tmp_path):
+    """Images over time: 100 a second, then 50, over equally many images, are 66.7 a second."""
     lines = [dict(step=n, loss=1.0, images_per_second=rate, matching=rate / 1e4, distance=2.0, distance_unmatched=3.0)
-             for n, rate in enumerate((1.0, 50.0, 100.0, 120.0, 90.0), 1)]
+             for n, rate in enumerate((1.0, 5.0, 100.0, 50.0), 1)]
     lines.insert(3, {"step": 3, "frechet_distance/3": 5.0})
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    speed = proof.speed_of(proof.RUNS["off"], 1, tmp_path / "metrics.jsonl", "none", 0)
-    assert (speed["images_per_second"], speed["least"], speed["most"], speed["matching"]) == (100.0, 90.0, 120.0, 0.01)
-    of_this_call = proof.speed_of(proof.RUNS["off"], 1, tmp_path / "metrics.jsonl", "none", 2)
-    assert of_this_call["images_per_second"] == 90.0  # of the lines of steps 3, 4 and 5 the last
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(lines[0]) + "\n")
-    assert proof.speed_of(proof.RUNS["off"], 1, tmp_path / "metrics.jsonl", "none", 0) is None
+    assert proof.speed_of(proof.RUNS["off"], tmp_path / "metrics.jsonl", "none") == dict(
+        run="off", images_per_second=66.7, least=50.0, most=100.0, matching=0.0075, distance=2.0,
+        distance_unmatched=3.0, gpu="none")
 
 
 def test_seeds_give_means_and_spreads():
@@ -379,11 +426,14 @@ def test_the_ratio_of_each_run_is_to_random_pairs_of_its_own_batch():
     assert proof_figures.ratios(seeds, "greedy-10000", 512_000) == {3: [1.0, 0.5]}  # each by its own seed's
 
 
-def test_minutes_are_those_of_the_images_at_the_runs_own_rate():
+def test_minutes_are_those_of_the_images_at_the_runs_rate_on_one_card():
     rows = rows_by(lambda n, _: 1.0, "off", 2, images=(256_000,)) + rows_by(lambda n, _: 1.0, "nearest-16", 1)
-    found = proof_figures.at_their_rate(rows, [dict(run="off", seed=1, gpu="none", images_per_second=12800.0),
-                                                dict(run="off", seed=0, gpu="another", images_per_second=1.0)])
-    assert [(row["run"], row["seed"], row["seconds"]) for row in found] == [("off", 1, 20.0)]
+    speeds = [dict(run=name, gpu=gpu, images_per_second=rate) for name, gpu, rate in (
+        ("off", "another", 1.0), ("off", "A", 12800.0), ("greedy-1000", "A", 5.0))]
+    found, card = proof_figures.at_their_rate(rows, speeds)
+    assert card == "A" and [(row["run"], row["seed"], row["seconds"]) for row in found] == [
+        ("off", 0, 20.0), ("off", 1, 20.0)]
+    assert proof_figures.at_their_rate(rows, []) == ([], "")
 
 
 # ------------------------------------------------------------------------------- the prior
