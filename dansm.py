@@ -1,4 +1,4 @@
-"""DANSM: pair each sample with a near noise, and diffusion and flow models train faster.
+"""DANSM: pair each sample with a near noise, and a flow's samples of few steps get good earlier in training.
 
 A rectified flow learns to carry noise z to data x along straight lines. Usually each x gets a random z,
 so the lines cross, and where they cross the network can only learn their average. Distance-aware
@@ -128,7 +128,7 @@ def cost_matrix(x: Tensor, z: Tensor, cost: str = "squared", z_squared: Tensor |
                comes nearer to the optimum at every match_size (1,000: 89 % of the optimal gain, not 81 %).
                In 2D it does so only for pools of about ten (1,000: 84 to 95 %, not 92 to 96 %): there −⟨x, z⟩
                sends even a sample near the origin to the farthest noise in its direction. A nearer optimum is no
-               better training: networks on CIFAR-10 came out worse by it in five steps and more (results/README.md).
+               better training: on CIFAR-10 samples of ten steps and more came out worse by it (results/README.md).
     fast       see `inner_products`.
     """
     products = inner_products(x, z, fast)
@@ -308,7 +308,7 @@ class NoisePool:
         self.scratch = None  # what the kernels keep between two batches, so that none waits for memory
         self.check = DataCheck(self.shape, self.noise.device)
         self.fast = fast
-        process, self.rank, self.ranks = _place_in_group(match_scope, seed)
+        process, self.rank, self.ranks = place_in_group(match_scope, seed)
         self.stream = (process,) if process and self.ranks == 1 else ()  # pools of the ranks' own must not be equal
         self.received = 0  # bytes, from the other ranks of a pool that is spread
         self.match_size = self._fitting(match_size, memory)
@@ -505,7 +505,7 @@ class NoisePool:
         return max(1, min(self.served_at_once, 2**28 // max(1, rows), 2**23 // self.shape.numel()))
 
 
-def _place_in_group(match_scope, seed):
+def place_in_group(match_scope, seed):
     """Of this process: (its rank, its rank and the number of ranks among those that share a pool)."""
     import torch.distributed as group
 
@@ -1241,7 +1241,7 @@ def check_choice(name: str, value, choices):
 # ---------------------------------------------------------------------------------------------------
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
-                  help="Pair noise with data by distance, so that flow and diffusion models train faster. "
+                  help="Pair noise with data by distance, so that samples of few steps get good earlier in training. "
                        "Begin with: dansm toy")
 console = Console()
 

@@ -163,9 +163,7 @@ def forget(out: Path) -> None:
 def check_place(recipe: Recipe, device: torch.device) -> None:
     """BadInput for what this device, or a process by itself, cannot do: to be told before minutes of reading."""
     number_type(recipe.precision, device)
-    if recipe.match_scope == "global" and not group.is_initialized():
-        raise dansm.BadInput("--match-scope is global, for several processes: expected the command under torchrun, or "
-                             "rank")
+    dansm.place_in_group(recipe.match_scope, recipe.seed)
 
 
 def _run(recipe, out, device, fresh, first) -> bool:
@@ -175,7 +173,7 @@ def _run(recipe, out, device, fresh, first) -> bool:
         say(f"on a CPU {recipe.network} takes seconds for each image: --network small is made for one")
     if recipe.method == "greedy" and recipe.match_size > (seen := recipe.steps * recipe.batch):
         say(f"the pool of {counted(recipe.match_size, 'noise')} outlasts the {counted(seen, 'image')} of all steps:",
-            "those trained on are the nearest to images, and not N(0, I); a smaller --match-size is better")
+            "those trained on are not N(0, I); a smaller --match-size, emptied several times, is safer")
     summary, net, flow = trainer.fit(images, recipe, out=out, fresh=fresh, device=device, console=dansm.console)
     whole = summary["steps"] >= recipe.steps
     if not first:

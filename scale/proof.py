@@ -430,6 +430,8 @@ def summarize(rows: list[dict]) -> list[dict]:
     images_off        that off needs for the run's distance, and `saved`, 1 − images / images_off; None where off does
                       not come to it in its run. least_saved and most_saved: of all pairs of seeds, None unless each
                       pair has one
+    images_ours       that the run needs for off's distance, and ratio, images / images_ours, with its least and most.
+                      Where it was nearer at its first mark already, that mark, and at_least: the ratio may be larger
     """
     found = []
     for name, run in RUNS.items():
@@ -470,7 +472,7 @@ def _compared(ours: dict, off: dict, images: int) -> dict:
             "least_saved": least and round(1 - images / least, 3), "most_saved": most and round(1 - images / most, 3),
             "images_ours": needs and round(needs), "ratio": needs and round(images / needs, 3),
             "least_ratio": slow and round(images / slow, 3), "most_ratio": quick and round(images / quick, 3),
-            "at_least": any(each > points[0][1] for each in theirs for points in ours.values()) if needs else None}
+            "at_least": mean_curve(ours)[0][1] < of_off if needs else None}
 
 
 def images_or_fewer(distance: float, found: list[tuple[int, float]]) -> float | None:

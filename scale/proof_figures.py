@@ -76,7 +76,7 @@ def curves(rows: list[dict], looks: dict[str, dict], along: str, card: str = "")
     panels[0].set_ylabel("FID" if features == INCEPTION else f"Fréchet distance\n({features.partition(':')[2]})")
     if shares:
         _draw_shares(below[0], shares, looks, counts)
-    figure.supxlabel({"images": f"images trained on, millions{' (below: by random pairs)' if shares else ''}",
+    figure.supxlabel({"images": f"images trained on, millions{' (lower row: those of random pairs)' if shares else ''}",
                       "seconds": f"minutes of training on one {card}, start not counted"}[along], fontsize=8)
     handles, labels = (of_both[0] + of_both[1] for of_both in zip(
         panels[0].get_legend_handles_labels(), below[0][0].get_legend_handles_labels() if shares else ([], []),
@@ -87,31 +87,41 @@ def curves(rows: list[dict], looks: dict[str, dict], along: str, card: str = "")
 
 def _draw_shares(panels, shares: list[dict], looks: dict[str, dict], counts: list[int]) -> None:
     """A row of panels: of the images that random pairs were trained on, the share that a run needs to come to their
-    distance. A band is of all pairs of seeds; hollow is what was reached before anything was measured."""
+    distance. A band is of all pairs of seeds. Hollow, and on no line, is what was reached before anything was measured;
+    at the top edge ends what is not reached: by the mean, or, as a line up to there, by a pair of seeds."""
+    top = 0.2 + max([1.0, *(1 / row["ratio"] for row in shares if row["ratio"] and row["run"] in looks)])
     for axes, steps in zip(panels, counts, strict=True):
         axes.axhline(1, color=NOISE, linewidth=1.1, linestyle=LOOKS[proof.OFF]["linestyle"])
-        if proof.OFF in looks:
-            axes.axhspan(*CLAIMED, color=PALE, linewidth=0, zorder=0)
+        axes.axhspan(*CLAIMED, color=PALE, linewidth=0, zorder=0)
         for name, look in looks.items():
-            found = [row for row in shares if (row["run"], row["steps"]) == (name, steps) and row["ratio"]]
-            if not found:
-                continue
-            along, share = [row["images"] / 1e6 for row in found], [1 / row["ratio"] for row in found]
-            axes.plot(along, share, linewidth=1.1, color=look["color"], linestyle=look["linestyle"])
-            for images, height, row in zip(along, share, found, strict=True):
-                axes.plot(images, height, look["marker"], color=look["color"], markersize=3,
-                          markerfacecolor="white" if row["at_least"] else look["color"])
-            band = [row for row in found if row["least_ratio"] and row["seeds"] > 1]
-            axes.fill_between([row["images"] / 1e6 for row in band], [1 / row["most_ratio"] for row in band],
-                              [1 / row["least_ratio"] for row in band], color=look["color"], alpha=0.25, linewidth=0)
+            found = [row for row in shares if (row["run"], row["steps"]) == (name, steps)]
+            if found:
+                _draw_share(axes, found, look, top)
         axes.grid(axis="x", color=PALE, linewidth=0.5)
         axes.sharey(panels[0])
         axes.label_outer()
-    panels[0].set_ylim(bottom=0)
+    panels[0].set_ylim(0, top)
     panels[0].set_ylabel("images to equal quality\n÷ those of random pairs")
-    if proof.OFF in looks:
-        panels[0].fill_between([], [], [], color=PALE, label="the paper's claim (below)")
+    panels[0].fill_between([], [], [], color=PALE, label="the paper: 30–40 % fewer")
     panels[0].plot([], [], "s", color=INK, markerfacecolor="white", markersize=3, label="hollow: at most so many")
+    panels[0].plot([], [], "^", color=INK, markersize=4, label="not reached by all")
+
+
+def _draw_share(axes, found: list[dict], look: dict, top: float) -> None:
+    color, place = look["color"], [row["images"] / 1e6 for row in found]
+    share = [1 / row["ratio"] if row["ratio"] else top for row in found]
+    solid = [height if row["ratio"] and not row["at_least"] else float("nan")
+             for row, height in zip(found, share, strict=True)]
+    axes.plot(place, solid, linewidth=1.1, markersize=3, **look)
+    for x, height, row in zip(place, share, found, strict=True):
+        if row["at_least"]:
+            axes.plot(x, height, look["marker"], color=color, markersize=3, markerfacecolor="white")
+        if not row["ratio"] or (row["seeds"] > 1 and not row["least_ratio"]):
+            axes.plot([x, x], [height, top], color=color, linewidth=0.8, linestyle=(0, (1, 1)))
+            axes.plot(x, top, "^", color=color, markersize=4, clip_on=False)
+    band = [row for row in found if row["least_ratio"] and row["seeds"] > 1 and not row["at_least"]]
+    axes.fill_between([row["images"] / 1e6 for row in band], [1 / row["most_ratio"] for row in band],
+                      [1 / row["least_ratio"] for row in band], color=color, alpha=0.25, linewidth=0)
 
 
 def _draw_run(axes, rows: list[dict], look: dict, along: str, unit: float) -> None:
@@ -164,18 +174,19 @@ def side_by_side(rows: list[dict], names: list[str], images: int | None) -> Figu
         axes.plot([], [], MARKERS[number % len(MARKERS)], color=matplotlib.colormaps["cividis"](number / len(counts)),
                   markersize=3.5, label=f"{steps} steps")
     axes.axvline(1, color=INK, linewidth=0.6)
-    labels = [_with_seeds(proof.RUNS[name].label, of_steps) for name, of_steps in reversed(found.items())]
+    labels = [_with_seeds(name, of_steps, images) for name, of_steps in reversed(found.items())]
     axes.set_yticks(range(len(found)), labels, fontsize=6.5)
-    seen = f"\nafter {images / 1e6:.2f} million images" if images else ""
-    axes.set_xlabel(f"distance ÷ that of random pairs{seen}", fontsize=7)
+    seen = f", after {images / 1e6:.2f} million images" if images else ""
+    axes.set_xlabel(f"distance ÷ that of random pairs\nof the same seed{seen}", fontsize=7)
     axes.grid(axis="x", color=PALE, linewidth=0.5)
     figure.legend(loc="outside upper center", ncols=5, frameon=False, handletextpad=0.1, columnspacing=0.8)
     return figure
 
 
-def _with_seeds(label: str, of_steps: dict[int, list[float]]) -> str:
-    seeds = min(map(len, of_steps.values()))
-    return f"{label}, {seeds} seeds" if seeds > 1 else label
+def _with_seeds(name: str, of_steps: dict[int, list[float]], images: int | None) -> str:
+    run, seeds = proof.RUNS[name], min(map(len, of_steps.values()))
+    seen = "" if images else f"\nafter {run.images:,} images"
+    return run.label + (f", {seeds} seeds" if seeds > 1 else "") + seen
 
 
 def ratios(rows: list[dict], name: str, images: int | None) -> dict[int, list[float]]:

@@ -125,14 +125,17 @@ class Recipe:
         settings = dict(channels=channels, size=size) | dansm.NETWORKS[self.network] | own
         try:
             with torch.device("meta"):  # shapes without memory: only to see that the sizes fit
-                net = dansm.UNet(**settings)
+                dansm.UNet(**settings)
         except BadInput as error:
             raise BadInput(f"{error}; --size N makes them N pixels square") from error
-        levels = [size >> level for level in range(len(net.settings["multipliers"]))]
+        return settings
+
+    def check_attention(self, net: dansm.UNet) -> None:
+        """BadInput for attention at a size that no level of the network has, which would say nothing."""
+        levels = [net.settings["size"] >> level for level in range(len(net.settings["multipliers"]))]
         if strange := set(self.attention_at or ()) - set(levels):
             raise BadInput(f"--attention-at has {min(strange)}: expected sizes that a level of the network has, of "
                            f"{', '.join(map(str, levels))}")
-        return settings
 
 
 def make_flow(recipe: dict, pictures: bool, solver: str = "euler"):

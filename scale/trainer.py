@@ -56,7 +56,10 @@ def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, 
         make_deterministic()
     torch.backends.cudnn.benchmark = recipe.compile and not recipe.deterministic  # trying takes longer than compiling
     torch.manual_seed(recipe.seed)  # the same weights on all processes
-    run = FastTraining(new_network(images, recipe), recipe, device)
+    net = new_network(images, recipe)
+    if fresh or not checkpoint.newest(out):  # a run that has begun is what it is
+        recipe.check_attention(net)
+    run = FastTraining(net, recipe, device)
     torch.manual_seed(recipe.seed if rank == 0 else _seed_of(recipe.seed, rank))
     flow = make_flow(dataclasses.asdict(recipe), known_of(images) is None)
     pooled = recipe.match_size if recipe.method == "greedy" else 0  # the others need its generator alone

@@ -594,7 +594,7 @@ def test_a_state_of_another_process_is_refused(monkeypatch):
     """Each process draws noises of its own: the index of one says nothing of another's."""
     pools = []
     for process in range(2):
-        monkeypatch.setattr(dansm, "_place_in_group", lambda *_, process=process: (process, 0, 1))
+        monkeypatch.setattr(dansm, "place_in_group", lambda *_, process=process: (process, 0, 1))
         pools.append(NoisePool(8, (3,), seed=0))
     states = [pool.state_dict() for pool in pools]
     for pool, state in zip(pools, states, strict=True):

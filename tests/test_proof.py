@@ -5,6 +5,7 @@ import json
 import math
 import shlex
 
+import numpy as np
 import pytest
 import test_commands
 import torch
@@ -354,7 +355,7 @@ def test_seeds_give_means_and_spreads():
     assert row["saved"] == pytest.approx(0.375, abs=1e-3)
     assert row["least_saved"] == pytest.approx(1 - (1.2 / 1.0) ** 2 / 1.6, abs=1e-3)
     assert row["most_saved"] == pytest.approx(1 - (1.0 / 1.2) ** 2 / 1.6, abs=1e-3)
-    assert row["ratio"] == pytest.approx(1.6, abs=1e-3) and row["at_least"]  # one seed was nearer from the first on
+    assert row["ratio"] == pytest.approx(1.6, abs=1e-3) and not row["at_least"]  # as one pair alone is
     assert row["least_ratio"] == pytest.approx(1.6 / 1.2**2, abs=1e-3) and row["most_ratio"] == 2.0
 
 
@@ -410,11 +411,20 @@ def test_the_lower_panels_show_the_share_of_images_and_leave_hollow_what_is_at_m
     rows = rows_by(lambda n, _: 8e6 / n, "off") + rows_by(lambda n, _: 4e6 / n, proof.MATCHED)
     above, below = proof_figures.curves(rows, proof_figures.LOOKS, "images").axes
     assert len(above.lines) == 2
-    equal, line, *marks = below.lines
-    assert list(equal.get_ydata()) == [1, 1] and line.get_ydata() == pytest.approx([1, 0.5, 0.5, 0.5])
-    assert list(line.get_xdata()) == [0.256, 0.512, 1.024, 2.048]
-    hollow = [mark.get_markerfacecolor() == "white" for mark in marks[:4]]
-    assert hollow == [True, False, False, False]
+    equal, line, hollow, *_ = [line for line in below.lines if len(line.get_xdata())]
+    assert list(equal.get_ydata()) == [1, 1] and list(line.get_ydata())[1:] == pytest.approx([0.5, 0.5, 0.5])
+    assert list(line.get_xdata()) == [0.256, 0.512, 1.024, 2.048] and np.isnan(line.get_ydata()[0])
+    assert (list(hollow.get_xdata()), list(hollow.get_ydata()), hollow.get_markerfacecolor()) == ([0.256], [1], "white")
+
+
+def test_what_is_not_reached_by_each_seed_ends_at_the_top_edge():
+    rows = rows_by(lambda n, _: 4e6 / n, "off", 2) + rows_by(lambda n, seed: (2e6, 5e6)[seed] / n, proof.MATCHED, 2)
+    row = next(row for row in proof.summarize(rows) if row["images"] == 2_048_000)
+    assert row["ratio"] > 1 and row["least_ratio"] is None  # the mean is there before, the second seed never
+    below = proof_figures.curves(rows, proof_figures.LOOKS, "images").axes[1]
+    *_, rising, edge = [line for line in below.lines if len(line.get_xdata())]
+    assert list(rising.get_xdata()) == [2.048, 2.048] and list(edge.get_xdata()) == [2.048]
+    assert rising.get_ydata()[1] == edge.get_ydata()[0] == below.get_ylim()[1] > 1
 
 
 def test_the_ratio_of_each_run_is_to_random_pairs_of_its_own_batch():

@@ -323,9 +323,10 @@ def test_images_that_the_network_cannot_halve_are_refused_with_the_option_that_h
 
 
 def test_attention_at_a_size_that_no_level_has_is_refused():
-    assert Recipe("x", network="small", attention_at=(8, 16)).network_settings(3, 32)["attention_at"] == (8, 16)
-    with pytest.raises(BadInput, match=r"--attention-at has 12: expected sizes .*, of 32, 16"):
-        Recipe("x", network="small", attention_at=(16, 12)).network_settings(3, 32)
+    net = dansm.UNet(width=8, multipliers=(1, 1, 1), blocks=1)
+    Recipe("x", attention_at=(8, 16)).check_attention(net)
+    with pytest.raises(BadInput, match=r"--attention-at has 12: expected sizes .*, of 32, 16, 8$"):
+        Recipe("x", attention_at=(16, 12)).check_attention(net)
 
 
 def test_the_flow_is_the_recipes_and_bounded_for_pictures_alone():

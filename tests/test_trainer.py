@@ -164,7 +164,7 @@ def test_fp16_without_a_gpu_is_refused(refused, images, tmp_path):
 def test_what_cannot_be_done_here_is_told_before_the_data_is_read(refused, images, tmp_path, monkeypatch):
     monkeypatch.setattr("scale.command.read", lambda recipe: pytest.fail("the data was read"))
     for option, value, says in (("--precision", "fp16", "precision is fp16, on cpu: expected"),
-                                ("--match-scope", "global", "--match-scope is global, for several processes: exp")):
+                                ("--match-scope", "global", "match_scope is global: expected torch.distributed")):
         assert says in refused("train", images, option, value, "--out", tmp_path / "out", *FAST)
         assert not (tmp_path / "out").exists()
 

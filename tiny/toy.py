@@ -167,7 +167,8 @@ def run(shape: str = "swiss-roll", match_size: int = 1000, steps: int = 800, see
     seeds       trainings a method: seed, seed + 1, …
     out         the folder for toy.json, results.csv, pairs.png, paths.png, samples.png, flow.gif
 
-    toy.json is written after every training, the pictures after the first seed: stopping early keeps them.
+    toy.json and results.csv are written after every training, the pictures after the first seed: stopping early keeps
+    them.
     Raises BadInput for an unknown shape or cost, and for counts that are not whole and positive.
     """
     dansm.check_choice("shape", shape, (*SHAPES, "all"))
@@ -208,6 +209,7 @@ def run_shape(shape: str, out: Path, settings: dict) -> tuple[dict, dict[str, nn
                     results["trainings"].append(found)
                     results["summary"] = summary(results["trainings"])
                     dansm.write_json(out / "toy.json", results)
+                    dansm.write_csv(rows_of({shape: results}), out / "results.csv")
                 if seed == seeds[0]:
                     bar.update(task, description=f"{shape}, drawing")
                     draw(results, nets, out)
@@ -215,7 +217,6 @@ def run_shape(shape: str, out: Path, settings: dict) -> tuple[dict, dict[str, nn
         console.print(f"Stopped: {len(results['trainings'])} of {count} trainings are in {out / 'toy.json'}")
         raise
     console.print(table(results))
-    dansm.write_csv(rows_of({shape: results}), out / "results.csv")
     dansm.say_files(out, "toy.json", "results.csv", "pairs.png", "paths.png", "samples.png", "flow.gif")
     return results, nets
 
