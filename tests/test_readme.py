@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 import pytest
 from test_examples import PEERS, put_back
 
-from scale.proof import RUNS, images_to
+from scale.proof import RUNS, curves, images_to, read_rows
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
@@ -120,9 +120,9 @@ def test_what_is_said_of_seeds_is_what_was_measured():
     said, table = README.read_text(), (README.parent / "results" / "README.md").read_text()
     said = " ".join(said.split())
     inner, squared = (distance(name, 10, 1_024_000) for name in ("inner-10000", "greedy-10000"))
-    assert f"of 10,000 {inner} against {squared} in ten" in said
+    assert f"a pool of 10,000 was worse in ten steps and more, {inner} against {squared} in ten" in said
     inner, squared = (distance(name, 10, 1_024_000) for name in ("inner-100000", "greedy-100000"))
-    assert f"of 100,000 {inner} against {squared}" in said
+    assert f"one of 100,000 in every count, {inner} against {squared}" in said
     rows = re.findall(r"^  \| (.+?) \| ([\d,]+) \| ([\d.]+ ± [\d.± |]+) \|$", table, re.MULTILINE)
     assert len(rows) == 10
     for label, images, cells in rows:
@@ -150,7 +150,7 @@ def test_the_table_of_images_to_equal_quality_is_what_was_measured():
     """Each cell: at most the first mark; or the images, and in brackets those of the quickest and slowest pair."""
     table = (README.parent / "results" / "README.md").read_text()
     rows = re.findall(r"^  \| ([\d,]+) \| (10,000|100,000) \| (.+) \|$", table, re.MULTILINE)
-    assert len(rows) == 7
+    assert len(rows) == 8
     for images, pool, cells in rows:
         at = int(images.replace(",", ""))
         for cell, steps in zip(cells.split(" | "), COUNTS, strict=True):
@@ -176,8 +176,10 @@ def test_what_the_readme_says_under_its_curve_is_what_was_measured():
     last = {steps: needed("greedy-10000", steps, 5_120_000) for steps in COUNTS}
     assert all(row["seeds"] == "3" for row in last.values()) and last["3"]["at_least"] == "True"
     three, five, ten, twenty = (needs(steps, 5_120_000) for steps in ("3", "5", "10", "20"))
-    assert f"needs at most {three} sampling steps, {five}, {ten} and {twenty}; in fifty" in text
+    three = three.replace(" in", " at most in")
+    assert f"the pool of 10,000 reaches with {three} sampling steps, with {five}, {ten} and {twenty} (by its mean" in text
     ours, off = (distance(name, 50, 5_120_000) for name in ("greedy-10000", "off"))
+    assert f"it saves nothing by then, {ours} against {off}." in text
 
     def fewer(run, steps, *marks):
         saved = [100 - 100 / float(needed(run, steps, images)["ratio"]) for images in marks]
@@ -186,11 +188,70 @@ def test_what_the_readme_says_under_its_curve_is_what_was_measured():
     marks = (512_000, 1_024_000, 2_048_000, 3_584_000, 5_120_000)
     assert f"In twenty steps the pool of 10,000 needs {fewer('greedy-10000', '20', *marks)} fewer images" in text
     before, end = fewer("greedy-10000", "50", *marks[:-1]), 100 - 100 / float(last["50"]["ratio"])
-    assert f"in fifty {before} fewer up to 3.6 million and {end:.0f} % after 5.1" in text
-    assert f"by then, {ours} against {off}, and {before} before" in text
+    assert f"In fifty {before} fewer up to 3.6 million and {end:.0f} % at 5.1" in text
     table = " ".join((README.parent / "results" / "README.md").read_text().split())
-    assert (f"met in ten steps (10,000: {fewer('greedy-10000', '10', *marks)}, 100,000: "
-            f"{fewer('greedy-100000', '10', *marks[:3])}, the more the longer)") in table
+    assert (f"(10,000: {fewer('greedy-10000', '10', *marks)}, 100,000: "
+            f"{fewer('greedy-100000', '10', *marks[:3])})") in table
     assert (f"in twenty the pool of 10,000 saves {fewer('greedy-10000', '20', *marks)}, that of 100,000 "
             f"{fewer('greedy-100000', '20', *marks[:3])}; in fifty {fewer('greedy-10000', '50', *marks)} and "
             f"{fewer('greedy-100000', '50', *marks[:3])}") in table
+
+
+def seeds_of(run, steps, images):
+    return [float(row["distance"]) for row in records("distances.csv")
+            if (row["run"], row["steps"], row["images"]) == (run, steps, str(images))]
+
+
+def nearer(one, other, images):
+    """The counts of steps in which each seed of `one` is nearer than each of `other`."""
+    return [steps for steps in COUNTS if max(seeds_of(one, steps, images)) < min(seeds_of(other, steps, images))]
+
+
+def level(one, other, images):
+    """Those in which the seed of `one` lies among those of `other`."""
+    def among(found, others):
+        return min(others) <= found <= max(others)
+
+    return [steps for steps in COUNTS if among(seeds_of(one, steps, images)[0], seeds_of(other, steps, images))]
+
+
+def test_what_is_said_in_words_of_the_proof_holds_of_each_seed():
+    """README's and results/README.md's "each nearer than each", "behind" and "level", by the rule that stands there."""
+    few, most = ["3", "5", "10"], ["3", "5", "10", "20"]
+    for pool in ("greedy-10000", "greedy-100000"):
+        assert nearer(pool, "off", 1_024_000) == nearer(pool, "off", 2_048_000) == list(COUNTS)
+    assert nearer("greedy-10000", "off", 5_120_000) == nearer("greedy-100000", "greedy-10000", 2_048_000) == few
+    assert nearer("greedy-10000", "inner-10000", 1_024_000) == ["10", "20", "50"]
+    assert nearer("greedy-100000", "inner-100000", 1_024_000) == list(COUNTS)
+    assert level("greedy-1000", "greedy-10000", 2_048_000) == ["5", "10", "20"]
+    assert level("assigned-256", "greedy-10000", 2_048_000) == list(COUNTS)
+    assert nearer("optimal-10000", "greedy-100000", 2_048_000) == ["3"]
+    assert level("optimal-10000", "greedy-100000", 2_048_000) == ["5", "10", "20", "50"]
+    assert nearer("off", "greedy-1000000", 256_000) == ["20", "50"]
+    assert nearer("greedy-1000000", "greedy-100000", 512_000) == ["3", "5"]
+    assert nearer("greedy-100000", "greedy-1000000", 2_048_000) == most
+    assert nearer("off", "nearest-16", 2_048_000) == ["20", "50"]
+    assert all(nearer("batch8-greedy-10000", "batch8-off", images) == list(COUNTS)
+               for images in (128_000, 256_000, 512_000)) and nearer("batch1-greedy-10000", "batch1-off", 128_000)
+    apart = [max(found) / min(found) - 1 for run in ("off", "greedy-10000", "greedy-100000") for steps in COUNTS
+             for images in (1_024_000, 2_048_000, 3_584_000, 5_120_000) if (found := seeds_of(run, steps, images))]
+    assert f"{min(apart):.0%} {max(apart):.0%}" == "1% 9%"
+    rows = read_rows(README.parent / "results" / "proof" / "distances.csv")
+    never = {steps: [images_to(off, points) for off in seeds_of("off", str(steps), 5_120_000)
+                     for points in curves(rows, "greedy-10000", steps).values()].count(None) for steps in (10, 20, 50)}
+    assert never == {10: 0, 20: 1, 50: 3}
+    twice = [abs(float(row["ratio"]) - 1) for row in records("twice.csv") if row["gpu"] == row["before_gpu"]]
+    assert len(twice) == 75 and f"{max(twice):.1%}" == "2.2%"
+
+
+def test_what_is_said_of_diffusion_on_cifar10_is_what_was_measured():
+    said = " ".join((README.parent / "results" / "README.md").read_text().split())
+    change = {steps: [100 * (seeds_of("diffusion-greedy-10000", steps, images)[0] /
+                             seeds_of("diffusion-off", steps, images)[0] - 1)
+                      for images in (256_000, 512_000, 1_024_000, 2_048_000)] for steps in COUNTS}
+    listed = {steps: [f"{abs(each):.0f}" for each in found] for steps, found in change.items()}
+    assert f"{', '.join(listed['3'][:3])} and {listed['3'][3]} % nearer in three steps" in said
+    assert f"{', '.join(listed['5'])} % in five" in said and max(change["3"] + change["5"]) < 0
+    assert f"in ten {', '.join(listed['10'][:3])} % farther, then {listed['10'][3]} % nearer" in said
+    assert f"in twenty {', '.join(listed['20'])} % farther" in said and f"in fifty {', '.join(listed['50'])} %." in said
+    assert min(change["20"] + change["50"]) > 0 > change["10"][3]
