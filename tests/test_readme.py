@@ -176,8 +176,8 @@ def test_what_the_readme_says_under_its_curve_is_what_was_measured():
     last = {steps: needed("greedy-10000", steps, 5_120_000) for steps in COUNTS}
     assert all(row["seeds"] == "3" for row in last.values()) and last["3"]["at_least"] == "True"
     three, five, ten, twenty = (needs(steps, 5_120_000) for steps in ("3", "5", "10", "20"))
-    three = three.replace(" in", " at most in")
-    assert f"the pool of 10,000 reaches with {three} sampling steps, with {five}, {ten} and {twenty} (by its mean" in text
+    reached = f"{three.replace(' in', ' at most in')} sampling steps, with {five}, {ten} and {twenty}"
+    assert f"the pool of 10,000 reaches with {reached} (by its mean" in text
     ours, off = (distance(name, 50, 5_120_000) for name in ("greedy-10000", "off"))
     assert f"it saves nothing by then, {ours} against {off}." in text
 
