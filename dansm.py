@@ -303,12 +303,13 @@ class NoisePool:
         self.seed = torch.randint(2**31, ()).item() if seed is None else check_count("seed", seed, at_least=0)
         self.noise = torch.empty(0, self.shape.numel(), device=device, dtype=check_choice("dtype", dtype, self.dtypes))
         self.squared = squared_norms(self.noise)
-        kernels = gpu_kernels(self.noise.device, cost, dtype, fast) if compile and match_size not in (0, 1) else None
+        process, self.rank, self.ranks = place_in_group(match_scope, seed)
+        usable = compile and match_size not in (0, 1) and self.ranks == 1  # a spread pool has kernels of its own
+        kernels = gpu_kernels(self.noise.device, cost, dtype, fast) if usable else None
         self.kernel_take = kernels.take if kernels else None
         self.scratch = None  # what the kernels keep between two batches, so that none waits for memory
         self.check = DataCheck(self.shape, self.noise.device)
         self.fast = fast
-        process, self.rank, self.ranks = place_in_group(match_scope, seed)
         self.stream = (process,) if process and self.ranks == 1 else ()  # pools of the ranks' own must not be equal
         self.received = 0  # bytes, from the other ranks of a pool that is spread
         self.match_size = self._fitting(match_size, memory)
@@ -495,7 +496,7 @@ class NoisePool:
         """Of memory that a pool and the matching of what it serves at once take, at most, besides a batch itself."""
         rows, size = match_size // self.ranks, self.noise.element_size()
         samples = self._samples_at_once(rows) * self.ranks
-        costs = max(size, 4) if self.kernel_take and self.ranks == 1 else 5 * max(size, 4)  # the plain way copies them
+        costs = max(size, 4) if self.kernel_take else 5 * max(size, 4)  # the plain way copies them
         handed_out = 3 * samples * self.shape.numel() * size  # the samples, their noises, and those that move
         drawn = 2 * max(self.drawn_at_once, self.shape.numel()) * max(size, 4)
         return rows * (self.shape.numel() * size + samples * costs + 16) + handed_out + drawn
@@ -1272,7 +1273,7 @@ def toy_command(
 
 @app.command("digits")
 def digits_command(
-    match_size: MatchSize = 1000,
+    match_size: Annotated[int, typer.Option(min=2, help="noises in the pool; random pairs stand beside it")] = 1000,
     steps: Annotated[int, typer.Option(min=1, help="training steps for each way of pairing")] = 500,
     batch: Annotated[int, typer.Option(min=1, help="images a step; down to 1, where a batch has no choice")] = 64,
     assigned: Annotated[bool, typer.Option("--assigned", help="also linear assignment within each batch")] = False,

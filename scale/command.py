@@ -20,6 +20,7 @@ from rich.progress import track
 import dansm
 from dansm import counted, say
 from scale import checkpoint, data, samples, trainer
+from scale.judge import check_asked
 from scale.latents import known_of, known_on_disk
 from scale.recipe import SETTINGS, Recipe, kind_of, load, names, shown
 from scale.step import at_once, number_type, processes, ranks, sampler
@@ -161,9 +162,11 @@ def forget(out: Path) -> None:
 
 
 def check_place(recipe: Recipe, device: torch.device) -> None:
-    """BadInput for what this device, or a process by itself, cannot do: to be told before minutes of reading."""
+    """BadInput for what this device, or so many processes, cannot do: to be told before minutes of reading."""
     number_type(recipe.precision, device)
     dansm.place_in_group(recipe.match_scope, recipe.seed)
+    trainer.check_parts(recipe)
+    check_asked(recipe)
 
 
 def _run(recipe, out, device, fresh, first) -> bool:

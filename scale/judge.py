@@ -34,6 +34,18 @@ def is_evaluation(line: dict) -> bool:
     return any(name.endswith("/real") for name in line)
 
 
+def check_asked(recipe: Recipe) -> None:
+    """BadInput for evaluations that cannot be made, as far as the recipe tells: before any data is read."""
+    if not (recipe.evaluate_every or recipe.evaluate_at):
+        return
+    if recipe.evaluate_count < (processes := ranks()[1]):
+        raise dansm.BadInput(f"--evaluate-count is {recipe.evaluate_count}: expected at least {processes}, an image "
+                             "for each process")
+    for steps in recipe.evaluate_steps:
+        check_steps("--evaluate-steps", steps, dansm.FLOWS[recipe.flow])
+    evaluate.fidelity()
+
+
 class Judge:
     """Scores the averaged network each `recipe.evaluate_every` steps, never if that is 0, and after those of
     `recipe.evaluate_at`.
@@ -53,11 +65,7 @@ class Judge:
                                  "neither; dansm evaluate --autoencoder judges a run's checkpoints, of which --keep N "
                                  "keeps more")
         evaluate.check_real(images)
-        if recipe.evaluate_count < self.processes:
-            raise dansm.BadInput(f"--evaluate-count is {recipe.evaluate_count}: expected at least {self.processes}, an "
-                                 "image for each process")
-        for steps in recipe.evaluate_steps:
-            check_steps("--evaluate-steps", steps, dansm.FLOWS[recipe.flow])
+        check_asked(recipe)
         if self.rank:
             group.barrier()  # what is to be downloaded, the first one does
         weights = Path(recipe.inception_weights) if recipe.inception_weights else None

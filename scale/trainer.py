@@ -47,9 +47,7 @@ def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, 
     if recipe.flip is None:  # a mirrored latent is not the latent of the mirrored image
         recipe = dataclasses.replace(recipe, flip=known_of(images) is None)
     rank, processes = ranks()
-    if recipe.batch % (processes * recipe.accumulate):
-        raise dansm.BadInput(f"--batch is {recipe.batch}: expected a multiple of {processes * recipe.accumulate}, "
-                             f"{dansm.counted(processes, 'process')} times --accumulate {recipe.accumulate}")
+    check_parts(recipe)
     share = recipe.batch // processes * math.prod(images.shape[1:]) * 4  # bytes
     dansm.check_memory(f"--batch is {recipe.batch:,}", share, device)
     if recipe.deterministic:
@@ -77,7 +75,8 @@ def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, 
     watch = Watch(recipe, run, device)
     paired = watch.paired(dansm.pairs(watch.samples(batches), recipe.method, recipe.match_size, cost=recipe.cost,
                                       pool=pool))
-    with _blamed_on_data(images), keeper.log(run.step) as log, progress(run, recipe, console, rank) as show, \
+    with closing(batches), _blamed_on_data(images), keeper.log(run.step) as log, \
+            progress(run, recipe, console, rank) as show, \
             Interrupt(lambda: show("stopping after this step")) as interrupt:
         decide = Decide(recipe, run, interrupt)
 
@@ -99,13 +98,21 @@ def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, 
             if judged or (save and not stop):
                 keeper.save(run, pool, device)
             if save and not stop and watch.grid_seconds() <= GRID_SHARE * 60 * recipe.save_minutes:
-                keeper.grid(run, flow, pool.shape, device)
+                with keeper.paused(), watch.paused():
+                    keeper.grid(run, flow, pool.shape, device)
             if (judged and not evaluate()) or stop:
                 break
-        batches.close()
         if watch.steps:
             keeper.save(run, pool, device)
     return watch.summary(keeper.seconds, bool(interrupt)), run.average, flow
+
+
+def check_parts(recipe: Recipe) -> None:
+    """BadInput for a batch that does not fall into equal parts."""
+    parts = ranks()[1] * recipe.accumulate
+    if recipe.batch % parts:
+        raise dansm.BadInput(f"--batch is {recipe.batch}: expected a multiple of {parts}, "
+                             f"{dansm.counted(ranks()[1], 'process')} times --accumulate {recipe.accumulate}")
 
 
 @contextmanager
@@ -140,7 +147,7 @@ def _seed_of(seed: int, rank: int) -> int:
 class Keeper:
     """The folder of a run: its checkpoints, its log, the grids beside them. Only the first process writes into it.
 
-    seconds  that the run has trained, in earlier calls and in this one, without evaluations
+    seconds  that the run has trained, in earlier calls and in this one, without evaluations and grids
     """
 
     def __init__(self, out: Path, recipe: Recipe, images, fresh: bool, console: Console):
@@ -221,14 +228,15 @@ class Keeper:
             if alike:  # wherever they lie now
                 before = before | {"data": self.recipe.data}
             differences = changed(before, self.recipe)
+            others = _of_others(state.get("latents", self.latents), self.latents)
             if state["images"] != self.images:
                 differences.append(f"images {state['images']:,} → {self.images:,}")
-            elif alike is False and (state.get("latents") is None) == (self.latents is None):
+            elif alike is False and not others:
                 differences.append("as many images, but not the same ones")
             for part, words in {"size": "images of {} pixels", "channels": "images of {} channels"}.items():
                 if state["network"][part] != run.net.settings[part]:
                     differences.append(f"{words.format(state['network'][part])} → {run.net.settings[part]}")
-            differences += _of_others(state.get("latents", self.latents), self.latents)
+            differences += others
             if state["network"] != run.net.settings and not differences:
                 differences.append(f"network {state['network']} → {run.net.settings}")
             was, now = ("fp16" if scaler else "bf16 or fp32"  # auto is what the device can

@@ -727,6 +727,17 @@ def trained(run, monkeypatch, tmp_path):
     return trained
 
 
+def test_a_run_goes_on_where_its_latents_have_moved_and_on_no_others(encoded, trained):
+    latents = encoded()
+    assert trained(latents)[0] == 0
+    moved = latents.rename(latents.with_name("elsewhere"))
+    assert trained(moved, 2)[0] == 0
+    first = moved / "latents-00000.npy"
+    np.save(first, np.load(first) + np.float16(0.5))
+    code, _, err = trained(moved, 3)
+    assert code == 2 and "as many images, but not the same ones" in err
+
+
 @pytest.mark.parametrize(("name", "ours", "other"), [("factor", 0.5, 0.25), ("shift", 0.1, 0.0)])
 def test_latents_of_another_factor_are_told_by_the_run_itself(name, ours, other, run, encoded, trained, source,
                                                               tmp_path):

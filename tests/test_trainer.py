@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import types
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -164,6 +165,7 @@ def test_fp16_without_a_gpu_is_refused(refused, images, tmp_path):
 def test_what_cannot_be_done_here_is_told_before_the_data_is_read(refused, images, tmp_path, monkeypatch):
     monkeypatch.setattr("scale.command.read", lambda recipe: pytest.fail("the data was read"))
     for option, value, says in (("--precision", "fp16", "precision is fp16, on cpu: expected"),
+                                ("--accumulate", 3, "--batch is 8: expected a multiple of 3"),
                                 ("--match-scope", "global", "match_scope is global: expected torch.distributed")):
         assert says in refused("train", images, option, value, "--out", tmp_path / "out", *FAST)
         assert not (tmp_path / "out").exists()
@@ -370,6 +372,24 @@ def test_grids_are_of_the_same_noise_and_change_nothing(run, images, tmp_path, m
     pictures = {(tmp_path / "with" / name).read_bytes() for name in (*names, "samples.png")}
     assert len(pictures) == 1  # at that rate the network stays as it is, so the noise is all that could change them
     assert same_run(tmp_path / "with", tmp_path / "without")
+
+
+def test_grids_take_no_part_of_the_seconds(run, images, tmp_path, monkeypatch):
+    paused, depth, seen = {kind: kind.paused for kind in (trainer.Keeper, trainer.Watch)}, [], []
+
+    for kind, real in paused.items():
+        @contextmanager
+        def counted(self, real=real, kind=kind):
+            depth.append(kind)
+            with real(self):
+                yield
+            depth.remove(kind)
+
+        monkeypatch.setattr(kind, "paused", counted)
+    monkeypatch.setattr(trainer.Keeper, "grid", lambda *_: seen.append(set(depth)))
+    monkeypatch.setattr(trainer, "GRID_SHARE", 1e15)
+    run("train", images, "--steps", 2, *OFTEN, "--out", tmp_path / "out", *FAST)
+    assert seen == [{trainer.Keeper, trainer.Watch}]
 
 
 def test_a_grid_takes_no_more_at_once_than_a_step(run, images, tmp_path, monkeypatch):
