@@ -541,13 +541,15 @@ def pairs(batches: Iterable[Tensor], method: str = "greedy", match_size: int = 1
           seed: int | None = None, pool: NoisePool | None = None) -> Iterator[tuple[Tensor, Tensor]]:
     """Pair every batch x with noises z and yield (x, z), the same batches in the same order.
 
+    batches     x each, (B, ...): data or latents → x and z, both (B, ...)
+    match_size  noises of the pool, samples assigned at once, or noises drawn for each sample, by method
     method  "random"   a fresh noise for each sample: vanilla training
             "greedy"   `NoisePool`, the paper's method
             "optimal"  collects match_size samples, over several batches if need be, and solves the linear
                        assignment with as many noises; the last partial group is matched among itself
             "nearest"  the nearest of match_size fresh noises, see `nearest_of_k`
     pool    for a run that is resumed, or a pool of other settings: its noises serve "greedy", its generator
-            every method.
+            every method; for "greedy" its match_size and cost count.
     Raises BadInput for an unknown method or cost, for a match_size that is not a whole number, and for a batch of
     another shape than the first.
     """
@@ -638,7 +640,7 @@ class RectifiedFlow:
         return F.mse_loss(net(x_t, 999 * t), x - z)
 
     def path(self, net: nn.Module, z: Tensor, steps: int) -> Iterator[Tensor]:
-        """The states from z on, `steps` + 1 of them, the last one x."""
+        """z: (B, ...) → the `steps` + 1 states from z on, (B, ...) each, the last one x. BadInput for no steps."""
         steps = check_count("steps", steps)
         x, dt = z, 1 / steps
         yield x
@@ -705,8 +707,9 @@ class Diffusion:
         return self.copy
 
     def path(self, net: nn.Module, z: Tensor, steps: int) -> Iterator[Tensor]:
-        """The states from z on, `steps` + 1 of them, the last one x. The levels are those of the paper, from 0 on at
-        a stride of 1000 / steps, so the first is below pure noise: with 3 steps 666, with 10 steps 900."""
+        """z: (B, ...) → the `steps` + 1 states from z on, (B, ...) each, the last one x. The levels are those of the
+        paper, from 0 on at a stride of 1000 / steps, so the first is below pure noise: with 3 steps 666, with 10 steps
+        900. BadInput for fewer than 2 steps or more than `levels`."""
         steps = check_count("steps", steps, at_least=2)
         if steps > self.levels:
             raise BadInput(f"steps is {steps}: expected at most {self.levels}, the levels of the diffusion")
@@ -1254,7 +1257,8 @@ Out = Annotated[Path, typer.Option(help="folder for the results, made if missing
 
 @app.command("toy")
 def toy_command(
-    shape: Annotated[str, typer.Option(help="a 2D shape, or all; a wrong name lists them")] = "swiss-roll",
+    shape: Annotated[str, typer.Option(
+        help="swiss-roll, eight-gaussians, two-moons, checkerboard, pinwheel, or all")] = "swiss-roll",
     match_size: MatchSize = 1000,
     steps: Annotated[int, typer.Option(min=1, help="training steps for each way of pairing")] = 800,
     seeds: Annotated[int, typer.Option(min=1, help="trainings for each way of pairing, for the spread")] = 3,
@@ -1365,21 +1369,28 @@ def hardware(device) -> dict:
             "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Written beside and moved into place, so that stopping at any moment leaves a whole file."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write into, then moved into its place: stopping at any moment leaves a whole file."""
     beside = path.with_suffix(".part")
-    beside.write_text(json.dumps(content, indent=1) + "\n")
-    beside.replace(path)
+    try:
+        yield beside
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: dict) -> None:
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def write_csv(rows: list[dict], path: Path) -> None:
-    """A column for every name that any row has; as `write_json`, whole at any moment."""
-    beside = path.with_suffix(".part")
-    with open(beside, "w", newline="") as file:
+    """A column for every name that any row has."""
+    with replacing(path) as beside, open(beside, "w", newline="") as file:
         lines = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
         lines.writeheader()
         lines.writerows(rows)
-    beside.replace(path)
 
 
 def say_files(out: Path, *names: str) -> None:

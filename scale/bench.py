@@ -95,10 +95,10 @@ def spread_life(batch: int, **settings) -> dict:
     for _ in range(2 * -(-pool.match_size // (batch * pool.ranks))):
         before = pool.received
         group.barrier()
-        times.append(_milliseconds(lambda: pool(x), x.device))
+        times.append(milliseconds(lambda: pool(x), x.device))
         received.append((pool.received - before) / 1e6)
     half = len(times) // 2
-    return {**_spread(times[half:]), "received_mb_median": round(statistics.median(received[half:]), 3)}
+    return {**spread(times[half:]), "received_mb_median": round(statistics.median(received[half:]), 3)}
 
 
 def unlike_one_process(batch: int, **settings) -> dict:
@@ -191,14 +191,14 @@ def life_of_a_pool(x: Tensor, match_size: int, seed: int, **settings) -> dict:
     """Every batch of a pool's whole life, from one refill to the next, after one life that is not counted; the first
     batch of a full pool by itself, several times; and the most memory used beyond the noises."""
     device = x.device
-    _reset_peak(device)
-    before = _peak_mb(device)
+    reset_peak(device)
+    before = peak_mb(device)
     pool = dansm.NoisePool(match_size, x.shape[1:], device=device, seed=seed, **settings)
     pool(x)
     full = []
     for _ in range(15 if pool.noise.nbytes < 1e9 else 5):
         pool._begin()  # full again, with the noises that it has, whatever moved
-        full.append(_milliseconds(lambda: pool(x), device))
+        full.append(milliseconds(lambda: pool(x), device))
     batches = max(5, -(-match_size // len(x)))
     several = [image_like(len(x), x.shape[1:], seed + number, device) for number in range(min(batches, 16))]
     for _ in range(batches if device.type == "cuda" else 0):  # there the first calls compile and load kernels
@@ -206,11 +206,11 @@ def life_of_a_pool(x: Tensor, match_size: int, seed: int, **settings) -> dict:
     while pool.left:
         pool(x[: pool.left])
     start = time.perf_counter()
-    times = [_milliseconds(lambda n=n: pool(several[n % len(several)]), device) for n in range(batches)]
+    times = [milliseconds(lambda n=n: pool(several[n % len(several)]), device) for n in range(batches)]
     seconds = time.perf_counter() - start
-    beyond = max(0.0, _peak_mb(device) - before - pool.noise.nbytes / 1e6)  # memory used before may serve again
+    beyond = max(0.0, peak_mb(device) - before - pool.noise.nbytes / 1e6)  # memory used before may serve again
     often = sorted(times)[int(0.99 * (len(times) - 1))]  # the most holds the machine's own hiccups too
-    return {**_spread(times), "p99_ms": round(often, 4), "full_ms": round(statistics.median(full), 3),
+    return {**spread(times), "p99_ms": round(often, 4), "full_ms": round(statistics.median(full), 3),
             "dtype": str(pool.noise.dtype)[6:], "fast": pool.fast, "pool_mb": round(pool.noise.nbytes / 1e6, 1),
             "beyond_mb": round(beyond, 1), "seconds": seconds}
 
@@ -279,10 +279,10 @@ def assignment(x: Tensor, match_size: int, solve, seed: int) -> dict:
     cost = dansm.squared_distances(samples, noise)
     del samples, noise
     answer = solve(cost)
-    times = [_milliseconds(lambda: solve(cost), x.device)]
-    times += [_milliseconds(lambda: solve(cost), x.device) for _ in range(4 if times[0] < 1000 else 0)]
+    times = [milliseconds(lambda: solve(cost), x.device)]
+    times += [milliseconds(lambda: solve(cost), x.device) for _ in range(4 if times[0] < 1000 else 0)]
     share = len(x) / match_size
-    row = {**_spread([share * t for t in times]), "whole_ms": round(statistics.median(times), 3),
+    row = {**spread([share * t for t in times]), "whole_ms": round(statistics.median(times), 3),
            "seconds": min(times) / 1000}
     if isinstance(answer, tuple):  # of a random pairing's cost, the share that the assignment saves, and is proven to
         random = cost.mean(dtype=torch.float64).item() * match_size
@@ -357,30 +357,30 @@ def train_step(batch: int, shape, device: torch.device) -> dict | None:
 
 def timed(work, device: torch.device, repeats: int) -> dict:
     """Milliseconds of `work` over `repeats` calls, or fewer if they take long, after one that is not counted."""
-    first = _milliseconds(work, device) / 1000
+    first = milliseconds(work, device) / 1000
     repeats = max(1, min(repeats, int(PATIENCE / max(first, 1e-9))))
-    return _spread([_milliseconds(work, device) for _ in range(repeats)])
+    return spread([milliseconds(work, device) for _ in range(repeats)])
 
 
-def _milliseconds(work, device):
-    _wait(device)
+def milliseconds(work, device):
+    wait(device)
     start = time.perf_counter()
     work()
-    _wait(device)
+    wait(device)
     return 1000 * (time.perf_counter() - start)
 
 
-def _spread(times):
+def spread(times):
     return {"median_ms": round(statistics.median(times), 4), "mean_ms": round(statistics.fmean(times), 4),
             "least_ms": round(min(times), 4), "most_ms": round(max(times), 4), "calls": len(times)}
 
 
-def _wait(device):
+def wait(device):
     if device.type in ("cuda", "mps"):
         getattr(torch, device.type).synchronize()
 
 
-def _reset_peak(device):
+def reset_peak(device):
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -392,7 +392,7 @@ def _reset_peak(device):
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak of this process
 
 
-def _peak_mb(device):
+def peak_mb(device):
     """Most memory since the reset; elsewhere than on Linux since the process began, which can only overstate it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
@@ -422,7 +422,7 @@ def _title(bench):
     return f"Matching a batch of {bench['batch']} samples of {'×'.join(map(str, bench['shape']))}"
 
 
-def _hardware(bench):
+def hardware_of(bench):
     known = bench["hardware"]
     return known["gpu"] or f"{known['cpu']}, {known['threads']} threads"
 
@@ -433,14 +433,14 @@ def print_table(bench: dict, console: Console) -> None:
              "(full_ms of match.csv).  nearest of k: k is match_size.  floor: reading or multiplying half a pool, "
              "whichever takes longer.")
     words += f"  {_step_in_words(step)}, NCSN++ in float32: {step['median_ms']:,.0f} ms" if step else ""
-    table = Table(title=f"{_title(bench)}, {_hardware(bench)}", caption=words, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=f"{_title(bench)}, {hardware_of(bench)}", caption=words, box=box.SIMPLE_HEAD, pad_edge=False)
     for name in "match_size", "way", "median ms", "least", "most", "faster", "floor":
         table.add_column(name, justify="left" if name == "way" else "right", no_wrap=True)
     for row in bench["rows"]:
-        times = (_number(row[key]) for key in ("median_ms", "least_ms", "most_ms"))
+        times = (number(row[key]) for key in ("median_ms", "least_ms", "most_ms"))
         faster = row.get("times_faster_than_the_paper")
-        table.add_row(f"{row['match_size']:,}", row["way"], *times, f"{_number(faster)}×" if faster else "",
-                      _number(row.get("floor_ms")))
+        table.add_row(f"{row['match_size']:,}", row["way"], *times, f"{number(faster)}×" if faster else "",
+                      number(row.get("floor_ms")))
     console.print(table)
 
 
@@ -449,7 +449,7 @@ def _step_in_words(step: dict) -> str:
     return "A training step" if step["samples_measured"] > 1 else "A training step, as one sample times the batch"
 
 
-def _number(value):
+def number(value):
     return "" if value is None else f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 3}f}"
 
 
@@ -483,7 +483,7 @@ def draw(bench: dict, path: Path) -> None:
         axes.annotate(words, (0.99, step["median_ms"]), xycoords=("axes fraction", "data"), fontsize=8, va="bottom",
                       ha="right")
     axes.set(xscale="log", yscale="log", xlabel="match_size (noises in the pool)", ylabel="milliseconds a batch")
-    axes.set_title(f"{_title(bench)}: median, least to most\n{_hardware(bench)}", fontsize=10)
+    axes.set_title(f"{_title(bench)}: median, least to most\n{hardware_of(bench)}", fontsize=10)
     axes.grid(True, which="major", alpha=0.3)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)

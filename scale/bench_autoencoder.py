@@ -22,7 +22,7 @@ from torch import Tensor
 import dansm
 from scale import encode
 from scale.autoencoder import Autoencoder, Decoder, Encoder, random_autoencoder
-from scale.bench import _hardware, _number, _peak_mb, _reset_peak, timed
+from scale.bench import hardware_of, number, peak_mb, reset_peak, timed
 from scale.command import quiet
 from scale.step import peak
 
@@ -82,9 +82,9 @@ def prepared(half: Encoder | Decoder, way: str) -> Encoder | Decoder:
 
 
 def measure(work: Callable[[], Tensor], device) -> dict:
-    _reset_peak(device)
+    reset_peak(device)
     work()  # what picks its algorithms does so now
-    return {**timed(work, device, REPEATS[0]), "peak_mb": round(_peak_mb(device))}
+    return {**timed(work, device, REPEATS[0]), "peak_mb": round(peak_mb(device))}
 
 
 def row_of(what, way, batch, dtype, measured, operations, device) -> dict:
@@ -155,11 +155,11 @@ def zip_of_photographs(path: Path, size: int, count: int) -> Path:
 
 def print_table(bench: dict, console: Console) -> None:
     known = f"{bench['parameters'] / 1e6:.1f} M parameters, images of {bench['size']}²"
-    table = Table(title=f"Autoencoder, {known}, {_hardware(bench)}", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=f"Autoencoder, {known}, {hardware_of(bench)}", box=box.SIMPLE_HEAD, pad_edge=False)
     for name in "what", "way", "batch", "images/s", "least", "most", "MB", "MFU":
         table.add_column(name, justify="left" if name in ("what", "way") else "right", no_wrap=True)
     for row in bench["rows"]:
-        rates = (_number(row[key]) for key in ("images_per_second", "least_per_second", "most_per_second"))
-        table.add_row(row["what"], row["way"], str(row["batch"]), *rates, _number(row.get("peak_mb")),
+        rates = (number(row[key]) for key in ("images_per_second", "least_per_second", "most_per_second"))
+        table.add_row(row["what"], row["way"], str(row["batch"]), *rates, number(row.get("peak_mb")),
                       f"{row['mfu']:.0%}" if "mfu" in row else "")
     console.print(table)

@@ -15,6 +15,7 @@ from rich.table import Table
 
 import dansm
 from scale import evaluate
+from scale.bench import hardware_of
 
 SHAPE = 3, 32, 32
 COMPARED = 10_000  # generated images that are scored against all
@@ -47,11 +48,11 @@ def seconds_of(images, extractor: evaluate.Extractor, seed: int, device) -> dict
     batch = evaluate.seen_at_once(device)
     evaluate.features_of(images[:batch], extractor, device)  # what is loaded and chosen at the first call
     seconds, real = _timed(lambda: evaluate.real_features(images, extractor, device, batch=batch))
-    features = evaluate._shuffled(real.features, seed)[:COMPARED]
+    features = evaluate.shuffled(real.features, seed)[:COMPARED]
     taken = {"features_s": seconds,
              "frechet_s": _timed(lambda: evaluate.frechet_distance(features, real))[0],
-             "kernel_s": _timed(lambda: evaluate._kernel_distance(features, real.features, "kernel"))[0],
-             "reach_s": _timed(lambda: evaluate._precision_recall(features, features, device))[0]}
+             "kernel_s": _timed(lambda: evaluate.kernel_distance(features, real.features, "kernel"))[0],
+             "reach_s": _timed(lambda: evaluate.precision_recall(features, features, device))[0]}
     return {"dimensions": features.shape[1], "batch": batch, "images_per_second": round(len(images) / seconds, 1),
             **{name: round(value, 2) for name, value in taken.items()},
             "within_s": round(taken["features_s"] + taken["frechet_s"], 2)}
@@ -75,8 +76,8 @@ def untrained_inception(folder: Path) -> Path:
 
 
 def _table(bench) -> Table:
-    gpu = bench["hardware"]["gpu"] or f"{bench['hardware']['cpu']}, {bench['hardware']['threads']} threads"
-    table = Table(title=f"Judging {bench['images']:,} images of {'×'.join(map(str, SHAPE))}, seconds ({gpu})",
+    shape = "×".join(map(str, SHAPE))
+    table = Table(title=f"Judging {bench['images']:,} images of {shape}, seconds ({hardware_of(bench)})",
                   title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("features", overflow="fold")
     for heading in ("images/s", "features", "Fréchet", "kernel", "precision", "features + Fréchet"):

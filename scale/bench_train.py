@@ -32,15 +32,15 @@ from torch import Tensor
 import dansm
 from scale import data, step
 from scale.bench import (
-    _hardware,
-    _milliseconds,
-    _number,
-    _peak_mb,
-    _reset_peak,
-    _spread,
-    _wait,
+    hardware_of,
     image_like,
+    milliseconds,
+    number,
+    peak_mb,
+    reset_peak,
+    spread,
     timed,
+    wait,
 )
 from scale.recipe import Recipe
 from scale.samples import sample_images
@@ -151,7 +151,7 @@ def training(case: Case, way: str, match_size: int, seed: int, device: torch.dev
     """
     images = made_up(case, seed, device)
     gc.collect()  # of the way before, whose memory would count as this one's
-    _reset_peak(device)
+    reset_peak(device)
     before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, way != PLAIN  # as the trainer does
     begin = time.perf_counter()
     torch.manual_seed(seed)
@@ -160,10 +160,10 @@ def training(case: Case, way: str, match_size: int, seed: int, device: torch.dev
         pool = dansm.NoisePool(match_size, case.shape, device=device, seed=seed)
         with closing(data.batches(images, case.batch, seed=seed, device=device)) as batches:
             made = steps(run, batches, pool, device)
-            next(made), _wait(device)
+            next(made), wait(device)
             first = {"first_step_s": round(time.perf_counter() - begin, 2)}
             row = timed_steps(made, case, match_size, device)
-            yield "steps", {**row, "way": way, **first, "peak_gib": round(_peak_mb(device) * 1e6 / 2**30, 2),
+            yield "steps", {**row, "way": way, **first, "peak_gib": round(peak_mb(device) * 1e6 / 2**30, 2),
                             "compiled": getattr(run, "compiled", False)}
             if way == OURS:
                 unmatched = steps(run, batches, dansm.NoisePool(0, case.shape, device=device, seed=seed), device)
@@ -207,10 +207,10 @@ def timed_steps(made: Iterator[tuple], case: Case, match_size: int, device: torc
     deque(islice(made, 10 if gpu else 1), maxlen=0)
     moments = list(islice(made, max(40, -(-match_size // case.batch)) if gpu else 2))
     ends = [begin for begin, _, _ in moments[1:]] + [moment(device)]
-    _wait(device)
+    wait(device)
     times = [between(begin, end) for (begin, _, _), end in zip(moments, ends, strict=True)]
     matching = [between(before, after) for _, before, after in moments]
-    row = {"case": case.name, "way": None, **_spread(times)}
+    row = {"case": case.name, "way": None, **spread(times)}
     row["steps"] = row.pop("calls")
     row |= {"images_per_second": round(1000 * case.batch / row["median_ms"], 1),
             "matching_ms": round(sum(matching) / len(matching), 4),
@@ -229,7 +229,7 @@ def floor_ms(case: Case, device: torch.device) -> float | None:
 def moment(device: torch.device):
     """Now: on a GPU an event among its work, so that neither waits for the other."""
     if device.type != "cuda":
-        _wait(device)
+        wait(device)
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
     event.record()
@@ -296,16 +296,15 @@ def is_note(event) -> bool:
 def by_kind(case: Case, kernels: list[tuple[str, float]]) -> Iterator[tuple[str, dict]]:
     """(kernel's name, milliseconds) → rows, the longest kind first and the 25 longest kernels."""
     kinds, longest, calls = Counter(), Counter(), Counter(name for name, _ in kernels)
-    for name, milliseconds in kernels:
-        kinds[kind_of(name)] += milliseconds
-        longest[name] += milliseconds
+    for name, taken in kernels:
+        kinds[kind_of(name)] += taken
+        longest[name] += taken
     whole = sum(kinds.values())
-    for kind, milliseconds in kinds.most_common():
-        yield "profile", {"case": case.name, "kind": kind, "ms": round(milliseconds, 3),
-                          "share": round(milliseconds / whole, 4)}
-    for name, milliseconds in longest.most_common(25):
-        yield "kernels", {"case": case.name, "kernel": name[:200], "kind": kind_of(name),
-                          "ms": round(milliseconds, 4), "calls": round(calls[name] / PROFILED, 2)}
+    for kind, taken in kinds.most_common():
+        yield "profile", {"case": case.name, "kind": kind, "ms": round(taken, 3), "share": round(taken / whole, 4)}
+    for name, taken in longest.most_common(25):
+        yield "kernels", {"case": case.name, "kernel": name[:200], "kind": kind_of(name), "ms": round(taken, 4),
+                          "calls": round(calls[name] / PROFILED, 2)}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -347,10 +346,10 @@ def sampling(case: Case, samples: int, seed: int, device: torch.device) -> Itera
         deque(sample_images(net, flow, range(count), case.shape, EULER_STEPS, seed=seed, batch=at_once,
                                   device=device), maxlen=0)
 
-    first = _milliseconds(lambda: draw(at_once), device)  # kernels are compiled and loaded
-    spread = _spread([_milliseconds(lambda: draw(samples), device) for _ in range(3 if device.type == "cuda" else 1)])
-    row = {"case": case.name, "way": f"{EULER_STEPS} Euler steps, {at_once} at once", "images": samples, **spread,
-           "images_per_second": round(1000 * samples / spread["median_ms"], 1), "first_batch_s": round(first / 1000, 2)}
+    first = milliseconds(lambda: draw(at_once), device)  # kernels are compiled and loaded
+    times = spread([milliseconds(lambda: draw(samples), device) for _ in range(3 if device.type == "cuda" else 1)])
+    row = {"case": case.name, "way": f"{EULER_STEPS} Euler steps, {at_once} at once", "images": samples, **times,
+           "images_per_second": round(1000 * samples / times["median_ms"], 1), "first_batch_s": round(first / 1000, 2)}
     if floor := floor_ms(case, device):  # forward is a third of a training step
         row["floor_ms"] = round(floor / 3 / case.batch * samples * EULER_STEPS, 1)
     yield "sampling", row
@@ -359,23 +358,23 @@ def sampling(case: Case, samples: int, seed: int, device: torch.device) -> Itera
 def importing(device: torch.device) -> Iterator[tuple[str, dict]]:
     """What any `dansm train` takes before it has read its options."""
     command, home = [sys.executable, "-c", "import dansm, scale.command"], Path(dansm.__file__).parent
-    times = [_milliseconds(lambda: subprocess.run(command, cwd=home, check=True), torch.device("cpu"))
+    times = [milliseconds(lambda: subprocess.run(command, cwd=home, check=True), torch.device("cpu"))
              for _ in range(3 if device.type == "cuda" else 1)]
-    yield "start", {"way": "import dansm, scale.command", **_spread(times)}
+    yield "start", {"way": "import dansm, scale.command", **spread(times)}
 
 
 def starting(case: Case, match_size: int, seed: int, device: torch.device) -> Iterator[tuple[str, dict]]:
     """`dansm train` as it is called, on latents made up, until the first line of its log: compiled and not, with no
     kernel compiled before."""
     gc.collect()
-    _reset_peak(device)  # gives back what is free, for the other process to have it
+    reset_peak(device)  # gives back what is free, for the other process to have it
     with tempfile.TemporaryDirectory() as folder:
         np.save(Path(folder) / "latents.npy", image_like(4 * case.batch, case.shape, seed, "cpu").half().numpy())
         for option in "--compile", "--no-compile":
             seconds = seconds_to_first_step([
                 Path(folder) / "latents.npy", "--network", case.network, "--batch", case.batch, "--match-size",
                 match_size, option, "--device", device.type, "--steps", 1, "--log-steps", 1], Path(folder) / option)
-            yield "start", {"case": case.name, "way": f"dansm train {option}", **_spread([1000 * seconds])}
+            yield "start", {"case": case.name, "way": f"dansm train {option}", **spread([1000 * seconds])}
 
 
 def seconds_to_first_step(arguments: list, out: Path) -> float:
@@ -431,14 +430,14 @@ def print_tables(bench: dict, console: Console) -> None:
 
 def steps_table(bench: dict, case: str) -> Table:
     words = "MFU: of the peak in bf16.  first: seconds to the end of the first step.  match: its share of the step."
-    table = Table(title=f"A training step: {case}, match_size {bench['match_size']:,}\n{_hardware(bench)}",
+    table = Table(title=f"A training step: {case}, match_size {bench['match_size']:,}\n{hardware_of(bench)}",
                   caption=words, box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     for name in "way", "images/s", "ms", "least", "most", "MFU", "GiB", "first", "match":
         table.add_column(name, justify="left" if name == "way" else "right", no_wrap=True)
     for row in bench["steps"]:
         if row["case"] == case:
-            times = [_number(row[name]) for name in ("median_ms", "least_ms", "most_ms")]
-            table.add_row(row["way"], _number(row["images_per_second"]), *times, _percent(row.get("mfu")),
+            times = [number(row[name]) for name in ("median_ms", "least_ms", "most_ms")]
+            table.add_row(row["way"], number(row["images_per_second"]), *times, _percent(row.get("mfu")),
                           *("" if name not in row else f"{row[name]:.1f}" for name in ("peak_gib", "first_step_s")),
                           _percent(row.get("matching_share")))
     return table
@@ -463,7 +462,7 @@ def lines_of(bench: dict) -> Iterator[str]:
         yield f"input alone, {row['case']}, {row['way']}: {row['images_per_second']:,.0f} images/s{times}"
     for row in bench["sampling"]:
         yield (f"sampling {dansm.counted(row['images'], 'image')} in {row['way']}: {row['median_ms'] / 1000:.2f} s, "
-               f"{_number(row['images_per_second'])} images/s")
+               f"{number(row['images_per_second'])} images/s")
     for row in bench["start"]:
         yield f"{row['way']}: {row['median_ms'] / 1000:.1f} s"
     for case, (who, rate) in bench["measured_before"].items():
@@ -481,7 +480,7 @@ def draw(bench: dict, path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(13.0, 5.2), layout="constrained", width_ratios=(1, 1.2))
     draw_rates(bench, left)
     draw_profile(bench, right)
-    figure.suptitle(f"Training with matching at {bench['match_size']:,}, {_hardware(bench)}", fontsize=11)
+    figure.suptitle(f"Training with matching at {bench['match_size']:,}, {hardware_of(bench)}", fontsize=11)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -529,9 +528,9 @@ def draw_profile(bench: dict, axes) -> None:
     for place, case in enumerate(names):
         rows = {row["kind"]: row["ms"] for row in bench["profile"] if row["case"] == case}
         end = 0.0
-        for kind, milliseconds in rows.items():
-            axes.barh(place, milliseconds, left=end, color=colors[kind], height=0.55)
-            end += milliseconds
+        for kind, taken in rows.items():
+            axes.barh(place, taken, left=end, color=colors[kind], height=0.55)
+            end += taken
         floor = next((row["floor_ms"] for row in bench["steps"] if row["case"] == case and "floor_ms" in row), None)
         if floor:
             axes.plot([floor, floor], [place - 0.38, place + 0.38], "k--", linewidth=1.2)

@@ -84,7 +84,7 @@ def _option(name: str):
     rules, switch = field.metadata, kind.type is bool
     text = rules["text"] + (": " + ", ".join(rules["choices"]) if rules["choices"] else "")
     if not kind.optional and name != "data":
-        text += f" [{('yes' if field.default else 'no') if switch else shown(field.default)}]"
+        text += f" [{('yes' if field.default else 'no') if switch else shown(field.default) or 'none'}]"
     word = "" if switch else WORDS[kind.type] + ",…" * kind.several
     return Annotated[(bool if switch else str) | None, typer.Option(
         f"{option}/--no-{option[2:]}" if switch else option, help=escape(text), metavar=word,
@@ -199,7 +199,7 @@ def _run(recipe, out, device, fresh, first) -> bool:
     current = grid.exists() and grid.stat().st_mtime >= saved.stat().st_mtime  # it is this checkpoint's already
     if pictures and not summary["interrupted"] and not current:
         drawing = sampler(net, device, recipe.precision, recipe.compile)
-        draw_grid(drawing, flow, images.shape[1:], recipe.sample_steps, recipe.seed, device, saved, grid)
+        sample_grid(drawing, flow, images.shape[1:], recipe.sample_steps, recipe.seed, device, saved, grid)
         written.insert(0, "samples.png")
     if written:
         dansm.say_files(out, *written)
@@ -242,7 +242,7 @@ def quiet(on: bool):
         dansm.console.quiet = before
 
 
-def draw_grid(net, flow, shape, steps: int, seed: int, device, saved: Path, path: Path) -> None:
+def sample_grid(net, flow, shape, steps: int, seed: int, device, saved: Path, path: Path) -> None:
     """64 images of a trained network, eight at a time so that the time left can be told."""
     try:
         draws = samples.sample_images(net, flow, range(64), shape, steps, seed=seed, batch=8, device=device)

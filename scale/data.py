@@ -21,21 +21,21 @@ from torch import Tensor
 
 from dansm import BadInput, check_count, free_memory, say
 from scale.cache import OPTION, SHARED, cached, digest_of_files, find_cached
-from scale.latents import Shards, draw, known_on_disk, open_encoded
+from scale.latents import Shards, draw_latents, known_on_disk, open_encoded
 from scale.read import Source, Unreadable, check_finite, check_no_size, files_of, open_latents, opened, square
 
 RESIDENT = 1 / 2  # of the device's free memory may be taken by the data: the rest is for training
 AHEAD, READERS = 4, 2  # batches read before they are asked for, and threads that do
 
 
-def load_images(source: str, *, size: int | None = None, skip_unreadable: bool = False, root: str = "data",
+def load_images(source: str, *, size: int | None = None, skip_unreadable: bool = False,
                 track=lambda images, total: images, left_out: list[Path] | None = None,
                 cache: Path | None = None, share: bool = False) -> Tensor | np.ndarray | Shards:
     """All of `source` as one array (N, C, H, W): uint8 for images, float16 or float32 for latents.
 
     source  images: a folder, read with its subfolders in the order of their names; a .zip, .tar, .tar.gz, .tar.bz2 or
             .tar.xz of them (.tar.zst from Python 3.14 on), read without unpacking; an LSUN lmdb, a folder with
-            data.mdb; or "cifar10", which torchvision downloads into `root` at first use.
+            data.mdb; or "cifar10", which torchvision downloads into data/ at first use.
             Latents: a folder that dansm encode wrote; a .npy file (N, C, H, W), or a folder of .npy files, all
             (C, H, W) or all (n, C, H, W).
     size    shorter side to this many pixels, then the centre square; None takes the images as they are.
@@ -52,7 +52,7 @@ def load_images(source: str, *, size: int | None = None, skip_unreadable: bool =
     half of the free memory where there is no cache, and for a cache on a disk without room for it.
     """
     if _is_cifar10(source):
-        images = _cifar10(root)
+        images = _cifar10()
         images = images if size is None else np.stack([square(Image.fromarray(image), size) for image in images])
         return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
     source, left_out = Path(source), [] if left_out is None else left_out
@@ -99,7 +99,7 @@ def _is_cifar10(source: str) -> bool:
     return source == "cifar10" and not Path(source).exists()
 
 
-def _cifar10(root: str) -> np.ndarray:
+def _cifar10(root: str = "data") -> np.ndarray:
     """(N, H, W, 3) uint8"""
     from torchvision.datasets import CIFAR10
 
@@ -143,13 +143,13 @@ class Stream(NamedTuple):
     skip_unreadable: bool
 
 
-def stream_images(source: str, *, size: int | None = None, skip_unreadable: bool = False, root: str = "data",
+def stream_images(source: str, *, size: int | None = None, skip_unreadable: bool = False,
                   caches: Iterable[Path] = ()) -> Stream:
     """The images of `source`, none of which is decoded here: for `streamed`. Parameters are those of `load_images`,
     and `caches` are folders that may hold them decoded. Raises BadInput for a source that is missing or empty, and for
     latents."""
     if _is_cifar10(source):
-        images = _cifar10(root)
+        images = _cifar10()
         key = f"cifar10 {size} {hashlib.blake2b(images, digest_size=16).hexdigest()}"
         return Stream(key, lambda: key, partial(_of_arrays, images, source, partial(_resized, size)), False)
     source = Path(source)
@@ -403,7 +403,7 @@ def _drawn(served, batch, seed, start, first, device) -> Iterator[Tensor]:
             numbers.manual_seed(int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0]) >> 1)
             channels, *size = moments.shape[1:]
             noise = torch.randn(batch, channels // 2, *size, device=device, generator=numbers)
-            yield draw(moments, noise[first : first + len(moments)])
+            yield draw_latents(moments, noise[first : first + len(moments)])
 
 
 def _finished(x: Tensor, mirrored: Tensor) -> Tensor:

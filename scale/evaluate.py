@@ -378,15 +378,15 @@ def score(features: Tensor, real: Real, extractor: Extractor, *, logits: Tensor 
                         which are not VGG16's as in the paper that named them (Kynkäänniemi et al. 2019)
     (frechet_distance, kernel_distance in the place of fid, kid for other features than Inception's.)
     """
-    others = _shuffled(real.features, seed)[-len(features) :]
+    others = shuffled(real.features, seed)[-len(features) :]
     frechet, kernel = extractor.distances
     row = {frechet: frechet_distance(features, real)}
     if measures == "distance":
         return row
-    row |= _kernel_distance(features, real.features, kernel)
+    row |= kernel_distance(features, real.features, kernel)
     if logits is not None:
         row |= _inception_score(logits)
-    return row | _precision_recall(features, others, device)
+    return row | precision_recall(features, others, device)
 
 
 def floor(real: Real, count: int, extractor: Extractor, *, seed: int = 0, device="cpu", measures: str = "all") -> dict:
@@ -397,17 +397,17 @@ def floor(real: Real, count: int, extractor: Extractor, *, seed: int = 0, device
     """
     count = min(count, len(real.features))
     count = count if count < real.count else real.count // 2
-    features = _shuffled(real.features, seed)
+    features = shuffled(real.features, seed)
     apart = min(count, len(features) // 2)
     frechet, kernel = extractor.distances
     row = {"count": count, frechet: frechet_distance(features[:count], real)}
     if measures == "distance":
         return row
-    return {**row, **_kernel_distance(features[:apart], features[-apart:], kernel),
-            **_precision_recall(features[:apart], features[-apart:], device)}
+    return {**row, **kernel_distance(features[:apart], features[-apart:], kernel),
+            **precision_recall(features[:apart], features[-apart:], device)}
 
 
-def _shuffled(features: Tensor, seed: int) -> Tensor:
+def shuffled(features: Tensor, seed: int) -> Tensor:
     return features[torch.from_numpy(np.random.default_rng([seed, len(features)]).permutation(len(features)))]
 
 
@@ -423,7 +423,7 @@ def frechet_distance(features: Tensor, real: Real) -> float:
     return metric.fid_statistics_to_metric(ours, theirs, False)[metric.KEY_METRIC_FID]
 
 
-def _kernel_distance(features, others, name) -> dict:
+def kernel_distance(features, others, name) -> dict:
     metric = fidelity()["kid"]
     found = metric.kid_features_to_metric(features, others, kid_subsets=SUBSETS, verbose=False,
                                           kid_subset_size=min(SUBSET, len(features), len(others)))
@@ -437,7 +437,7 @@ def _inception_score(logits) -> dict:
             "inception_score_std": found[metric.KEY_METRIC_ISC_STD]}
 
 
-def _precision_recall(features, others, device) -> dict:
+def precision_recall(features, others, device) -> dict:
     metric = fidelity()["prc"]
     found = metric.prc_features_to_metric(features.to(device), others.to(device), prc_batch_size=5000, verbose=False,
                                           prc_neighborhood=min(NEIGHBOUR, len(features) - 1, len(others) - 1),
@@ -624,11 +624,11 @@ def _track(advance, images, total: int):
         advance(0, more=-left)  # of images that are no longer wanted
 
 
-def _score_model(model, steps, extractor, real, device, *, count, precision, seed, batch, **settings) -> dict:
+def _score_model(model, steps, extractor, real, device, *, count, precision, seed, batch, advance) -> dict:
     net = sampler(model.net.to(device), device, precision)
     features, logits = draw_features(net, model.flow, range(count), model.shape, steps, extractor, device, seed=seed,
                                      batch=batch or at_once(model.net, device),
-                                     decode=model.decoder and model.decoder.decode, **settings)
+                                     decode=model.decoder and model.decoder.decode, advance=advance)
     model.net.cpu()  # of many models one at a time is on the GPU
     return score(features, real, extractor, logits=logits, seed=seed, device=device)
 

@@ -24,7 +24,7 @@ STYLE = {"font.family": "DejaVu Sans", "font.size": 8, "axes.titlesize": 8, "axe
          "ytick.labelsize": 7, "legend.fontsize": 7, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": NOTE,
          "xtick.color": NOTE, "ytick.color": NOTE, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
          "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6, "axes.spines.top": False,
-         "axes.spines.right": False, "figure.facecolor": "white", "svg.hashsalt": "dansm"}
+         "axes.spines.right": False, "figure.facecolor": "white"}
 # of the random, the matched and the models' own pairs: light, middle and dark, so that grey parts them too
 SERIES = {"random": dict(color=NOISE, marker="o", linestyle=(0, (4, 2))),
           "matched": dict(color=DATA, marker="s", linestyle="-"),

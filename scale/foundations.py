@@ -109,7 +109,7 @@ def own_pairs(model: Model, numbers: range, steps: int, *, seed: int, batch: int
     as the files of them would."""
     parts, bend = [], 0.0
     starts = range(numbers.start, numbers.stop, batch)
-    for start in shown(starts, f"sampling from {model.label}"):
+    for start in with_bar(starts, f"sampling from {model.label}"):
         z = dansm.path_noise(range(start, min(start + batch, numbers.stop)), model.shape, seed, device)
         path = torch.stack(list(model.flow.path(model.net, z, steps)))
         parts.append((path[-1].clamp(-1, 1) if model.pictures else path[-1], z))
@@ -147,10 +147,10 @@ def load_data(source: str | None, models: list[Model], *, size: int | None = Non
 
 
 def _track_reading(parts, total):
-    return shown(parts, "reading images", total=total)
+    return with_bar(parts, "reading images", total=total)
 
 
-def shown(work, words: str, total: float | None = None):
+def with_bar(work, words: str, total: float | None = None):
     """The items of `work`, while a bar shows how far it is; on a terminal it goes when it is full."""
     return track(work, words, total=total, console=dansm.console, transient=dansm.console.is_terminal)
 
@@ -198,7 +198,7 @@ def data_pairs(images, match_size: int, count: int, served: int, *, seed: int, d
     drawn = []
     with closing(data.batches(images, batch, seed=seed, flip=False, device=device)) as batches:
         pairs = dansm.pairs(batches, method, match_size, seed=seed)
-        for rows in shown(kept, label, total=total):
+        for rows in with_bar(kept, label, total=total):
             x, z = next(pairs)
             drawn.append((x[rows], z[rows]))
     x, z = (torch.cat(part) for part in zip(*drawn, strict=True))
@@ -338,7 +338,7 @@ def crossings_by_chance(a: np.ndarray, b: np.ndarray, seed: int) -> dict:
     """Mean and standard deviation of the count of crossings over random pairings of the points a with b, (N, 2)."""
     numbers = np.random.default_rng([seed, 1])
     counts = [count_crossings(a, b[numbers.permutation(len(b))])
-              for _ in shown(range(SHUFFLES), "shuffling pairs")]
+              for _ in with_bar(range(SHUFFLES), "shuffling pairs")]
     return mean_and_std(counts)
 
 

@@ -114,7 +114,7 @@ def known_of(images) -> dict | None:
     return getattr(images, "about", {})
 
 
-def draw(moments: Tensor, noise: Tensor) -> Tensor:
+def draw_latents(moments: Tensor, noise: Tensor) -> Tensor:
     """Latents of an encoder's posterior. moments (B, 2C, h, w): mean and log-variance; noise (B, C, h, w) normal."""
     mean, log_variance = moments.chunk(2, 1)
     return mean + (log_variance / 2).exp() * noise

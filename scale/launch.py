@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-_compiler, _compiled = None, {}
+_compiler, _compiling = None, {}
 
 
 def launch(kernel, grid: tuple[int, ...], *arguments, num_warps: int = 8):
@@ -17,8 +17,8 @@ def launch(kernel, grid: tuple[int, ...], *arguments, num_warps: int = 8):
     if _compiler is None:
         return kernel[grid](*arguments, num_warps=num_warps)
     kind = kernel, num_warps, *(each.dtype if isinstance(each, Tensor) else each for each in arguments)
-    if kind not in _compiled:
-        _compiled[kind] = _compiler.submit(kernel.warmup, *arguments, grid=grid, num_warps=num_warps)
+    if kind not in _compiling:
+        _compiling[kind] = _compiler.submit(kernel.warmup, *arguments, grid=grid, num_warps=num_warps)
     return None
 
 
@@ -35,7 +35,7 @@ def compiling_ahead(device: torch.device):
         try:
             yield
         finally:
-            waiting, _compiler = list(_compiled.values()), None
-            _compiled.clear()
+            waiting, _compiler = list(_compiling.values()), None
+            _compiling.clear()
             for each in waiting:
                 each.exception()  # waits; what does not compile says so where it is launched

@@ -24,8 +24,8 @@ from scale.foundations import (
     own_pairs,
     pick_match_sizes,
     shorten,
-    shown,
     whole_pools,
+    with_bar,
 )
 from scale.recipe import parse_counts
 
@@ -149,7 +149,7 @@ def loss_by_time(model: Model, x: Tensor, z: Tensor, times: list[float], batch: 
     parts = list(zip(x.tensor_split(count), z.tensor_split(count), strict=True))
     weights = torch.tensor([len(part) for part, _ in parts], dtype=torch.float64) / len(x)
     means, errors = [], []
-    for t in shown(times, f"loss of {model.label}"):
+    for t in with_bar(times, f"loss of {model.label}"):
         losses = [model.flow.loss(model.net, xs, zs, torch.full((len(xs),), t, device=x.device)) for xs, zs in parts]
         losses = torch.stack(losses).cpu().double()
         means.append((losses * weights).sum().item())

@@ -44,7 +44,7 @@ def prior(images: Tensor, ways: Iterable[Way] = WAYS, *, seed: int = 0,
         yield {"way": way.name, **tests_of(used)}
 
 
-def noises(images: Tensor, way: Way) -> int:
+def count_of_noises(images: Tensor, way: Way) -> int:
     """How many a way is tried on: one for each image, or a whole pool."""
     return max(len(images), way.match_size)
 
@@ -53,7 +53,7 @@ def paired(images: Tensor, way: Way, seed: int, advance: Callable[[int], None]) 
     """The noises (B, D) of each batch. Images come in another order each epoch."""
     pool = dansm.NoisePool(way.match_size if way.method == "greedy" else 0, images.shape[1:], device=images.device,
                            seed=seed, fast=way.fast)
-    drawn, count = torch.Generator().manual_seed(seed), noises(images, way)
+    drawn, count = torch.Generator().manual_seed(seed), count_of_noises(images, way)
     order = [torch.arange(len(images))]
     order += [torch.randperm(len(images), generator=drawn) for _ in range(count // len(images))]
     batches = (images[some.to(images.device)] for some in torch.cat(order)[:count].split(250))

@@ -35,7 +35,7 @@ from scale import checkpoint, command, trainer
 from scale.cache import alone, share, take_alone
 from scale.data import from_uint8
 from scale.evaluate import check_real, digest_of_images, load_extractor
-from scale.prior import ON_A_GPU, WAYS, noises, prior
+from scale.prior import ON_A_GPU, WAYS, count_of_noises, prior
 from scale.recipe import Recipe, load, shown
 
 LONG, MIDDLE, SHORT = 5_120_000, 2_048_000, 1_024_000  # images
@@ -196,7 +196,7 @@ def prove(data: str, out: Path, work: Path, device: torch.device, *, names: list
           cache: Path | None, more: dict) -> None:
     """Train and evaluate what is not in the table yet, for `minutes` at most if not 0; then summarize and draw.
 
-    out    gets distances.csv, speed.csv, commands.txt, summary.csv and the figures
+    out    gets distances.csv, speed.csv, prior.csv, commands.txt, summary.csv and the figures
     work   the folder of the runs themselves, their checkpoints among them: what a call did not finish goes on there
     more   settings of every run: the features that distances are taken of
     """
@@ -234,7 +234,7 @@ def prove(data: str, out: Path, work: Path, device: torch.device, *, names: list
         say("all runs are done" if not left else f"{counted(left, 'run')} to go: the same command goes on")
     if tests_prior and not stopped:
         with alone(out / ".prior.lock"):  # another call finds there what this one has measured
-            measure_prior(images, which, out, device)
+            test_prior(images, which, out, device)
 
 
 def train_all(waiting: list[tuple[Run, int]], images, data: str, which: str, out: Path, work: Path, device, *,
@@ -354,7 +354,7 @@ def timed_recipe(run: Run, data: str, **more) -> Recipe:
     return dataclasses.replace(recipe, steps=steps, evaluate_at=(), log_steps=max(1, steps // 12))
 
 
-def measure_prior(images, which: str, out: Path, device) -> None:
+def test_prior(images, which: str, out: Path, device) -> None:
     """The prior of each way of pairing, on as many of the images, in random order, as fill whole pools; of those that
     are not in prior.csv yet."""
     table, count = out / "prior.csv", len(images) // PRIOR * PRIOR
@@ -371,7 +371,7 @@ def measure_prior(images, which: str, out: Path, device) -> None:
     images = from_uint8(torch.from_numpy(np.asarray(images)[some]).to(device))
     with Progress(TextColumn("the prior of {task.description}"), BarColumn(), TimeRemainingColumn(),
                   console=dansm.console) as bar:
-        task = bar.add_task(ways[0].name, total=sum(noises(images, way) for way in ways))
+        task = bar.add_task(ways[0].name, total=sum(count_of_noises(images, way) for way in ways))
         for way in ways:
             bar.update(task, description=way.name)
             row, = prior(images, [way], advance=lambda count: bar.advance(task, count))

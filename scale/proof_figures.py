@@ -24,7 +24,7 @@ PEERS = ["assigned-256", "nearest-16", "optimal-10000", "greedy-1000", proof.MAT
          "greedy-1000000"]
 MARKERS = "osD^v"
 SMALL = ["batch8-assigned", "batch8-greedy-10000", "batch1-greedy-10000"]
-COSTS = [proof.MATCHED, "inner-10000", "greedy-100000", "inner-100000"]
+BY_COST = [proof.MATCHED, "inner-10000", "greedy-100000", "inner-100000"]
 CLAIMED = 0.6, 0.7  # of the images, by the paper: 30 to 40 % fewer
 
 
@@ -35,7 +35,7 @@ def draw(rows: list[dict], speeds: list[dict], out: Path) -> list[str]:
                          ("seconds", curves(timed, LOOKS, "seconds", card)),
                          ("diffusion", curves(rows, DIFFUSION, "images")),
                          ("others", side_by_side(rows, PEERS, proof.MIDDLE)),
-                         ("costs", side_by_side(rows, COSTS, proof.SHORT)),
+                         ("costs", side_by_side(rows, BY_COST, proof.SHORT)),
                          ("small-batches", side_by_side(rows, SMALL, None))):
         if figure is not None:
             written += save(figure, out / name)

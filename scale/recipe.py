@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 import json
 import math
-import os
 import re
 from functools import cache
 from pathlib import Path
@@ -61,16 +60,20 @@ class Recipe:
     dropout: float | None = setting("Network", "share of activations dropped", None, least=0, most=1)
 
     flow: str = setting("Flow and matching", "what the network learns", "rectified", choices=dansm.FLOWS)
-    times: str = setting("Flow and matching", "how the times to train at are drawn", "uniform", choices=dansm.TIMES)
-    target: str = setting("Flow and matching", "what the network of a diffusion says", "noise",
+    times: str = setting("Flow and matching", "how the times t to train at are distributed", "uniform",
+                         choices=dansm.TIMES)
+    target: str = setting("Flow and matching", "what a diffusion's network predicts", "noise",
                           choices=dansm.TARGETS)
-    method: str = setting("Flow and matching", "how noises are paired with samples", "greedy", choices=dansm.METHODS)
-    match_size: int = setting("Flow and matching", "noises in the pool; 0 or 1 is vanilla training", 10_000, least=0)
-    cost: str = setting("Flow and matching", "what near means", "squared", choices=dansm.COSTS)
+    method: str = setting("Flow and matching", "how noises are paired with samples, greedy from a pool as in the paper",
+                          "greedy", choices=dansm.METHODS)
+    match_size: int = setting("Flow and matching", "greedy: noises in the pool, 0 or 1 is vanilla training; "
+                              "optimal: samples assigned at once; nearest: noises drawn for each", 10_000, least=0)
+    cost: str = setting("Flow and matching", "what near means: squared distance, as in the paper, or −⟨x, z⟩",
+                        "squared", choices=dansm.COSTS)
     match_scope: str = setting("Flow and matching", "a pool for each process, or one over all", "rank",
                                choices=("rank", "global"))
     fast: bool = setting("Flow and matching", "match in tf32 on a GPU: quicker, as good in the mean", False)
-    pool: str = setting("Flow and matching", "numbers of the noises; bf16 takes half the memory", "fp32",
+    pool: str = setting("Flow and matching", "number type of the pool's noises; bf16 takes half the memory", "fp32",
                         choices=("fp32", "bf16"))
 
     batch: int = setting("Steps", "samples a step, over all processes together", 128, least=1)
@@ -303,9 +306,8 @@ def write(recipe: Recipe, path: Path) -> None:
         value = getattr(recipe, name)
         if value is not None:  # TOML has no word for it
             lines.append(f"{name} = {_toml(value)}")
-    beside = path.with_suffix(".part")
-    beside.write_bytes("\n".join(["# All settings of this run", *lines, ""]).encode("utf-8", "surrogateescape"))
-    os.replace(beside, path)
+    with dansm.replacing(path) as beside:
+        beside.write_bytes("\n".join(["# All settings of this run", *lines, ""]).encode("utf-8", "surrogateescape"))
 
 
 def _toml(value) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -54,6 +53,5 @@ def save_grid(images: Tensor, path: Path, enlarge: int = 2) -> None:
     large = images.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
     columns = math.ceil(len(images) ** 0.5)
     grid = large[0] if len(images) == 1 else make_grid(large, columns, padding=2, pad_value=255)
-    beside = path.with_suffix(".partial")
-    Image.fromarray(rearrange(grid, "c h w -> h w c").numpy().squeeze()).save(beside, "png")
-    os.replace(beside, path)
+    with dansm.replacing(path) as beside:
+        Image.fromarray(rearrange(grid, "c h w -> h w c").numpy().squeeze()).save(beside, "png")

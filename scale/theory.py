@@ -21,11 +21,10 @@ import dansm
 from scale.data import from_uint8, load_images
 from scale.evaluate import check_pictures
 from scale.figures import COLUMN, DATA, INK, NOISE, NOTE, PALE, SERIES, STYLE, save
-from scale.foundations import make_table, mean_and_std, shown
+from scale.foundations import make_table, mean_and_std, with_bar
 
 MATCH_SIZES = (100, 1000, 4000)
 WAYS = ("squared", "inner", "optimal")  # greedy by either cost, and the linear assignment
-DRAWS = 3
 NEAREST_OF = 1000
 LINES = 40  # drawn in the figure: of more one sees only a tangle
 BINS = np.linspace(-5, 5, 41)
@@ -41,13 +40,13 @@ def load_pixels(source: str) -> Tensor:
     return from_uint8(torch.as_tensor(np.asarray(images)).flatten(1))
 
 
-def measure(images: Tensor, draws: int = DRAWS, match_sizes=MATCH_SIZES, nearest_of: int = NEAREST_OF,
+def measure(images: Tensor, draws: int, match_sizes=MATCH_SIZES, nearest_of: int = NEAREST_OF,
             seed: int = 0) -> dict:
     """All numbers of the page. images: (N, D), N at least the largest of match_sizes, which the others divide."""
     values, directions = torch.linalg.eigh(torch.cov(images.T))
     directions = directions.flip(1)  # the one along which images differ most is the first
     rows, priors, picture = [], [], None
-    for draw in shown(range(seed, seed + draws), "pairing images with noises"):
+    for draw in with_bar(range(seed, seed + draws), "pairing images with noises"):
         x, z = draw_ends(images, max(match_sizes), draw)
         rows.append({"draw": draw, "match_size": 1, "way": "random", **spread_along(x, z, directions)})
         for match_size in match_sizes:

@@ -358,9 +358,8 @@ def _forget_after(metrics, step):
     if not metrics.exists():
         return
     kept = [line for line in metrics.read_text(errors="replace").splitlines() if _step_of(line) <= step]
-    beside = metrics.with_suffix(".part")
-    beside.write_text("".join(line + "\n" for line in kept))
-    os.replace(beside, metrics)
+    with dansm.replacing(metrics) as beside:
+        beside.write_text("".join(line + "\n" for line in kept))
 
 
 def _step_of(line):

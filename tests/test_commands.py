@@ -1180,8 +1180,10 @@ def test_a_pool_that_no_memory_holds_is_refused(refused, images, tmp_path):
 
 def test_no_checkpoint_of_nan_is_saved_between_two_lines_of_the_log(refused, images, tmp_path):
     refused("train", images, "--steps", 20, "--lr", 1e30, "--save-minutes", 0, "--out", tmp_path / "out", *FAST)
-    for saved in checkpoint.checkpoints(tmp_path / "out"):
-        assert all(weight.isfinite().all() for weight in checkpoint.load(saved)["training"]["net"].values())
+    saved = checkpoint.checkpoints(tmp_path / "out")
+    assert saved
+    for each in saved:
+        assert all(weight.isfinite().all() for weight in checkpoint.load(each)["training"]["net"].values())
 
 
 def test_fresh_keeps_the_log_as_long_as_the_checkpoint_it_belongs_to(refused, run, images, tmp_path):

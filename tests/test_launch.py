@@ -45,14 +45,14 @@ def test_what_does_not_compile_is_left_to_the_launch(gpu):
     kernel = Kernel(fails=True)
     with launch.compiling_ahead(gpu):
         launch.launch(kernel, (1,), 5)
-    assert kernel.compiled and launch._compiler is None and not launch._compiled
+    assert kernel.compiled and launch._compiler is None and not launch._compiling
 
 
 def test_an_error_inside_ends_it_too(gpu):
     with pytest.raises(ValueError), launch.compiling_ahead(gpu):
         launch.launch(Kernel(), (1,), 5)
         raise ValueError
-    assert launch._compiler is None and not launch._compiled
+    assert launch._compiler is None and not launch._compiling
 
 
 def test_elsewhere_than_on_a_gpu_all_is_launched():

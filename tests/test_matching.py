@@ -523,19 +523,19 @@ def test_memory_that_is_none_or_holds_no_pool_is_refused(memory):
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to measure memory")
 @pytest.mark.parametrize(("shape", "batch"), [((16, 64, 64), 250), ((4, 32, 32), 600), ((64,), 100)])
 def test_no_more_memory_is_taken_than_was_set(shape, batch):
-    from scale.bench import _peak_mb, _reset_peak
+    from scale.bench import peak_mb, reset_peak
 
     x = torch.randn(batch, *shape)
     z = torch.empty_like(x).fill_(1)  # the batch and its noises are not counted, nor is their joining
     device = torch.device("cpu")
     NoisePool(1000, shape, seed=1)(x[:100])  # what libraries keep from their first product on is not the pool's either
     gc.collect()
-    _reset_peak(device)
-    before = _peak_mb(device)
+    reset_peak(device)
+    before = peak_mb(device)
     pool = NoisePool(None, shape, memory=0.3, seed=0)
     for _ in range(3):
         pool(x)
-    assert _peak_mb(device) - before < 300 + 2 * z.nbytes / 1e6
+    assert peak_mb(device) - before < 300 + 2 * z.nbytes / 1e6
 
 
 def test_nearest_of_a_k_that_does_not_fit_is_refused_naming_it():

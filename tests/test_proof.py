@@ -487,7 +487,7 @@ def test_a_pool_larger_than_the_images_is_emptied_by_epochs_of_them():
     images = torch.randn(300, 1, 2, 2, generator=torch.Generator().manual_seed(4))
     way, told = prior.Way("pool", "greedy", 700), []
     used = torch.cat(list(prior.paired(images, way, 3, told.append)))
-    assert len(used) == sum(told) == prior.noises(images, way) == 700
+    assert len(used) == sum(told) == prior.count_of_noises(images, way) == 700
     drawn = dansm.NoisePool(700, (1, 2, 2), seed=3)(torch.zeros(700, 1, 2, 2)).flatten(1)
     assert sorted(map(tuple, used.tolist())) == sorted(map(tuple, drawn.tolist()))
     late = torch.cat(list(prior.within(used.split(90), 600, 700, 700)))

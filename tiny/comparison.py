@@ -36,7 +36,7 @@ class Trained(NamedTuple):
 
 
 def compare(ways: dict[str, Callable[[int], Trained]], images: Tensor, seeds: int, title: str,
-            step_counts=STEP_COUNTS, samples: int = SAMPLES) -> list[dict]:
+            step_counts=STEP_COUNTS) -> list[dict]:
     """Train each of `ways` with each seed, print a row for it, return the rows {"way", "seed", measures}.
 
     ways    by name: a function of the seed, which decides all that is random but the pairing
@@ -48,10 +48,10 @@ def compare(ways: dict[str, Callable[[int], Trained]], images: Tensor, seeds: in
             trained = train(seed)
             row = {"way": way, "seed": seed, **trained.path_length}
             for steps in step_counts:
-                drawn = trained.draw(samples, steps, torch.Generator().manual_seed(2**31 + seed))
+                drawn = trained.draw(SAMPLES, steps, torch.Generator().manual_seed(2**31 + seed))
                 row[steps_column(steps)] = dansm.frechet_distance(drawn, images)
             rows.append(row)
-    print_table(rows, title, real_against_real(images, samples), samples)
+    print_table(rows, title, real_against_real(images, SAMPLES), SAMPLES)
     return rows
 
 

@@ -173,7 +173,7 @@ def draw_picture(result: dict, samples: dict, path: Path) -> None:
             if row == 0:
                 axes.set_title(names[way], fontsize=11)
             if column == 0:
-                axes.set_ylabel(f"{count} step{'s' * (count > 1)}", rotation=0, ha="right", va="center", fontsize=10)
+                axes.set_ylabel(dansm.counted(count, "step"), rotation=0, ha="right", va="center", fontsize=10)
     axes = figure.add_subplot(grid[:, 2])
     for way, name in names.items():
         mean, least, most = zip(*(mean_and_spread(result, way, count) for count in STEP_COUNTS), strict=True)
@@ -203,7 +203,7 @@ def draw_curve(result: dict, marks: list[int], path: Path) -> None:
             axes.fill_between(images, least, most, color=look["color"], alpha=0.2)
         axes.axhline(floor, color="#555555", linestyle=":", label="real digits, half against half")
         axes.set(xscale="log", yscale="log")
-        axes.set_title(f"{count} sampling step{'s' * (count > 1)}", fontsize=11)
+        axes.set_title(dansm.counted(count, "sampling step"), fontsize=11)
         axes.set_xticks(images, [f"{number / 1000:g}" for number in images])
         plain_ticks(axes, floor)
     panels[0].set_ylabel("Fréchet distance in 64 pixels")

@@ -343,7 +343,7 @@ def draw_few_steps(x: Tensor, samples: dict[str, dict[int, Tensor]], w2: dict[st
             draw_dots(panel, found, DATA, 3)
             title(panel, f"W2² {w2[method][str(steps)]:.3f}")
             if panel in planes[-1]:
-                panel.set_xlabel(f"{steps} step{'s' * (steps > 1)}")
+                panel.set_xlabel(dansm.counted(steps, "step"))
         row[0].set_ylabel(NAMES[method])
     return save(figure, path, dpi=LESSON_DPI)
 

@@ -17,7 +17,7 @@ def two_moons(n: int, generator: torch.Generator) -> Tensor:
     """Two half circles that reach into each other, a little blurred."""
     upper = torch.randint(2, (n, 1), generator=generator) * 2 - 1
     arc = _on_circle(math.pi * torch.rand(n, generator=generator))
-    moons = upper * (arc - torch.tensor([0.5, 0.25])) 
+    moons = upper * (arc - torch.tensor([0.5, 0.25]))
     return (moons + 0.06 * torch.randn(n, 2, generator=generator)) * torch.tensor([1.15, 2.0])
 
 

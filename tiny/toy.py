@@ -266,7 +266,7 @@ def table(results: dict) -> Table:
     """What was measured, a method a row."""
     settings, floor = results["settings"], results["floor"]
     seeds = len({training["seed"] for training in results["trainings"]})
-    shown = Table(title=f"{results['shape']}: {seeds} seed{'s'[: seeds > 1]}, "
+    shown = Table(title=f"{results['shape']}: {dansm.counted(seeds, 'seed')}, "
                         f"{settings['steps']:,} training steps of {BATCH} pairs",
                   caption=f"W2² after 1, 2, … sampling steps, to {POINTS:,} points of the target;\n"
                           f"as many other points of the target: {floor['mean']:.3f} ± {floor['std']:.3f}",
