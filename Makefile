@@ -60,7 +60,7 @@ bench: $(READY)  ## what matching costs here: the paper's loop, other libraries,
 bench-train: $(READY)  ## what training costs here: steps, input, sampling, a profile, in runs/bench (for a GPU)
 	$(DANSM) bench train
 
-proof: $(READY)  ## does matching pay? trains and judges what results/proof lacks (hours, on a GPU; goes on where it was stopped)
+proof: $(READY)  ## does matching pay? trains and judges what runs/proof lacks (hours, on a GPU; goes on where it was stopped)
 	$(DANSM) proof --data $(CIFAR10) $(PROOF)
 
 clean:  ## remove the environment and the caches; runs and data stay

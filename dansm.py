@@ -1327,7 +1327,7 @@ COMMANDS = {
     "paths": "How long paths are and how near they come to each other: random, matched, and models' own pairs.",
     "loss": "A model's loss by t under random, matched and its own pairs.",
     "theory": "What matching wins along the images' principal directions, and what the prior keeps. No model.",
-    "proof": "Does matching pay? Equal runs, paired in many ways; adds what is missing to the tables in results/proof.",
+    "proof": "Does matching pay? Equal runs, paired in many ways; adds what is missing to the tables in --out.",
     "bench": "Time matching, training or judging, against the paper's code, other libraries and the machine's floor.",
 }
 for _name, _says in COMMANDS.items():

@@ -176,6 +176,8 @@ def bench_train_command(
     """What training costs: whole steps, input, sampling, and where the time goes. For a GPU."""
     from scale.bench_train import bench_train, cases
 
+    if dansm.pick_device(device).type != "cuda":
+        dansm.say("on a CPU a step of these networks takes a minute and more: this is for a GPU, or --network small")
     chosen = cases(network, batch, parse_shape(shape), dansm.pick_device(device))
     bench_train(chosen, match_size, samples=samples, first_step=first_step, seed=seed,
                 device=dansm.pick_device(device), out=dansm.make_folder(out), console=dansm.console)
@@ -219,14 +221,14 @@ def proof_command(
         help="those of these names, parted by commas; prior tests the noises, rates times each run; a wrong name lists "
              "all")] = None,
     minutes: Annotated[float, typer.Option(min=0, help="end this call after so many; 0: when all is done")] = 0.0,
-    work: Annotated[Path, typer.Option(help="folder of the runs themselves")] = Path("runs/proof"),
+    work: Annotated[Path | None, typer.Option(help="folder of the runs themselves; else runs in --out")] = None,
     cache: Annotated[Path | None, typer.Option(help="folder that keeps the decoded images")] = None,
     features: Annotated[str, typer.Option(
         help="inception makes the distances standard FIDs")] = "scale.evaluate:efficientnet_lite0",
     inception_weights: Annotated[Path | None, typer.Option(help="its weights, where nothing can be downloaded")] = None,
     device: Device = "auto",
     out: Annotated[Path, typer.Option(help="folder of the tables, which are added to, and the figures")] = (
-        Path("results/proof")),
+        Path("runs/proof")),
 ) -> None:
     from scale.proof import RUNS, prove
 
@@ -234,8 +236,8 @@ def proof_command(
     names = known if only is None else only.split(",")
     for name in names:
         dansm.check_choice("--only", name, known)
-    prove(data, dansm.make_folder(out), work, dansm.pick_device(device), names=names, minutes=minutes, cache=cache,
-          more={"evaluate_features": features, "inception_weights": str(inception_weights or "")})
+    prove(data, dansm.make_folder(out), work or out / "runs", dansm.pick_device(device), names=names, minutes=minutes,
+          cache=cache, more={"evaluate_features": features, "inception_weights": str(inception_weights or "")})
 
 
 @_command("theory")

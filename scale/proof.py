@@ -115,33 +115,50 @@ def todo(names: list[str], rows: list[dict]) -> Iterator[tuple[Run, int]]:
 def read_rows(path: Path) -> list[dict]:
     """What was measured so far."""
     kinds = dict(seed=int, images=int, seconds=float, steps=int, distance=float, real=float)
-    rows = read_table(path, **dict.fromkeys(FIELDS, str) | kinds)
-    if strange := next((row["run"] for row in rows if row["run"] not in RUNS), None):
-        raise dansm.BadInput(f"{path} holds a run {strange!r}: expected one of {', '.join(RUNS)}, or another --out")
+    rows = read_table(path, "run", "seed", "images", "steps", **dict.fromkeys(FIELDS, str) | kinds)
+    strange = [row["run"] for row in rows if row["run"] not in RUNS]
+    if strange:
+        raise dansm.BadInput(f"{path} holds a run {strange[0]!r}: expected one of {', '.join(RUNS)}, or another --out")
     return rows
 
 
 def read_speeds(path: Path) -> list[dict]:
-    return read_table(path, run=str, images_per_second=float, matching=float, gpu=str)
+    return read_table(path, "run", "gpu", run=str, images_per_second=float, matching=float, gpu=str)
 
 
 def read_prior(path: Path) -> list[dict]:
-    return read_table(path, way=str, data=str)
+    return read_table(path, "way", way=str, noises=int, data=str)
 
 
-def read_table(path: Path, **kinds: type) -> list[dict]:
-    """The rows, the columns of `kinds` as that; none where there is no file. BadInput for what is no such table."""
+def read_table(path: Path, *keys: str, **kinds: type) -> list[dict]:
+    """The rows, the columns of `kinds` as that; none where there is no file. BadInput for what is no such table: lines
+    cut off or two of equal `keys`, and numbers that nothing measured can be."""
     if not path.exists():
         return []
     try:
         with open(path, newline="") as file:
-            rows = csv.DictReader(file)
-            if missing := [name for name in kinds if name not in (rows.fieldnames or ())]:
+            lines = csv.DictReader(file, strict=True)
+            if missing := [name for name in kinds if name not in (lines.fieldnames or ())]:
                 raise ValueError(f"it has no column {missing[0]}")
-            return [row | {name: kind(row[name]) for name, kind in kinds.items()} for row in rows]
-    except (ValueError, TypeError, OSError) as error:
+            rows = [_row(line, number, kinds) for number, line in enumerate(lines, 2)]
+        seen = [tuple(row[key] for key in keys) for row in rows if keys]
+        if twice := next((each for each in seen if seen.count(each) > 1), None):
+            raise ValueError(f"it has two rows of {', '.join(map(str, twice))}")
+        return rows
+    except (ValueError, TypeError, OSError, csv.Error) as error:
         raise dansm.BadInput(f"{path} cannot be read ({error}): expected what dansm proof wrote, or another --out"
                              ) from error
+
+
+def _row(line: dict, number: int, kinds: dict[str, type]) -> dict:
+    if None in line or None in line.values() or any("\n" in value for value in line.values()):
+        raise ValueError(f"line {number} has not as many values as there are columns")
+    row = line | {name: kind(line[name]) for name, kind in kinds.items()}
+    least = {"seed": 0, "seconds": 0, "matching": 0}
+    for name, kind in kinds.items():
+        if kind is not str and not (math.isfinite(row[name]) and (row[name] > 0 or row[name] == least.get(name))):
+            raise ValueError(f"line {number} has {name} {line[name]}")
+    return row
 
 
 def rows_of(run: Run, seed: int, log: Path, gpu: str, features: str) -> list[dict]:
@@ -203,9 +220,10 @@ def prove(data: str, out: Path, work: Path, device: torch.device, *, names: list
     begin, more = time.monotonic(), {**more, "cache": str(cache or "")}
     rows, runs = read_rows(out / "distances.csv"), [name for name in names if name in RUNS]
     read_speeds(out / "speed.csv"), read_prior(out / "prior.csv")  # a damaged one is to be told before hours of work
+    check_same(rows, out / "distances.csv", features=more["evaluate_features"])  # before anything is read or made
     waiting = list(todo(runs, rows))
     tests_prior, times = (name in names and (not minutes or names == [name]) for name in ("prior", "rates"))
-    if waiting:  # before anything is read or made
+    if waiting:
         weights = more.get("inception_weights")
         load_extractor(more["evaluate_features"], device, Path(weights) if weights else None, "--features")
     images, which = None, ""
@@ -216,7 +234,7 @@ def prove(data: str, out: Path, work: Path, device: torch.device, *, names: list
             raise dansm.BadInput(f"--only is prior, which is tested on {PRIOR:,} images or more, and there are "
                                  f"{len(images):,}: expected more")
         which = f"{len(images):,} images, {digest_of_images(np.asarray(images))[:8]}"
-        check_same(rows, out / "distances.csv", features=more["evaluate_features"], data=which)
+        check_same(rows, out / "distances.csv", data=which)
     say(f"{counted(len(waiting), 'run')} of {sum(RUNS[name].seeds for name in runs)} to go")
     if waiting:
         commands = [command_of(run, seed, data, **more) for run, seed in todo(list(RUNS), [])]

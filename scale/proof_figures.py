@@ -8,7 +8,7 @@ from statistics import fmean
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MultipleLocator, NullLocator
 
 from scale import proof
 from scale.evaluate import INCEPTION
@@ -20,8 +20,7 @@ LOOKS = {proof.OFF: dict(color=NOISE, marker="o", linestyle=(0, (4, 2))),
          "greedy-100000": dict(color="#7a4b94", marker="v", linestyle=(0, (1, 1.2))),
          "greedy-1000000": dict(color="#2a7f62", marker="D", linestyle=(0, (1, 1.2)))}
 DIFFUSION = {"diffusion-off": LOOKS[proof.OFF], "diffusion-greedy-10000": LOOKS[proof.MATCHED]}
-PEERS = ["assigned-256", "nearest-16", "optimal-10000", "greedy-1000", proof.MATCHED, "greedy-100000",
-         "greedy-1000000"]
+PEERS = ["greedy-1000", proof.MATCHED, "greedy-100000", "greedy-1000000", "optimal-10000", "assigned-256", "nearest-16"]
 MARKERS = "osD^v"
 SMALL = ["batch8-assigned", "batch8-greedy-10000", "batch1-greedy-10000"]
 BY_COST = [proof.MATCHED, "inner-10000", "greedy-100000", "inner-100000"]
@@ -176,8 +175,9 @@ def side_by_side(rows: list[dict], names: list[str], images: int | None) -> Figu
     axes.axvline(1, color=INK, linewidth=0.6)
     labels = [_with_seeds(name, of_steps, images) for name, of_steps in reversed(found.items())]
     axes.set_yticks(range(len(found)), labels, fontsize=6.5)
-    seen = f", after {images / 1e6:.2f} million images" if images else ""
+    seen = f"\nafter {images / 1e6:.2f} million images" if images else ""
     axes.set_xlabel(f"distance ÷ that of random pairs\nof the same seed{seen}", fontsize=7)
+    axes.xaxis.set_major_locator(MultipleLocator(0.2))
     axes.grid(axis="x", color=PALE, linewidth=0.5)
     figure.legend(loc="outside upper center", ncols=5, frameon=False, handletextpad=0.1, columnspacing=0.8)
     return figure

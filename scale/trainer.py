@@ -499,8 +499,8 @@ def _mean_over_processes(losses: Tensor) -> Tensor:
 def progress(run: FastTraining, recipe: Recipe, console: Console, rank: int) -> Iterator[Callable[[str], None]]:
     """A live line; yields what sets its text."""
     begin, first = time.monotonic(), run.step
-    bar = Progress(BarColumn(bar_width=8), TextColumn("{task.fields[line]}"), TimeRemainingColumn(), console=console,
-                   disable=rank > 0 or first >= recipe.steps)
+    bar = Progress(BarColumn(bar_width=8), TextColumn("{task.fields[line]}  left"), TimeRemainingColumn(),
+                   console=console, disable=rank > 0 or first >= recipe.steps)
     task = bar.add_task("", total=1.0, completed=first / recipe.steps, line="")
 
     def show(line):

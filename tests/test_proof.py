@@ -291,6 +291,41 @@ def test_a_damaged_table_is_refused_before_anything_is_trained(run, three, tmp_p
     assert (tmp_path / "out" / name).read_text() == content and not (tmp_path / "work").exists()
 
 
+ROW = dict(run="off", seed=0, images=32, seconds=1.0, steps=2, distance=3.0, real=1.0, features="test_evaluate:seen",
+           data="some", gpu="none")
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    (dict(distance="nan"), "line 3 has distance nan"), (dict(distance="inf"), "line 3 has distance inf"),
+    (dict(distance="-4"), "line 3 has distance -4"), (dict(distance="0"), "line 3 has distance 0"),
+    (dict(images="-4"), "line 3 has images -4"), (dict(seed="-1"), "line 3 has seed -1"),
+    (dict(run=""), "holds a run ''"), (dict(images=32, steps=2), "it has two rows of off, 0, 32, 2"),
+    (dict(features="other"), "is of features other, this call of test_evaluate:seen")])
+def test_a_number_that_nothing_measured_can_be_is_refused(run, three, tmp_path, change, says):
+    (tmp_path / "out").mkdir()
+    dansm.write_csv([ROW, {**ROW, "images": 64, **change}], tmp_path / "out" / "distances.csv")
+    before = (tmp_path / "out" / "distances.csv").read_text()
+    code, said, err = run(*three, "--only", "off")
+    assert code == 2 and err.count("\n") == 1 and says in err and "reading images" not in said
+    assert (tmp_path / "out" / "distances.csv").read_text() == before and not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("cut", ["off,0,64,1.0,2\n", 'off,0,64,1.0,2,3.0,1.0,a,"some\n',
+                                 "off,0,64,1.0,2,3,1,a,b,c,d\n"])
+def test_a_line_that_is_cut_off_is_refused(tmp_path, cut):
+    dansm.write_csv([ROW], tmp_path / "distances.csv")
+    with open(tmp_path / "distances.csv", "a") as file:
+        file.write(cut + 'off,0,96,1.0,2,3.0,1.0,a,"some",none\n')
+    with pytest.raises(dansm.BadInput, match=r"distances.csv cannot be read \("):
+        proof.read_rows(tmp_path / "distances.csv")
+
+
+def test_the_runs_lie_beside_the_tables(run, three, tmp_path):
+    at = three.index("--work")
+    assert run(*three[:at], *three[at + 2 :], "--only", "assigned-256")[0] == 0
+    assert (tmp_path / "out" / "runs" / "assigned-256-0" / "metrics.jsonl").exists()
+
+
 def test_too_few_images_are_refused_before_anything_is_written(run, three, tmp_path):
     few = make_images(tmp_path / "few", count=3, width=8, height=8)
     code, _, err = run(*("proof", "--data", few, *three[3:]))

@@ -176,6 +176,7 @@ def run(shape: str = "swiss-roll", match_size: int = 1000, steps: int = 800, see
     match_size = dansm.check_count("match_size", match_size, at_least=0)
     steps, seeds = dansm.check_count("steps", steps), dansm.check_count("seeds", seeds)
     seed = dansm.check_count("seed", seed, at_least=0)
+    dansm.NoisePool(match_size, (2,), device=device)  # one that no memory holds is refused before anything is trained
     settings = dict(match_size=match_size, steps=steps, seeds=seeds, seed=seed, device=str(device), cost=cost)
     with one_thread():
         if shape != "all":
