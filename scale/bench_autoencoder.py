@@ -23,8 +23,7 @@ import dansm
 from scale import encode
 from scale.autoencoder import Autoencoder, Decoder, Encoder, random_autoencoder
 from scale.bench import hardware_of, number, peak_mb, reset_peak, timed
-from scale.command import quiet
-from scale.step import peak
+from scale.step import peak, quiet
 
 BATCHES = {"cuda": (16, 64), "cpu": (1, 4)}
 FILES = {"cuda": 8192, "cpu": 8}  # images that go through the commands

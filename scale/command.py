@@ -7,7 +7,7 @@ import json
 import math
 import shlex
 import time
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,9 +21,10 @@ import dansm
 from dansm import counted, say
 from scale import checkpoint, data, samples, trainer
 from scale.judge import check_asked
-from scale.latents import known_of, known_on_disk
+from scale.latents import known_of
+from scale.models import decoder_for
 from scale.recipe import SETTINGS, Recipe, kind_of, load, names, shown
-from scale.step import at_once, number_type, processes, ranks, sampler
+from scale.step import at_once, number_type, processes, quiet, ranks, sampler
 
 WORDS = {int: "N", float: "X", str: "NAME"}  # that stand in the help for a value
 
@@ -232,16 +233,6 @@ def _track_reading(parts, total):
     return track(parts, "reading images", total=total, console=dansm.console)
 
 
-@contextmanager
-def quiet(on: bool):
-    """What processes but the first would say, all of them would say again."""
-    before, dansm.console.quiet = dansm.console.quiet, on or dansm.console.quiet
-    try:
-        yield
-    finally:
-        dansm.console.quiet = before
-
-
 def sample_grid(net, flow, shape, steps: int, seed: int, device, saved: Path, path: Path) -> None:
     """64 images of a trained network, eight at a time so that the time left can be told."""
     try:
@@ -312,27 +303,3 @@ def check_numbered(out: Path, made_from: dict, count: int) -> None:
     if there and others:
         raise dansm.BadInput(f"--out is {out}, which holds {counted(there, 'image')} of another call "
                              f"({', '.join(others)}): expected another folder, or the same call with as many")
-
-
-def decoder_for(model: Path, channels: int, about: dict, file: Path | None, device: torch.device, precision: str,
-                memory: float | None = None):
-    """What makes uint8 images (B, 3, H, W) of a network's samples: a decoder of latents within so many gigabytes, None
-    for a network of images.
-    Raises BadInput where there is no autoencoder, one that is not needed, or another than the data's."""
-    if about["latents"] is None:
-        if file is None:
-            return None
-        raise dansm.BadInput(f"--autoencoder is {file}, and {model} draws images of {counted(channels, 'channel')}: "
-                             "expected none")
-    if file is None:
-        raise dansm.BadInput(f"{model} draws latents of {channels} channels, which are no pictures: expected a "
-                             "network of images, or --autoencoder to decode them")
-    from scale.autoencoder import Decoder, read_autoencoder
-
-    autoencoder = read_autoencoder(file)
-    if autoencoder.channels != channels:
-        raise dansm.BadInput(f"{model} draws latents of {channels} channels, {file} decodes {autoencoder.channels}: "
-                             "expected the autoencoder of its data")
-    known = about["latents"] or (known_on_disk(Path(about["data"])) if about["data"] else {})  # runs of old do not say
-    autoencoder.check(known, f"{model} draws")
-    return Decoder(autoencoder, device, precision, memory)

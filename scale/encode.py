@@ -28,9 +28,8 @@ from scale import data, latents
 from scale.autoencoder import LARGEST, Autoencoder, Decoder, Encoder, read_autoencoder
 from scale.cache import digest_of_files
 from scale.checkpoint import lock
-from scale.command import quiet
 from scale.read import Source, check_finite, files_of, open_latents, opened
-from scale.step import processes, ranks
+from scale.step import processes, quiet, ranks
 
 BATCH = {"cuda": 64, "cpu": 8}  # the same whatever the memory: another one may give other last bits
 

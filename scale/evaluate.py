@@ -33,13 +33,14 @@ from torch import Tensor
 
 import dansm
 from dansm import BadInput, say
-from scale import checkpoint, kept
+from scale import kept
 from scale.data import Stream, stream_images, streamed
 from scale.kept import Pixels, Real
 from scale.kept import digest as _digest
 from scale.latents import known_on_disk
+from scale.models import decoder_for, loaded
 from scale.recipe import parse_counts
-from scale.samples import check_steps, sample_images
+from scale.samples import sample_images
 from scale.step import at_once, number_type, sampler
 
 VERSION = 1  # of what the cache and the rows hold; another one is measured anew
@@ -469,17 +470,12 @@ class Judged(NamedTuple):
         return self.net.shape
 
 
-def load_models(paths: Iterable[Path], steps: list[int], solver: str, autoencoder: Path | None, device,
+def load_models(paths: list[Path], steps: list[int], solver: str, autoencoder: Path | None, device,
                 precision: str, memory: float | None = None) -> list[Judged]:
     """The models on the CPU, with decoders on the device for those of latents. BadInput for one that cannot be read,
     makes latents that `autoencoder` does not decode, or takes not so many steps."""
-    from scale.command import decoder_for
-
     models = []
-    for path in paths:
-        net, flow, about = checkpoint.load_model(path, "cpu", solver, say=say)
-        for count in steps:
-            check_steps("--steps", count, type(flow))
+    for path, (net, flow, about) in zip(paths, loaded(paths, steps, "cpu", solver), strict=True):
         decoder = decoder_for(path, net.settings["channels"], about, autoencoder, device, precision, memory)
         models.append(Judged(path, net, flow, about, decoder))
     return models

@@ -20,9 +20,8 @@ from torch import Tensor
 import dansm
 from dansm import BadInput, counted, say
 from scale import checkpoint, data
-from scale.command import decoder_for
+from scale.models import decoder_for, loaded
 from scale.recipe import parse_counts
-from scale.samples import check_steps
 from scale.step import sampler
 
 MATCH_SIZES = (100, 1000, 10_000)  # the paper's
@@ -68,10 +67,7 @@ def load_models(paths: list[Path], device: torch.device, *, steps: list[int], la
         raise BadInput(f"--label is given {counted(len(labels), 'time')} for {counted(len(paths), 'model')}: expected "
                        "once for each, or not at all")
     models = []
-    for path, label in zip(paths, labels, strict=True):
-        net, flow, about = checkpoint.load_model(path, device, say=say)
-        for count in steps:
-            check_steps("--steps", count, type(flow))
+    for path, label, (net, flow, about) in zip(paths, labels, loaded(paths, steps, device), strict=True):
         shape = net.shape
         models.append(Model(label, sampler(net, device, precision), flow, shape, about))
         if shape != models[0].shape:

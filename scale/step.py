@@ -217,6 +217,16 @@ def ranks() -> tuple[int, int]:
 
 
 @contextmanager
+def quiet(on: bool):
+    """What processes but the first would say, all of them would say again."""
+    before, dansm.console.quiet = dansm.console.quiet, on or dansm.console.quiet
+    try:
+        yield
+    finally:
+        dansm.console.quiet = before
+
+
+@contextmanager
 def processes(device: torch.device):
     """Join the processes that torchrun started; alone, nothing. Yields the device of this one."""
     if "RANK" not in os.environ:

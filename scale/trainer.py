@@ -47,23 +47,7 @@ def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, 
     if recipe.flip is None:  # a mirrored latent is not the latent of the mirrored image
         recipe = dataclasses.replace(recipe, flip=known_of(images) is None)
     rank, processes = ranks()
-    check_parts(recipe)
-    share = recipe.batch // processes * math.prod(images.shape[1:]) * 4  # bytes
-    dansm.check_memory(f"--batch is {recipe.batch:,}", share, device)
-    if recipe.deterministic:
-        make_deterministic()
-    torch.backends.cudnn.benchmark = recipe.compile and not recipe.deterministic  # trying takes longer than compiling
-    torch.manual_seed(recipe.seed)  # the same weights on all processes
-    net = new_network(images, recipe)
-    if fresh or not checkpoint.newest(out):  # a run that has begun is what it is
-        recipe.check_attention(net)
-    run = FastTraining(net, recipe, device)
-    torch.manual_seed(recipe.seed if rank == 0 else _seed_of(recipe.seed, rank))
-    flow = make_flow(dataclasses.asdict(recipe), known_of(images) is None)
-    pooled = recipe.match_size if recipe.method == "greedy" else 0  # the others need its generator alone
-    pool = dansm.NoisePool(pooled, images.shape[1:], cost=recipe.cost, device=device, seed=recipe.seed,
-                           dtype=number_type(recipe.pool, device), fast=recipe.fast, match_scope=recipe.match_scope,
-                           compile=recipe.compile)
+    run, flow, pool = begin(images, recipe, device, new=fresh or not checkpoint.newest(out))
     keeper = Keeper(out, recipe, images, fresh, console)
     keeper.resume(run, pool, device)
     owed = due(recipe, run.step) and keeper.lacks_evaluation(run.step)  # as it was cut off, after the checkpoint
@@ -107,6 +91,29 @@ def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, 
     return watch.summary(keeper.seconds, bool(interrupt)), run.average, flow
 
 
+def begin(images, recipe: Recipe, device: torch.device, *, new: bool) -> tuple[FastTraining, object, dansm.NoisePool]:
+    """What trains, the flow and the pool, as they are before the first step; `new`: no checkpoint will follow."""
+    rank, processes = ranks()
+    check_parts(recipe)
+    share = recipe.batch // processes * math.prod(images.shape[1:]) * 4  # bytes
+    dansm.check_memory(f"--batch is {recipe.batch:,}", share, device)
+    if recipe.deterministic:
+        make_deterministic()
+    torch.backends.cudnn.benchmark = recipe.compile and not recipe.deterministic  # trying takes longer than compiling
+    torch.manual_seed(recipe.seed)  # the same weights on all processes
+    net = new_network(images, recipe)
+    if new:  # a run that has begun is what it is
+        recipe.check_attention(net)
+    run = FastTraining(net, recipe, device)
+    torch.manual_seed(recipe.seed if rank == 0 else _seed_of(recipe.seed, rank))
+    flow = make_flow(dataclasses.asdict(recipe), known_of(images) is None)
+    pooled = recipe.match_size if recipe.method == "greedy" else 0  # the others need its generator alone
+    pool = dansm.NoisePool(pooled, images.shape[1:], cost=recipe.cost, device=device, seed=recipe.seed,
+                           dtype=number_type(recipe.pool, device), fast=recipe.fast, match_scope=recipe.match_scope,
+                           compile=recipe.compile)
+    return run, flow, pool
+
+
 def check_parts(recipe: Recipe) -> None:
     """BadInput for a batch that does not fall into equal parts."""
     parts = ranks()[1] * recipe.accumulate
@@ -132,7 +139,10 @@ def new_network(images, recipe: Recipe) -> dansm.UNet:
     if images.shape[2] != images.shape[3]:
         raise dansm.BadInput(f"the images are {images.shape[3]}×{images.shape[2]} pixels: expected squares; --size N "
                              "makes them N pixels square")
-    return dansm.UNet(**recipe.network_settings(images.shape[1], images.shape[2]))
+    try:
+        return dansm.UNet(**recipe.network_settings(images.shape[1], images.shape[2]))
+    except dansm.BadInput as error:
+        raise dansm.BadInput(f"{error}; --size N makes them N pixels square") from error
 
 
 def _seed_of(seed: int, rank: int) -> int:

@@ -14,6 +14,7 @@ import dansm
 from dansm import BadInput
 from scale import command, recipe
 from scale.recipe import RECIPES, SETTINGS, Recipe, changed, kind_of, load, make_flow, names, write
+from scale.trainer import new_network
 
 FREE = {"cache", "resident", "steps", "minutes", "save_minutes", "keep", "log_steps", "sample_steps", "compile",
         "evaluate_every", "evaluate_at", "evaluate_steps", "evaluate_measures", "evaluate_count",
@@ -319,7 +320,7 @@ def test_what_a_recipe_says_of_the_network_goes_before_its_name():
 
 def test_images_that_the_network_cannot_halve_are_refused_with_the_option_that_helps():
     with pytest.raises(BadInput, match=r"18 pixels wide: expected a multiple of 4 .*--size N"):
-        Recipe("x", multipliers=(1, 1, 1)).network_settings(3, 18)
+        new_network(torch.zeros(1, 3, 18, 18), Recipe("x", multipliers=(1, 1, 1)))
 
 
 def test_attention_at_a_size_that_no_level_has_is_refused():
