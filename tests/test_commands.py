@@ -657,7 +657,7 @@ def test_digits_judged_on_the_way_are_trained_alike(run, refused, tmp_path, monk
     assert files_of(tmp_path / "whole") == ["curve.png", "digits.json", "digits.png"]
     assert "--judge-at is '2,x'" in refused(*options, "--judge-at", "2,x")
     assert "--judge-at is 9: expected at most --steps, 4" in refused(*options, "--steps", 4, "--judge-at", "9,1")
-    assert "--match-size is 1: expected at least 2" in refused(*options[:-4], "--match-size", 1)
+    assert "'--match-size': expected greater than or equal to 2" in refused(*options[:-4], "--match-size", 1)
     assert run(*options, "--steps", 4, "--out", tmp_path / "whole")[0] == 0
     assert files_of(tmp_path / "whole") == ["digits.json", "digits.png"]  # the curve was of the call before
 

@@ -50,8 +50,6 @@ def run(*, match_size: int = 1000, steps: int = 500, batch: int = BATCH, assigne
     """Train each way of pairing `steps` steps for each of `seeds` seeds; writes digits.json and digits.png into `out`
     after each seed, so that Ctrl-C keeps those done. Judged at the end, and after as many steps as `judge_at` says
     before, which curve.png shows then. `assigned`: linear assignment within each batch, too."""
-    if match_size < 2:
-        raise dansm.BadInput(f"--match-size is {match_size}: expected at least 2, as random pairs stand beside it")
     if late := [mark for mark in judge_at if mark > steps]:
         raise dansm.BadInput(f"--judge-at is {late[0]:,}: expected at most --steps, {steps:,}")
     console, images = Console(), load_digits().to(device)
