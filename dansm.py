@@ -592,12 +592,6 @@ def _optimal_pairs(batches, match_size, cost, pool):
             x, z = x[len(batch_done) :], z[len(batch_done) :]
 
 
-def path_noise(images: Iterable[int], shape, seed: int = 0, device="cpu") -> Tensor:
-    """The noise each image starts from, (len(images), *shape): image 17 is the same in any batch, on any device."""
-    draws = [np.random.default_rng([seed, int(image)]).standard_normal(tuple(shape), np.float32) for image in images]
-    return torch.from_numpy(np.array(draws, np.float32).reshape(-1, *shape)).to(device)
-
-
 # ---------------------------------------------------------------------------------------------------
 # 2  Flows
 # ---------------------------------------------------------------------------------------------------
@@ -743,6 +737,12 @@ FLOWS = {"rectified": RectifiedFlow, "diffusion": Diffusion}
 @torch.no_grad()
 def _end(path: Iterator[Tensor]) -> Tensor:
     return deque(path, maxlen=1).pop()
+
+
+def path_noise(images: Iterable[int], shape, seed: int = 0, device="cpu") -> Tensor:
+    """The noise each image starts from, (len(images), *shape): image 17 is the same in any batch, on any device."""
+    draws = [np.random.default_rng([seed, int(image)]).standard_normal(tuple(shape), np.float32) for image in images]
+    return torch.from_numpy(np.array(draws, np.float32).reshape(-1, *shape)).to(device)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -915,6 +915,7 @@ class UNet(nn.Module):
             nn.init.zeros_(layer.weight)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """x: (B, channels, size, size); t: (B,), the time as its flow scales it, 0 to 999 → as x."""
         time = F.silu(self.time(self._waves(t).to(self.first.weight.dtype)))
         skips = [h := self.first(x)]
         for layer in self.down:
