@@ -14,8 +14,11 @@ from dansm import BadInput, Device, Out, Seed
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-def _command(name: str):
-    return app.command(name, help=dansm.COMMANDS[name])
+NO_DOWNLOAD = "\n\nWithout a download: --features scale.evaluate:efficientnet_lite0"  # whole on a screen of 80 columns
+
+
+def _command(name: str, more: str = ""):
+    return app.command(name, help=dansm.COMMANDS[name] + more)
 
 
 def run(arguments: list[str], called: str) -> None:
@@ -94,7 +97,7 @@ def sample_command(
            files=files, precision=precision, seed=seed, autoencoder=autoencoder, memory=memory)
 
 
-@_command("evaluate")
+@_command("evaluate", NO_DOWNLOAD)
 def evaluate_command(
     models: Annotated[list[Path], typer.Argument(help="folders of dansm train, checkpoints, or exports")],
     data: Annotated[str | None, typer.Option(
@@ -105,8 +108,7 @@ def evaluate_command(
     size: Annotated[int | None, typer.Option(min=1, help="make the real images so many pixels square")] = None,
     skip_unreadable: Annotated[bool, typer.Option("--skip-unreadable", help="leave out what cannot be read")] = False,
     features: Annotated[str, typer.Option(
-        help="inception, or any other network as module:callable; scale.evaluate:efficientnet_lite0 needs no "
-             "download")] = "inception",
+        help="inception, or any other network as module:callable")] = "inception",
     inception_weights: Annotated[Path | None, typer.Option(help="its weights, where nothing can be downloaded")] = None,
     autoencoder: ForLatents = None,
     memory: Memory = None,
@@ -224,7 +226,8 @@ def proof_command(
     work: Annotated[Path | None, typer.Option(help="folder of the runs themselves; else runs in --out")] = None,
     cache: Annotated[Path | None, typer.Option(help="folder that keeps the decoded images")] = None,
     features: Annotated[str, typer.Option(
-        help="inception makes the distances standard FIDs")] = "scale.evaluate:efficientnet_lite0",
+        help="inception makes the distances standard FIDs; else they are on EfficientNet-Lite0",
+        show_default=False)] = "scale.evaluate:efficientnet_lite0",
     inception_weights: Annotated[Path | None, typer.Option(help="its weights, where nothing can be downloaded")] = None,
     device: Device = "auto",
     out: Annotated[Path, typer.Option(help="folder of the tables, which are added to, and the figures")] = (
