@@ -60,6 +60,7 @@ def three(monkeypatch, tmp_path):
     pytest.importorskip("torch_fidelity")
     monkeypatch.setattr(proof, "RUNS", {entry.name: entry for entry in THREE})
     monkeypatch.setattr(proof, "FEW", (32, 64))
+    monkeypatch.setattr(proof, "RATE_STEPS", 24)
     monkeypatch.setattr(judge, "CACHE", tmp_path / "cache")
     images = make_images(tmp_path / "images", count=40, width=8, height=8)
     return ["proof", "--data", images, "--features", "test_evaluate:seen", "--device", "cpu", "--work",
@@ -142,7 +143,6 @@ def test_calls_side_by_side_share_the_runs(run, three, tmp_path, monkeypatch):
 
 
 def test_rates_are_of_every_run_that_has_none_of_this_device(run, three, tmp_path, monkeypatch):
-    monkeypatch.setattr(proof, "RATE_STEPS", 24)
     out = tmp_path / "out"
     out.mkdir()
     known = dict(run="off", images_per_second=9.0, least=8.0, most=9.0, matching=0.1, distance=1.0,
@@ -169,7 +169,6 @@ def test_a_run_is_timed_over_its_whole_pool_and_not_evaluated():
 
 
 def test_what_trains_beside_on_the_same_device_costs_the_rate(run, three, tmp_path, monkeypatch):
-    monkeypatch.setattr(proof, "RATE_STEPS", 24)
     train = proof.fit
 
     def beside(images, recipe, *rest):
