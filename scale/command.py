@@ -32,7 +32,7 @@ WORDS = {int: "N", float: "X", str: "NAME"}  # that stand in the help for a valu
 def train(arguments: list[str], called: str = "dansm train") -> None:
     """Train as the command line says; `called` is what the help names the command."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
-    app.command(help=_help())(_with_options(_train))
+    app.command(help=_help())(_with_options(_by_options))
     code = typer.main.get_command(app)(arguments, standalone_mode=False, prog_name=called)
     if code == 130:  # what newer Typers make of Ctrl-C
         raise dansm.Stopped("stopped at once; what was saved before is kept")
@@ -92,7 +92,7 @@ def _option(name: str):
         rich_help_panel=rules["part"])]
 
 
-def _train(recipe: str, out: Path | None, device: str, fresh: bool, all_steps: bool, **given) -> None:
+def _by_options(recipe: str, out: Path | None, device: str, fresh: bool, all_steps: bool, **given) -> None:
     """Read the recipe and train by it. `given`: the settings of the command line, None where it says nothing."""
     overrides = {name: parse(name, value) for name, value in given.items() if value is not None}
     device = dansm.pick_device(device)
@@ -147,7 +147,7 @@ def run(recipe: Recipe, out: Path, device: torch.device, fresh: bool) -> bool:
         first = ranks()[0] == 0
         try:
             with checkpoint.lock(out) if first else nullcontext(), quiet(not first):
-                return _run(recipe, out, device, fresh, first)
+                return _read_and_train(recipe, out, device, fresh, first)
         except dansm.BadInput:
             if new and first:
                 forget(out)
@@ -170,7 +170,7 @@ def check_place(recipe: Recipe, device: torch.device) -> None:
     check_asked(recipe)
 
 
-def _run(recipe, out, device, fresh, first) -> bool:
+def _read_and_train(recipe, out, device, fresh, first) -> bool:
     check_place(recipe, device)
     images, left_out = read(recipe)
     if device.type == "cpu" and recipe.network != "small" and recipe.width is None:

@@ -537,11 +537,7 @@ def evaluate(paths: list[Path], data: str | None, device: torch.device, out: Pat
             row = {"model": "real images", "made_from": _digest("floor", made_from), **common}
             _take(row, rows, asked, lambda: floor(real, count, extractor, seed=seed, device=device), out, device)
             for model in models:
-                flow = [model.about[part] for part in ("network", "flow", "times")]
-                weighed = [*made_from, digest_of_weights(model.net.state_dict()), flow, solver,
-                           str(number_type(precision, device))]
-                weighed += [model.decoder.autoencoder.identity] if model.decoder else []
-                weighed += [model.flow.bound, model.flow.target] if isinstance(model.flow, dansm.Diffusion) else []
+                weighed = [*made_from, *_decides(model, solver, precision, device)]
                 for each in steps:
                     row = {"model": str(model.path), "steps": each, "count": count, "file": str(model.about["file"]),
                            "trained_steps": model.about["step"], "solver": solver, **common,
@@ -564,6 +560,14 @@ def evaluate(paths: list[Path], data: str | None, device: torch.device, out: Pat
     if stopped:
         raise dansm.Stopped(f"stopped; {dansm.counted(len(asked), 'row')} of {1 + len(models) * len(steps)} kept, the "
                             "same command goes on") from stopped
+
+
+def _decides(model: Judged, solver: str, precision: str, device) -> list:
+    """What of a model and its sampler a score depends on, besides the counts of steps and images."""
+    flow = [model.about[part] for part in ("network", "flow", "times")]
+    return [digest_of_weights(model.net.state_dict()), flow, solver, str(number_type(precision, device)),
+            *([model.decoder.autoencoder.identity] if model.decoder else []),
+            *([model.flow.bound, model.flow.target] if isinstance(model.flow, dansm.Diffusion) else [])]
 
 
 def _find_real(models: list[Judged], data: str | None, size: int | None, skip_unreadable: bool) -> tuple[str, Stream]:
