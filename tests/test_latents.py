@@ -977,7 +977,7 @@ def test_a_model_of_latents_is_evaluated_against_the_images_it_was_encoded_from(
     rows = json.loads((tmp_path / "evaluated" / "evaluate.json").read_text())["rows"]
     assert [(row["data"], row["real_images"], row.get("steps")) for row in rows] == [
         (str(source), len(PICTURES), steps) for steps in (None, 2, 3)]
-    net, flow, _ = evaluate.checkpoint.load_model(tmp_path / "run", "cpu", "euler")
+    net, flow, _ = checkpoint.load_model(tmp_path / "run", "cpu", "euler")
     z = dansm.path_noise(range(6), (4, *load_images(str(data)).shape[2:]))
     images = Decoder(read_autoencoder(weights), CPU).decode(flow.sample(net, z, 2))
     real = evaluate.real_features(load_images(str(source), size=16), SEEN, CPU)
