@@ -162,16 +162,19 @@ def forget(out: Path) -> None:
             out.rmdir()
 
 
-def check_place(recipe: Recipe, device: torch.device) -> None:
+def check_place(recipe: Recipe, device: torch.device, new: bool) -> None:
     """BadInput for what this device, or so many processes, cannot do: to be told before minutes of reading."""
     number_type(recipe.precision, device)
-    dansm.place_in_group(recipe.match_scope, recipe.seed)
+    if recipe.match_scope == "global" and not group.is_initialized():
+        raise dansm.BadInput("--match-scope is global, for several processes: expected the command under torchrun, or "
+                             "rank")
     trainer.check_parts(recipe)
-    check_asked(recipe)
+    if new:
+        check_asked(recipe)
 
 
 def _read_and_train(recipe, out, device, fresh, first) -> bool:
-    check_place(recipe, device)
+    check_place(recipe, device, new=fresh or not checkpoint.newest(out))
     images, left_out = read(recipe)
     if device.type == "cpu" and recipe.network != "small" and recipe.width is None:
         say(f"on a CPU {recipe.network} takes seconds for each image: --network small is made for one")

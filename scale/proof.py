@@ -43,7 +43,7 @@ MARKS = (256_000, 512_000, SHORT, MIDDLE, 3_584_000, LONG)  # images after which
 FEW = 128_000, 256_000, 512_000  # those with batches of 1 and of 8, whose steps take nearly as long as one of 256
 OWN = "seed", "steps", "evaluate_at", "log_steps"  # what `recipe_of` sets for each run
 PRIOR = 10_000  # the largest pool whose noises are tested
-RATE_STEPS = 600  # at least, of a training that is to tell how fast it is
+RATE_STEPS = 500  # at least, that count of a training that is to tell how fast it is
 FIELDS = ("run", "seed", "images", "seconds", "steps", "distance", "real", "features", "data", "gpu")
 
 
@@ -352,8 +352,11 @@ def measure_rates(images, data: str, out: Path, work: Path, device, more: dict) 
         say(f"{run.name}: how fast it trains")
         dansm.make_folder(work, "--work")
         with visit(device, out) as alone_there, tempfile.TemporaryDirectory(dir=work, prefix="rate-") as folder:
+            if not alone_there():
+                say(f"{run.name} has no rate, nor has what follows: another call trains on the same device")
+                return False
             summary = fit(images, timed_recipe(run, data, **more), Path(folder), device)
-            if summary["stopped_early"]:
+            if summary["interrupted"]:
                 return True
             speed = speed_of(run, Path(folder) / "metrics.jsonl", gpu)
             if not alone_there():
@@ -365,11 +368,13 @@ def measure_rates(images, data: str, out: Path, work: Path, device, more: dict) 
 
 
 def timed_recipe(run: Run, data: str, **more) -> Recipe:
-    """A run as it is timed: not evaluated, and as long as its pool lasts, which costs more while it is full."""
+    """A run as it is timed: not evaluated, twelve lines of its log, of which ten count: over whole lives of its pool,
+    which costs more while it is full."""
     recipe = recipe_of(run, 0, data, **more)
     pool = recipe.match_size if recipe.method in ("greedy", "optimal") else 0
-    steps = max(RATE_STEPS, -(-pool // recipe.batch))
-    return dataclasses.replace(recipe, steps=steps, evaluate_at=(), log_steps=max(1, steps // 12))
+    life = max(1, math.ceil(pool / recipe.batch))  # steps
+    line = math.ceil(life * math.ceil(RATE_STEPS / life) / 10)
+    return dataclasses.replace(recipe, steps=12 * line, evaluate_at=(), log_steps=line)
 
 
 def test_prior(images, which: str, out: Path, device) -> None:

@@ -166,7 +166,7 @@ def test_what_cannot_be_done_here_is_told_before_the_data_is_read(refused, image
     monkeypatch.setattr("scale.command.read", lambda recipe: pytest.fail("the data was read"))
     for option, value, says in (("--precision", "fp16", "precision is fp16, on cpu: expected"),
                                 ("--accumulate", 3, "--batch is 8: expected a multiple of 3"),
-                                ("--match-scope", "global", "match_scope is global: expected torch.distributed")):
+                                ("--match-scope", "global", "--match-scope is global, for several processes")):
         assert says in refused("train", images, option, value, "--out", tmp_path / "out", *FAST)
         assert not (tmp_path / "out").exists()
 
