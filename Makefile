@@ -45,7 +45,7 @@ latent-bedroom: $(READY)  ## LSUN encoded, trained on, sampled, FID; each stage 
 	$(DANSM) sample runs/latent-bedroom --autoencoder $(AUTOENCODER) --steps 5 --out runs/latent-bedroom-samples $(SAMPLE)
 	$(DANSM) evaluate runs/latent-bedroom --autoencoder $(AUTOENCODER) --out runs/latent-bedroom-evaluate $(EVALUATE)
 
-test: $(READY)  ## all tests (ten minutes on two cores)
+test: $(READY)  ## all tests (fifteen minutes on two cores)
 	$(PYTHON) -m pytest -q
 
 soak: $(READY)  ## kill -9 a run at 50 random moments and resume it, record in results/soak (about ten minutes)
