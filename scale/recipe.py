@@ -73,6 +73,8 @@ class Recipe:
     fast: bool = setting("Flow and matching", "match in tf32 on a GPU: quicker, as good in the mean", False)
     pool: str = setting("Flow and matching", "number type of the pool's noises; bf16 takes half the memory", "fp32",
                         choices=("fp32", "bf16"))
+    ages: int = setting("Flow and matching", "greedy: pools side by side, each at another point of its life; each "
+                        "serves a part of the batch", 1, least=1)
 
     batch: int = setting("Steps", "samples a step, over all processes together", 128, least=1)
     accumulate: int = setting("Steps", "parts a process cuts its share of the batch into", 1, least=1)
@@ -117,6 +119,11 @@ class Recipe:
         if self.target != "noise" and self.flow != "diffusion":
             raise BadInput(f"--target is {self.target}, with --flow {self.flow}: expected --flow diffusion; others say "
                            "velocities anyway")
+        if self.ages > 1 and (self.method, self.match_scope) != ("greedy", "rank"):
+            raise BadInput(f"--ages is {self.ages}, with --method {self.method} and --match-scope {self.match_scope}: "
+                           "expected greedy and rank, as it is of pools that a process has for itself")
+        if self.ages > max(1, self.match_size):
+            raise BadInput(f"--ages is {self.ages}: expected at most --match-size, which is {self.match_size}")
 
     def network_settings(self, channels: int, size: int) -> dict:
         """What `dansm.UNet` takes for images (channels, size, size)."""

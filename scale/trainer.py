@@ -22,6 +22,7 @@ from torch import Tensor
 
 import dansm
 from scale import checkpoint, data, samples
+from scale.ages import SideBySide
 from scale.judge import Judge, due, is_evaluation
 from scale.latents import known_of
 from scale.recipe import Recipe, changed, make_flow, write
@@ -91,8 +92,9 @@ def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, 
     return watch.summary(keeper.seconds, bool(interrupt)), run.average, flow
 
 
-def begin(images, recipe: Recipe, device: torch.device, *, new: bool) -> tuple[FastTraining, object, dansm.NoisePool]:
-    """What trains, the flow and the pool, as they are before the first step; `new`: no checkpoint will follow."""
+def begin(images, recipe: Recipe, device: torch.device, *, new: bool) -> tuple:
+    """What trains (`FastTraining`), the flow and the pool, as they are before the first step; `new`: no checkpoint will
+    follow."""
     rank, processes = ranks()
     check_parts(recipe)
     share = recipe.batch // processes * math.prod(images.shape[1:]) * 4  # bytes
@@ -107,11 +109,17 @@ def begin(images, recipe: Recipe, device: torch.device, *, new: bool) -> tuple[F
     run = FastTraining(net, recipe, device)
     torch.manual_seed(recipe.seed if rank == 0 else _seed_of(recipe.seed, rank))
     flow = make_flow(dataclasses.asdict(recipe), known_of(images) is None)
-    pooled = recipe.match_size if recipe.method == "greedy" else 0  # the others need its generator alone
-    pool = dansm.NoisePool(pooled, images.shape[1:], cost=recipe.cost, device=device, seed=recipe.seed,
-                           dtype=number_type(recipe.pool, device), fast=recipe.fast, match_scope=recipe.match_scope,
-                           compile=recipe.compile)
-    return run, flow, pool
+    return run, flow, new_pool(images.shape[1:], recipe, device)
+
+
+def new_pool(shape, recipe: Recipe, device: torch.device) -> dansm.NoisePool | SideBySide:
+    """Full, for samples of this shape; of a method without a pool one for its generator alone."""
+    size = recipe.match_size if recipe.method == "greedy" else 0
+    settings = dict(cost=recipe.cost, device=device, seed=recipe.seed, dtype=number_type(recipe.pool, device),
+                    fast=recipe.fast, match_scope=recipe.match_scope, compile=recipe.compile)
+    if recipe.ages > 1:
+        return SideBySide(recipe.ages, size, shape, **settings)
+    return dansm.NoisePool(size, shape, **settings)
 
 
 def check_parts(recipe: Recipe) -> None:
