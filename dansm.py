@@ -1282,6 +1282,7 @@ def digits_command(
     steps: Annotated[int, typer.Option(min=1, help="training steps for each way of pairing")] = 500,
     batch: Annotated[int, typer.Option(min=1, help="images a step; down to 1, where a batch has no choice")] = 64,
     assigned: Annotated[bool, typer.Option("--assigned", help="also linear assignment within each batch")] = False,
+    ages: Annotated[int, typer.Option(min=1, help="from 2 on: also so many pools side by side, of different ages")] = 1,
     judge_at: Annotated[str | None, typer.Option(
         help="judge after so many training steps too, parted by commas: a curve of distance against images")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="trainings for each way of pairing, for the spread")] = 2,
@@ -1293,7 +1294,7 @@ def digits_command(
     from scale.recipe import parse_counts
     from tiny.digits import run
 
-    run(match_size=match_size, steps=steps, batch=batch, assigned=assigned,
+    run(match_size=match_size, steps=steps, batch=batch, assigned=assigned, ages=ages,
         judge_at=parse_counts("--judge-at", judge_at) if judge_at else (), seeds=seeds, seed=seed,
         device=pick_device(device), out=out)
 

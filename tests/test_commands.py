@@ -703,12 +703,30 @@ def test_digits_in_batches_of_one_and_assigned_within_batches(run, tmp_path, mon
     assert max(lengths[16]["optimal"], lengths[16]["greedy"]) < 0.97 * lengths[16]["random"]
 
 
+def test_digits_of_pools_side_by_side(run, refused, tmp_path, monkeypatch):
+    from tiny import digits
+
+    few = digits.load_digits()[:100]
+    monkeypatch.setattr(digits, "load_digits", lambda: few)
+    options = "digits", "--seeds", 1, "--match-size", 70, "--device", "cpu", "--steps", 30, "--judge-at", 10
+    out = tmp_path / "out"
+    assert run(*options, "--ages", 3, "--out", out)[0] == 0
+    assert files_of(out) == ["curve.png", "digits.json", "digits.png"]
+    described = json.loads((out / "digits.json").read_text())
+    assert (described["ages"], described["ways"]) == (3, ["random", "greedy", "ages"])
+    one, side = ([run for run in described["runs"] if run["method"] == way and run["trained_steps"] == 30]
+                 for way in ("greedy", "ages"))
+    assert side[0]["distance"] != one[0]["distance"]
+    assert side[0]["path_length"] == pytest.approx(one[0]["path_length"], rel=0.02)
+    assert "--ages is 71: expected at most --match-size, 70" in refused(*options, "--ages", 71, "--out", out)
+
+
 # ------------------------------------------------------------------------------- help, and as a script
 
 OPTIONS = {
     "toy": ["--shape", "--match-size", "--steps", "--seeds", "--seed", "--device", "--out"],
-    "digits": ["--match-size", "--steps", "--batch", "--assigned", "--judge-at", "--seeds", "--seed", "--device",
-               "--out"],
+    "digits": ["--match-size", "--steps", "--batch", "--assigned", "--ages", "--judge-at", "--seeds", "--seed",
+               "--device", "--out"],
     "train": ["--network", "--flow", "--method", "--match-size", "--cost", "--batch", "--steps", "--minutes",
               "--save-minutes", "--lr", "--decay", "--no-flip", "--size", "--skip-unreadable", "--fresh", "--seed",
               "--device", "--out"],

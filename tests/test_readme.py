@@ -113,7 +113,7 @@ def test_the_table_of_the_proof_is_what_was_measured():
 def test_every_run_of_the_proof_is_there_whole():
     ends = {(row["run"], int(row["seed"])) for row in records("distances.csv")
             if int(row["images"]) == RUNS[row["run"]].images}
-    assert ends == {(name, seed) for name, run in RUNS.items() for seed in range(run.seeds)} and len(ends) == 27
+    assert ends == {(name, seed) for name, run in RUNS.items() for seed in range(run.seeds)} and len(ends) == 29
 
 
 def test_what_is_said_of_seeds_is_what_was_measured():
@@ -246,12 +246,44 @@ def test_what_is_said_in_words_of_the_proof_holds_of_each_seed():
 
 def test_what_is_said_of_diffusion_on_cifar10_is_what_was_measured():
     said = " ".join((README.parent / "results" / "README.md").read_text().split())
-    change = {steps: [100 * (seeds_of("diffusion-greedy-10000", steps, images)[0] /
-                             seeds_of("diffusion-off", steps, images)[0] - 1)
-                      for images in (256_000, 512_000, 1_024_000, 2_048_000)] for steps in COUNTS}
+    marks, ways = (256_000, 512_000, 1_024_000, 2_048_000), ("diffusion-greedy-10000", "diffusion-off")
+    assert all(len(seeds_of(way, steps, images)) == 2 for way in ways for steps in COUNTS for images in marks)
+    assert all({"3", "5"} <= set(nearer(*ways, images)) for images in marks)
+    assert nearer(*ways, 2_048_000) == ["3", "5", "10"]
+    change = {steps: [100 * (fmean(seeds_of(ways[0], steps, images)) / fmean(seeds_of(ways[1], steps, images)) - 1)
+                      for images in marks] for steps in COUNTS}
     listed = {steps: [f"{abs(each):.0f}" for each in found] for steps, found in change.items()}
     assert f"{', '.join(listed['3'][:3])} and {listed['3'][3]} % nearer in three steps" in said
     assert f"{', '.join(listed['5'])} % in five" in said and max(change["3"] + change["5"]) < 0
-    assert f"in ten {', '.join(listed['10'][:3])} % farther, then {listed['10'][3]} % nearer" in said
+    assert f"in ten {', '.join(listed['10'][:2])} % farther, then {', '.join(listed['10'][2:])} % nearer" in said
     assert f"in twenty {', '.join(listed['20'])} % farther" in said and f"in fifty {', '.join(listed['50'])} %." in said
-    assert min(change["20"] + change["50"]) > 0 > change["10"][3]
+    assert min(change["20"] + change["50"] + change["10"][:2]) > 0 > max(change["10"][2:])
+    page = " ".join(README.read_text().split())
+    three, five = (" against ".join(f"{fmean(seeds_of(way, steps, 2_048_000)):.0f}" for way in ways) for steps in "35")
+    assert f"({three}, {five} after 2 million images)" in page
+    late = [each for steps in ("20", "50") for each in change[steps][:3]]
+    assert f"it was {min(late):.0f} to {max(late):.0f} % behind up to a million" in page
+
+
+def test_what_is_said_of_pools_of_different_ages_is_what_was_measured():
+    said = " ".join(README.read_text().replace("**", "").split())
+    for size, ways in (("1000", ("random", "greedy", "ages")), ("10000", ("greedy", "ages"))):
+        seeds, curve = digits(f"ages-{size}")
+        told = [", ".join(f"{dict(curve(way, '10', seeds))[images]:.2f}" for images in (8_000, 64_000, 256_000))
+                for way in ways]
+        assert len(seeds) == 3 and all(numbers in said for numbers in told), told
+        apart = {images: [side / one for seed in seeds for (at, side), (_, one) in
+                          [(a, b) for a, b in zip(curve("ages", "10", [seed]), curve("greedy", "10", [seed]),
+                                                  strict=True)] if at == images]
+                 for images in (8_000, 16_000, 32_000, 64_000, 128_000, 256_000)}
+        assert all(max(found) < 1 for images, found in apart.items() if size == "1000" or images >= 32_000)
+        again, before = digits("long" if size == "1000" else "long-10000")
+        assert again == seeds and all(curve(way, steps, seeds) == before(way, steps, seeds)
+                                      for way in ("random", "greedy") for steps in ("1", "2", "3", "5", "10"))
+    page = " ".join((README.parent / "results" / "README.md").read_text().split())
+    with open(README.parent / "results" / "proof" / "ages.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if (row["match_size"], row["images"]) == ("100000", "256000")]
+    for steps, word in COUNTS.items():
+        found = [float(row["distance"]) for row in rows if row["steps"] == steps]
+        one = distance("greedy-100000", steps, 256_000)
+        assert f"{fmean(found):.1f} ± {stdev(found):.1f} in {word} ({'one pool ' * (steps == '3')}{one})" in page

@@ -26,7 +26,7 @@ import dansm
 STEP_COUNTS = (1, 2, 3, 5, 10)
 NETWORK = dict(channels=1, size=8, width=16, multipliers=(1, 2), blocks=1, attention_at=(4,), dropout=0.0, biggan=False)
 LOOKS = {"random": dict(color="#8a97a8", marker="o"), "optimal": dict(color="#7a4b94", marker="D"),
-         "greedy": dict(color="#c8441b", marker="s")}
+         "greedy": dict(color="#c8441b", marker="s"), "ages": dict(color="#2a7f62", marker="^", linestyle="--")}
 CURVES = (1, 2, 5, 10)  # of STEP_COUNTS, those with a curve
 BATCH, RATE, DECAY = 64, 1e-3, 0.995  # for other batches see `train_one`
 
@@ -46,18 +46,21 @@ def batches(images: Tensor, batch: int, seed: int) -> Iterator[Tensor]:
 
 
 def run(*, match_size: int = 1000, steps: int = 500, batch: int = BATCH, assigned: bool = False,
-        judge_at: Iterable[int] = (), seeds: int = 2, seed: int = 0, device="cpu", out: Path) -> dict:
+        ages: int = 1, judge_at: Iterable[int] = (), seeds: int = 2, seed: int = 0, device="cpu", out: Path) -> dict:
     """Train each way of pairing `steps` steps for each of `seeds` seeds; writes digits.json and digits.png into `out`
     after each seed, so that Ctrl-C keeps those done. Judged at the end, and after as many steps as `judge_at` says
-    before, which curve.png shows then. `assigned`: linear assignment within each batch, too."""
+    before, which curve.png shows then. `assigned`: linear assignment within each batch, too; `ages`, from 2 on: so many
+    pools of match_size side by side, see `scale.ages`."""
     if late := [mark for mark in judge_at if mark > steps]:
         raise dansm.BadInput(f"--judge-at is {late[0]:,}: expected at most --steps, {steps:,}")
     console, images = Console(), load_digits().to(device)
-    ways = [way for way in LOOKS if assigned or way != "optimal"]
+    ways = [way for way in LOOKS if {"optimal": assigned, "ages": ages > 1}.get(way, True)]
+    if ages > match_size:
+        raise dansm.BadInput(f"--ages is {ages:,}: expected at most --match-size, {match_size:,}")
     marks = sorted({mark for mark in judge_at if mark < steps} | {steps})
     halves = np.array_split(np.random.default_rng(0).permutation(len(images)), 2)
     result = {"data": "1,797 digits of scikit-learn, 8×8", "batch": batch, "steps": steps, "match_size": match_size,
-              "ways": ways, "step_counts": STEP_COUNTS, "hardware": dansm.hardware(device), "runs": [],
+              "ages": ages, "ways": ways, "step_counts": STEP_COUNTS, "hardware": dansm.hardware(device), "runs": [],
               "real_half_against_half": dansm.frechet_distance(*(images[half] for half in halves))}
     bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[loss]}"),
                    TimeElapsedColumn(), TimeRemainingColumn(), console=console)
@@ -68,8 +71,9 @@ def run(*, match_size: int = 1000, steps: int = 500, batch: int = BATCH, assigne
             samples = {}
             for way in ways:
                 bar.update(task, description=f"{way}, seed {each}")
-                for mark, net, length in train_one(images, way, match_size, batch, marks, each, lambda loss: bar.update(
-                        task, advance=1, loss=f"loss {loss:.3f}")):
+                training = train_one(images, way, match_size, batch, ages, marks, each,
+                                     lambda loss: bar.update(task, advance=1, loss=f"loss {loss:.3f}"))
+                for mark, net, length in training:
                     distances = {}
                     for count in STEP_COUNTS:
                         samples[way, count] = draw_samples(net, len(images), count, each, device)
@@ -98,7 +102,7 @@ def _saying_what_is_kept(result: dict, seeds: int, a_seed: int, out: Path):
                             "stopped before the first seed was done, nothing is kept") from stop
 
 
-def train_one(images: Tensor, way: str, match_size: int, batch: int, marks: list[int], seed: int,
+def train_one(images: Tensor, way: str, match_size: int, batch: int, ages: int, marks: list[int], seed: int,
               report: Callable[[float], None]) -> Iterator[tuple[int, torch.nn.Module, float]]:
     """One training; at each of `marks`, steps in rising order, it yields that, the averaged network and the mean length
     of the paths it was trained on. The last ends it. For other batches than BATCH the learning rate goes with their
@@ -113,12 +117,21 @@ def train_one(images: Tensor, way: str, match_size: int, batch: int, marks: list
             lengths.append(dansm.path_length(x, z))
             yield x, z
 
-    stream = measured(dansm.pairs(batches(images, batch, seed), way, batch if way == "optimal" else match_size,
-                                  seed=seed))
+    stream = measured(paired(images, way, match_size, batch, ages, seed))
     for step, loss in enumerate(islice(dansm.train(training, dansm.RectifiedFlow(), stream), marks[-1]), 1):
         report(loss.item())
         if step in marks:
             yield step, training.average, statistics.fmean(lengths)
+
+
+def paired(images: Tensor, way: str, match_size: int, batch: int, ages: int, seed: int) -> Iterator:
+    """Endless pairs (x, z), both (batch, 1, 8, 8), by one of the ways of LOOKS."""
+    stream = batches(images, batch, seed)
+    if way != "ages":
+        return dansm.pairs(stream, way, batch if way == "optimal" else match_size, seed=seed)
+    from scale.ages import SideBySide
+
+    return dansm.pairs(stream, pool=SideBySide(ages, match_size, images.shape[1:], device=images.device, seed=seed))
 
 
 def draw_samples(net, count: int, steps: int, seed: int, device) -> Tensor:
@@ -214,7 +227,8 @@ def draw_curve(result: dict, marks: list[int], path: Path) -> None:
 def names_of(result: dict) -> dict[str, str]:
     """Of the ways that were trained, as figures and tables call them."""
     all_names = {"random": "random pairs", "optimal": f"assigned within batches of {result['batch']}",
-                 "greedy": f"matched, pool of {result['match_size']:,}"}
+                 "greedy": f"matched, pool of {result['match_size']:,}",
+                 "ages": f"{result['ages']} pools of {result['match_size']:,}, of different ages"}
     return {way: all_names[way] for way in result["ways"]}
 
 
