@@ -73,8 +73,8 @@ class Recipe:
     fast: bool = setting("Flow and matching", "match in tf32 on a GPU: quicker, as good in the mean", False)
     pool: str = setting("Flow and matching", "number type of the pool's noises; bf16 takes half the memory", "fp32",
                         choices=("fp32", "bf16"))
-    ages: int = setting("Flow and matching", "greedy: pools side by side, each at another point of its life; each "
-                        "serves a part of the batch", 1, least=1)
+    ages: int = setting("Flow and matching", "greedy: so many pools of --match-size noises side by side, each at "
+                        "another point of its life; each serves a part of the batch", 1, least=1)
 
     batch: int = setting("Steps", "samples a step, over all processes together", 128, least=1)
     accumulate: int = setting("Steps", "parts a process cuts its share of the batch into", 1, least=1)

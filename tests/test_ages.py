@@ -103,10 +103,30 @@ def test_what_is_no_state_of_as_many_pools_is_refused():
         side.load_state_dict(SideBySide(2, 12, (3, 2), seed=2).state_dict())
     with pytest.raises(BadInput, match=r"of 0 pools side by side: expected 3"):
         side.load_state_dict(NoisePool(12, (3, 2), seed=2).state_dict())
+    with pytest.raises(BadInput, match=r"of 0 pools side by side: expected 3"):
+        side.load_state_dict(None)
+    with pytest.raises(BadInput, match=r"match_size is None: expected"):
+        SideBySide(3, None, (3, 2), seed=2)
+    with pytest.raises(BadInput, match=r"seed is -1: expected"):
+        SideBySide(3, 9, (3, 2), seed=-1)
+    for wrong in (torch.zeros(4, 9, 9), torch.zeros(0, 9, 9)):
+        with pytest.raises(BadInput, match=r"expected"):
+            side(wrong)
     with pytest.raises(BadInput, match=r"ages is 3: expected at most 2"):
         SideBySide(3, 2, (3, 2), seed=2)
     with pytest.raises(BadInput, match=r"ages is 0: expected"):
         SideBySide(0, 2, (3, 2), seed=2)
+
+
+def test_each_pool_is_checked_against_the_memory_that_those_before_it_leave(monkeypatch):
+    """Of three two would fit: the third is refused, by its own size and what is left."""
+    one, allocate, held = NoisePool(3000, (3, 2), seed=0)._bytes(3000), NoisePool._allocate, []
+    monkeypatch.setattr(NoisePool, "_allocate", lambda pool: (held.append(one), allocate(pool)))
+    monkeypatch.setattr("dansm.free_memory", lambda device: int(2.5 * one) - sum(held))
+    with pytest.raises(BadInput, match=r"match_size is 3,000: the pool needs"):
+        SideBySide(3, 3000, (3, 2), seed=0)
+    held.clear()
+    SideBySide(2, 3000, (3, 2), seed=0)
 
 
 @pytest.mark.parametrize(("settings", "words"), [

@@ -21,6 +21,7 @@ from test_data import noise_image
 
 import dansm
 from scale import checkpoint, samples, trainer
+from scale.ages import SideBySide
 from scale.recipe import Recipe, load
 
 ROOT = Path(__file__).parent.parent
@@ -718,6 +719,9 @@ def test_digits_of_pools_side_by_side(run, refused, tmp_path, monkeypatch):
                  for way in ("greedy", "ages"))
     assert side[0]["distance"] != one[0]["distance"]
     assert side[0]["path_length"] == pytest.approx(one[0]["path_length"], rel=0.02)
+    z = next(iter(digits.paired(few, "ages", 70, 64, 3, 5)))[1]
+    pool = SideBySide(3, 70, (1, 8, 8), seed=5)
+    assert torch.equal(z, pool(next(digits.batches(few, 64, 5))))
     assert "--ages is 71: expected at most --match-size, 70" in refused(*options, "--ages", 71, "--out", out)
 
 

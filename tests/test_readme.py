@@ -4,7 +4,7 @@ import csv
 import json
 import re
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 
 import pytest
 from test_examples import PEERS, put_back
@@ -108,6 +108,20 @@ def test_the_table_of_the_proof_is_what_was_measured():
         told = [(f"{float(speed['images_per_second']):,.0f}", f"{100 * float(speed['matching']):.1f} %")
                 for speed in records("speed.csv") if speed["run"] == LABELS[label]]
         assert [(rate, share)] == (told or [("–", "–")])
+
+
+def test_what_the_proof_costs_and_what_two_gpus_win_is_what_was_counted():
+    said = " ".join(README.read_text().split())
+    millions = sum(run.images * run.seeds for run in RUNS.values() if "batch" not in run.settings) / 1e6
+    evaluations = {(row["run"], row["seed"], row["images"]) for row in records("distances.csv")}
+    assert f"for {millions:.0f} million images in batches of 256" in said and f"{len(evaluations)} evaluations" in said
+    with open(README.parent / "results" / "bench" / "scaling" / "scaling.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    rate = {card: median(float(row["images_per_second"]) for row in rows if row["card"] == card)
+            for card in ("first", "second", "both")}
+    page = " ".join((README.parent / "results" / "README.md").read_text().split())
+    assert f"{rate['both']:,.0f} images/s against {rate['first']:,.0f} and {rate['second']:,.0f}" in page
+    assert f"at {rate['both'] / fmean((rate['first'], rate['second'])):.2f} times the rate of one" in page
 
 
 def test_every_run_of_the_proof_is_there_whole():

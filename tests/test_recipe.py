@@ -218,7 +218,9 @@ def values_of(name):
 
 recipes = st.fixed_dictionaries({name: values_of(name) for name in SETTINGS}).map(
     lambda settings: settings | {"accumulate": min(settings["accumulate"], settings["batch"]),
-                                 "target": settings["target"] if settings["flow"] == "diffusion" else "noise"}
+                                 "target": settings["target"] if settings["flow"] == "diffusion" else "noise",
+                                 "ages": min(settings["ages"], max(1, settings["match_size"]))
+                                 if (settings["method"], settings["match_scope"]) == ("greedy", "rank") else 1}
 ).map(lambda settings: Recipe(**settings))
 
 
