@@ -44,7 +44,7 @@ class SideBySide:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: (B, *shape), any B → z: the same, z_i matched to x_i in the pool whose turn it is."""
-        self.pools[0].check(x)
+        self.pools[0].check.form(x)
         z = torch.empty_like(x)
         for number, pool in enumerate(self.pools):
             dealt = slice((number - self.served) % len(self.pools), None, len(self.pools))
