@@ -15,11 +15,11 @@ from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
+from dansm.tiny.comparison import MatchSize, Seeds, Steps, Trained, compare, run
+from dansm.tiny.digits import load_digits
 from torch import Tensor, nn
 
 from dansm import NoisePool, path_length
-from tiny.comparison import MatchSize, Seeds, Steps, Trained, compare, run
-from tiny.digits import load_digits
 
 BATCH = 64
 

@@ -24,12 +24,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
+from dansm.tiny.comparison import MatchSize, Seeds, Steps, Trained, compare, run
+from dansm.tiny.digits import load_digits
 from diffusers import DDIMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from torch import Tensor
 
 from dansm import NoisePool, path_length
-from tiny.comparison import MatchSize, Seeds, Steps, Trained, compare, run
-from tiny.digits import load_digits
 
 BATCH = 32
 

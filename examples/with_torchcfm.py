@@ -18,13 +18,13 @@ from statistics import fmean
 
 import numpy as np
 import torch
+from dansm.tiny.comparison import MatchSize, Seeds, Steps, Trained, compare, run
+from dansm.tiny.digits import load_digits
 from torch import Tensor
 from torchcfm.conditional_flow_matching import ConditionalFlowMatcher, ExactOptimalTransportConditionalFlowMatcher
 from torchcfm.models import MLP
 
 from dansm import NoisePool
-from tiny.comparison import MatchSize, Seeds, Steps, Trained, compare, run
-from tiny.digits import load_digits
 
 BATCH = 64
 

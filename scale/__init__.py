@@ -1,1 +1,1 @@
-"""What a long GPU run adds to dansm.py, a file per thing."""
+"""What long runs add to dansm.py, one room for each concern. docs/design.md has the map."""

@@ -7,11 +7,10 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 
 import pytest
+from dansm.scale.studies.proof import RUNS, curves, images_to, read_rows
 from test_examples import PEERS, put_back
 
-from scale.proof import RUNS, curves, images_to, read_rows
-
-README = Path(__file__).parent.parent / "README.md"
+README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
 

@@ -13,12 +13,12 @@ from typing import Annotated, NamedTuple
 
 import torch
 import typer
+from dansm.scale.base.statistics import frechet_distance
+from dansm.scale.base.text import counted
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-
-import dansm
 
 STEP_COUNTS = (1, 2, 5, 10)
 SAMPLES = 500
@@ -49,25 +49,25 @@ def compare(ways: dict[str, Callable[[int], Trained]], images: Tensor, seeds: in
             row = {"way": way, "seed": seed, **trained.path_length}
             for steps in step_counts:
                 drawn = trained.draw(SAMPLES, steps, torch.Generator().manual_seed(2**31 + seed))
-                row[steps_column(steps)] = dansm.frechet_distance(drawn, images)
+                row[steps_column(steps)] = frechet_distance(drawn, images)
             rows.append(row)
     print_table(rows, title, real_against_real(images, SAMPLES), SAMPLES)
     return rows
 
 
 def steps_column(steps: int) -> str:
-    return dansm.counted(steps, "step")
+    return counted(steps, "step")
 
 
 def real_against_real(images: Tensor, samples: int) -> float:
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    return dansm.frechet_distance(images[order[:samples]], images[order[samples:]])
+    return frechet_distance(images[order[:samples]], images[order[samples:]])
 
 
 def print_table(rows: list[dict], title: str, floor: float, samples: int) -> None:
     seeds = len({row["seed"] for row in rows})
     measures = [key for key in rows[0] if key not in ("way", "seed")]
-    caption = (f"Mean of {dansm.counted(seeds, 'seed')} (beneath: least … most). Steps: Fréchet distance of {samples} "
+    caption = (f"Mean of {counted(seeds, 'seed')} (beneath: least … most). Steps: Fréchet distance of {samples} "
                f"samples in the pixels; {samples} real ones have {floor:.2f}.")
     table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("pairs", *measures):
@@ -91,4 +91,4 @@ def run(main: Callable) -> None:
 
     commands = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     commands.command(help=main.__globals__["__doc__"])(example)
-    dansm.main(commands=commands)
+    main(commands=commands)

@@ -15,6 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from dansm.scale.base.files import make_folder, write_json
+from dansm.scale.base.machine import hardware
+from dansm.scale.base.noise import path_noise
+from dansm.scale.base.statistics import frechet_distance
+from dansm.scale.base.text import Stopped, counted, say, say_files
 from einops import rearrange
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -26,7 +31,7 @@ import dansm
 STEP_COUNTS = (1, 2, 3, 5, 10)
 NETWORK = dict(channels=1, size=8, width=16, multipliers=(1, 2), blocks=1, attention_at=(4,), dropout=0.0, biggan=False)
 LOOKS = {"random": dict(color="#8a97a8", marker="o"), "optimal": dict(color="#7a4b94", marker="D"),
-         "greedy": dict(color="#c8441b", marker="s"), "ages": dict(color="#2a7f62", marker="^", linestyle="--")}
+         "greedy": dict(color="#c8441b", marker="s")}
 CURVES = (1, 2, 5, 10)  # of STEP_COUNTS, those with a curve
 BATCH, RATE, DECAY = 64, 1e-3, 0.995  # for other batches see `train_one`
 
@@ -45,50 +50,47 @@ def batches(images: Tensor, batch: int, seed: int) -> Iterator[Tensor]:
         yield images[torch.from_numpy(draw.integers(len(images), size=batch)).to(images.device)]
 
 
-def run(*, match_size: int = 1000, steps: int = 500, batch: int = BATCH, assigned: bool = False,
-        ages: int = 1, judge_at: Iterable[int] = (), seeds: int = 2, seed: int = 0, device="cpu", out: Path) -> dict:
+def run(*, match_size: int = 1000, steps: int = 500, batch: int = BATCH, optimal: bool = False,
+        evaluate_at: Iterable[int] = (), seeds: int = 2, seed: int = 0, device="cpu", out: Path) -> dict:
     """Train each way of pairing `steps` steps for each of `seeds` seeds; writes digits.json and digits.png into `out`
-    after each seed, so that Ctrl-C keeps those done. Judged at the end, and after as many steps as `judge_at` says
-    before, which curve.png shows then. `assigned`: linear assignment within each batch, too; `ages`, from 2 on: so many
-    pools of match_size side by side, see `scale.ages`."""
-    if late := [mark for mark in judge_at if mark > steps]:
-        raise dansm.BadInput(f"--judge-at is {late[0]:,}: expected at most --steps, {steps:,}")
+    after each seed, so that Ctrl-C keeps those done. Judged at the end, and after as many steps as `evaluate_at` says
+    before, which curve.png shows then. `optimal`: linear assignment within each batch, too."""
+    if late := [mark for mark in evaluate_at if mark > steps]:
+        raise dansm.BadInput(f"--evaluate-at is {late[0]:,}: expected at most --steps, {steps:,}")
     console, images = Console(), load_digits().to(device)
-    ways = [way for way in LOOKS if {"optimal": assigned, "ages": ages > 1}.get(way, True)]
-    if ages > match_size:
-        raise dansm.BadInput(f"--ages is {ages:,}: expected at most --match-size, {match_size:,}")
-    marks = sorted({mark for mark in judge_at if mark < steps} | {steps})
+    ways = [way for way in LOOKS if {"optimal": optimal}.get(way, True)]
+    marks = sorted({mark for mark in evaluate_at if mark < steps} | {steps})
     halves = np.array_split(np.random.default_rng(0).permutation(len(images)), 2)
     result = {"data": "1,797 digits of scikit-learn, 8×8", "batch": batch, "steps": steps, "match_size": match_size,
-              "ages": ages, "ways": ways, "step_counts": STEP_COUNTS, "hardware": dansm.hardware(device), "runs": [],
-              "real_half_against_half": dansm.frechet_distance(*(images[half] for half in halves))}
+              "ways": ways, "step_counts": STEP_COUNTS, "hardware": hardware(device), "runs": [],
+              "real_half_against_half": frechet_distance(*(images[half] for half in halves))}
     bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[loss]}"),
                    TimeElapsedColumn(), TimeRemainingColumn(), console=console)
-    (dansm.make_folder(out) / "curve.png").unlink(missing_ok=True)  # of a call before
+    (make_folder(out) / "curve.png").unlink(missing_ok=True)  # of a call before
     with bar, _saying_what_is_kept(result, seeds, len(ways) * len(marks), out):
         task = bar.add_task("training", total=seeds * len(ways) * (steps + len(marks) * 2 * sum(STEP_COUNTS)), loss="")
         for each in range(seed, seed + seeds):
             samples = {}
             for way in ways:
                 bar.update(task, description=f"{way}, seed {each}")
-                training = train_one(images, way, match_size, batch, ages, marks, each,
+                training = train_one(images, way, match_size, batch, marks, each,
                                      lambda loss: bar.update(task, advance=1, loss=f"loss {loss:.3f}"))
                 for mark, net, length in training:
                     distances = {}
                     for count in STEP_COUNTS:
                         samples[way, count] = draw_samples(net, len(images), count, each, device)
-                        distances[count] = dansm.frechet_distance(samples[way, count], images)
+                        distances[count] = frechet_distance(samples[way, count], images)
                         bar.update(task, advance=2 * count)  # a step over all digits takes about two of training
                     result["runs"].append({"seed": each, "method": way, "trained_steps": mark, "path_length": length,
                                            "distance": distances})
                 if not console.is_terminal:  # where the bar is not drawn
-                    dansm.say(f"{way}, seed {each}: trained")
-            dansm.write_json(out / "digits.json", result)
+                    say(f"{way}, seed {each}: trained")
+            write_json(out / "digits.json", result)
             draw_picture(result, samples, out / "digits.png")
             if len(marks) > 1:
                 draw_curve(result, marks, out / "curve.png")
     print_table(result, console)
-    dansm.say_files(out, "digits.png", *["curve.png"] * (len(marks) > 1), "digits.json")
+    say_files(out, "digits.png", *["curve.png"] * (len(marks) > 1), "digits.json")
     return result
 
 
@@ -98,11 +100,11 @@ def _saying_what_is_kept(result: dict, seeds: int, a_seed: int, out: Path):
         yield
     except KeyboardInterrupt as stop:
         done = len(result["runs"]) // a_seed
-        raise dansm.Stopped(f"stopped: {done} of {dansm.counted(seeds, 'seed')} in {out / 'digits.json'}" if done else
+        raise Stopped(f"stopped: {done} of {counted(seeds, 'seed')} in {out / 'digits.json'}" if done else
                             "stopped before the first seed was done, nothing is kept") from stop
 
 
-def train_one(images: Tensor, way: str, match_size: int, batch: int, ages: int, marks: list[int], seed: int,
+def train_one(images: Tensor, way: str, match_size: int, batch: int, marks: list[int], seed: int,
               report: Callable[[float], None]) -> Iterator[tuple[int, torch.nn.Module, float]]:
     """One training; at each of `marks`, steps in rising order, it yields that, the averaged network and the mean length
     of the paths it was trained on. The last ends it. For other batches than BATCH the learning rate goes with their
@@ -117,26 +119,22 @@ def train_one(images: Tensor, way: str, match_size: int, batch: int, ages: int, 
             lengths.append(dansm.path_length(x, z))
             yield x, z
 
-    stream = measured(paired(images, way, match_size, batch, ages, seed))
+    stream = measured(paired(images, way, match_size, batch, seed))
     for step, loss in enumerate(islice(dansm.train(training, dansm.RectifiedFlow(), stream), marks[-1]), 1):
         report(loss.item())
         if step in marks:
             yield step, training.average, statistics.fmean(lengths)
 
 
-def paired(images: Tensor, way: str, match_size: int, batch: int, ages: int, seed: int) -> Iterator:
+def paired(images: Tensor, way: str, match_size: int, batch: int, seed: int) -> Iterator:
     """Endless pairs (x, z), both (batch, 1, 8, 8), by one of the ways of LOOKS."""
     stream = batches(images, batch, seed)
-    if way != "ages":
-        return dansm.pairs(stream, way, batch if way == "optimal" else match_size, seed=seed)
-    from scale.ages import SideBySide
-
-    return dansm.pairs(stream, pool=SideBySide(ages, match_size, images.shape[1:], device=images.device, seed=seed))
+    return dansm.pairs(stream, way, batch if way == "optimal" else match_size, seed=seed)
 
 
 def draw_samples(net, count: int, steps: int, seed: int, device) -> Tensor:
     """(count, 1, 8, 8) from the same noises for every network."""
-    noise = dansm.path_noise(range(count), (1, 8, 8), seed, device)
+    noise = path_noise(range(count), (1, 8, 8), seed, device)
     flow = dansm.RectifiedFlow()
     return torch.cat([flow.sample(net, z, steps) for z in noise.split(512)])
 
@@ -184,7 +182,7 @@ def draw_picture(result: dict, samples: dict, path: Path) -> None:
             if row == 0:
                 axes.set_title(names[way], fontsize=11)
             if column == 0:
-                axes.set_ylabel(dansm.counted(count, "step"), rotation=0, ha="right", va="center", fontsize=10)
+                axes.set_ylabel(counted(count, "step"), rotation=0, ha="right", va="center", fontsize=10)
     axes = figure.add_subplot(grid[:, 2])
     for way, name in names.items():
         mean, least, most = zip(*(mean_and_spread(result, way, count) for count in STEP_COUNTS), strict=True)
@@ -214,7 +212,7 @@ def draw_curve(result: dict, marks: list[int], path: Path) -> None:
             axes.fill_between(images, least, most, color=look["color"], alpha=0.2)
         axes.axhline(floor, color="#555555", linestyle=":", label="real digits, half against half")
         axes.set(xscale="log", yscale="log")
-        axes.set_title(dansm.counted(count, "sampling step"), fontsize=11)
+        axes.set_title(counted(count, "sampling step"), fontsize=11)
         axes.set_xticks(images, [f"{number / 1000:g}" for number in images])
         plain_ticks(axes, floor)
     panels[0].set_ylabel("Fréchet distance in 64 pixels")
@@ -227,8 +225,7 @@ def draw_curve(result: dict, marks: list[int], path: Path) -> None:
 def names_of(result: dict) -> dict[str, str]:
     """Of the ways that were trained, as figures and tables call them."""
     all_names = {"random": "random pairs", "optimal": f"assigned within batches of {result['batch']}",
-                 "greedy": f"matched, pool of {result['match_size']:,}",
-                 "ages": f"{result['ages']} pools of {result['match_size']:,}, of different ages"}
+                 "greedy": f"matched, pool of {result['match_size']:,}"}
     return {way: all_names[way] for way in result["ways"]}
 
 

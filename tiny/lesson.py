@@ -15,10 +15,12 @@ import os
 from pathlib import Path
 
 import torch
+from dansm.scale.base.statistics import squared_distances
 from scipy import stats
 
 import dansm
-from tiny import digits, pictures, toy
+
+from . import digits, pictures, toy
 
 SHAPE, SEED = "two-moons", 2
 OUT = Path(os.environ.get("LESSON_OUT", "runs/lesson"))
@@ -221,6 +223,6 @@ shares = {"two moons": {size: measured[size]["path_length"] / measured[1]["path_
 for name, of_size in shares.items():
     print(f"{name}:", ", ".join(f"{1 - share:.1%} shorter at {size:,}" for size, share in of_size.items()))
 
-distances = {"two moons": dansm.squared_distances(x[:200], z).sqrt(),
-             "digits": dansm.squared_distances(images[:200], pool(images[:1000])).sqrt()}
+distances = {"two moons": squared_distances(x[:200], z).sqrt(),
+             "digits": squared_distances(images[:200], pool(images[:1000])).sqrt()}
 pictures.draw_dimensions(images, distances, shares, OUT / "9-images.png")

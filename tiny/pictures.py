@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
+from dansm.scale.base.text import counted
 from einops import rearrange
 from matplotlib.collections import LineCollection
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
@@ -23,7 +24,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 import dansm
-from tiny import toy
+
+from . import toy
 
 NOISE, DATA, INK, NOTE, PALE = "#8fa8c4", "#c8441b", "#2b2f36", "#5b6470", "#d3d9e0"
 FROM_NOISE_TO_DATA = LinearSegmentedColormap.from_list("flow", [NOISE, "#d98e6a", DATA])
@@ -343,7 +345,7 @@ def draw_few_steps(x: Tensor, samples: dict[str, dict[int, Tensor]], w2: dict[st
             draw_dots(panel, found, DATA, 3)
             title(panel, f"W2² {w2[method][str(steps)]:.3f}")
             if panel in planes[-1]:
-                panel.set_xlabel(dansm.counted(steps, "step"))
+                panel.set_xlabel(counted(steps, "step"))
         row[0].set_ylabel(NAMES[method])
     return save(figure, path, dpi=LESSON_DPI)
 

@@ -19,6 +19,9 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 
 import torch
+from dansm.scale.base.files import write_csv, write_json
+from dansm.scale.base.statistics import inter_path_distance, squared_distances
+from dansm.scale.base.text import counted, say_files
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -26,7 +29,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import dansm
-from tiny.shapes import SHAPES
+
+from .shapes import SHAPES
 
 BATCH = 256
 POINTS = 1000  # for each measure: W2² between more points takes seconds, between fewer has a higher floor
@@ -109,7 +113,7 @@ def crossing_share(x: Tensor, z: Tensor) -> float:
 
 def wasserstein2(a: Tensor, b: Tensor) -> float:
     """The squared Wasserstein-2 distance of two equally large sets of points (N, D): mean ‖a_i − b_j‖², best paired."""
-    distances = dansm.squared_distances(a.cpu().double(), b.cpu().double())
+    distances = squared_distances(a.cpu().double(), b.cpu().double())
     return distances.gather(1, dansm.optimal(distances).picks[:, None]).mean().item()
 
 
@@ -119,7 +123,7 @@ def measure_pairs(pairs, match_size: int) -> dict[str, float]:
     x, z = (torch.cat(part)[:count] for part in zip(*islice(pairs, math.ceil(count / BATCH)), strict=True))
     every = torch.arange(POINTS) * count // POINTS
     return {"path_length": dansm.path_length(x, z), "crossing": crossing_share(x[every], z[every]),
-            "inter_path_mean": dansm.inter_path_distance(x[every], z[every]).mean}
+            "inter_path_mean": inter_path_distance(x[every], z[every]).mean}
 
 
 @torch.no_grad()
@@ -186,7 +190,7 @@ def run(shape: str = "swiss-roll", match_size: int = 1000, steps: int = 800, see
             results[name], nets[name] = run_shape(name, Path(out) / name, settings)
             write_table(results, Path(out))
         draw_all(results, nets, Path(out))
-        dansm.say_files(Path(out), "results.json", "results.csv", "shapes.png")
+        say_files(Path(out), "results.json", "results.csv", "shapes.png")
         return results
 
 
@@ -209,8 +213,8 @@ def run_shape(shape: str, out: Path, settings: dict) -> tuple[dict, dict[str, nn
                     nets.setdefault(method, net)
                     results["trainings"].append(found)
                     results["summary"] = summary(results["trainings"])
-                    dansm.write_json(out / "toy.json", results)
-                    dansm.write_csv(rows_of({shape: results}), out / "results.csv")
+                    write_json(out / "toy.json", results)
+                    write_csv(out / "results.csv", rows_of({shape: results}))
                 if seed == seeds[0]:
                     bar.update(task, description=f"{shape}, drawing")
                     draw(results, nets, out)
@@ -218,7 +222,7 @@ def run_shape(shape: str, out: Path, settings: dict) -> tuple[dict, dict[str, nn
         console.print(f"Stopped: {len(results['trainings'])} of {count} trainings are in {out / 'toy.json'}")
         raise
     console.print(table(results))
-    dansm.say_files(out, "toy.json", "results.csv", "pairs.png", "paths.png", "samples.png", "flow.gif")
+    say_files(out, "toy.json", "results.csv", "pairs.png", "paths.png", "samples.png", "flow.gif")
     return results, nets
 
 
@@ -238,7 +242,7 @@ def train_and_measure(shape: str, method: str, seed: int, settings: dict, each_s
 
 def draw(results: dict, nets: dict[str, nn.Module], out: Path) -> None:
     """The four pictures, of the first seed."""
-    from tiny import pictures  # matplotlib takes a second to import
+    from . import pictures  # matplotlib takes a second to import
 
     shape, device, seed = results["shape"], results["settings"]["device"], results["settings"]["seed"]
     x, z = points(shape, POINTS, "target", seed, device), points("noise", POINTS, "start", seed, device)
@@ -250,7 +254,7 @@ def draw(results: dict, nets: dict[str, nn.Module], out: Path) -> None:
 
 def draw_all(results: dict[str, dict], nets: dict[str, dict[str, nn.Module]], out: Path) -> None:
     """One picture of all shapes."""
-    from tiny import pictures
+    from . import pictures
 
     shown = {shape: to_show(of_shape) for shape, of_shape in results.items()}
     pictures.draw_shapes(results, nets, shown, 2, out / "shapes.png")
@@ -267,7 +271,7 @@ def table(results: dict) -> Table:
     """What was measured, a method a row."""
     settings, floor = results["settings"], results["floor"]
     seeds = len({training["seed"] for training in results["trainings"]})
-    shown = Table(title=f"{results['shape']}: {dansm.counted(seeds, 'seed')}, "
+    shown = Table(title=f"{results['shape']}: {counted(seeds, 'seed')}, "
                         f"{settings['steps']:,} training steps of {BATCH} pairs",
                   caption=f"W2² after 1, 2, … sampling steps, to {POINTS:,} points of the target;\n"
                           f"as many other points of the target: {floor['mean']:.3f} ± {floor['std']:.3f}",
@@ -302,8 +306,8 @@ def rows_of(results: dict[str, dict]) -> list[dict]:
 
 def write_table(results: dict[str, dict], out: Path) -> None:
     """Every shape's summary: results.json, and as a table results.csv."""
-    dansm.write_csv(rows_of(results), out / "results.csv")
-    dansm.write_json(out / "results.json", {
+    write_csv(out / "results.csv", rows_of(results))
+    write_json(out / "results.json", {
         shape: {key: of_shape[key] for key in ("settings", "floor", "summary")} for shape, of_shape in results.items()})
 
 

@@ -1,0 +1,52 @@
+"""Launching Triton kernels, and compiling many of them at once: each takes about a second."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor
+
+_compiler: ThreadPoolExecutor | None = None
+_compiling = {}
+
+
+def launch(kernel, grid: tuple[int, ...], *arguments, num_warps: int = 8):
+    """Run kernel[grid](*arguments) and return the compiled kernel. Inside `compiling_ahead` it is only compiled, and
+    None returned."""
+    if _compiler is None:
+        return kernel[grid](*arguments, num_warps=num_warps)
+    types = (argument.dtype if isinstance(argument, Tensor) else argument for argument in arguments)
+    variant = kernel, num_warps, *types
+    if variant not in _compiling:
+        _compiling[variant] = _compiler.submit(kernel.warmup, *arguments, grid=grid, num_warps=num_warps)
+    return None
+
+
+@contextmanager
+def compiling_ahead(device: torch.device) -> Iterator[None]:
+    """Compile the kernels that are launched inside, all at once in threads, without running them.
+
+    A network's fifty kernels take half a minute one after the other. On a CPU nothing changes.
+    """
+    global _compiler
+    if device.type != "cuda":
+        yield
+        return
+    current = torch.cuda.current_device()  # a new thread would take the first
+    with ThreadPoolExecutor(os.cpu_count(), initializer=torch.cuda.set_device, initargs=(current,)) as _compiler:
+        try:
+            yield
+        finally:
+            waiting, _compiler = list(_compiling.values()), None
+            _compiling.clear()
+            for compilation in waiting:
+                compilation.exception()  # waits; what does not compile raises where it is launched
+
+
+def on(device: torch.device) -> AbstractContextManager:
+    """Make a GPU the current one, where Triton launches."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

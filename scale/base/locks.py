@@ -1,0 +1,60 @@
+"""Locks on files. They belong to the process: however it ends, the lock ends with it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from dansm import BadInput
+
+
+class InUse(BadInput):
+    """Another process works in the folder."""
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Hold a lock on the file `path`, waiting until no other process does."""
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def owning(folder: Path, purpose: str = "trained") -> Iterator[None]:
+    """Be the only process that works in `folder`. Raises InUse, naming the process that does already.
+
+    purpose  completes "… is being … into by process 12 on host", as "trained" does
+    """
+    with open(folder / ".lock", "a+") as file:
+        if not try_alone(file):
+            file.seek(0)
+            holder = file.read(200).strip() or "another process"
+            raise InUse(f"{folder} is being {purpose} into by {holder}: expected another --out, or that it has ended")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def try_alone(file: IO) -> bool:
+    """Lock an open file, unless another process has it. A file system without locks lets everyone in, with a warning."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        warnings.warn(f"the folder cannot be locked ({error.strerror}): take care that no other run trains into it",
+                      stacklevel=3)
+    return True
+
+
+def share(file: IO) -> None:
+    """Lock an open file together with others that share it, waiting for one that has it alone."""
+    fcntl.flock(file, fcntl.LOCK_SH)

@@ -1,0 +1,1 @@
+"""What matching, training and evaluating cost, measured side by side."""

@@ -1,0 +1,37 @@
+"""dansm encode: images to latents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..base.machine import pick_device
+from .options import Autoencoder, Device, Out, Precision, SkipUnreadable, command_app
+
+app = command_app()
+
+
+@app.command()
+def encode(
+    source: Annotated[Path, typer.Argument(
+        help="a folder of images (with subfolders), a zip or tar of them, or an LSUN lmdb")],
+    autoencoder: Autoencoder,
+    size: Annotated[int, typer.Option(min=1, help="pixels of the shorter side, then the centre square")] = 256,
+    flips: Annotated[bool, typer.Option("--flips", help="after each latent, that of the mirrored image")] = False,
+    moments: Annotated[bool, typer.Option(
+        "--moments", help="keep mean and log-variance, for training to draw from; else the mean alone")] = False,
+    batch: Annotated[int, typer.Option(min=0, help="latents made together; 0: 64 on a GPU, or 8")] = 0,
+    shard: Annotated[int, typer.Option(min=1, help="images in each file, and what a kill can lose")] = 4096,
+    workers: Annotated[int, typer.Option(min=0, help="threads of each process that read images; 0: its cores")] = 0,
+    precision: Precision = "auto",
+    skip_unreadable: SkipUnreadable = False,
+    device: Device = "auto",
+    out: Out = Path("data/latents"),
+) -> None:
+    """Encode images to latents by Stable Diffusion's autoencoder, in shards. A stopped encode resumes."""
+    from ..data.encode import cores, encode
+
+    encode(source, autoencoder, pick_device(device), out, size=size, flips=flips, moments=moments, batch=batch,
+           shard=shard, workers=workers or cores(), precision=precision, skip_unreadable=skip_unreadable)

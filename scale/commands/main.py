@@ -1,0 +1,92 @@
+"""The `dansm` command: which commands there are, and how each of them ends."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+
+import typer
+from typer.core import TyperGroup
+
+from dansm import BadInput
+
+from ..base.machine import lacks_memory
+from ..base.text import Stopped
+
+COMMANDS = ("toy", "digits", "train", "export", "encode", "decode", "sample", "evaluate", "compare", "grid", "tsne",
+            "paths", "loss", "theory", "proof", "bench")
+
+
+class Commands(TyperGroup):
+    """The commands, each loaded from the file of its name when it is called."""
+
+    def list_commands(self, ctx) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx, cmd_name: str):
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f".{cmd_name}", __package__)
+        command = typer.main.get_command(module.app)
+        command.name = cmd_name
+        return command
+
+
+app = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def describe() -> None:
+    """Pair noise with data by distance, so that few-step samples get good earlier in training.
+
+    Begin with: dansm toy
+    """
+
+
+def run(arguments: list[str] | None = None) -> None:
+    """Run a command and exit: 0 done, 2 bad input (one line on stderr), 130 stopped by Ctrl-C."""
+    message = ""
+    try:
+        code = app(arguments, prog_name="dansm", standalone_mode=False) or 0
+    except BadInput as error:
+        code, message = 2, str(error)
+    except (KeyboardInterrupt, typer.Abort, Stopped) as error:
+        code, message = 130, str(error)
+    except OSError as error:  # a folder in the place of a file, or a full disk, which does not name the file
+        code, message = 2, str(error)
+        if not error.filename:
+            message = f"a file cannot be read or written: {error.strerror or error}"
+    except Exception as error:
+        code, message = 2, _explained(error)
+    if code == 130:
+        message = message or "stopped"
+    if message:
+        print("dansm:", " ".join(message.split()), file=sys.stderr)
+    sys.exit(code)
+
+
+def _explained(error: Exception) -> str:
+    """One line for an error that is nobody's bug; any other error is raised again."""
+    if lacks_memory(error):
+        amount = re.search(r"tried to allocate [\d.]+ \w+", str(error), re.IGNORECASE)  # the rest is torch's advice
+        reason = amount[0] if amount else str(error).partition("\n")[0] or "Python asked for it"
+        return f"this needs more memory than there is ({reason})"
+    if hasattr(error, "format_message"):  # Typer's own: an unknown option, a value of the wrong kind
+        return _usage_error(error)
+    raise error
+
+
+def _usage_error(error) -> str:
+    """Typer's message, with the value given and what is expected, which some of its messages leave out."""
+    message = error.format_message().removesuffix(".").replace("Value error, ", "")
+    message = message.replace("Input should be", "expected")
+    message = re.sub(r"expected a valid integer\b.*", "expected a whole number", message)
+    if message.startswith("No such command"):
+        return f"{message.split('.')[0]}: expected one of {', '.join(error.ctx.command.list_commands(error.ctx))}"
+    if message.startswith("Missing ") and getattr(error.param, "help", None):
+        return f"{message}: expected {error.param.help}"
+    if not hasattr(error.__cause__, "errors"):
+        return message
+    given = str(error.__cause__.errors()[0]["input"])
+    return message if repr(given) in message else f"{message}, given {given}"

@@ -1,0 +1,53 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from dansm import BadInput
+
+
+def command_app() -> typer.Typer:
+    """The Typer app of one command's file."""
+    return typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+Device = Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="auto: the fastest one available")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="same seed, same result on the same machine")]
+MatchSize = Annotated[int, typer.Option(min=0, help="noises in the pool; 0 or 1: random pairs")]
+Out = Annotated[Path, typer.Option(help="folder for the results, made if missing")]
+
+Model = Annotated[Path, typer.Argument(help="folder of a dansm train, one of its checkpoints, or an export")]
+Models = Annotated[list[Path], typer.Argument(help="folders of dansm train, their checkpoints, or exports")]
+Labels = Annotated[list[str] | None, typer.Option(
+    "--label", help="name of a model in the figure: once for each, in their order [their folders' names]")]
+Data = Annotated[str | None, typer.Option(help="images or latents, as for dansm train [those of the model's training]")]
+Size = Annotated[int | None, typer.Option(min=1, help="make images squares of this many pixels")]
+SampleSteps = Annotated[int, typer.Option(min=1, help="steps from a noise to the model's sample")]
+Batch = Annotated[int, typer.Option(min=1, help="samples drawn together")]
+SampleBatch = Annotated[int, typer.Option(
+    min=0, help="images drawn together; 0: what half of a GPU's free memory holds, up to 2,000, or 64")]
+Solver = Annotated[Literal["euler", "heun"], typer.Option(help="heun takes two evaluations a step")]
+Precision = Annotated[Literal["auto", "bf16", "fp16", "fp32"], typer.Option(
+    help="of the network; auto: bf16, on older GPUs fp16, on the CPU fp32")]
+Autoencoder = Annotated[Path, typer.Option(
+    help="Stable Diffusion's: a diffusers folder, or a .safetensors or .ckpt with keys first_stage_model.…",
+    show_default=False)]
+DecodeWith = Annotated[Path | None, typer.Option(
+    "--autoencoder", help="decodes what a network of latents draws; as for dansm encode")]
+DecodeMemory = Annotated[float | None, typer.Option(
+    "--memory", min=0.0, help="gigabytes to decode latents in [a quarter of what is free]")]
+SkipUnreadable = Annotated[bool, typer.Option("--skip-unreadable", help="leave out images that cannot be read")]
+InceptionWeights = Annotated[Path | None, typer.Option(help="file with them, where nothing can be downloaded")]
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """The numbers of a shape: 4x32x32 → (4, 32, 32)."""
+    sizes = text.lower().split("x")
+    if not all(size.isdecimal() and 0 < int(size) < 2**16 for size in sizes):
+        raise BadInput(f"--shape is {text!r}: expected whole numbers from 1 to 65,535, as in 4x32x32")
+    return tuple(map(int, sizes))
+

@@ -1,0 +1,36 @@
+"""dansm toy: 2D flows by every way of pairing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dansm import check_choice
+
+from ..base.files import make_folder
+from ..base.machine import pick_device
+from .options import Device, MatchSize, Out, Seed, command_app
+
+app = command_app()
+
+
+@app.command()
+def toy(
+    shape: Annotated[str, typer.Option(
+        help="swiss-roll, eight-gaussians, two-moons, checkerboard, pinwheel, or all")] = "swiss-roll",
+    match_size: MatchSize = 1000,
+    steps: Annotated[int, typer.Option(min=1, help="training steps for each way of pairing")] = 800,
+    seeds: Annotated[int, typer.Option(min=1, help="trainings for each way of pairing, for the spread")] = 3,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    out: Out = Path("runs/toy"),
+) -> None:
+    """See in a minute what matching does: 2D flows, each way of pairing, pictures and a table."""
+    from dansm.tiny.shapes import SHAPES
+    from dansm.tiny.toy import run
+
+    check_choice("--shape", shape, (*SHAPES, "all"))
+    run(shape, match_size=match_size, steps=steps, seeds=seeds, seed=seed, device=pick_device(device),
+        out=make_folder(out))

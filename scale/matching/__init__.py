@@ -1,0 +1,1 @@
+"""Noise pools at full speed: on a GPU, over several processes, and linear assignment."""

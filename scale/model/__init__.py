@@ -1,0 +1,1 @@
+"""Networks as they are kept and used: recipes, checkpoints, fused layers, sampling."""

@@ -1,0 +1,1 @@
+"""A training run: one step, the loop, its folder, and when it stops."""

@@ -1,0 +1,397 @@
+"""Images from files to batches."""
+
+import random
+import threading
+import warnings
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from dansm.scale.data import loader
+from dansm.scale.data import loader as data
+from dansm.scale.data.loader import batches, load_images
+from dansm.scale.data.pixels import to_uint8
+from dansm.scale.data.read import find_files
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from support import noise_image
+
+from dansm import BadInput
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Images 6 wide and 4 high under names whose order is not that of their making."""
+    names = ["b.png", "a10.png", "a9.png", "sub/c.png", "Z.PNG", "sub/deeper/0.bmp"]
+    random.Random(1).shuffle(names)
+    for name in names:
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise_image(6, 4, seed=sum(map(ord, name))).save(path)
+    (tmp_path / "images" / "notes.txt").write_text("no image")
+    return tmp_path / "images"
+
+
+# ------------------------------------------------------------------------------- reading
+
+
+def test_images_come_in_the_order_of_their_names_with_the_subfolders(folder):
+    names = [path.relative_to(folder).as_posix() for path in find_files(folder)]
+    assert names == ["Z.PNG", "a10.png", "a9.png", "b.png", "sub/c.png", "sub/deeper/0.bmp"]
+    images = load_images(str(folder))
+    for name, image in zip(names, images, strict=True):
+        assert torch.equal(image, by_hand(folder / name)), name
+
+
+def by_hand(path):
+    """Pixel for pixel, as (3, H, W)."""
+    image = Image.open(path).convert("RGB")
+    out = torch.empty(3, image.height, image.width, dtype=torch.uint8)
+    for y in range(image.height):
+        for x in range(image.width):
+            out[:, y, x] = torch.tensor(image.getpixel((x, y)), dtype=torch.uint8)
+    return out
+
+
+def test_images_are_uint8_channels_first_height_before_width_and_contiguous(folder):
+    images = load_images(str(folder))
+    assert (images.shape, images.dtype, images.is_contiguous()) == ((6, 3, 4, 6), torch.uint8, True)
+
+
+def test_grayscale_palette_and_transparent_images_become_three_channels(tmp_path):
+    for mode in ("L", "P", "RGB", "RGBA"):
+        noise_image(4, 4, mode=mode).save(tmp_path / f"{mode}.png")
+    gray, palette, color, transparent = load_images(str(tmp_path))
+    assert torch.equal(gray[0], gray[1]) and torch.equal(gray[0], gray[2])
+    assert torch.equal(gray[0], torch.from_numpy(np.array(noise_image(4, 4, mode="L"))))
+    assert torch.equal(palette, by_hand(tmp_path / "P.png")) and len(palette.unique()) > 2
+    assert torch.equal(color, torch.from_numpy(np.array(noise_image(4, 4))).permute(2, 0, 1))
+    rgba = np.array(noise_image(4, 4, mode="RGBA"))
+    assert torch.equal(transparent, torch.from_numpy(rgba[..., :3].copy()).permute(2, 0, 1))
+
+
+def test_16_bits_of_gray_become_8(tmp_path):
+    levels = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(levels * 257).save(tmp_path / "a.png")
+    assert torch.equal(load_images(str(tmp_path))[0, 0], torch.from_numpy(levels.astype(np.uint8)))
+
+
+@pytest.mark.parametrize(("width", "height"), [(12, 4), (4, 12)])
+def test_size_takes_the_centre_square(tmp_path, width, height):
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[(height - 4) // 2 : (height + 4) // 2, (width - 4) // 2 : (width + 4) // 2] = (10, 100, 200)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    centre = load_images(str(tmp_path), size=4)  # the shorter side is 4 already: nothing is blended
+    assert torch.equal(centre, torch.tensor([10, 100, 200], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 4, 4))
+
+
+def test_size_scales_the_shorter_side(tmp_path):
+    """Left half black and right half white, twice as large: still so, but for the pixels beside the border."""
+    pixels = np.zeros((16, 16, 3), np.uint8)
+    pixels[:, 8:] = 255
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    image = load_images(str(tmp_path), size=8)[0]
+    assert image.shape == (3, 8, 8)
+    assert image[:, :, :2].max() <= 2 and image[:, :, 6:].min() >= 253
+
+
+def test_images_of_unequal_size_are_refused_naming_two_and_size_makes_them_equal(tmp_path):
+    noise_image(6, 4).save(tmp_path / "a.png")
+    noise_image(6, 4).save(tmp_path / "b.png")
+    noise_image(5, 7).save(tmp_path / "c.png")
+    with pytest.raises(BadInput, match=r"c\.png is 5×7, .*a\.png is 6×4.*--size"):
+        load_images(str(tmp_path))
+    assert load_images(str(tmp_path), size=4).shape == (3, 3, 4, 4)
+
+
+def test_an_unreadable_image_is_named_or_left_out(folder):
+    (folder / "a9.png").write_bytes(b"no PNG at all")
+    with pytest.raises(BadInput, match=r"a9\.png cannot be read.*--skip-unreadable"):
+        load_images(str(folder))
+    rest = load_images(str(folder), skip_unreadable=True)
+    names = ["Z.PNG", "a10.png", "b.png", "sub/c.png", "sub/deeper/0.bmp"]
+    assert torch.equal(rest, torch.stack([by_hand(folder / name) for name in names]))
+
+
+def test_what_is_left_out_is_told(folder):
+    for name in ("a9.png", "Z.PNG"):
+        (folder / name).write_bytes(b"")
+    left_out = []
+    assert len(load_images(str(folder), skip_unreadable=True, left_out=left_out)) == 4
+    assert left_out == [folder / "Z.PNG", folder / "a9.png"]
+
+
+def test_skipping_may_begin_with_the_first_image(folder):
+    (folder / "Z.PNG").write_bytes(b"")
+    assert torch.equal(load_images(str(folder), skip_unreadable=True)[0], by_hand(folder / "a10.png"))
+
+
+def test_a_folder_of_unreadable_images_only_is_refused(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"")
+    (tmp_path / "b.png").write_bytes(b"")
+    with pytest.raises(BadInput, match="2 image files, none of them readable"):
+        load_images(str(tmp_path), skip_unreadable=True)
+
+
+def test_progress_is_told_of_every_file(folder):
+    seen = []
+
+    def track(images, total):
+        for image in images:
+            seen.append(total)
+            yield image
+
+    load_images(str(folder), track=track)
+    assert seen == [6] * 6
+
+
+# ------------------------------------------------------------------------------- batches
+
+
+def numbered(count, width=3):
+    """Image i holds i at the left and i + 100 at the right, so that a batch tells which images it is made of."""
+    images = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1).repeat(1, 3, 2, width)
+    images[..., -1] += 100
+    return images
+
+
+def levels(x):
+    """The whole numbers that [−1, 1] was made of."""
+    return ((x + 1) * 127.5).round().long()
+
+
+def stream(images, batch, count, **settings):
+    return torch.cat(list(islice(batches(images, batch, **settings), count)))
+
+
+def which(x):
+    """The image each sample is, and whether it is mirrored."""
+    left, right = levels(x)[:, 0, 0, 0], levels(x)[:, 0, 0, -1]
+    return torch.minimum(left, right), left > right
+
+
+@pytest.mark.parametrize(("count", "batch"), [(10, 5), (10, 3), (10, 10), (10, 25), (10, 1), (1, 4)])
+def test_every_epoch_holds_every_image_once(count, batch):
+    shown, _ = which(stream(numbered(count), batch, -(-4 * count // batch)))
+    for epoch in shown[: 4 * count].split(count):
+        assert epoch.sort().values.tolist() == list(range(count))
+
+
+def test_an_epoch_depends_on_its_seed_and_its_number_alone():
+    images = numbered(20)
+    by_one, by_seven = stream(images, 1, 63, seed=3), stream(images, 7, 9, seed=3)
+    assert torch.equal(by_one, by_seven)
+    orders = {tuple(which(stream(images, 20, 4, seed=seed))[0].tolist()) for seed in range(5)}
+    epochs = {tuple(order[i : i + 20]) for order in orders for i in range(0, 80, 20)}
+    assert len(orders) == 5 and len(epochs) == 20  # no two epochs, of no two seeds, are alike
+
+
+@pytest.mark.parametrize("start", [0, 1, 2, 3, 4, 9])
+@pytest.mark.parametrize("batch", [3, 4, 10, 23])
+def test_a_stream_begun_at_a_batch_is_the_stream_that_went_on(start, batch):
+    images = numbered(10)
+    whole = list(islice(batches(images, batch, seed=1), start + 5))
+    later = list(islice(batches(images, batch, seed=1, start=start), 5))
+    assert all(torch.equal(a, b) for a, b in zip(whole[start:], later, strict=True))
+
+
+def test_half_of_the_images_are_mirrored_anew_each_epoch():
+    images = torch.randint(0, 256, (100, 3, 4, 5), dtype=torch.uint8)
+    images[:, 0, 0, 0], images[:, 0, 0, -1] = torch.arange(100), torch.arange(100) + 100
+    x = stream(images, 100, 20, seed=2)
+    image, mirrored = which(x)
+    for sample, i, flipped in zip(levels(x), image, mirrored, strict=True):
+        assert torch.equal(sample, (images[i].flip(2) if flipped else images[i]).long())
+    assert mirrored.double().mean().item() == pytest.approx(0.5, abs=4 * 0.5 / 2000**0.5)
+    first, second = (mirrored[epoch][image[epoch].argsort()] for epoch in (slice(100), slice(100, 200)))
+    assert 0 < (first != second).sum() < 100
+
+
+def test_without_flips_no_image_is_mirrored_and_the_order_is_the_same():
+    flipped, plain = (which(stream(numbered(20), 8, 10, flip=flip)) for flip in (True, False))
+    assert flipped[1].any() and not plain[1].any()
+    assert torch.equal(flipped[0], plain[0])
+
+
+def test_black_is_minus_1_and_white_is_1_exactly_and_the_levels_come_back():
+    images = torch.arange(256, dtype=torch.uint8).view(256, 1, 1, 1)
+    x = stream(images, 256, 1, flip=False)
+    assert (x.dtype, x.min().item(), x.max().item()) == (torch.float32, -1.0, 1.0)
+    assert torch.equal(to_uint8(x).flatten().sort().values, images.flatten())
+
+
+def test_a_batch_larger_than_the_data_shows_each_image_as_often():
+    (x,) = islice(batches(numbered(4), 12), 1)
+    assert which(x)[0].bincount().tolist() == [3, 3, 3, 3]
+
+
+def test_batches_leave_the_images_as_they_are():
+    images = numbered(5)
+    before = images.clone()
+    stream(images, 3, 4)
+    assert torch.equal(images, before)
+
+
+def by_the_rule(images, batch, *, seed, number, flip=True):
+    """Batch `number` of the endless row of epochs, one sample after the other."""
+    x = []
+    for place in range(number * batch, (number + 1) * batch):
+        draw = np.random.default_rng([seed, place // len(images)])
+        row = draw.permutation(len(images))[place % len(images)]
+        mirrored = flip and draw.random(len(images))[place % len(images)] < 0.5
+        image = torch.as_tensor(images[row])
+        image = image.flip(2) if mirrored else image
+        x.append(image.float() / 127.5 - 1 if image.dtype == torch.uint8 else image.float())
+    return torch.stack(x)
+
+
+sizes = st.integers(1, 30)
+
+
+@given(count=sizes, share=st.integers(1, 12), ranks=st.integers(1, 4), start=st.integers(0, 20), seed=sizes,
+       flip=st.booleans(), resident=st.booleans(), kind=st.sampled_from(["uint8", "float16", "float32"]))
+def test_the_parts_of_all_ranks_joined_are_the_batches_by_the_rule(count, share, ranks, start, seed, flip, resident,
+                                                                   kind):
+    images = (255 * np.random.default_rng(0).random((count, 2, 2, 3))).astype(kind)
+    parts = [batches(images, share * ranks, seed=seed, flip=flip, start=start, rank=rank, ranks=ranks,
+                     resident=resident) for rank in range(ranks)]
+    for number in range(start, start + 4):
+        x = torch.cat([next(part) for part in parts])
+        assert torch.equal(x, by_the_rule(images, share * ranks, seed=seed, number=number, flip=flip))
+    for part in parts:
+        part.close()
+
+
+@pytest.mark.parametrize("resident", [None, True, False])
+def test_images_on_the_disk_give_the_batches_of_those_in_memory(tmp_path, resident):
+    images = np.random.default_rng(0).integers(0, 256, (50, 3, 4, 4), np.uint8)
+    np.save(tmp_path / "a.npy", images)
+    mapped = [np.load(tmp_path / "a.npy", mmap_mode=mode) for mode in ("r", "c")]
+    expected = stream(torch.from_numpy(images), 12, 20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for disk in mapped:
+            assert torch.equal(stream(disk, 12, 20, resident=resident), expected)
+    assert (mapped[1] == images).all()
+
+
+def test_latents_are_served_as_they_are_and_mirrored():
+    latents = torch.randn(40, 4, 3, 5).half()
+    x = stream(latents, 40, 1)
+    assert x.dtype == torch.float32
+    known = {tuple(latent.flatten().tolist()) for latent in latents.float()}
+    turned = {tuple(latent.flatten().tolist()) for latent in latents.float().flip(3)}
+    shown = [tuple(latent.flatten().tolist()) for latent in x]
+    assert set(shown) <= known | turned and 8 < sum(latent in turned for latent in shown) < 32
+    assert {tuple(latent.flatten().tolist()) for latent in stream(latents, 40, 1, flip=False)} == known
+
+
+@pytest.mark.parametrize("settings", [{"ranks": 3}, {"ranks": 2, "rank": 2}, {"rank": -1}, {"ranks": 0}, {"start": -1}])
+def test_ranks_that_do_not_share_a_batch_are_refused_at_once(settings):
+    with pytest.raises(BadInput, match="expected"):
+        batches(numbered(10), 8, **settings)
+
+
+@pytest.mark.parametrize("images", [torch.zeros(4, 3, 2, 2, dtype=torch.int64), torch.zeros(4, 3, 2),
+                                    np.zeros((0, 3, 2, 2), np.uint8), np.zeros((4, 3, 2, 2), ">f4"),
+                                    np.zeros((4, 3, 2, 2))])
+def test_what_is_no_array_of_images_is_refused_at_once(images):
+    with pytest.raises(BadInput, match=r"expected uint8, float16 or float32 \(N, C, H, W\)"):
+        batches(images, 2)
+
+
+def on_disk(folder, count=30):
+    np.save(folder / "a.npy", numbered(count).numpy())
+    return np.load(folder / "a.npy", mmap_mode="c")
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_the_threads_end_with_the_batches(tmp_path, resident):
+    before = set(threading.enumerate())
+    row = batches(on_disk(tmp_path), 4, resident=resident)
+    next(row)
+    assert set(threading.enumerate()) - before
+    row.close()
+    assert not set(threading.enumerate()) - before
+
+
+def test_what_goes_wrong_in_a_thread_is_raised_where_the_batch_is_asked_for(tmp_path, monkeypatch):
+    row, take, before = batches(on_disk(tmp_path), 4), np.take, set(threading.enumerate())
+    reads = iter(range(100))
+
+    def failing(*arguments, **settings):
+        if next(reads) >= 8:
+            raise OSError(5, "Input/output error")
+        return take(*arguments, **settings)
+
+    monkeypatch.setattr(np, "take", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        for _ in range(10):
+            next(row)
+    assert not set(threading.enumerate()) - before
+    with pytest.raises(StopIteration):
+        next(row)
+
+
+def test_no_more_than_a_few_batches_are_read_ahead(tmp_path, monkeypatch):
+    row, gathered, take = batches(on_disk(tmp_path), 4), [], np.take
+    monkeypatch.setattr(np, "take", lambda *arguments, **settings: gathered.append(0) or take(*arguments, **settings))
+    for taken in range(1, 20):
+        next(row)
+        assert len(gathered) <= 2 * (taken + loader.AHEAD)
+    row.close()
+    assert len(gathered) >= 2 * 19
+
+
+def test_the_next_epoch_is_drawn_in_time_by_another_thread(monkeypatch):
+    drawn, draw = {}, np.random.default_rng
+
+    def watched(seed):
+        drawn.setdefault(seed[1], threading.Event()).set()
+        assert threading.current_thread() is not threading.main_thread()
+        return draw(seed)
+
+    monkeypatch.setattr(np.random, "default_rng", watched)
+    row = batches(numbered(10), 2)
+    for number in range(25):
+        next(row)
+        assert drawn.setdefault(number // 5 + 1, threading.Event()).wait(60)
+        assert number // 5 + 2 not in drawn
+    row.close()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU's")
+@pytest.mark.parametrize("kind", ["uint8", "float16", "float32"])
+def test_a_gpu_gets_the_same_batches_whether_the_images_live_there_or_not(tmp_path, kind):
+    images = (255 * np.random.default_rng(0).random((1000, 3, 8, 8))).astype(kind)
+    np.save(tmp_path / "a.npy", images)
+    mapped = np.load(tmp_path / "a.npy", mmap_mode="c")
+    rows = [batches(mapped, 96, device="cuda", resident=resident) for resident in (None, True, False)]
+    rows += [batches(torch.from_numpy(images), 96, device="cuda", resident=False)]
+    here = batches(images, 96)
+    busy = torch.randn(2000, 2000, device="cuda")
+    for _ in range(100):
+        xs = [next(row) for row in rows]
+        for _ in range(5):
+            busy = (busy @ busy).tanh()  # so that the copies are far ahead of what uses them
+        assert xs[0].device.type == "cuda" and all(torch.equal(xs[0], x) for x in xs[1:])
+        assert torch.allclose(xs[0].cpu(), next(here), atol=1e-6, rtol=0)
+    for row in rows:
+        row.close()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU's")
+def test_what_takes_more_than_half_of_a_gpu_does_not_live_there(monkeypatch):
+    images = numbered(64)
+    for free, there in ((2 * images.nbytes, True), (2 * images.nbytes - 1, False)):
+        monkeypatch.setattr(data, "free_memory", lambda _, free=free: free)
+        assert loader._may_live_on(torch.device("cuda"), images) is there
+
+
+@pytest.mark.parametrize("pixels", [np.array([[0, 70000]], np.int32), np.array([[0, 0.5]], np.float32)])
+def test_pixels_of_unknown_range_are_refused(pixels, tmp_path):
+    Image.fromarray(pixels).save(tmp_path / "a.tiff")
+    with pytest.raises(BadInput, match=r"a\.tiff"):
+        load_images(str(tmp_path))

@@ -1,0 +1,260 @@
+"""The examples run as they stand, shortened; one line is all that parts them from a vanilla training; the pool in them
+keeps its promises."""
+
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from dansm.scale.base.statistics import frechet_distance
+from dansm.tiny import comparison
+from dansm.tiny.digits import load_digits
+
+import dansm
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = {path.stem: path for path in sorted((ROOT / "examples").glob("*.py"))}
+PEERS = ("diffusers", "torchcfm")
+ONE_LINE = re.compile(r"^( *)(\w+) = pool\((\w+)\) +# was: (.+)$", re.MULTILINE)
+SHORT = dict(steps=6, seeds=1, match_size=48)
+
+
+def load(name: str, change=lambda source: source) -> ModuleType:
+    """The example as a module, its source changed before it runs."""
+    if (peer := name.removeprefix("with_")) in PEERS:
+        pytest.importorskip(peer)
+    module = ModuleType(name)
+    exec(compile(change(EXAMPLES[name].read_text()), EXAMPLES[name], "exec"), module.__dict__)
+    return module
+
+
+def put_back(source: str) -> str:
+    """What stood there before in place of the one line."""
+    return ONE_LINE.sub(r"\1\4", source)
+
+
+def rows_of(result) -> list[dict]:
+    return result["rows"] if isinstance(result, dict) else result
+
+
+def measures(rows: list[dict], way: str) -> dict:
+    """Of the one row whose way begins so, all that is measured."""
+    found, = (row for row in rows if row["way"].startswith(way))
+    return {key: value for key, value in found.items() if key != "way"}
+
+
+class Recorded(dansm.NoisePool):
+    """A pool that keeps what it drew, by the number of the pool, and what it handed out."""
+
+    made = ()
+
+    def __init__(self, *arguments, **settings):
+        super().__init__(*arguments, **settings)
+        self.drew, self.given = {}, []
+        Recorded.made = (*Recorded.made, self)
+
+    def _draw(self, number, chunk, ours):
+        self.drew[number] = super()._draw(number, chunk, ours).clone()
+        return ours
+
+    def __call__(self, x):
+        z = super().__call__(x)
+        self.given.append(z.flatten(1).clone())
+        return z
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    monkeypatch.setattr(Recorded, "made", ())
+    return lambda: [pool for pool in Recorded.made if pool.match_size > 1]
+
+
+def in_order(z):
+    return z[z[:, 0].argsort()]
+
+
+# ------------------------------------------------------------------------------- all of them
+
+
+def test_there_is_an_example_for_each_kind_of_trainer():
+    assert list(EXAMPLES) == ["bare", "with_diffusers", "with_torchcfm"]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_one_line_is_marked_and_it_stood_for_random_noise(name):
+    source = EXAMPLES[name].read_text()
+    (_, noise, data, before), = ONE_LINE.findall(source)
+    assert before == f"{noise} = torch.randn_like({data})"
+    assert source.count("# was:") == 1
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_runs_and_its_paths_get_shorter(name, capsys):
+    rows = rows_of(load(name).main(**SHORT))
+    for row in rows:
+        assert all(math.isfinite(value) for key, value in row.items() if key != "way")
+    path = next(key for key in rows[0] if key.startswith("path"))
+    assert measures(rows, "pool")[path] < 0.97 * measures(rows, "random")[path]
+    out = capsys.readouterr().out
+    assert "pool of 48" in out and "Mean of 1 seed" in out
+    for row in rows:  # the table shows what was measured
+        assert all(f"{value:#.3g}" in out for key, value in row.items() if key not in ("way", "seed"))
+
+
+@pytest.mark.parametrize("options, words", [
+    (("--steps", "-3"), "--steps': expected greater than or equal to 1, given -3"),
+    (("--steps", "1", "--match-size", "100000000000"), "match_size is 100,000,000,000: the pool needs")])
+def test_what_an_example_cannot_use_is_said_without_a_traceback(options, words):
+    command = [sys.executable, EXAMPLES["bare"], *options]
+    found = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}, text=True,
+                           capture_output=True)
+    assert found.returncode == 2 and words in found.stderr and "Traceback" not in found.stderr
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_with_the_line_put_back_it_is_vanilla_training_to_the_last_bit(name):
+    """Both rows are trained without the pool then: had the script another difference, they would not be equal."""
+    rows = rows_of(load(name, put_back).main(**SHORT))
+    assert measures(rows, "pool") == measures(rows, "random")
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_whole_pool_is_handed_out_as_it_was_drawn(name, recorded):
+    module = load(name)
+    module.NoisePool = Recorded
+    module.main(**SHORT)
+    pools = [pool for pool in recorded() if 1 in pool.drew]  # but the one of a resumed run, which goes on from another
+    assert pools
+    for pool in pools:
+        given = torch.cat(pool.given)
+        whole = given[: len(given) // 48 * 48].split(48)
+        assert len(whole) >= 2
+        for number, noises in enumerate(whole, 1):
+            assert in_order(noises).equal(in_order(pool.drew[number]))
+            assert not noises.equal(pool.drew[number])
+
+
+def test_an_example_is_a_script(tmp_path):
+    command = [sys.executable, EXAMPLES["bare"], "--steps", "4", "--seeds", "1", "--match-size", "8"]
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+    assert "the same weights to the last bit" in done.stdout and "pool of 8" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_real_images_are_nearer_to_real_ones_than_noise():
+    images = load_digits()
+    floor = comparison.real_against_real(images, 500)
+    assert 0 < floor < 1 < frechet_distance(torch.randn(500, 1, 8, 8), images)
+
+
+# ------------------------------------------------------------------------------- bare
+
+
+def test_a_stopped_run_resumes_to_the_last_bit():
+    assert load("bare").resumes(load_digits(), 9, 100)
+
+
+def test_without_the_pool_in_the_checkpoint_it_would_be_another_run():
+    def forget(source):
+        changed = source.replace("(net, optimizer, pool), saved", "(net, optimizer), saved")
+        changed = changed.replace("part in (net, optimizer, pool)", "part in (net, optimizer)")
+        assert changed.count("(net, optimizer)") == 2
+        return changed
+
+    assert not load("bare", forget).resumes(load_digits(), 9, 100)
+
+
+def test_a_run_that_resumes_begins_where_it_stopped(tmp_path):
+    bare, images, file = load("bare"), load_digits(), tmp_path / "checkpoint.pt"
+    _, before = bare.train(images, 3, 100, seed=0, checkpoint=file)
+    _, after = bare.train(images, 8, 100, seed=0, checkpoint=file)
+    _, whole = bare.train(images, 8, 100, seed=0)
+    assert len(after) == 5 and before + after == whole
+
+
+def test_bare_sampling_goes_from_noise_to_data():
+    """A velocity that leads straight to one image from wherever it is asked."""
+    bare, image = load("bare"), load_digits()[:1]
+    for steps in (1, 3, 7):
+        drawn = bare.sample(lambda x, t: (image - x) / (1 - t), 4, steps, torch.Generator().manual_seed(0))
+        assert torch.allclose(drawn, image.expand(4, -1, -1, -1), atol=1e-5)
+
+
+# ------------------------------------------------------------------------------- diffusers
+
+
+def test_batches_of_one_get_the_noises_of_a_whole_batch(recorded):
+    """With gradients accumulated over all of a batch, one at a time: the same noises, and so the same training."""
+    diffusers = load("with_diffusers")
+    diffusers.NoisePool = Recorded
+    scheduler, images = diffusers.FlowMatchEulerDiscreteScheduler(), load_digits()
+    nets = [diffusers.train(images, scheduler, 3, 48, 0, micro)[0] for micro in (diffusers.BATCH, 1)]
+    whole, alone = recorded()
+    assert [len(z) for z in whole.given] == [diffusers.BATCH] * 3 and {len(z) for z in alone.given} == {1}
+    assert torch.cat(whole.given).equal(torch.cat(alone.given))
+    for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-3)
+
+
+def test_diffusers_batches_of_one_through_main():
+    rows = load("with_diffusers").main(steps=1, seeds=1, match_size=16, micro=1)
+    assert measures(rows, "pool")["path length"] < measures(rows, "random")["path length"]
+
+
+def test_diffusers_as_a_diffusion():
+    rows = load("with_diffusers").main(ddpm=True, **SHORT)
+    assert all(math.isfinite(value) for row in rows for key, value in row.items() if key != "way")
+    assert list(rows[0])[-3:] == ["2 steps", "5 steps", "10 steps"]
+
+
+@pytest.mark.parametrize("name", ["DDPMScheduler", "FlowMatchEulerDiscreteScheduler"])
+def test_diffusers_time_goes_from_data_to_noise(name, monkeypatch):
+    module = load("with_diffusers")
+    scheduler, images = getattr(module, name)(), load_digits()[:3]
+    noise, ends = torch.randn_like(images), {}
+    for drawn in (0, 999):
+        monkeypatch.setattr(torch, "randint", lambda high, size, drawn=drawn: torch.full(size, drawn))
+        noisy, timesteps, target = module.add_noise(scheduler, images, noise)
+        ends[timesteps[0].item() > 500] = noisy
+        assert target.equal(noise if name == "DDPMScheduler" else noise - images)
+    assert (ends[False] - images).abs().max() < 0.05
+    assert (ends[True] - noise).abs().max() < 0.05
+
+
+def test_diffusers_flow_sampling_goes_from_noise_to_data():
+    module, image = load("with_diffusers"), load_digits()[:1]
+
+    def unet(x, t):
+        return SimpleNamespace(sample=(x - image) / (t / 1000))
+
+    scheduler = module.FlowMatchEulerDiscreteScheduler()
+    for steps in (1, 3, 7):
+        drawn = module.sample_flow(unet, scheduler, 4, steps, torch.Generator().manual_seed(0))
+        assert torch.allclose(drawn, image.expand(4, -1, -1, -1), atol=1e-5)
+    assert len(scheduler.timesteps) == 1000  # that of training is left as it was
+
+
+# ------------------------------------------------------------------------------- torchcfm
+
+
+def test_only_the_pool_matches_batches_of_one():
+    rows = load("with_torchcfm").main(**SHORT)
+    random, planned, pool = (measures(rows, way) for way in ("random", "batch OT", "pool"))
+    assert planned["path,\nbatch 64"] < 0.97 * random["path,\nbatch 64"]
+    assert planned["path,\nbatch 1"] == random["path,\nbatch 1"]
+    assert pool["path,\nbatch 1"] < 0.97 * random["path,\nbatch 1"]
+
+
+def test_torchcfm_time_goes_from_noise_to_data():
+    module = load("with_torchcfm")
+    x1, pool = load_digits()[:64].flatten(1), dansm.NoisePool(1, (64,), seed=0)
+    t, xt, ut = module.draw_paths(module.ConditionalFlowMatcher(), pool, x1)
+    assert torch.allclose(xt + (1 - t)[:, None] * ut, x1, atol=1e-5)
+    assert torch.allclose(xt - t[:, None] * ut, x1 - ut, atol=1e-5)  # where t is 0: the noise

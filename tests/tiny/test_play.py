@@ -1,0 +1,576 @@
+"""The page to play with: what the file holds, and in a headless browser that it matches as dansm.py does and obeys.
+
+The browser is Debian's (`apt-get install chromium chromium-driver`) or another Chrome with its chromedriver on the
+PATH; without one these tests skip. Nothing is downloaded.
+"""
+
+import io
+import json
+import re
+import shutil
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from dansm.tiny import toy
+from dansm.tiny.shapes import SHAPES
+from PIL import Image
+from scipy import stats
+
+import dansm
+
+PAGE = Path(__file__).parents[2] / "tiny" / "play.html"
+SOURCE = PAGE.read_text()
+FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--window-size=1280,960")
+
+
+# The file
+
+
+@pytest.mark.parametrize("loads", [r"https?:", r"<script[^>]", r"<link", r"@import", r"\bimport\b", r"\burl\(", r"src=",
+                                   r"fetch\(", r"XMLHttpRequest", r"WebSocket", r"sendBeacon", r"EventSource"])
+def test_the_file_loads_nothing(loads):
+    assert not re.findall(loads, SOURCE)
+
+
+def test_the_file_is_small_and_its_links_lead_somewhere():
+    assert 10_000 < PAGE.stat().st_size < 100_000
+    links = re.findall(r'href="([^"]+)"', SOURCE)
+    assert "../dansm.py" in links
+    assert all((PAGE.parent / link).exists() for link in links)
+
+
+# The browser
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    webdriver = pytest.importorskip("selenium.webdriver")
+    chrome = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
+    driver = shutil.which("chromedriver")
+    if not (chrome and driver):
+        pytest.skip(f"no {'chromedriver' if chrome else 'chromium or google-chrome'} on the PATH: "
+                    "apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chrome
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('browser')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    browser.set_script_timeout(20)
+    yield browser
+    browser.quit()
+
+
+@pytest.fixture
+def console(browser):
+    """Some page, for what needs its functions alone."""
+    if browser.current_url != PAGE.as_uri():
+        browser.get(PAGE.as_uri())
+    return browser
+
+
+@pytest.fixture
+def page(browser):
+    """The page as it opens, 1280 × 960, light; whatever the test does, the console stays empty."""
+    look(browser)
+    for log in ("browser", "performance"):
+        browser.get_log(log)
+    browser.get(PAGE.as_uri())
+    yield browser
+    assert browser.get_log("browser") == []
+
+
+def look(page, width=1280, height=960, pixels=1, scheme="light", motion="no-preference"):
+    """As on a screen of this size, with these wishes of the reader."""
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride",
+                         {"width": width, "height": height, "deviceScaleFactor": pixels, "mobile": False})
+    wishes = {"prefers-color-scheme": scheme, "prefers-reduced-motion": motion}
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia",
+                         {"features": [{"name": name, "value": value} for name, value in wishes.items()]})
+
+
+def run(page, script, *given):
+    """What a piece of the page's language returns; tensors go in as lists of numbers."""
+    given = [one.tolist() if isinstance(one, torch.Tensor) else one for one in given]
+    return page.execute_script(f"const d = window.dansm; {script}", *given)
+
+
+def drawn(page):
+    """Wait till the page has drawn what it is asked for."""
+    page.execute_async_script("const done = arguments[0]; requestAnimationFrame(() => requestAnimationFrame(done))")
+
+
+def state(page):
+    drawn(page)
+    return run(page, """const {x, z, shuffled, pools, batch, served, life, pool} = d.run();
+        return {x, z, shuffled, pools, batch, served, life: life.now, settings: d.settings,
+                pool: {number: pool.number, left: pool.left, noise: pool.noise}}""")
+
+
+def click(page, name):
+    page.find_element("id", name).click()
+
+
+def says(page, name):
+    drawn(page)
+    return page.find_element("id", name).text
+
+
+def fill(page, name, text):
+    """Type into a field, and leave it."""
+    field = page.find_element("id", name)
+    field.send_keys("\ue009a\ue000", text or "\ue017", "\ue004")  # control-A, the text or delete, tab
+    drawn(page)
+
+
+def choose(page, name, value):
+    page.find_element("css selector", f"#{name} option[value={value}]").click()
+
+
+def float64(points):
+    return torch.tensor(points, dtype=torch.float64).reshape(-1, 2)
+
+
+# Matching
+
+
+@pytest.mark.parametrize("samples, noises", [(1, 1), (1, 300), (7, 7), (7, 40), (64, 64), (64, 200), (100, 401)])
+@pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
+def test_greedy_picks_what_dansm_picks(console, samples, noises, ties):
+    cost = torch.rand(samples, noises, dtype=torch.float64)
+    if ties:
+        cost = (4 * cost).floor()
+    assert run(console, "return d.greedy(arguments[0])", cost) == dansm.greedy(cost).tolist()
+
+
+@pytest.mark.parametrize("cost", dansm.COSTS)
+def test_costs_are_those_of_dansm(console, cost):
+    x, z = torch.randn(20, 2, dtype=torch.float64), torch.randn(33, 2, dtype=torch.float64)
+    found = torch.tensor(run(console, "return d.costMatrix(...arguments)", x, z, cost), dtype=torch.float64)
+    torch.testing.assert_close(found, dansm.cost_matrix(x, z, cost), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("cost", ["[[1], [2]]", "[[1, NaN]]", "[[Infinity, Infinity]]", "[[Infinity, 1], [0, 1]]"])
+def test_greedy_refuses_what_dansm_refuses_in_the_same_words(console, cost):
+    refused = run(console, f"try {{ return d.greedy({cost}) }} catch (error) {{ return error.message }}")
+    try:
+        expected = dansm.greedy(torch.tensor(json.loads(cost), dtype=torch.float64)).tolist()
+    except dansm.BadInput as error:
+        expected = str(error)
+    assert refused == expected
+
+
+class GivenPool(dansm.NoisePool):
+    """A pool whose noises are given, pool after pool, and not drawn."""
+
+    def __init__(self, match_size, cost, given):
+        super().__init__(match_size, (2,), cost=cost, dtype=torch.float64)
+        self.given = given.split(match_size)
+
+    def _draw(self, number, chunk, ours):
+        return ours.copy_(self.given[number - 1])
+
+
+def one_by_one(x, given, match_size, cost):
+    """The rule as it reads, for the indices of the noises in their pools."""
+    picks = []
+    for i, sample in enumerate(x):
+        if i % match_size == 0:
+            noise, left = given[i : i + match_size], torch.arange(match_size)
+        place = dansm.greedy(dansm.cost_matrix(sample[None], noise[left], cost)).item()
+        picks.append(left[place].item())
+        left = torch.cat([left[:place], left[place + 1 :]])
+    return picks
+
+
+SERVE = """
+    const [batches, given, matchSize, cost] = arguments, served = [], picks = [];
+    let drawn = 0;
+    const draw = n => given.slice(drawn, drawn += n);
+    const pool = new d.NoisePool(matchSize, cost, draw), again = new d.NoisePool(matchSize, cost, draw);
+    for (const batch of batches) served.push([pool.serve(batch), pool.number, pool.left]);
+    drawn = 0;
+    for (const x of batches.flat()) picks.push(again.take(x).index);
+    return {served, picks};
+"""
+
+
+@pytest.mark.parametrize("cost", dansm.COSTS)
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+@pytest.mark.parametrize("match_size", [2, 10, 50])
+@pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
+def test_the_pool_serves_what_dansm_serves(console, cost, batch_size, match_size, ties):
+    """Through several pools; batches of 7 and 64 end in the middle of them, and batches of 64 take more than one."""
+    count = max(3 * match_size + 5, 2 * batch_size)
+    x, given = torch.randn(count, 2, dtype=torch.float64), torch.randn(count + 2 * match_size, 2, dtype=torch.float64)
+    given = given[: len(given) // match_size * match_size]
+    if ties:
+        x, given = x.round(), given.round()
+    found = run(console, SERVE, [batch.tolist() for batch in x.split(batch_size)], given, match_size, cost)
+
+    pool = GivenPool(match_size, cost, given)
+    expected = [[pool(batch).tolist(), pool.number, pool.left] for batch in x.split(batch_size)]
+    assert found["served"] == expected
+    assert pool.number > 3
+    picks = one_by_one(x, given, match_size, cost)
+    assert found["picks"] == picks
+    assert sorted(picks[:match_size]) == list(range(match_size))
+    if ties:  # some noises of a pool are equal, so an index says more than a place
+        assert len(given[:match_size].unique(dim=0)) < match_size or match_size == 2
+
+
+@pytest.mark.parametrize("match_size", [0, 1])
+def test_a_match_size_of_0_or_1_is_a_random_noise(console, match_size):
+    x, given = torch.randn(9, 2, dtype=torch.float64), torch.randn(9, 2, dtype=torch.float64)
+    found = run(console, SERVE, [batch.tolist() for batch in x.split(4)], given, match_size, "squared")
+    assert [noise for batch, _, _ in found["served"] for noise in batch] == given.tolist()
+    assert [rest for _, *rest in found["served"]] == [[0, 0]] * 3  # no pool is ever drawn, as in dansm.py
+
+
+# Measuring, and drawing lots
+
+
+@pytest.mark.parametrize("count", [2, 3, 40, 256])
+def test_crossings_and_lengths_are_those_of_the_toy(console, count):
+    x, z = torch.randn(2, count, 2, dtype=torch.float64)
+    crossings, length = run(console, "return [d.crossings(...arguments).length, d.pathLength(...arguments)]", x, z)
+    assert crossings == round(toy.crossing_share(x, z) * count * (count - 1) / 2)
+    assert length == pytest.approx(dansm.path_length(x, z))
+    if count > 3:
+        assert crossings > count
+
+
+def test_a_crossing_is_marked_where_two_lines_cross(console):
+    x, z = [[1, 1], [3, 0.5]], [[-1, -1], [-1, 0.5]]
+    found = run(console, "return crossings(...arguments).map(pair => crossingPoint(...arguments, pair))", x, z)
+    assert found == [[0.5, 0.5]]
+
+
+def test_meetings_are_near_and_part(console):
+    x, z, t = torch.randn(80, 2, dtype=torch.float64), torch.randn(80, 2, dtype=torch.float64), 0.4
+    place, along = t * x + (1 - t) * z, torch.nn.functional.normalize(x - z)
+    expected = ((torch.cdist(place, place) < 0.1) & (along @ along.T < 0.5)).triu(1).nonzero()[:, [0, 1]].tolist()
+    found = run(console, "return d.meetings(...arguments)", x, z, t)
+    assert sorted(found) == sorted(expected) and len(found) > 3
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes_are_those_of_tiny_shapes(console, shape):
+    """As many points in every field of a board, as far as chance goes: the χ² of two samples of one distribution is 1
+    for each field."""
+    found = float64(run(console, "return d.samples(arguments[0], 20000, d.generator(5, 'test'))", shape))
+    a, b = (torch.histogramdd(points.double(), [24, 24], range=[-2.4, 2.4, -2.4, 2.4]).hist
+            for points in (found, toy.points(shape, 20_000, "test", 0)))
+    filled = a + b > 10
+    assert ((a - b).square() / (a + b))[filled].mean() < 1.4 and filled.sum() > 50
+
+
+def test_noises_are_normal_and_follow_their_seed(console):
+    first, again, other, data = (float64(run(console, "return d.noises(10000, d.generator(...arguments))", *which))
+                                 for which in ((3, "noise"), (3, "noise"), (4, "noise"), (3, "data")))
+    assert first.equal(again)
+    assert stats.kstest(first.flatten().numpy(), "norm").pvalue > 0.01
+    for one in (other, data):
+        assert torch.corrcoef(torch.cat([first, one], 1).T).fill_diagonal_(0).abs().max() < 0.04
+
+
+# The page
+
+
+def test_the_page_asks_for_nothing_else(page):
+    for name in ("play", "one-batch", "carry", "redraw"):
+        click(page, name)
+    for button in page.find_elements("css selector", ".tries button"):
+        button.click()
+    drawn(page)
+    events = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
+    asked = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    assert asked == [PAGE.as_uri()]
+
+
+@pytest.mark.parametrize("cost", dansm.COSTS)
+@pytest.mark.parametrize("shape", ["two-moons", "checkerboard"])
+def test_what_is_shown_is_the_matching_of_dansm(page, cost, shape):
+    choose(page, "shape", shape), choose(page, "cost", cost)
+    fill(page, "batch-size", "64")
+    shown = state(page)
+    x, z, noise = (float64(points) for points in (shown["x"], shown["z"], shown["pool"]["noise"]))
+    assert len(x) == 64 and len(noise) == 100 and shown["pool"]["left"] == 36
+    assert z.equal(noise[dansm.greedy(dansm.cost_matrix(x, noise, cost))])
+    shuffled = float64(shown["shuffled"])
+    assert sorted(shown["shuffled"]) == sorted(shown["z"]) and not shuffled.equal(z)
+    for name, noises in (("", z), ("-shuffled", shuffled)):
+        count = round(toy.crossing_share(x, noises) * 64 * 63 / 2)
+        assert says(page, "crossings" + name) == f"{count:,} ({100 * count / 2016:.1f} %)"
+        assert says(page, "length" + name) == f"{dansm.path_length(x, noises):.2f}"
+    assert says(page, "line-pairs") == "2,016"
+
+
+def test_the_pool_runs_empty_in_the_middle_of_a_batch(page):
+    assert says(page, "pool-says") == "no. 1: 60 of 100 left"
+    assert "ran empty" not in says(page, "news")
+    click(page, "one-batch"), click(page, "one-batch")
+    shown = state(page)
+    assert (shown["batch"], shown["served"], shown["pools"]) == (3, 120, [1] * 20 + [2] * 20)
+    assert "Pool 1 ran empty after sample 20 of this batch, and pool 2 was drawn." in says(page, "news")
+    assert says(page, "pool-says") == "no. 2: 80 of 100 left"
+    assert says(page, "batch-says") == "no. 3: 40 of 40 served"
+    assert [part.text for part in page.find_elements("css selector", "#batch-bar span")] == ["pool 1", "pool 2"]
+
+
+def test_an_empty_pool_is_seen_empty_and_the_next_sample_draws_another(page):
+    fill(page, "match-size", "40")
+    assert says(page, "pool-says") == "no. 1: 0 of 40 left"
+    assert page.find_element("css selector", "#pool-bar span").size["width"] == 0
+    assert "the next sample draws a new one" in says(page, "news")
+    click(page, "one-sample")
+    shown = state(page)
+    assert (shown["batch"], len(shown["z"]), shown["pool"]["number"], shown["pool"]["left"]) == (2, 1, 2, 39)
+
+
+def test_late_samples_of_a_pool_have_long_paths(page):
+    page.find_elements("css selector", ".tries button")[3].click()  # 400 noises, all of them taken
+    shown = state(page)
+    assert (shown["pool"]["left"], len(shown["life"])) == (0, 400)
+    assert sum(shown["life"][-80:]) > 3 * sum(shown["life"][:80])
+
+
+def test_redrawn_noises_match_the_same_samples_anew(page):
+    before = state(page)
+    click(page, "redraw")
+    after = state(page)
+    assert after["x"] == before["x"] and after["settings"]["seed"] == 1
+    assert not {tuple(z) for z in before["z"]} & {tuple(z) for z in after["z"]}
+    assert page.find_element("id", "seed").get_property("value") == "1"
+    fill(page, "seed", "0")
+    assert state(page) == before
+
+
+def test_other_settings_keep_the_place_in_the_stream(page):
+    click(page, "one-batch"), click(page, "one-sample")
+    before = state(page)
+    fill(page, "match-size", "500")
+    after = state(page)
+    assert (after["served"], after["batch"], after["x"]) == (81, 3, before["x"])
+    assert after["pool"]["left"] == 419
+    fill(page, "batch-size", "16")  # of other batches it shows the first
+    assert (state(page)["served"], state(page)["batch"]) == (16, 1)
+
+
+def test_random_pairing_has_no_pool(page):
+    choose(page, "method", "random")
+    shown = state(page)
+    assert says(page, "pool-says") == "none" and "does nothing" not in says(page, "remark")
+    assert says(page, "remark") == "Random pairing has no pool: match_size and cost do nothing."
+    assert shown["pool"] == {"number": 0, "left": 0, "noise": []} and len(shown["z"]) == 40
+    choose(page, "method", "greedy")
+    assert says(page, "pool-says") == "no. 1: 60 of 100 left" and says(page, "remark") == ""
+
+
+def test_larger_pools_cross_less(page):
+    crossings = {}
+    for match_size in ("1", "30", "2000"):
+        fill(page, "match-size", match_size)
+        crossings[match_size] = int(says(page, "crossings").split()[0])
+    assert crossings["2000"] < crossings["30"] / 2 < crossings["1"] / 4
+
+
+@pytest.mark.parametrize("name, setting", [("match-size", "matchSize"), ("batch-size", "batchSize")])
+def test_a_slider_and_its_field_move_together(page, name, setting):
+    slider, field = (page.find_element("id", name + end) for end in ("-slider", ""))
+    before = state(page)["settings"][setting]
+    slider.send_keys("\ue014")  # one to the right
+    after = state(page)["settings"][setting]
+    assert after > before and field.get_property("value") == slider.get_attribute("aria-valuetext") == str(after)
+    slider.send_keys("\ue011")  # home
+    assert state(page)["settings"][setting] == {"matchSize": 0, "batchSize": 1}[setting]
+    slider.send_keys("\ue010")  # end
+    assert state(page)["settings"][setting] == {"matchSize": 2000, "batchSize": 256}[setting]
+    fill(page, name, "13")
+    assert state(page)["settings"][setting] == 13
+    assert slider.get_attribute("aria-valuetext") == "13"
+
+
+@pytest.mark.parametrize("name, expected, wrong", [
+    ("match-size", "a whole number from 0 to 2000",
+     {"many": "match_size is many", "-1": "match_size is -1", "2001": "match_size is 2001", "": "match_size is empty",
+      "9" * 40: f"match_size is {'9' * 23}…"}),
+    ("batch-size", "a whole number from 1 to 256",
+     {"0": "batch size is 0", "2.5": "batch size is 2.5", "1e2": "batch size is 1e2"}),
+    ("seed", "a whole number from 0 to 999999", {"<b>": "seed is <b>"}),
+])
+def test_what_cannot_be_used_is_named_beside_its_field_and_the_page_goes_on(page, name, expected, wrong):
+    before, field = state(page), page.find_element("id", name)
+    assert field.get_attribute("aria-describedby") == f"{name}-wrong"
+    for given, line in wrong.items():
+        fill(page, name, given)
+        assert says(page, f"{name}-wrong") == f"{line}: expected {expected}"
+        assert field.get_attribute("aria-invalid") == "true"
+    assert state(page) == before
+    click(page, "one-sample")
+    assert state(page)["served"] == before["served"] + 1
+    fill(page, name, "7")
+    assert says(page, f"{name}-wrong") == "" and field.get_attribute("aria-invalid") == "false"
+    assert state(page)["settings"] != before["settings"]
+
+
+def test_play_serves_samples_until_it_is_paused(page):
+    page.find_element("id", "speed").send_keys("\ue010")  # the fastest
+    fill(page, "match-size", "30")
+    before = state(page)
+    click(page, "play")
+    assert says(page, "play") == "❚❚ Pause"
+    run_until(page, f"d.run().pool.number > {before['pool']['number'] + 1}")
+    click(page, "play")
+    paused = state(page)
+    assert says(page, "play") == "▶ Play" and paused["served"] > before["served"] + 30
+    drawn(page)
+    assert state(page)["served"] == paused["served"]
+
+
+def run_until(page, condition):
+    """Look at each frame, and give up after the script's twenty seconds."""
+    page.execute_async_script(f"""const d = window.dansm, done = arguments[0];
+        (function look() {{ ({condition}) ? done() : requestAnimationFrame(look) }})()""")
+
+
+def test_a_slow_play_shows_each_sample_and_waits_where_a_batch_ends(page):
+    """On a clock of our own: eight samples a second, and at the end of a batch the time of 6.4 more."""
+    steps = run(page, """
+        d.clock.speed = 8; d.clock.due = 0;
+        const served = [];
+        for (let i = 0; i < 400; i++) { playOn(0.05); served.push([d.run().served, d.view.grown]); }
+        return served""")
+    counts = [count for count, _ in steps]
+    assert all(0 <= after - before <= 1 for before, after in pairwise(counts))
+    stays = {count: counts.count(count) for count in counts}
+    assert stays[45] in (2, 3) and stays[80] in range(18, 20)  # of 0.05 seconds
+    assert stays[100] in range(18, 20)  # the pool is empty
+    assert any(0 < grown < 1 for _, grown in steps)
+
+
+def test_points_go_from_noise_to_data(page):
+    before = picture(page, "pairs").tobytes()
+    slider = page.find_element("id", "time")
+    slider.send_keys("\ue010")
+    assert says(page, "time-says") == "1.00" and picture(page, "pairs").tobytes() != before
+    slider.send_keys(*["\ue012"] * 50)
+    assert says(page, "time-says") == "0.50"
+    shown = state(page)
+    assert int(says(page, "meetings-shuffled")) == run(page, "return d.meetings(...arguments).length", shown["x"],
+                                                       shown["shuffled"], 0.5)
+    click(page, "carry")
+    run_until(page, "d.view.t > 0 && d.view.t < 0.45")
+    run(page, "d.clock.carried = 0.99")
+    run_until(page, "d.view.t === 1 && !d.clock.carrying")
+
+
+def test_every_suggestion_does_what_it_says(page):
+    shown = {}
+    for button in page.find_elements("css selector", ".tries button"):
+        button.click()
+        shown[button.text] = state(page)
+    assert [one["settings"]["matchSize"] for one in shown.values()] == [1, 100, 100, 400, 200, 200]
+    assert shown["Empty in the middle of a batch"]["pools"] == [1] * 20 + [2] * 20
+    assert shown["The last of a pool"]["pool"]["left"] == 0
+    assert len(shown["A batch of one"]["z"]) == 1 and shown["A batch of one"]["pool"]["left"] == 170
+    assert shown["By the inner product"]["settings"]["cost"] == "inner"
+
+
+# How it looks
+
+
+def picture(page, name):
+    """A canvas as it stands there."""
+    drawn(page)
+    return Image.open(io.BytesIO(page.find_element("id", name).screenshot_as_png)).convert("RGB")
+
+
+@pytest.mark.parametrize("scheme, panel", [("light", (246, 247, 249)), ("dark", (28, 32, 38))])
+def test_pictures_are_drawn_in_the_colours_of_the_scheme(page, scheme, panel):
+    look(page, scheme=scheme)
+    for name in ("pairs", "shuffled", "life"):
+        colours = picture(page, name).getcolors(2**20)
+        assert max(colours)[1] == panel and len(colours) > 30
+    noise, data = (143, 168, 196), {"light": (200, 68, 27), "dark": (234, 98, 56)}[scheme]
+    counts = {colour: count for count, colour in picture(page, "pairs").getcolors(2**20)}
+    assert counts[noise] > 500 and counts[data] > 500
+
+
+def test_every_dot_is_where_its_point_is_in_its_colour(page):
+    click(page, "reach")
+    click(page, "one-sample")
+    drawn(page)
+    run_until(page, "d.view.grown === 1")
+    shown, image = state(page), picture(page, "pairs")
+    free = run(page, "const {pool} = d.run(); return pool.free.map(j => pool.noise[j])")
+    radius = round(0.78 * image.width / 170)
+    noise, data, panel = (143, 168, 196), (200, 68, 27), (246, 247, 249)
+
+    def share(points, colour, aside=0):
+        """Of the points those with almost this colour at their place; others may lie upon them."""
+        places = [(image.width / 2 * (1 + h / 3.1) + aside, image.width / 2 * (1 - v / 3.1)) for h, v in points]
+        seen = [image.getpixel(place) for place in places if 0 <= min(place) <= max(place) < image.width - 1]
+        return sum(max(abs(a - b) for a, b in zip(one, colour, strict=True)) < 40 for one in seen) / len(seen)
+
+    assert len(free) == 59 and share(free, noise, radius) > 0.6 > 0.3 > share(free, noise)
+    assert share(shown["z"], noise) == 1
+    assert share(shown["x"][:1], data) == 1
+    assert len(shown["x"]) == 40 and share(shown["x"][1:], panel) > 0.6
+
+
+def test_an_address_may_name_a_suggestion(page):
+    page.get("about:blank")
+    page.get(PAGE.as_uri() + "#3")
+    assert state(page)["batch"] == 3
+    page.get("about:blank")
+    page.get(PAGE.as_uri() + "#nothing")
+    assert state(page)["batch"] == 1
+
+
+@pytest.mark.parametrize("width", [320, 360, 900, 1280])
+def test_nothing_sticks_out_at_the_side(page, width):
+    look(page, width)
+    fill(page, "match-size", "-" + 20 * "9")
+    fill(page, "batch-size", "256")
+    drawn(page)
+    assert run(page, "return document.documentElement.scrollWidth") <= width
+    right = run(page, '''const all = [...document.body.querySelectorAll("*")];
+        return Math.max(...all.map(one => one.getBoundingClientRect().right))''')
+    assert right <= width
+    canvas = page.find_element("id", "pairs").size
+    assert canvas["width"] == canvas["height"] >= 0.85 * min(width, 490)
+
+
+def test_a_fine_screen_gets_fine_pictures(page):
+    look(page, pixels=2)
+    run_until(page, "document.getElementById('pairs').width > 900")
+    shown = page.find_element("id", "pairs")
+    assert int(shown.get_attribute("width")) == round(2 * shown.rect["width"])
+
+
+def test_every_control_has_a_name_and_is_reached_by_the_keyboard(page):
+    controls = page.find_elements("css selector", "button, input, select")
+    assert len(controls) > 20
+    assert all(control.accessible_name.strip() for control in controls)
+    assert all(canvas.accessible_name for canvas in page.find_elements("css selector", "canvas"))
+    reached = []
+    for _ in range(len(controls)):
+        page.switch_to.active_element.send_keys("\ue004")
+        reached.append(page.switch_to.active_element)
+    assert reached == controls
+    page.find_element("id", "play").send_keys(" ")
+    assert run(page, "return d.clock.playing")
+
+
+@pytest.mark.parametrize("motion", ["no-preference", "reduce"])
+def test_motion_is_left_out_where_it_is_unwelcome(page, motion):
+    look(page, motion=motion)
+    growing = run(page, "document.getElementById('one-sample').click(); return d.view.grown")
+    assert growing == {"no-preference": 0, "reduce": 1}[motion]
+    times = run(page, """d.clock.carrying = true; d.clock.carried = 0;
+        return Array.from({length: 31}, () => { carryOn(0.1); return d.view.t })""")
+    assert len(set(times)) == {"no-preference": 31, "reduce": 5}[motion] and times[-1] == 1

@@ -1,0 +1,192 @@
+"""The 2D toy: shapes, its two measures, a whole small run, and that matching wins at few steps."""
+
+import json
+from functools import partial
+from itertools import islice
+
+import pytest
+import torch
+from dansm.scale.base.statistics import inter_path_distance
+from dansm.tiny import pictures, toy
+from dansm.tiny.shapes import SHAPES
+from PIL import Image
+
+import dansm
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_shape_is_as_wide_as_the_noise_and_follows_its_seed(shape):
+    x = toy.points(shape, 20_000, "test", 0)
+    assert x.shape == (20_000, 2) and x.dtype == torch.float32 and torch.isfinite(x).all()
+    assert x.mean(0).abs().max() < 0.05
+    assert (x.std(0) - 1).abs().max() < 0.05
+    assert x.equal(toy.points(shape, 20_000, "test", 0))
+    assert not x.equal(toy.points(shape, 20_000, "test", 1))
+
+
+def test_data_and_noise_of_one_seed_are_not_the_same_numbers():
+    batches = toy.training_pairs("pinwheel", "random", 1, seed=0)
+    x, z = next(batches)
+    noise_of_data = torch.randn(x.shape, generator=torch.Generator().manual_seed(toy.seed_for("data", 0)))
+    assert not torch.isclose(z, noise_of_data).any()
+
+
+def test_every_method_sees_the_same_data():
+    seen = [next(toy.training_pairs("two-moons", method, 16, seed=3))[0] for method in dansm.METHODS]
+    assert all(x.equal(seen[0]) for x in seen)
+
+
+def segments_cross(a, b, c, d) -> bool:
+    """Solve a + s (b − a) = c + t (d − c) for s and t."""
+    lines = torch.stack([b - a, c - d], 1)
+    s, t = torch.linalg.solve(lines, c - a)
+    return bool(0 < s < 1 and 0 < t < 1)
+
+
+def test_crossing_share_is_that_of_brute_force():
+    x, z = torch.randn(2, 40, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    crossing = sum(segments_cross(z[i], x[i], z[j], x[j]) for i in range(40) for j in range(i))
+    assert crossing > 50
+    assert toy.crossing_share(x, z) == pytest.approx(crossing / (40 * 39 / 2))
+
+
+def test_crossing_share_of_cases_known():
+    z = torch.tensor([[-1.0, 0.0], [0.0, -1.0]])
+    assert toy.crossing_share(-z, z) == 1  # a plus sign
+    assert toy.crossing_share(z + torch.tensor([1.0, 0.0]), z) == 0  # parallel
+    assert toy.crossing_share(2 * z, z) == 0  # apart
+
+
+def test_wasserstein2_of_a_shifted_and_shuffled_set_is_the_shift_squared():
+    x = toy.points("checkerboard", 300, "test", 0)
+    moved = (x + torch.tensor([0.3, -0.4]))[torch.randperm(300, generator=torch.Generator().manual_seed(0))]
+    assert toy.wasserstein2(x, moved) == pytest.approx(0.25, rel=1e-4)
+    assert toy.wasserstein2(x, x.flip(0)) == pytest.approx(0, abs=1e-6)
+
+
+def test_wasserstein2_on_a_line_pairs_in_order():
+    a, b = torch.tensor([[0.0], [5.0], [1.0]]), torch.tensor([[6.0], [2.0], [0.0]])
+    assert toy.wasserstein2(a, b) == pytest.approx((0 + 1 + 1) / 3)
+
+
+def test_pairs_are_measured_over_a_whole_pool():
+    """Of a pool of 5,000 the first 1,000 pairs are much shorter than the last."""
+    whole = toy.measure_pairs(toy.training_pairs("swiss-roll", "greedy", 5000, 0), 5000)
+    start = toy.measure_pairs(toy.training_pairs("swiss-roll", "greedy", 5000, 0), 1)
+    assert start["path_length"] < 0.8 * whole["path_length"]
+
+
+def test_no_part_of_a_pool_is_measured():
+    """1,000 pairs of pools of 700 would be one whole pool and the best served of the next."""
+    whole = toy.measure_pairs(toy.training_pairs("swiss-roll", "greedy", 700, 0), 700)
+    x, z = (torch.cat(part)[:1400] for part in zip(*islice(toy.training_pairs("swiss-roll", "greedy", 700, 0), 6),
+                                                   strict=True))
+    assert whole["path_length"] == pytest.approx(dansm.path_length(x, z))
+    assert whole["path_length"] > 1.02 * dansm.path_length(x[:1000], z[:1000])
+
+
+def test_matched_paths_are_farther_from_each_other():
+    random, matched = (toy.measure_pairs(toy.training_pairs("two-moons", "greedy", size, 0), size) for size in (1, 300))
+    assert matched["inter_path_mean"] > 1.2 * random["inter_path_mean"]
+    x, z = (torch.cat(part)[:1000] for part in zip(*islice(toy.training_pairs("two-moons", "greedy", 1, 0), 4),
+                                                   strict=True))
+    assert random["inter_path_mean"] == pytest.approx(inter_path_distance(x, z).mean)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(toy, "POINTS", 200)
+    monkeypatch.setattr(toy, "BATCH", 64)
+
+
+def test_a_run_writes_numbers_and_pictures(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pictures, "draw_flow", partial(pictures.draw_flow, frames=6))
+    results = toy.run("eight-gaussians", match_size=100, steps=5, seeds=2, out=tmp_path / "new" / "folder")
+    out = tmp_path / "new" / "folder"
+    written = ["flow.gif", "pairs.png", "paths.png", "results.csv", "samples.png", "toy.json"]
+    assert sorted(file.name for file in out.iterdir()) == written
+    assert json.loads((out / "toy.json").read_text()) == results
+    methods = [line.split(",")[:2] for line in (out / "results.csv").read_text().splitlines()[1:]]
+    assert methods == [["eight-gaussians", method] for method in dansm.METHODS]
+    assert list(results["summary"]) == list(dansm.METHODS)
+    assert len(results["trainings"]) == 8
+    for found in results["summary"].values():
+        assert found["seeds"] == 2
+        assert list(found["w2"]) == ["1", "2", "4", "8", "50"]
+        assert all(value["std"] > 0 for value in found["w2"].values())
+    assert [found["match_size"] for found in results["summary"].values()] == [1, 100, 100, 16]
+    for name in ("pairs", "paths", "samples"):
+        image = Image.open(out / f"{name}.png")
+        assert image.width >= 900 and len(image.getcolors()) > 30
+        assert 10_000 < (out / f"{name}.png").stat().st_size < 300_000
+    flow = Image.open(out / "flow.gif")
+    assert flow.n_frames == 14 and (out / "flow.gif").stat().st_size < 900_000
+    printed = capsys.readouterr().out
+    assert all(method in printed for method in dansm.METHODS)
+    assert all(str(out / name) in printed for name in written)
+
+
+def test_all_shapes_make_one_table(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(toy, "draw", lambda *_: None)
+    results = toy.run("all", match_size=50, steps=1, seeds=1, out=tmp_path)
+    assert list(results) == list(SHAPES)
+    header, *rows = (tmp_path / "results.csv").read_text().splitlines()
+    assert header.startswith("shape,method,match_size,seeds,path_length,path_length_std,crossing")
+    assert len(rows) == len(SHAPES) * len(dansm.METHODS)
+    assert json.loads((tmp_path / "results.json").read_text())["pinwheel"]["summary"] == results["pinwheel"]["summary"]
+    assert all((tmp_path / shape / "toy.json").exists() for shape in SHAPES)
+    assert len(Image.open(tmp_path / "shapes.png").getcolors()) > 30
+    printed = capsys.readouterr().out
+    assert all(str(tmp_path / name) in printed for name in ("results.csv", "results.json", "shapes.png"))
+
+
+def test_stopping_keeps_what_is_done(small, tmp_path, monkeypatch):
+    calls = []
+
+    def stop_at_third(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return train_flow(*arguments)
+
+    train_flow = toy.train_flow
+    monkeypatch.setattr(toy, "train_flow", stop_at_third)
+    threads = torch.get_num_threads()
+    with pytest.raises(KeyboardInterrupt):
+        toy.run("two-moons", match_size=20, steps=2, seeds=1, out=tmp_path)
+    assert torch.get_num_threads() == threads
+    assert list(json.loads((tmp_path / "toy.json").read_text())["summary"]) == ["random", "greedy"]
+
+
+def test_the_same_seed_gives_the_same_flow(small):
+    pairs = [toy.training_pairs("two-moons", "greedy", 100, seed=4) for _ in range(2)]
+    first, second = (toy.train_flow(pair, 10, seed=4) for pair in pairs)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_each_step_of_a_training_tells_its_loss(small):
+    losses = []
+    toy.train_flow(toy.training_pairs("two-moons", "greedy", 100, seed=4), 30, seed=4, each_step=losses.append)
+    assert len(losses) == 30 and not any(loss.requires_grad for loss in losses)
+    assert torch.stack(losses[-5:]).mean() < torch.stack(losses[:5]).mean()
+
+
+def test_greedy_beats_random_at_few_steps():
+    """One step of the unmatched flow goes to the mean of all data, 1.7 from the target; matched ones get to 0.1."""
+    target, start = toy.points("eight-gaussians", 400, "target", 0), toy.points("noise", 400, "start", 0)
+    w2 = {}
+    for method in ("random", "greedy"):
+        net = toy.train_flow(toy.training_pairs("eight-gaussians", method, 500, seed=0), 200, seed=0)
+        w2[method] = toy.measure_flow(net, target, start)["w2"]
+    assert w2["greedy"]["1"] < w2["random"]["1"] / 4
+    assert w2["greedy"]["2"] < w2["random"]["2"] / 1.5
+
+
+@pytest.mark.parametrize("wrong", [
+    {"shape": "square"}, {"cost": "cosine"}, {"steps": 0}, {"seeds": 1.5}, {"match_size": -1}, {"seed": -1},
+])
+def test_what_cannot_be_run_is_named(wrong, tmp_path):
+    (name, value), = wrong.items()
+    with pytest.raises(dansm.BadInput, match=f"{name} is {value!r}: expected"):
+        toy.run(**wrong, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
