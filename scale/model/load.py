@@ -1,50 +1,236 @@
-"""Trained models by the paths of their runs, checkpoints or exports, as several commands need them."""
+"""Trained models, read from the folder of a run, a checkpoint or an export."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
-import dansm
-from dansm import BadInput
+from dansm import BadInput, Diffusion, RectifiedFlow, UNet
 
-from ..base.text import counted, say
+from ..base.text import counted
 from ..data.autoencoder import Decoder, read_autoencoder
-from ..data.latents import known_on_disk
 from . import checkpoint
-from .sampling import check_steps
+from .recipe import make_flow, with_new_names
+from .sampling import check_steps, sampler
+
+DESCRIBED = ("dansm", "network", "flow", "times", "step", "decay", "data", "recipe", "latents", "images")
+EXPORT = "expected a file that dansm export wrote"
 
 
-def loaded(paths: Iterable[Path], steps: list[int], device, solver: str = "euler") -> Iterator[
-        tuple[dansm.UNet, object, dict]]:
-    """Of each path the network on `device`, its flow, and what `checkpoint.load_model` says of it. BadInput for one
-    that cannot be read, or takes not so many steps."""
-    for path in paths:
-        net, flow, about = checkpoint.load_model(path, device, solver, say=say)
+class Model(NamedTuple):
+    """A trained network, ready to sample from.
+
+    path     as it was given
+    label    its name in figures and tables
+    net      the averaged network: (B, C, H, W) and times (B,) → (B, C, H, W)
+    flow     how to sample from it
+    about    "file" it was read from, "step", "decay" of the average, "recipe", "network" (settings of UNet), "flow",
+             "times", "data" it was trained on, "images" (their count), "latents" (see `latents.known_of`)
+    decoder  turns its latents into images; None for a model of images, and until `with_decoder` adds one
+    """
+
+    path: Path
+    label: str
+    net: UNet | Callable[[Tensor, Tensor], Tensor]
+    flow: RectifiedFlow | Diffusion
+    about: dict
+    decoder: Decoder | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one sample."""
+        network = self.about["network"]
+        return network["channels"], network["size"], network["size"]
+
+    @property
+    def pixels(self) -> int:
+        """Width and height of its images, which are its samples or are decoded from them."""
+        return self.shape[-1] * (self.decoder.autoencoder.shrinks if self.decoder else 1)
+
+    @property
+    def draws_images(self) -> bool:
+        """Whether its samples are images, not latents."""
+        return self.about["latents"] is None
+
+    @property
+    def decode(self) -> Callable | None:
+        """What `sample_images` decodes its samples with."""
+        return self.decoder.decode if self.decoder else None
+
+    def on(self, device: torch.device, precision: str = "auto") -> Model:
+        """This model with its network on the device, in that precision, through the kernels if there are any."""
+        return self._replace(net=sampler(self.net.to(device), device, precision))
+
+    def with_decoder(self, file: Path | None, device: torch.device, precision: str,
+                     memory: float | None = None) -> Model:
+        """This model with what decodes its latents on the device, in `memory` gigabytes; a model of images as it is.
+
+        file  of --autoencoder
+        Raises BadInput if a model of latents gets no autoencoder or another than its data's, or a model of images one.
+        """
+        channels = self.shape[0]
+        if self.draws_images:
+            if file is None:
+                return self
+            raise BadInput(f"--autoencoder is {file}, and {self.path} draws images of {counted(channels, 'channel')}: "
+                           "expected none")
+        if file is None:
+            raise BadInput(f"{self.path} draws latents of {channels} channels, which are no images: expected a model "
+                           "of images, or --autoencoder to decode them")
+        autoencoder = read_autoencoder(file)
+        if autoencoder.channels != channels:
+            raise BadInput(f"{self.path} draws latents of {channels} channels, {file} decodes {autoencoder.channels}: "
+                           "expected the autoencoder of its data")
+        autoencoder.check(self.about["latents"], f"{self.path} draws")
+        return self._replace(decoder=Decoder(autoencoder, device, precision, memory))
+
+    def described(self) -> dict:
+        """What is written into the JSON next to a figure."""
+        return {"label": self.label, "file": str(self.about["file"]), "flow": self.about["flow"],
+                "trained_steps": self.about["step"], "decay": self.about["decay"], "recipe": self.about["recipe"]}
+
+
+def load_models(paths: list[Path], steps: Iterable[int], *, solver: str = "euler",
+                labels: list[str] | None = None) -> list[Model]:
+    """The models of several runs' folders, checkpoints or exports, their networks on the CPU.
+
+    steps   counts in which they will be sampled: a diffusion does not take every one
+    labels  one for each model; None: the names of their folders or files
+    Raises BadInput.
+    """
+    labels = labels or labels_by_path(paths)
+    if len(labels) != len(paths):
+        raise BadInput(f"--label is given {counted(len(labels), 'time')} for {counted(len(paths), 'model')}: expected "
+                       "once for each, or not at all")
+    models = []
+    for path, label in zip(paths, labels, strict=True):
+        model = load_model(path, solver, label)
         for count in steps:
-            check_steps("--steps", count, type(flow))
-        yield net, flow, about
+            check_steps("--steps", count, type(model.flow))
+        models.append(model)
+    return models
+
+
+def labels_by_path(paths: Iterable[Path]) -> list[str]:
+    """A name for each path, all different: a run's folder's, a checkpoint's folder's or an export's. Several
+    checkpoints of one run are told apart by their files' names, other equal names by a number."""
+    paths = [Path(path).resolve() for path in paths]
+    names = [path.parent.name if checkpoint.NAME.fullmatch(path.name) else path.stem for path in paths]
+    if len(set(names)) < len(names):
+        names = [f"{name} {path.stem}" if checkpoint.NAME.fullmatch(path.name) else name
+                 for name, path in zip(names, paths, strict=True)]
+    before = [names[:i].count(name) for i, name in enumerate(names)]
+    return [f"{name} ({count + 1})" if count else name for name, count in zip(names, before, strict=True)]
+
+
+def load_model(path: Path, solver: str = "euler", label: str | None = None) -> Model:
+    """The model in `path`, its network on the CPU.
+
+    path  a run's folder (its newest checkpoint that can be read is taken), a checkpoint, or an export
+    Raises BadInput.
+    """
+    weights, about = read_average(path)
+    net, flow = build(weights, about, solver)
+    if isinstance(flow, Diffusion) and solver != "euler":
+        raise BadInput(f"--solver is {solver}: {path} is a diffusion, which is sampled by DDIM; expected none")
+    return Model(path, label or labels_by_path([path])[0], net.eval(), flow, about)
+
+
+def build(weights: dict[str, Tensor], about: dict, solver: str = "euler") -> tuple[UNet, RectifiedFlow | Diffusion]:
+    """The network with these weights, and its flow. Raises BadInput for weights that are not that network's."""
+    with checkpoint.reading(about["file"]):
+        net = UNet(**about["network"])
+        _check_weights(about["file"], weights, net.state_dict())
+        net.load_state_dict(weights)
+        flow = make_flow(about["recipe"] | {name: about[name] for name in ("flow", "times")},
+                         about["latents"] is None, solver)
+    return net, flow
+
+
+def _check_weights(path: Path, weights: dict, expected: dict[str, Tensor]) -> None:
+    """BadInput that names a weight that is lacking, unknown, or of another shape than the network's."""
+    lacking = [name for name in expected if name not in weights]
+    if lacking:
+        raise BadInput(f"{path} lacks {counted(len(lacking), 'weight')}, {lacking[0]} first: expected those of the "
+                       "network it names")
+    unknown = [name for name in weights if name not in expected]
+    if unknown:
+        raise BadInput(f"{path} has {counted(len(unknown), 'weight')}, {unknown[0]} first, that the network it names "
+                       "has not")
+    for name, weight in expected.items():
+        shape = tuple(getattr(weights[name], "shape", ()))
+        if shape != weight.shape:
+            raise BadInput(f"{path} has {name} of shape {shape}: expected {tuple(weight.shape)} for the network it "
+                           "names")
+
+
+def read_average(path: Path, average: int = 0) -> tuple[dict[str, Tensor], dict]:
+    """The averaged weights in `path`, by their names, and what `Model` has as "about".
+
+    average  which one, where a checkpoint holds several
+    """
+    if path.suffix == ".safetensors" and not path.is_dir():
+        return _read_export(path)
+    path, state = _read_checkpoint(path)
+    averages = state["training"]["averages"]
+    if average >= len(averages):
+        held = ", ".join(f"{number}: decay {one['decay']}" for number, one in enumerate(averages))
+        raise BadInput(f"--average is {average}: {path} holds {held}; expected one of these numbers")
+    with checkpoint.reading(path):
+        recipe = state["recipe"]
+        about = {"file": path, "dansm": checkpoint.VERSION, "network": state["network"], "flow": recipe["flow"],
+                 "times": recipe["times"], "step": state["training"]["step"], "decay": averages[average]["decay"],
+                 "data": state["data"], "recipe": recipe, "latents": state["latents"], "images": state["images"]}
+    return averages[average]["weights"], about
+
+
+def _read_checkpoint(path: Path) -> tuple[Path, dict]:
+    """The checkpoint's file and its state."""
+    if not path.exists():
+        raise BadInput(f"{path} does not exist: expected a run's folder, one of its checkpoints, or an export")
+    if not path.is_dir():
+        return path, checkpoint.load(path)
+    newest = checkpoint.load_newest(path)
+    if newest is None:
+        raise BadInput(f"{path} holds no checkpoint: expected the folder that a dansm train wrote into")
+    return newest
+
+
+def _read_export(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """The weights in a .safetensors file, and what `export` wrote next to them."""
+    if not path.is_file():
+        raise BadInput(f"{path} is not a file: {EXPORT}")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+        lacking = [name for name in DESCRIBED if name not in metadata]
+        if lacking:
+            raise BadInput(f"{path} does not say what its weights are, its metadata lacks {', '.join(lacking)}: "
+                           f"{EXPORT}")
+        about = {name: json.loads(metadata[name]) for name in DESCRIBED}
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise BadInput(f"{path} cannot be read ({error}): {EXPORT}") from error
+    kinds = {"network": dict, "recipe": dict, "step": int, "latents": dict | None}
+    if about["dansm"] != checkpoint.VERSION or not all(isinstance(about[name], kind) for name, kind in kinds.items()):
+        raise BadInput(f"{path} is of version {about['dansm']!r:.20}, or another program wrote it: {EXPORT}, of "
+                       f"version {checkpoint.VERSION}")
+    return weights, {"file": path, **about, "recipe": with_new_names(about["recipe"])}
+
+
+def loaded(paths: Iterable[Path], steps: list[int], device, solver: str = "euler"):
+    """Until its callers use `load_models`: (network on the device, flow, about) of each path."""
+    for model in load_models(list(paths), steps, solver=solver):
+        yield model.net.to(device), model.flow, model.about
 
 
 def decoder_for(model: Path, channels: int, about: dict, file: Path | None, device: torch.device, precision: str,
                 memory: float | None = None):
-    """What makes uint8 images (B, 3, H, W) of a network's samples: a decoder of latents within so many gigabytes, None
-    for a network of images.
-    Raises BadInput where there is no autoencoder, one that is not needed, or another than the data's."""
-    if about["latents"] is None:
-        if file is None:
-            return None
-        raise BadInput(f"--autoencoder is {file}, and {model} draws images of {counted(channels, 'channel')}: "
-                       "expected none")
-    if file is None:
-        raise BadInput(f"{model} draws latents of {channels} channels, which are no pictures: expected a "
-                       "network of images, or --autoencoder to decode them")
-    autoencoder = read_autoencoder(file)
-    if autoencoder.channels != channels:
-        raise BadInput(f"{model} draws latents of {channels} channels, {file} decodes {autoencoder.channels}: "
-                       "expected the autoencoder of its data")
-    known = about["latents"] or (known_on_disk(Path(about["data"])) if about["data"] else {})  # runs of old do not say
-    autoencoder.check(known, f"{model} draws")
-    return Decoder(autoencoder, device, precision, memory)
+    """Until its callers use `Model.with_decoder`."""
+    return Model(model, "", None, None, about).with_decoder(file, device, precision, memory).decoder

@@ -73,8 +73,8 @@ class Recipe:
     match_scope: str = setting("Flow and matching", "a pool for each process, or one over all", "rank",
                                choices=("rank", "global"))
     tf32: bool = setting("Flow and matching", "match in tf32 on a GPU: quicker, as good in the mean", False)
-    pool_dtype: str = setting("Flow and matching", "number type of the pool's noises; bf16 takes half the memory", "fp32",
-                        choices=("fp32", "bf16"))
+    pool_dtype: str = setting("Flow and matching", "number type of the pool's noises; bf16 takes half the memory",
+                              "fp32", choices=("fp32", "bf16"))
 
     batch: int = setting("Steps", "samples a step, over all processes together", 128, least=1)
     accumulate: int = setting("Steps", "parts a process cuts its share of the batch into", 1, least=1)
@@ -143,6 +143,13 @@ def make_flow(recipe: dict, pictures: bool, solver: str = "euler"):
 
 
 SETTINGS = {field.name: field for field in dataclasses.fields(Recipe)}
+RENAMED = {"pool": "pool_dtype", "fast": "tf32", "decay": "ema_decay", "resident": "data_on_gpu"}
+REMOVED = {"ages": "on CIFAR-10 pools side by side were level with one pool at four times the memory"}
+
+
+def with_new_names(settings: dict) -> dict:
+    """The settings of an earlier version's run by the names they have now."""
+    return {RENAMED.get(name, name): value for name, value in settings.items()}
 
 
 class Kind(NamedTuple):
