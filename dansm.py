@@ -400,8 +400,8 @@ class RectifiedFlow:
 
     def path(self, net: nn.Module, z: Tensor, steps: int) -> Iterator[Tensor]:
         """Yield the `steps` + 1 states from z: (B, ...) to x, each (B, ...). BadInput for fewer than 1 step."""
-        dt = 1 / check_count("steps", steps)
-        x = z
+        steps = check_count("steps", steps)
+        x, dt = z, 1 / steps
         yield x
         for i in range(steps):
             v = self._velocity(net, x, i * dt)
@@ -474,7 +474,7 @@ class Diffusion:
         As in the paper, the levels start at 0 with a stride of 1000 / steps, so the first one used lies below pure
         noise: 666 with 3 steps, 900 with 10. BadInput for fewer than 2 steps or more than 1,000.
         """
-        check_count("steps", steps, at_least=2)
+        steps = check_count("steps", steps, at_least=2)
         if steps > self.levels:
             raise BadInput(f"steps is {steps}: expected at most {self.levels}, the levels of the diffusion")
         levels = [i * self.levels // steps for i in range(steps)]

@@ -3,20 +3,19 @@
 import copy
 import math
 import pickle
+import warnings
 
 import pytest
 import torch
-from dansm.scale.base.statistics import squared_distances
-from dansm.scale.matching.auction import auction
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from scipy.optimize import linear_sum_assignment
-from test_matching import CHANGES, COSTS, KINDS, ChangedPool, NaivePool, data, total
+from pools import CHANGES, COSTS, KINDS, ChangedFastPool, NaivePool, data
 
-import dansm
+from dansm import BadInput
 
 pytest.importorskip("triton")
-from dansm.scale.matching import kernels
+from dansm.scale.matching import gpu, kernels
+from dansm.scale.matching.pool import FastPool, pool_class
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -30,21 +29,25 @@ def short_lists(request, monkeypatch):
     if "own_sizes" not in request.keywords:
         for name, value in SHORT.items():
             monkeypatch.setattr(kernels, name, value)
-        monkeypatch.setattr(dansm.NoisePool, "served_at_once", SHORT["SAMPLES"])
+        monkeypatch.setattr(FastPool, "served_at_once", SHORT["SAMPLES"])
 
 
-def pool_of_kernels(*args, change="as drawn", **kwargs):
-    pool = ChangedPool(*args, device=DEVICE, **kwargs)
-    pool.change, pool.kernel_take = CHANGES[change], kernels.take
+class ChangedKernelPool(kernels.KernelPool):
+    def _draw(self, number, chunk, ours):
+        return ours.copy_(self.change(super()._draw(number, chunk, ours)))
+
+
+def pool_of_kernels(*args, change="as drawn", kind=ChangedKernelPool, **kwargs):
+    pool = kind(*args, device=DEVICE, **kwargs)
+    pool.change = CHANGES[change]
     return pool
 
 
-def plain_pool(*args, change="as drawn", **kwargs):
-    pool = pool_of_kernels(*args, change=change, **kwargs)
-    pool.kernel_take = None
-    return pool
+def plain_pool(*args, **kwargs):
+    return pool_of_kernels(*args, kind=ChangedFastPool, **kwargs)
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(
     match_size=st.integers(2, 70),
@@ -72,8 +75,8 @@ def test_the_kernels_are_the_papers_loop_noise_for_noise(match_size, sizes, kind
         assert torch.equal(pool(x), naive(x)), f"batch of {size}"
 
 
-@pytest.mark.parametrize("cost", COSTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.slow
+@pytest.mark.parametrize(("cost", "dtype"), [("squared", torch.float32), ("inner", torch.bfloat16)])
 def test_both_paths_hand_out_the_same_and_leave_the_pool_the_same(cost, dtype):
     pools = [make(110, (5,), cost=cost, dtype=dtype, seed=3) for make in (plain_pool, pool_of_kernels)]
     x = 0.5 * torch.randn(160, 5, device=DEVICE)
@@ -87,6 +90,7 @@ def test_both_paths_hand_out_the_same_and_leave_the_pool_the_same(cost, dtype):
             assert torch.equal(getattr(pools[0], kept)[:left], getattr(pools[1], kept)[:left])
 
 
+@pytest.mark.slow
 def test_a_pool_saved_by_one_path_goes_on_in_the_other():
     x = torch.randn(90, 3, device=DEVICE)
     pool = pool_of_kernels(60, (3,), seed=1)
@@ -119,11 +123,12 @@ def test_data_that_is_not_finite_is_refused_when_the_next_batch_comes_and_breaks
     pool(x[1:])
     labels = pool.index[: pool.left].tolist()
     assert len(set(labels)) == pool.left == match_size - 10
-    with pytest.raises(dansm.BadInput, match="NaN, infinite or huge"):
+    with pytest.raises(BadInput, match="NaN, infinite or huge"):
         pool(x[:1])
     pool(x[:1])  # told once
 
 
+@pytest.mark.slow
 @pytest.mark.own_sizes
 def test_at_its_own_sizes_too():
     first, second = (make(1100, (3,), seed=5) for make in (plain_pool, pool_of_kernels))
@@ -135,31 +140,34 @@ def test_at_its_own_sizes_too():
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda pool: pickle.loads(pickle.dumps(pool))])
 def test_a_copy_of_a_pool_goes_on_with_the_same_noises(copied):
     x = torch.randn(30, 3, device=DEVICE)
-    pool = NoisePoolOfKernels(20, (3,), seed=0, device=DEVICE)
+    pool = kernels.KernelPool(20, (3,), seed=0, device=DEVICE)
     pool(x[:7])
     assert torch.equal(copied(pool)(x), pool(x))
 
 
-class NoisePoolOfKernels(dansm.NoisePool):
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.kernel_take = kernels.take
+@pytest.fixture
+def fresh_trials():
+    gpu.working.cache_clear()
+    yield
+    gpu.working.cache_clear()
 
 
-def test_a_gpu_where_triton_fails_is_told_once_and_goes_the_plain_way(monkeypatch):
+def test_a_gpu_where_triton_fails_is_told_once_and_goes_the_plain_way(monkeypatch, fresh_trials):
     def fails(device, *way):
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(kernels, "try_out", fails)
-    dansm.gpu_kernels.cache_clear()
     with pytest.warns(UserWarning, match=r"cuda:7 goes the plain way.*no compiler"):
-        assert dansm.gpu_kernels(torch.device("cuda:7")) is None
-    import warnings
-
+        assert gpu.working("kernels", torch.device("cuda:7")) is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert dansm.gpu_kernels(torch.device("cuda:7")) is None
-    dansm.gpu_kernels.cache_clear()
+        assert gpu.working("kernels", torch.device("cuda:7")) is None
+
+
+@pytest.mark.parametrize("settings", [dict(compile=False), dict(match_size=1), dict(match_size=0), dict(device="cpu")])
+def test_no_kernels_are_tried_where_none_will_be_used(monkeypatch, settings):
+    monkeypatch.setattr(gpu, "working", lambda *way: pytest.fail("tried"))
+    assert pool_class(**dict(match_size=10, shape=(2,), device="cuda") | settings) is FastPool
 
 
 WAYS = [("squared", torch.float32, False), ("inner", torch.float32, True), ("squared", torch.bfloat16, False),
@@ -172,83 +180,3 @@ def test_the_trial_notices_kernels_that_pick_wrong(monkeypatch, way):
     monkeypatch.setattr(kernels, "take", lambda pool, x: pool.noise[: len(x)])
     with pytest.raises(RuntimeError, match="other noises"):
         kernels.try_out(DEVICE, *way)
-
-
-def test_the_trial_notices_an_auction_that_gives_a_noise_twice(monkeypatch):
-    kernels.try_out(DEVICE)
-    monkeypatch.setattr(kernels, "auction", lambda cost, gap: (torch.zeros(len(cost)), 0.0, 0.0))
-    with pytest.raises(RuntimeError, match="twice"):
-        kernels.try_out(DEVICE)
-
-
-# ------------------------------------------------------------------------------- linear assignment
-
-
-@pytest.mark.parametrize(("samples", "noises"), [(1, 1), (2, 2), (1, 9), (30, 30), (20, 33), (64, 64)])
-@pytest.mark.parametrize("dim", [2, 40])
-def test_the_auction_is_within_its_gap_of_scipy_and_its_bound_holds(samples, noises, dim):
-    cost = squared_distances(torch.randn(samples, dim, device=DEVICE), torch.randn(noises, dim, device=DEVICE))
-    picks, reached, bound = auction(cost, 1e-3)
-    rows, columns = linear_sum_assignment(cost.cpu().double().numpy())
-    best = cost.cpu().double().numpy()[rows, columns].sum()
-    assert len(set(picks.tolist())) == samples
-    assert reached == pytest.approx(total(cost.double(), picks), rel=1e-6)
-    rounding = 1e-6 * cost.sum().item()
-    assert bound - rounding <= best <= reached + rounding
-    assert reached - bound <= 1e-3 * (cost.mean().item() * samples - reached) + rounding
-
-
-@pytest.mark.parametrize("cost", [torch.zeros(5, 5), torch.full((4, 6), -7.5), torch.arange(6.0).repeat(6, 1)])
-def test_the_auction_ends_where_all_pairings_cost_the_same(cost):
-    picks, reached, bound = auction(cost.to(DEVICE), 1e-3)
-    assert len(set(picks.tolist())) == len(cost)
-    assert bound == pytest.approx(reached, abs=1e-4)
-
-
-@pytest.mark.parametrize("noises", [1, 8, 33, 255, 256, 5000])
-def test_no_word_is_read_by_two_threads_of_an_auction(monkeypatch, noises):
-    """Of 256 threads and 8 lanes many read the same word, one of them before another program wrote it: they bid for
-    different noises and wait for each other for ever. Seen once: a training that assigned within batches of eight stood
-    still after some hundred auctions on an H100, beside other trainings."""
-    class Launched(Exception):
-        pass
-
-    class Kernel:
-        def __getitem__(self, grid):
-            return self
-
-        def __call__(self, cost, words, samples, noises, epsilon, lanes, num_warps):
-            assert 32 * num_warps <= lanes <= 4096 and lanes >= min(noises, 4096)
-            raise Launched
-
-    monkeypatch.setattr(kernels, "_bid", Kernel())
-    with pytest.raises(Launched):
-        auction(torch.rand(noises, noises), 1e-3)
-
-
-@pytest.mark.skipif(DEVICE.type != "cuda", reason="takes a GPU: in the interpreter one program bids after the other")
-def test_many_small_auctions_end():
-    for _ in range(20_000):
-        picks = auction(torch.rand(8, 8, device=DEVICE), 1e-3)[0]
-        assert sorted(picks.tolist()) == list(range(8))
-
-
-@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
-def test_the_auction_refuses_costs_that_are_not_finite(wrong):
-    cost = torch.rand(6, 6, device=DEVICE)
-    cost[2] = wrong
-    with pytest.raises(dansm.BadInput, match="6 samples and 6 noises hold NaN or infinite"):
-        auction(cost, 1e-3)
-
-
-def test_the_auction_keeps_its_gap_where_some_noises_are_far_from_all():
-    cost = torch.rand(24, 24, device=DEVICE) + 1e4 * torch.rand(24, device=DEVICE)
-    _, reached, bound = auction(cost, 1e-3)
-    assert reached - bound <= 1e-3 * (24 * cost.double().mean().item() - reached)
-
-
-def test_the_bound_holds_for_any_prices():
-    cost = torch.randn(7, 9, dtype=torch.float64)
-    rows, columns = linear_sum_assignment(cost.numpy())
-    for _ in range(50):
-        assert kernels._bound(cost, torch.rand(9).double()) <= cost.numpy()[rows, columns].sum() + 1e-9

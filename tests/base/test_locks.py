@@ -1,0 +1,68 @@
+"""Locks on files: one process at a time, and none left behind."""
+
+import fcntl
+import subprocess
+import sys
+
+import pytest
+from dansm.scale.base.locks import InUse, alone, owning, share, try_alone
+from support import ROOT
+
+HOLDER = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from pathlib import Path
+from dansm.scale.base.locks import owning
+with owning(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path), str(ROOT)], stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.slow
+def test_a_folder_in_use_is_refused_naming_who_uses_it_until_that_process_ends(tmp_path, holder):
+    with pytest.raises(InUse, match=rf"{tmp_path} is being encoded into by process {holder.pid} on"), \
+            owning(tmp_path, "encoded"):
+        pass
+    holder.kill()
+    holder.wait()
+    with owning(tmp_path):
+        assert "process" in (tmp_path / ".lock").read_text()
+
+
+def test_a_lock_ends_with_its_block(tmp_path):
+    for _ in range(2):
+        with owning(tmp_path):
+            with pytest.raises(InUse), owning(tmp_path):
+                pass
+        with alone(tmp_path / "other.lock"):
+            pass
+
+
+def test_a_shared_lock_lets_others_share_but_nobody_be_alone(tmp_path):
+    path = tmp_path / "shared"
+    with open(path, "w") as first, open(path) as second, open(path) as third:
+        share(first)
+        share(second)
+        assert not try_alone(third)
+    with open(path) as file:
+        assert try_alone(file)
+
+
+def test_a_file_system_without_locks_lets_one_in_with_a_warning(tmp_path, monkeypatch):
+    def without_locks(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", without_locks)
+    with pytest.warns(UserWarning, match="Operation not supported"), owning(tmp_path):
+        pass

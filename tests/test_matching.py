@@ -1,0 +1,375 @@
+"""The matching rules of dansm.py against the paper's loop written out, and what must hold whatever the rule."""
+
+import inspect
+import math
+
+import numpy as np
+import pytest
+import torch
+from dansm.scale.base.statistics import squared_distances
+from dansm.scale.matching.pool import greedy_by_rounds
+from dansm.scale.matching.products import products
+from hypothesis import given
+from hypothesis import strategies as st
+from pools import (
+    COSTS,
+    KINDS,
+    data,
+    drawn_for,
+    naive_cost,
+    naive_greedy,
+    saved_and_loaded,
+    total,
+)
+from scipy.optimize import linear_sum_assignment
+
+from dansm import (
+    METHODS,
+    BadInput,
+    NoisePool,
+    cost_matrix,
+    greedy,
+    inner_products,
+    nearest_of_k,
+    noise_generator,
+    optimal,
+    pairs,
+)
+
+GREEDY = [greedy, greedy_by_rounds]
+
+
+# ------------------------------------------------------------------------------- greedy and costs
+
+
+@st.composite
+def costs_with_ties(draw):
+    """(B, M) of a few whole numbers, so that ties are everywhere, or of any numbers."""
+    samples = draw(st.integers(1, 12))
+    noises = draw(st.integers(samples, 60))  # both below and above the 4 × samples where `greedy` changes its way
+    highest = draw(st.sampled_from([0, 1, 3, 10**6]))
+    seed = draw(st.integers(0, 2**32 - 1))
+    values = np.random.default_rng(seed).integers(-highest, highest, (samples, noises), endpoint=True)
+    return torch.from_numpy(values.astype(np.float64))
+
+
+@pytest.mark.parametrize("match", GREEDY)
+@given(cost=costs_with_ties())
+def test_greedy_is_the_serial_loop_index_for_index(match, cost):
+    assert match(cost).tolist() == naive_greedy(cost.tolist())
+
+
+@pytest.mark.parametrize("match", GREEDY)
+@given(st.integers(1, 12), st.integers(0, 48), st.sampled_from(KINDS), st.sampled_from(COSTS), st.integers(0, 10**6))
+def test_greedy_is_the_serial_loop_on_clustered_and_equal_data(match, samples, more, kind, cost, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = data(kind, samples, 3, generator)
+    z = data(kind, samples + more, 3, generator)
+    z[::2] = z[: len(z[::2])].clone()  # every second noise is a copy of another
+    costs = cost_matrix(x, z, cost)
+    assert match(costs).tolist() == naive_greedy(costs.tolist())
+
+
+@pytest.mark.parametrize("match", GREEDY)
+def test_greedy_with_all_samples_quarrelling_over_the_same_noises(match):
+    ranked = torch.arange(40.0, dtype=torch.float64)
+    assert match(ranked.repeat(10, 1)).tolist() == list(range(10))
+    assert match(ranked.flip(0).repeat(40, 1)).tolist() == list(range(39, -1, -1))
+
+
+@pytest.mark.parametrize("match", GREEDY)
+def test_greedy_never_takes_a_noise_that_is_taken(match):
+    cost = torch.rand(6, 30, dtype=torch.float64)
+    taken = torch.randperm(30)[:24]
+    cost[:, taken] = torch.inf
+    picks = match(cost).tolist()
+    assert sorted(picks) == sorted(set(range(30)) - set(taken.tolist()))
+
+
+@pytest.mark.parametrize("match", GREEDY)
+@pytest.mark.parametrize("noises", [6, 30])
+@pytest.mark.parametrize("wrong", [torch.inf, torch.nan])
+def test_greedy_refuses_a_sample_that_can_have_no_noise(match, noises, wrong):
+    cost = torch.rand(3, noises)
+    cost[1:] = wrong
+    cost[1:, 4] = 0.5  # for two samples one noise
+    with pytest.raises(BadInput, match="NaN, or infinite for every noise that is left"):
+        match(cost)
+    with pytest.raises(BadInput, match="NaN or infinite"):
+        optimal(cost)
+
+
+@pytest.mark.parametrize("noises", [6, 30])
+def test_costs_in_half_precision_or_with_gradients_are_matched(noises):
+    cost = torch.randint(0, 99, (5, noises)).float()
+    for match in (greedy, lambda cost: optimal(cost).picks):
+        expected = match(cost).tolist()
+        assert match(cost.bfloat16()).tolist() == expected
+        assert match(cost.clone().requires_grad_()).tolist() == expected
+
+
+@pytest.mark.parametrize("infinite", [False, True])
+def test_greedy_refuses_more_samples_than_noises_naming_both(infinite):
+    cost = torch.full((9, 7), torch.inf) if infinite else torch.rand(9, 7)
+    with pytest.raises(BadInput, match=r"\(9, 7\)"):
+        greedy(cost)
+
+
+@pytest.mark.parametrize("match", GREEDY)
+def test_no_samples_take_no_noise(match):
+    assert match(torch.empty(0, 5)).tolist() == optimal(torch.empty(0, 5)).picks.tolist() == []
+
+
+@pytest.mark.parametrize("multiply", [inner_products, products])
+def test_large_products_are_as_exact_as_small_ones(multiply):
+    x, z = torch.randn(40, 1024), torch.randn(2**28 // 1024 // 40 + 1, 1024)
+    found = multiply(x, z)
+    assert found.is_contiguous() and found.dtype == torch.float32
+    some = torch.arange(0, len(z), 97)
+    torch.testing.assert_close(found[:, some].double(), x.double() @ z[some].double().T, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(2,), (3, 2, 2), (200,)])
+def test_costs_are_what_their_names_say(shape):
+    x, z = torch.randn(5, *shape, dtype=torch.float64), torch.randn(7, *shape, dtype=torch.float64)
+    rows, noises = x.flatten(1).tolist(), z.flatten(1).tolist()
+    expected = {cost: torch.tensor([[naive_cost(a, b, cost) for b in noises] for a in rows], dtype=torch.float64)
+                for cost in COSTS}
+    torch.testing.assert_close(cost_matrix(x, z, "inner"), expected["inner"], rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(squared_distances(x, z), expected["squared"], rtol=1e-11, atol=1e-11)
+    of_the_sample_alone = expected["squared"] - cost_matrix(x, z, "squared")
+    torch.testing.assert_close(of_the_sample_alone, x.flatten(1).square().sum(1, keepdim=True).expand(5, 7))
+
+
+# ------------------------------------------------------------------------------- optimal and nearest
+
+
+@given(st.integers(1, 30), st.integers(0, 30), st.sampled_from(KINDS), st.sampled_from(COSTS), st.integers(0, 10**6))
+def test_no_pairing_costs_less_than_the_optimal(samples, more, kind, cost, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = data(kind, samples, 4, generator)
+    z = torch.randn(samples + more, 4, dtype=torch.float64, generator=generator)
+    costs = cost_matrix(x, z, cost)
+    best = optimal(costs).picks
+    assert len(set(best.tolist())) == samples
+    any_order = torch.randperm(samples + more, generator=generator)[:samples]
+    slack = 1e-9 * (1 + costs.abs().sum().item())
+    assert total(costs, best) <= total(costs, greedy(costs)) + slack
+    assert total(costs, best) <= total(costs, any_order) + slack
+
+
+@pytest.mark.parametrize("dim", [2, 64])
+@pytest.mark.parametrize("cost", COSTS)
+def test_optimal_costs_less_than_greedy_and_greedy_less_than_random(dim, cost):
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        x, z = (torch.randn(200, dim, dtype=torch.float64, generator=generator) for _ in range(2))
+        costs = cost_matrix(x, z, cost)
+        assert optimal(costs).total < total(costs, greedy(costs)) < costs.trace().item()
+
+
+def test_optimal_is_the_least_of_all_permutations():
+    from itertools import permutations
+
+    costs = torch.randint(0, 9, (5, 5)).double()
+    least = min(sum(costs[i, j].item() for i, j in enumerate(order)) for order in permutations(range(5)))
+    assert optimal(costs).total == least
+
+
+def image_like(count, seed):
+    """16×16 images, smooth and of unequal contrast and brightness, as photographs are."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(count, 1, 4, 4, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, size=(16, 16), mode="bilinear")
+    contrast = 0.2 + torch.rand(count, 1, 1, 1, generator=generator)
+    return (smooth * contrast + 0.5 * torch.randn(count, 1, 1, 1, generator=generator)).clamp(-1, 1)
+
+
+@pytest.mark.parametrize("match_size", [100, 400])
+def test_over_a_whole_pool_of_images_inner_is_nearer_to_the_optimum_than_squared(match_size):
+    for seed in range(6):
+        x = image_like(match_size, seed)
+        won = {cost: NoisePool(match_size, x.shape[1:], cost=cost, seed=seed) for cost in COSTS}
+        squared, inner = (squared_total(x, won[cost](x)) for cost in COSTS)
+        z = drawn_for(seed, 1, match_size, 256)
+        costs = squared_distances(x, z).double()
+        best, random = optimal(costs).total, costs.trace().item()
+        assert best < inner < squared < random
+        assert inner - best < 0.9 * (squared - best)
+
+
+def squared_total(x, z):
+    return (x - z).double().square().sum().item()
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_nearest_of_k_bends_the_noise_and_the_pool_does_not(cost):
+    k, dim = 64, 4
+    x = 1 + 0.1 * torch.randn(64 * 100, dim)
+    bent = nearest_of_k(x, k, cost, torch.Generator().manual_seed(1))
+    pool = NoisePool(k, (dim,), cost=cost, seed=1)(x)
+    error = 1 / math.sqrt(x.numel())  # of the mean of as many standard normal numbers
+    assert bent.mean() > 50 * error
+    assert abs(pool.mean()) < 4 * error
+    assert abs(pool.var() - 1) < 4 * math.sqrt(2) * error
+    assert bent.var() < 0.85  # one direction of the four has lost most of its variance
+    if cost == "squared":
+        centred = nearest_of_k(torch.zeros_like(x), k, cost, torch.Generator().manual_seed(1))
+        assert centred.square().sum(1).mean() < 0.25 * dim
+        assert NoisePool(k, (dim,), seed=0)(torch.zeros_like(x)).square().sum(1).mean() == pytest.approx(dim, rel=0.05)
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_nearest_of_k_is_the_nearest_of_the_k_drawn(cost):
+    x = torch.randn(5, 2, 3)
+    z = nearest_of_k(x, 9, cost, torch.Generator().manual_seed(2))
+    drawn = torch.randn(5, 9, 6, generator=torch.Generator().manual_seed(2))
+    for i in range(5):
+        costs = [naive_cost(x[i].flatten().tolist(), noise.tolist(), cost) for noise in drawn[i]]
+        assert torch.equal(z[i].flatten(), drawn[i, costs.index(min(costs))])
+
+
+def test_nearest_of_k_of_more_than_one_block_keeps_the_order_of_the_samples():
+    x = torch.eye(5).repeat_interleave(800, 1) * 100  # k × D = 2**23: blocks of 2 and a last one of 1
+    z = nearest_of_k(x, 2**23 // 4000 + 1, generator=torch.Generator().manual_seed(0))
+    assert (x @ z.T).argmax(0).tolist() == [0, 1, 2, 3, 4]
+
+
+# ------------------------------------------------------------------------------- pairs
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("match_size", [1, 3, 7, 16, 50])
+@pytest.mark.parametrize("sizes", [[7, 7, 7], [16], [1] * 5, [5, 9, 2, 7], []])
+def test_pairs_yields_every_sample_once_in_order_in_the_same_batches(method, match_size, sizes):
+    batches = [torch.randn(size, 2, 3) for size in sizes]
+    out = list(pairs(batches, method, match_size, seed=4))
+    assert [len(x) for x, _ in out] == sizes
+    for (x, z), batch in zip(out, batches, strict=True):
+        assert torch.equal(x, batch)
+        assert (z.shape, z.dtype) == (x.shape, x.dtype)
+    again = list(pairs(iter(batches), method, match_size, seed=4))
+    assert all(torch.equal(z, other) for (_, z), (_, other) in zip(out, again, strict=True))
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("match_size", [1, 4, 10, 15, 20, 23, 100])
+def test_optimal_pairs_are_scipys_on_each_group(match_size, cost):
+    x = torch.randn(45, 3)
+    z = torch.cat([z for _, z in pairs(x.split(10), "optimal", match_size, cost=cost, seed=6)])
+    generator = noise_generator(6)
+    done = 0
+    for group in x.split(match_size):  # the last one is what is left over
+        drawn = torch.randn(len(group), 3, generator=generator)
+        costs = [[naive_cost(a, b, cost) for b in drawn.tolist()] for a in group.tolist()]
+        _, picks = linear_sum_assignment(costs)
+        assert torch.equal(z[done : done + len(group)], drawn[torch.from_numpy(picks)])
+        done += len(group)
+    assert done == 45
+
+
+def test_greedy_pairs_are_the_pools_and_random_pairs_the_generators():
+    batches = torch.randn(30, 4).split(8)
+    pool, generator = NoisePool(12, (4,), seed=9), noise_generator(9)
+    for x, z in pairs(batches, "greedy", 12, seed=9):
+        assert torch.equal(z, pool(x))
+    for x, z in pairs(batches, "random", seed=9):
+        assert torch.equal(z, torch.randn(x.shape, generator=generator))
+
+
+def test_a_resumed_run_gets_the_pairs_of_the_run_that_went_on():
+    batches = torch.randn(60, 4).split(8)
+    whole = [z for _, z in pairs(batches, "greedy", 20, seed=2)]
+    pool = NoisePool(20, (4,), seed=2)
+    first = [z for _, z in pairs(batches[:3], "greedy", 20, pool=pool)]
+    resumed = NoisePool(20, (4,), seed=0)
+    resumed.load_state_dict(saved_and_loaded(pool))
+    second = [z for _, z in pairs(batches[3:], "greedy", 20, pool=resumed)]
+    assert all(torch.equal(a, b) for a, b in zip(whole, first + second, strict=True))
+
+
+@pytest.mark.parametrize("method", ["random", "greedy", "nearest"])
+def test_pairs_takes_a_batch_only_when_asked_for_one(method):
+    """A trainer that stops early must not have lost a batch of its loader."""
+    taken = []
+    source = (taken.append(i) or torch.randn(2, 3) for i in range(5))
+    out = pairs(source, method, 4, seed=0)
+    assert inspect.isgenerator(out) and taken == []
+    next(out)
+    assert taken == [0]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(method="hungarian"),
+        dict(cost="euclid"),
+        dict(match_size=-1),
+        dict(match_size=2.5),
+        dict(match_size=math.nan),
+        dict(method="optimal", match_size=0),
+        dict(method="nearest", match_size=0),
+    ],
+)
+def test_pairs_refuses_at_once_what_it_cannot_do(wrong):
+    with pytest.raises(BadInput):
+        pairs([torch.zeros(2, 2)], **wrong)  # not only when the first pair is asked for
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_refuses_a_batch_of_another_shape_than_the_first(method):
+    with pytest.raises(BadInput, match=r"\(2, 4\).*\(B, 3\)"):
+        list(pairs([torch.zeros(2, 3), torch.zeros(2, 4)], method, 8))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("batch", [(torch.zeros(2, 3), torch.zeros(2)), np.zeros((2, 3)), None])
+def test_every_method_refuses_what_is_no_tensor(method, batch):
+    """A loader of images and labels, for instance."""
+    with pytest.raises(BadInput, match=rf"the batch is a {type(batch).__name__}: expected a tensor"):
+        list(pairs([batch], method, 8))
+
+
+def test_a_cost_of_another_name_is_refused_wherever_it_is_given():
+    x = torch.zeros(2, 3)
+    for work in (lambda: cost_matrix(x, x, "sqared"), lambda: nearest_of_k(x, 3, "sqared")):
+        with pytest.raises(BadInput, match=r"sqared.*squared, inner"):
+            work()
+
+
+def test_optimal_refuses_more_samples_than_noises_naming_both():
+    with pytest.raises(BadInput, match=r"\(9, 7\)"):
+        optimal(torch.rand(9, 7))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_match_size_of_4_dot_0_is_4(method):
+    batches = torch.randn(6, 2).split(3)
+    expected = [z for _, z in pairs(batches, method, 4, seed=0)]
+    assert all(torch.equal(a, z) for a, (_, z) in zip(expected, pairs(batches, method, 4.0, seed=0), strict=True))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_empty_batch_in_between_stays_empty(method):
+    batches = [torch.randn(3, 2), torch.randn(0, 2), torch.randn(2, 2), torch.randn(0, 2)]
+    assert [z.shape for _, z in pairs(batches, method, 2, seed=0)] == [(3, 2), (0, 2), (2, 2), (0, 2)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e15, -1e15, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_every_method_refuses_data_that_has_no_distance(method, value, dtype):
+    x = torch.zeros(3, 2, dtype=dtype)
+    x[1, 1] = value
+    if value == 1e15 and dtype != torch.float64:
+        x[1, 1] = 1.01e15  # the nearest numbers of fewer digits lie below
+    with pytest.raises(BadInput, match="NaN, infinite or huge"):
+        list(pairs([torch.zeros(3, 2, dtype=dtype), x], method, 4))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
+def test_whole_numbered_data_is_refused_naming_its_type(dtype, method):
+    """uint8 images given by mistake: a noise of 0, 1 and 255 would train on nonsense."""
+    with pytest.raises(BadInput, match=f"{dtype}.*floating point"):
+        list(pairs([torch.ones(3, 4).to(dtype)], method, 8))
