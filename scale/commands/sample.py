@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import math
+import time
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
+from rich.progress import track
 
-from ..base.machine import pick_device
+from dansm import BadInput
+
+from ..base.files import make_folder, write_json
+from ..base.machine import hardware, pick_device
+from ..base.text import Stopped, console, counted, say, say_files
 from .options import DecodeMemory, DecodeWith, Device, Model, Out, Precision, SampleBatch, Seed, Solver, command_app
+
+SHOWN = 400  # images in samples.png at most
 
 app = command_app()
 
@@ -28,8 +39,76 @@ def sample(
     device: Device = "auto",
     out: Out = Path("runs/sample"),
 ) -> None:
-    """Draw images from a trained network. Image 17 of a seed is the same whatever --count and --batch."""
-    from .train import sample
+    """Draw images from a trained network. Image 17 of a seed is the same for any --count and --batch."""
+    from ..model import sampling
+    from ..model.load import load_model
 
-    sample(model, pick_device(device), out, count=count, steps=steps, solver=solver, batch=batch,
-           files=files, precision=precision, seed=seed, autoencoder=autoencoder, memory=memory)
+    device = pick_device(device)
+    trained = load_model(model, solver)
+    sampling.check_steps("--steps", steps, type(trained.flow))
+    trained = trained.with_decoder(autoencoder, device, precision, memory)
+    out = make_folder(out)
+    made_from = {"checkpoint": str(trained.about["file"]), "trained_steps": trained.about["step"], "steps": steps,
+                 "solver": solver, "precision": precision, "seed": seed,
+                 "autoencoder": autoencoder and str(autoencoder)}
+    _check_folder(out, made_from, count)
+    if files:
+        write_json(out / "sample.json", {**made_from, "count": 0})  # so that after a kill the same call may repeat
+    begin = time.perf_counter()
+    ready = trained.on(device, precision)
+    batch = batch or sampling.at_once(trained.net, device)
+    draws = sampling.sample_images(ready.net, ready.flow, range(count), ready.shape, steps, seed=seed, batch=batch,
+                                   device=device, decode=ready.decode)
+    done = 0
+    shown = []
+    try:
+        for images in track(draws, "sampling", total=math.ceil(count / batch), console=console):
+            if files:
+                for number, image in enumerate(images, done):
+                    sampling.save_grid(image[None], out / f"{number:06d}.png", enlarge=1)
+            done += len(images)
+            shown += images[: SHOWN - len(shown)]
+    except KeyboardInterrupt:
+        if not done:
+            raise
+    seconds = time.perf_counter() - begin
+    sampling.save_grid(torch.stack(shown), out / "samples.png")
+    write_json(out / "sample.json", {**made_from, "count": done, "recipe": trained.about["recipe"],
+                                     "seconds": round(seconds, 2), "hardware": hardware(device)})
+    say(f"{counted(done, 'image')} in {counted(steps, 'step')} each: {seconds:.1f} s")
+    say_files(out, "samples.png", "sample.json", *(["000000.png and so on"] if files else []))
+    if done < count:
+        raise Stopped(f"stopped after {done:,} of {counted(count, 'image')}")
+
+
+def _check_folder(out: Path, made_from: dict, count: int) -> None:
+    """BadInput if `out` holds anything that this call would overwrite or mix with its own images."""
+    from ..model.checkpoint import newest
+
+    if newest(out):
+        raise BadInput(f"--out is {out}, which holds a run, whose samples.png this would overwrite: expected another "
+                       "folder")
+    check_foreign_samples(out, (out / "sample.json").exists())
+    there = len(list(out.glob("[0-9]*.png")))
+    differences = _differences(out / "sample.json", made_from)
+    if there > count:
+        differences.append(f"count {there} → {count}")
+    if there and differences:  # whoever evaluates the folder would take them for images of one model
+        raise BadInput(f"--out is {out}, which holds {counted(there, 'image')} of another call "
+                       f"({', '.join(differences)}): expected another folder, or the same call with at least as many")
+
+
+def _differences(description: Path, made_from: dict) -> list[str]:
+    """What another call than this one made the images from, which `description` describes, as "steps 2 → 3"."""
+    try:
+        before = json.loads(description.read_text())
+    except (OSError, ValueError):
+        before = {}
+    return [f"{name} {before.get(name)} → {value}" for name, value in made_from.items() if before.get(name) != value]
+
+
+def check_foreign_samples(out: Path, ours: bool) -> None:
+    """BadInput if `out` holds a samples.png, and no file next to it shows that a call of `dansm` wrote it."""
+    if not ours and (out / "samples.png").exists():
+        raise BadInput(f"--out is {out}, which holds a samples.png that no dansm wrote, as it seems: expected another "
+                       "folder, or to move that file away")

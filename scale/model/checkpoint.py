@@ -7,8 +7,7 @@ import hashlib
 import os
 import pickle
 import re
-import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -27,12 +26,10 @@ NAME = re.compile(r"checkpoint-(\d{8,})\.pt")
 MARK = b"sha256:"  # the file ends in this and 64 hexadecimal digits, the checksum of all bytes before the digits
 DIGITS = 64
 BLOCK = 2**22  # bytes that are hashed at a time
-EXPECTED = "expected a file that dansm train wrote"
+EXPECTED = "expected a checkpoint that dansm train wrote"
 
 
-# ---------------------------------------------------------------------------------------------------
-# Writing
-# ---------------------------------------------------------------------------------------------------
+# ------------ Writing -------------------------------------------------------------------------------------------------
 
 
 def save(out: Path, state: dict, keep: int = 3, *, drop: Collection[Path] = ()) -> Path:
@@ -84,9 +81,7 @@ def _digest(file: IO[bytes], size: int) -> bytes:
     return digest.hexdigest().encode()
 
 
-# ---------------------------------------------------------------------------------------------------
-# Reading
-# ---------------------------------------------------------------------------------------------------
+# ------------ Reading -------------------------------------------------------------------------------------------------
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -104,26 +99,23 @@ def _step_of(path: Path) -> int:
     return int(NAME.fullmatch(path.name)[1])
 
 
-def load_newest(out: Path, say: Callable[[str], None] = say) -> tuple[Path, dict] | None:
+def load_newest(out: Path) -> tuple[Path, dict] | None:
     """The newest readable checkpoint in the folder `out`: its path and its state. None where there is no checkpoint.
 
-    say  is given a line for each newer checkpoint that cannot be read
-    Raises BadInput if there are checkpoints and none can be read.
+    Newer checkpoints that cannot be read are named on the console. Raises BadInput if none can be read.
     """
     errors = []
-    paths = checkpoints(out)
-    for path in paths:
+    for path in checkpoints(out):
         try:
             state = load(path)
         except BadInput as error:
             errors.append(error)
-            continue
-        for error in errors:
-            say(f"{error}; {path.name} is used instead")
-        return path, state
+        else:
+            for error in errors:
+                say(f"{error}; {path.name} is used instead")
+            return path, state
     if errors:
-        names = ", ".join(path.name for path in paths)
-        raise BadInput(f"{out} holds no checkpoint that can be read ({names}): {errors[0]}")
+        raise BadInput(f"{out} holds no checkpoint that can be read: {errors[0]}")
     return None
 
 
@@ -132,65 +124,29 @@ def load(path: Path) -> dict:
 
     Raises BadInput for anything but a checkpoint that is to the last bit as it was written.
     """
-    if not path.is_file():
-        raise BadInput(f"{path} is not a file: expected a checkpoint that dansm train wrote (checkpoint-….pt)")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            _check_bits(path)
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises nearly every type for a file that is not its own
-        if lacks_memory(error):
-            raise
-        raise BadInput(f"{path} cannot be used: {_reason(error)}; {EXPECTED}") from error
-    if difference := _difference(state):
-        raise _other_content(path, difference)
-    return state | {"recipe": with_new_names(state["recipe"])}
+    _check_bits(path)
+    with reading(path):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["dansm"] != VERSION:
+            raise BadInput(f"{path} is of version {state['dansm']!r:.20}: expected one of version {VERSION}")
+        return state | {"recipe": with_new_names(state["recipe"])}
 
 
 def _check_bits(path: Path) -> None:
-    """ValueError unless the file is to the last bit as `write` left it."""
-    with open(path, "rb") as file:
-        size = file.seek(0, os.SEEK_END) - DIGITS
-        file.seek(max(size - len(MARK), 0))
-        if size < 0 or file.read(len(MARK)) != MARK:
-            raise ValueError("it does not end in a checksum, so it was cut short or another program wrote it")
-        if _digest(file, size) != file.read(DIGITS):
-            raise ValueError("its checksum is another, so it was changed after it was written")
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    if isinstance(error, pickle.UnpicklingError):
-        return "it holds more than tensors and plain values, which may be code and is not run"
-    return str(error).partition("\n")[0]
-
-
-def _difference(state) -> str | None:
-    """What makes `state` no checkpoint of this version; None if it is one."""
-    if not isinstance(state, dict) or "dansm" not in state:
-        return "without the mark of dansm"
-    if state["dansm"] != VERSION:
-        return f"of version {state['dansm']!r:.20}"
-    kinds = {"network": dict, "recipe": dict, "training": dict, "ranks": list, "latents": dict | None}
-    for part, kind in kinds.items():
-        if part not in state or not isinstance(state[part], kind):
-            return f"without {part}"
-    step, averages = (state["training"].get(part) for part in ("step", "averages"))
-    if not isinstance(step, int) or step < 0:
-        return "without a step"
-    if not _are_dicts(averages) or not all({"decay", "weights"} <= average.keys() for average in averages):
-        return "without averages"
-    return None if _are_dicts(state["ranks"]) else "without ranks"
-
-
-def _are_dicts(parts) -> bool:
-    return isinstance(parts, list) and bool(parts) and all(isinstance(part, dict) for part in parts)
-
-
-def _other_content(path: Path, difference: str) -> BadInput:
-    return BadInput(f"{path} is no checkpoint of version {VERSION} but {difference}: {EXPECTED}")
+    """BadInput unless the file is to the last bit as `write` left it."""
+    problem = ""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END) - DIGITS
+            file.seek(max(size - len(MARK), 0))
+            if size < 0 or file.read(len(MARK)) != MARK:
+                problem = "it does not end in a checksum, so it was cut short or another program wrote it"
+            elif _digest(file, size) != file.read(DIGITS):
+                problem = "its checksum is another, so it was changed after it was written"
+    except OSError as error:
+        problem = error.strerror or str(error)
+    if problem:
+        raise BadInput(f"{path} cannot be used: {problem}; {EXPECTED}")
 
 
 @contextmanager
@@ -203,10 +159,10 @@ def reading(path: Path) -> Iterator[None]:
         if str(path) in str(error):
             raise
         raise BadInput(f"{path}: {error}") from error
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, pickle.UnpicklingError) as error:
         if lacks_memory(error):
             raise
-        raise _other_content(path, "with other content") from error
+        raise BadInput(f"{path} has other content than a checkpoint of version {VERSION}: {EXPECTED}") from error
 
 
 def load_model(path: Path, device, solver: str = "euler", average: int = 0, say=None):

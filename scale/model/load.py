@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dansm import BadInput, Diffusion, RectifiedFlow, UNet
 
-from ..base.text import counted
+from ..base.text import counted, shorten
 from ..data.autoencoder import Decoder, read_autoencoder
 from . import checkpoint
 from .recipe import make_flow, with_new_names
@@ -144,30 +144,16 @@ def load_model(path: Path, solver: str = "euler", label: str | None = None) -> M
 
 def build(weights: dict[str, Tensor], about: dict, solver: str = "euler") -> tuple[UNet, RectifiedFlow | Diffusion]:
     """The network with these weights, and its flow. Raises BadInput for weights that are not that network's."""
-    with checkpoint.reading(about["file"]):
+    path, recipe = about["file"], about["recipe"]
+    with checkpoint.reading(path):
         net = UNet(**about["network"])
-        _check_weights(about["file"], weights, net.state_dict())
-        net.load_state_dict(weights)
-        flow = make_flow(about["recipe"] | {name: about[name] for name in ("flow", "times")},
-                         about["latents"] is None, solver)
+        flow = make_flow(recipe, about["latents"] is None, solver)
+        try:
+            net.load_state_dict(weights)
+        except RuntimeError as error:  # it names the weights, in several lines
+            reason = " ".join(str(error).split())
+            raise BadInput(f"{path} has other weights than the network it names: {shorten(reason, 200)}") from error
     return net, flow
-
-
-def _check_weights(path: Path, weights: dict, expected: dict[str, Tensor]) -> None:
-    """BadInput that names a weight that is lacking, unknown, or of another shape than the network's."""
-    lacking = [name for name in expected if name not in weights]
-    if lacking:
-        raise BadInput(f"{path} lacks {counted(len(lacking), 'weight')}, {lacking[0]} first: expected those of the "
-                       "network it names")
-    unknown = [name for name in weights if name not in expected]
-    if unknown:
-        raise BadInput(f"{path} has {counted(len(unknown), 'weight')}, {unknown[0]} first, that the network it names "
-                       "has not")
-    for name, weight in expected.items():
-        shape = tuple(getattr(weights[name], "shape", ()))
-        if shape != weight.shape:
-            raise BadInput(f"{path} has {name} of shape {shape}: expected {tuple(weight.shape)} for the network it "
-                           "names")
 
 
 def read_average(path: Path, average: int = 0) -> tuple[dict[str, Tensor], dict]:
@@ -178,16 +164,15 @@ def read_average(path: Path, average: int = 0) -> tuple[dict[str, Tensor], dict]
     if path.suffix == ".safetensors" and not path.is_dir():
         return _read_export(path)
     path, state = _read_checkpoint(path)
-    averages = state["training"]["averages"]
-    if average >= len(averages):
-        held = ", ".join(f"{number}: decay {one['decay']}" for number, one in enumerate(averages))
-        raise BadInput(f"--average is {average}: {path} holds {held}; expected one of these numbers")
     with checkpoint.reading(path):
-        recipe = state["recipe"]
+        averages, recipe = state["training"]["averages"], state["recipe"]
+        if average >= len(averages):
+            held = ", ".join(f"{number}: decay {one['decay']}" for number, one in enumerate(averages))
+            raise BadInput(f"--average is {average}: {path} holds {held}; expected one of these numbers")
         about = {"file": path, "dansm": checkpoint.VERSION, "network": state["network"], "flow": recipe["flow"],
                  "times": recipe["times"], "step": state["training"]["step"], "decay": averages[average]["decay"],
                  "data": state["data"], "recipe": recipe, "latents": state["latents"], "images": state["images"]}
-    return averages[average]["weights"], about
+        return averages[average]["weights"], about
 
 
 def _read_checkpoint(path: Path) -> tuple[Path, dict]:
@@ -204,24 +189,19 @@ def _read_checkpoint(path: Path) -> tuple[Path, dict]:
 
 def _read_export(path: Path) -> tuple[dict[str, Tensor], dict]:
     """The weights in a .safetensors file, and what `export` wrote next to them."""
-    if not path.is_file():
-        raise BadInput(f"{path} is not a file: {EXPORT}")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-        lacking = [name for name in DESCRIBED if name not in metadata]
-        if lacking:
-            raise BadInput(f"{path} does not say what its weights are, its metadata lacks {', '.join(lacking)}: "
-                           f"{EXPORT}")
         about = {name: json.loads(metadata[name]) for name in DESCRIBED}
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise BadInput(f"{path} cannot be read ({error}): {EXPORT}") from error
-    kinds = {"network": dict, "recipe": dict, "step": int, "latents": dict | None}
-    if about["dansm"] != checkpoint.VERSION or not all(isinstance(about[name], kind) for name, kind in kinds.items()):
-        raise BadInput(f"{path} is of version {about['dansm']!r:.20}, or another program wrote it: {EXPORT}, of "
-                       f"version {checkpoint.VERSION}")
-    return weights, {"file": path, **about, "recipe": with_new_names(about["recipe"])}
+    except KeyError as error:
+        raise BadInput(f"{path} does not say what its weights are, its metadata lacks {error}: {EXPORT}") from error
+    if about["dansm"] != checkpoint.VERSION:
+        raise BadInput(f"{path} is of version {about['dansm']!r:.20}: {EXPORT}, of version {checkpoint.VERSION}")
+    with checkpoint.reading(path):
+        return weights, {"file": path, **about, "recipe": with_new_names(about["recipe"])}
 
 
 def loaded(paths: Iterable[Path], steps: list[int], device, solver: str = "euler"):

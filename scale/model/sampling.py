@@ -16,6 +16,7 @@ from torch import Tensor
 import dansm
 
 from ..base.files import replacing
+from ..base.launch import compiling_ahead
 from ..base.machine import free_memory, number_type
 from ..base.noise import path_noise
 from ..base.threads import ahead
@@ -23,53 +24,56 @@ from ..data.pixels import to_uint8
 
 
 def check_steps(option: str, steps: int, flow: type) -> None:
-    """BadInput for a count of steps that a diffusion cannot take, before anything is trained or written."""
+    """BadInput for a count of steps that the flow cannot take."""
     if issubclass(flow, dansm.Diffusion) and not 2 <= steps <= flow.levels:
         raise dansm.BadInput(f"{option} is {steps}: expected 2 to {flow.levels:,} for a diffusion")
 
 
-def sample_images(net, flow, images: range, shape, steps: int, *, seed: int = 0, batch: int = 64,
-                  device="cpu", decode=None) -> Iterator[Tensor]:
-    """Images by their numbers, `batch` at a time, as uint8 (B, C, H, W) on the CPU, from the noises that
-    `path_noise` draws for them by `seed`: what decode(x, number of x[0]) makes of latents, `to_uint8` if None. A
-    GPU works on one batch while the one before is used, and the noises of the next are drawn."""
-    parts = (images[start : start + batch] for start in range(0, len(images), batch))
+def sample_images(net, flow, images: range, shape, steps: int, *, seed: int = 0, batch: int = 64, device="cpu",
+                  decode: Callable[[Tensor, int], Tensor] | None = None) -> Iterator[Tensor]:
+    """Draw images by their numbers, `batch` at a time: uint8 (B, C, H, W) on the CPU.
+
+    shape   (C, H, W) of one sample
+    seed    decides, with an image's number, the noise that it starts from (see `path_noise`)
+    decode  makes images of latents x (B, C, H, W) and the number of x[0]; None for a model of images
+    A GPU draws one batch while the caller uses the one before and a thread draws the noises of the next.
+    """
+    parts = [images[start : start + batch] for start in range(0, len(images), batch)]
+    noises = ahead(lambda part: path_noise(part, shape, seed), parts, threads=1, depth=1)
     before = None
-    noises = ahead(lambda part: (part[0], path_noise(part, shape, seed)), parts, threads=1, depth=1)
     with closing(noises):
-        for first, z in noises:
+        for part, z in zip(parts, noises, strict=True):
             x = flow.sample(net, z.to(device), steps)
-            now = decode(x, first) if decode else to_uint8(x)
+            drawn = decode(x, part[0]) if decode else to_uint8(x)
             if before is not None:
                 yield before.cpu()
-            before = now
+            before = drawn
     if before is not None:
         yield before.cpu()
 
 
 def save_grid(images: Tensor, path: Path, enlarge: int = 2) -> None:
-    """Write uint8 images (N, C, H, W) as one PNG, about square, each pixel `enlarge` pixels wide; whole or not at
-    all."""
+    """Write uint8 images (N, C, H, W) as one PNG, about square, each pixel `enlarge` pixels wide."""
     from torchvision.utils import make_grid  # takes a second to import
 
     large = images.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
     columns = math.ceil(len(images) ** 0.5)
     grid = large[0] if len(images) == 1 else make_grid(large, columns, padding=2, pad_value=255)
-    with replacing(path) as beside:
-        Image.fromarray(rearrange(grid, "c h w -> h w c").numpy().squeeze()).save(beside, "png")
+    with replacing(path) as partial:
+        Image.fromarray(rearrange(grid, "c h w -> h w c").numpy().squeeze()).save(partial, "png")
 
 
 def fused(net: dansm.UNet) -> bool:
-    """Let the kernels stand in for the network's layers, where there are CUDA and Triton; whether they do."""
+    """Replace the network's layers by kernels, where there are CUDA and Triton. Returns whether it did."""
     device = next(net.parameters()).device
     if device.type != "cuda":
         return False
     try:
-        from ..model.fused import fuse, try_out
+        from .fused import fuse, try_out
 
         try_out(device)
-    except Exception as error:  # Triton missing, too old, without a compiler, on a card it does not know
-        warnings.warn(f"the network goes without its kernels, more slowly: {error!r}", stacklevel=2)
+    except Exception as error:  # Triton is missing, too old, without a compiler, or does not know the GPU
+        warnings.warn(f"the network runs without its kernels, more slowly: {error!r}", stacklevel=2)
         return False
     fuse(net)
     return True
@@ -77,31 +81,32 @@ def fused(net: dansm.UNet) -> bool:
 
 def sampler(net: dansm.UNet, device: torch.device, precision: str = "auto",
             compile: bool = True) -> Callable[[Tensor, Tensor], Tensor]:
-    """What a flow samples from in the place of the network, (B, C, H, W) and times (B,) → (B, C, H, W) float32: the
-    same, with the kernels where there are any, unless `compile` is False."""
-    dtype, compiled = number_type(precision, device), compile and fused(net)
+    """The network as a flow samples from it: (B, C, H, W) and times (B,) → (B, C, H, W) float32.
+
+    compile  use the kernels, if there are any
+    """
+    dtype = number_type(precision, device)
+    to_compile = compile and fused(net)
 
     @torch.no_grad()
     def evaluate(x: Tensor, t: Tensor) -> Tensor:
-        nonlocal compiled
+        nonlocal to_compile
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            if compiled:
-                from ..base.launch import compiling_ahead
-
+            if to_compile:
                 with compiling_ahead(device):
                     net(x, t)
-                compiled = False  # is done
+                to_compile = False
             return net(x, t).float()
 
     return evaluate
 
 
 def at_once(net: dansm.UNet, device: torch.device) -> int:
-    """Images that are sampled together where nothing else is said: on a GPU as many as half of its free memory holds,
-    up to 2,000, since Python takes tens of milliseconds to launch a network's layers, however many images they are of.
+    """How many images to sample together: on a GPU those that half of its free memory holds, up to 2,000.
 
-    Of an image up to 17 times the numbers of its first level are there at the same moment (both of the paper's
-    networks, without gradients); room is taken for 20, of 4 bytes.
+    A small batch wastes a GPU, as Python takes tens of milliseconds to launch a network's layers for any batch. At its
+    peak an image takes 17 times the numbers of its first level (in both of the paper's networks, without gradients);
+    room is left for 20, of 4 bytes.
     """
     if device.type != "cuda":
         return 64
@@ -110,11 +115,11 @@ def at_once(net: dansm.UNet, device: torch.device) -> int:
 
 
 def operations_per_image(settings: dict) -> float:
-    """Of forward and backward, multiplications and additions counted apart: three times those of forward."""
+    """Multiplications and additions of a training step for one image: three times those of the forward pass."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):
         net = dansm.UNet(**settings)
         with FlopCounterMode(display=False) as counter:
-            net(torch.empty(1, settings["channels"], settings["size"], settings["size"]), torch.empty(1))
+            net(torch.empty(1, *net.shape), torch.empty(1))
     return 3.0 * counter.get_total_flops()
