@@ -36,9 +36,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-# `dansm.scale` and `dansm.tiny` lie next to this file in a checkout, and in the folder dansm/ where it is installed.
+# Where `dansm.scale` and `dansm.tiny` lie: next to this file in a checkout, in the folder dansm/ where it is installed.
 _here = Path(__file__).parent
-__path__ = [str(_here / "dansm" if (_here / "dansm" / "scale").is_dir() else _here)]
+__path__ = [str(home) for home in (_here / "dansm", _here) if (home / "scale" / "matching").is_dir()]
 
 
 class BadInput(ValueError):
@@ -469,11 +469,9 @@ class Diffusion:
         return self.alpha_bar_there
 
     def path(self, net: nn.Module, z: Tensor, steps: int) -> Iterator[Tensor]:
-        """Yield the `steps` + 1 states from z: (B, ...) to x, each (B, ...).
-
-        As in the paper, the levels start at 0 with a stride of 1000 / steps, so the first one used lies below pure
-        noise: 666 with 3 steps, 900 with 10. BadInput for fewer than 2 steps or more than 1,000.
-        """
+        """Yield the `steps` + 1 states from z: (B, ...) to x, each (B, ...). As in the paper, levels start at 0 with a
+        stride of 1000 / steps, so the first one used lies below pure noise: 666 with 3 steps, 900 with 10. BadInput for
+        fewer than 2 steps or more than 1,000."""
         steps = check_count("steps", steps, at_least=2)
         if steps > self.levels:
             raise BadInput(f"steps is {steps}: expected at most {self.levels}, the levels of the diffusion")
@@ -891,7 +889,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run a command of scale/commands, by the command line unless `arguments` are given. `dansm --help` lists them."""
     commands = scaled("commands.main")
     if commands is None:
-        sys.exit("dansm: this dansm.py stands alone, and the commands are in scale/: expected a checkout or an install")
+        print("dansm: dansm.py stands alone, its commands are in scale/: expected a checkout or an install", file=sys.stderr)
+        sys.exit(2)
     commands.run(arguments)
 
 

