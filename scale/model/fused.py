@@ -1,9 +1,9 @@
-"""Norm, SiLU and dropout in one pass over memory, in Triton: what a UNet's step on a GPU mostly waits for.
+"""Norm, SiLU and dropout in one pass over memory, in Triton: on a GPU a UNet's step mostly waits for these.
 
-Written plainly, the numbers of an image go to memory and back for the time's shift, the group norm (twice), SiLU and
-dropout, and in float32 under autocast. Here one program reads some channels of one image once, keeps them in
-registers, and writes the result once; backward it reads the input and the gradient and writes one gradient. Nothing
-is saved for the backward pass but the input and two numbers a group: the mask of the dropout is drawn again.
+Written in plain torch, the numbers of an image go to memory and back for the time's shift, the group norm (twice),
+SiLU and dropout, in float32 under autocast. Here one program reads some channels of one image once, keeps them in
+registers and writes the result once. Backward it reads the input and the gradient and writes one gradient. Only the
+input and two numbers for each group are saved for the backward pass: the dropout's mask is drawn again.
 """
 
 from __future__ import annotations
@@ -21,20 +21,19 @@ import dansm
 from ..base.launch import launch
 
 PROGRAMS = 1056  # eight for each of an H100's multiprocessors
-TILE = 2**14  # numbers of one program: those of 16 channels at 32×32, which fit into its registers
+TILE = 2**14  # numbers that one program holds in its registers: 16 channels at 32×32
 
 
-# ---------------------------------------------------------------------------------------------------
-# The kernels
-# ---------------------------------------------------------------------------------------------------
+# ------------ The kernels ---------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def _kept(seeds, at, DROP: tl.constexpr):
-    """What dropout multiplies number `at` of the tensor with: 0, or more than 1. DROP: the share of 0s, in 2**-24. The
-    upper bits of two multiplications stand for a random number: a better one would cost more time than the memory. Both
-    halves of the first are taken, as `at` and `seeds` that differ by a high bit alone change the upper half only."""
-    first, second = tl.load(seeds).to(tl.uint32), tl.load(seeds + 1).to(tl.uint32)
+    """The factor by which dropout multiplies number `at` of the tensor: 0, or more than 1. DROP is the share of zeros
+    times 2**24. The upper bits of two products serve as the random number, as a better one would take longer than the
+    memory. Both halves of the first product count: a high bit of `at` or `seeds` changes the upper half only."""
+    first = tl.load(seeds).to(tl.uint32)
+    second = tl.load(seeds + 1).to(tl.uint32)
     wide = (at.to(tl.uint32) + (first ^ (second * 0x9E3779B9))).to(tl.uint64) * 0xD2511F53
     word = ((wide ^ (wide >> 32)).to(tl.uint32) ^ second) * 0x846CA68B
     KEPT: tl.constexpr = 2**24 / (2**24 - DROP) if DROP < 2**24 else 0.0
@@ -43,7 +42,7 @@ def _kept(seeds, at, DROP: tl.constexpr):
 
 @triton.jit
 def _sigmoid(u, QUICK: tl.constexpr):
-    """QUICK: by one instruction of the GPU, to 11 bits, of which 16-bit numbers keep 8 or 11."""
+    """QUICK takes one instruction of the GPU, right to 11 bits; numbers of 16 bits keep 8 or 11 of these."""
     if QUICK:
         u = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [0.5 * u], tl.float32, is_pure=True, pack=1)
         return 0.5 + 0.5 * u
@@ -52,15 +51,15 @@ def _sigmoid(u, QUICK: tl.constexpr):
 
 @triton.jit
 def _of_group(sums, column, GROUP: tl.constexpr):
-    """For each column the sum over the columns of its group."""
+    """The sum over the columns of its group, for each column."""
     same = (column // GROUP)[:, None] == (column // GROUP)[None, :]
     return tl.sum(tl.where(same, sums[None, :], 0.0), 1)
 
 
 @triton.jit
 def _share(CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, USED: tl.constexpr):
-    """Of this program: its image, its channels, and which of them there are. The grid has one dimension, as its others
-    end at 65,535."""
+    """What this program works on: its image, its channels, and which of them exist. The grid has one dimension, as the
+    others end at 65,535."""
     parts: tl.constexpr = (CHANNELS + USED - 1) // USED
     column = tl.arange(0, COLUMNS)
     channel = tl.program_id(0) % parts * USED + column
@@ -69,7 +68,7 @@ def _share(CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, USED: tl.constexpr):
 
 @triton.jit
 def _tile(start, channel, there, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr):
-    """Where the numbers of these channels lie from pixel `start` of an image on, and which of them there are."""
+    """Where the numbers of these channels lie, from pixel `start` of an image on, and which of them exist."""
     row = start + tl.arange(0, ROWS)
     return row[:, None] * CHANNELS + channel[None, :], (row < PIXELS)[:, None] & there[None, :]
 
@@ -78,8 +77,9 @@ def _tile(start, channel, there, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, R
 def _forward(y, means, scales, x, shift, weight, bias, seeds, eps, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
              GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, USED: tl.constexpr, SHIFT: tl.constexpr,
              SILU: tl.constexpr, DROP: tl.constexpr, QUICK: tl.constexpr):
-    """One image, USED of its channels, which are whole groups. x, y: (N, PIXELS, CHANNELS); shift, means, scales:
-    (N, CHANNELS). Where an image has more pixels than ROWS it is read three times, the last two from the cache."""
+    """y = dropout(SiLU(norm(x + shift))) for USED channels of one image, which are whole groups. x, y: (N, PIXELS,
+    CHANNELS); shift, means, scales: (N, CHANNELS). An image of more pixels than ROWS is read three times, twice from
+    the cache."""
     image, channel, there = _share(CHANNELS, COLUMNS, USED)
     column = tl.arange(0, COLUMNS)
     x += image * PIXELS * CHANNELS
@@ -123,9 +123,9 @@ def _forward(y, means, scales, x, shift, weight, bias, seeds, eps, PIXELS: tl.co
 
 @triton.jit
 def _gradient(dy, x, mean, scale, w, b, seeds, at, here, SILU: tl.constexpr, DROP: tl.constexpr, QUICK: tl.constexpr):
-    """The normalised numbers, and the gradient of what weight and bias made of them."""
+    """The normalised numbers, and the gradient of those that weight and bias make of them."""
     h = (tl.load(x + at, mask=here, other=0.0).to(tl.float32) - mean[None, :]) * scale[None, :]
-    g = tl.load(dy + at, mask=here, other=0.0).to(tl.float32)  # 0 where nothing is, and so is all that h adds to
+    g = tl.load(dy + at, mask=here, other=0.0).to(tl.float32)  # 0 where no number exists, so h adds nothing
     if DROP > 0:
         g = g * _kept(seeds, at, DROP)
     if SILU:
@@ -140,8 +140,8 @@ def _backward(dx, dshift, dweight, dbias, dy, around, x, means, scales, weight, 
               CHANNELS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
               USED: tl.constexpr, SHIFT: tl.constexpr, SILU: tl.constexpr, DROP: tl.constexpr, QUICK: tl.constexpr,
               AROUND: tl.constexpr):
-    """As `_forward`. If AROUND, `around` is the gradient of x from elsewhere and added to dx. dshift, dweight, dbias:
-    (N, CHANNELS), the last two still to be summed over the images."""
+    """The gradients of `_forward`. If AROUND, `around` is the gradient of x from elsewhere and is added to dx. dshift,
+    dweight, dbias: (N, CHANNELS), the last two still to be summed over the images."""
     image, channel, there = _share(CHANNELS, COLUMNS, USED)
     column = tl.arange(0, COLUMNS)
     first = image * PIXELS * CHANNELS
@@ -153,7 +153,8 @@ def _backward(dx, dshift, dweight, dbias, dy, around, x, means, scales, weight, 
     if WHOLE:
         at, here = _tile(0, channel, there, PIXELS, CHANNELS, ROWS)
         h, g = _gradient(dy, x, mean, scale, w, b, seeds, first + at, here, SILU, DROP, QUICK)
-    dw, db = tl.zeros([COLUMNS], tl.float32), tl.zeros([COLUMNS], tl.float32)
+    dw = tl.zeros([COLUMNS], tl.float32)
+    db = tl.zeros([COLUMNS], tl.float32)
     for start in range(0, PIXELS, ROWS):
         if not WHOLE:
             at, here = _tile(start, channel, there, PIXELS, CHANNELS, ROWS)
@@ -162,7 +163,7 @@ def _backward(dx, dshift, dweight, dbias, dy, around, x, means, scales, weight, 
         db += tl.sum(g, 0)
     tl.store(dweight + image * CHANNELS + channel, dw, mask=there)
     tl.store(dbias + image * CHANNELS + channel, db, mask=there)
-    # Every number of a group moves its mean and variance: what that takes off the gradient.
+    # Every number of a group moves the group's mean and variance, which takes this off its gradient.
     along = _of_group(dw * w, column, GROUP) / (PIXELS * GROUP)
     level = _of_group(db * w, column, GROUP) / (PIXELS * GROUP)
     moved = tl.zeros([COLUMNS], tl.float32)
@@ -181,14 +182,15 @@ def _backward(dx, dshift, dweight, dbias, dy, around, x, means, scales, weight, 
 
 @triton.jit
 def _part(row, ROWS: tl.constexpr, CHANNELS: tl.constexpr, rows, COLUMNS: tl.constexpr):
-    """Where ROWS pixels from `row` on lie, all their channels, and which of them there are."""
-    at, column = row + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    """The numbers of ROWS pixels from `row` on, those of all channels, and which of them exist."""
+    at = row + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
     return at, column, (at < rows)[:, None] & (column < CHANNELS)[None, :]
 
 
 @triton.jit
 def _sum(y, a, b, bias, scale, rows, CHANNELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """y = (a + b + bias) · scale for `rows` pixels of CHANNELS."""
+    """y = (a + b + bias) · scale. a, b, y: (rows, CHANNELS)."""
     row, column, here = _part(tl.program_id(0).to(tl.int64) * ROWS, ROWS, CHANNELS, rows, COLUMNS)
     at = row[:, None] * CHANNELS + column[None, :]
     total = tl.load(a + at, mask=here, other=0.0).to(tl.float32) + tl.load(b + at, mask=here, other=0.0).to(tl.float32)
@@ -200,7 +202,7 @@ def _sum(y, a, b, bias, scale, rows, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
 def _sum_backward(d, dbias, dy, scale, stride, rows, parts, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
                   COLUMNS: tl.constexpr):
     """d = dy · scale, and its sum over the pixels of each program: dbias (programs, CHANNELS). Row i of dy begins at
-    i · stride, as it may be a part of wider ones."""
+    i · stride, as dy may be a part of a wider tensor."""
     column = tl.arange(0, COLUMNS)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for part in range(tl.program_id(0), parts, tl.num_programs(0)):
@@ -213,7 +215,7 @@ def _sum_backward(d, dbias, dy, scale, stride, rows, parts, CHANNELS: tl.constex
 
 @triton.jit
 def _halve(y, x, factor, rows, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """y (…, WIDTH, CHANNELS), rows pixels in all, each the sum of four of x times factor."""
+    """Each pixel of y is the sum of four of x, times factor. y: (…, WIDTH, CHANNELS), `rows` pixels in all."""
     row, column, here = _part(tl.program_id(0).to(tl.int64) * ROWS, ROWS, CHANNELS, rows, COLUMNS)
     corner = ((row // WIDTH) * 4 * WIDTH + (row % WIDTH) * 2)[:, None] * CHANNELS + column[None, :]
     total = tl.load(x + corner, mask=here, other=0.0).to(tl.float32)
@@ -225,7 +227,7 @@ def _halve(y, x, factor, rows, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, ROWS
 
 @triton.jit
 def _double(y, x, factor, rows, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The other way round: x (…, WIDTH, CHANNELS), each of its pixels times factor to four of y."""
+    """Each pixel of x, times factor, goes to four of y. x: (…, WIDTH, CHANNELS), `rows` pixels in all."""
     row, column, here = _part(tl.program_id(0).to(tl.int64) * ROWS, ROWS, CHANNELS, rows, COLUMNS)
     v = tl.load(x + row[:, None] * CHANNELS + column[None, :], mask=here, other=0.0).to(tl.float32) * factor
     v = v.to(y.dtype.element_ty)
@@ -236,20 +238,20 @@ def _double(y, x, factor, rows, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, ROW
     tl.store(y + corner + (2 * WIDTH + 1) * CHANNELS, v, mask=here)
 
 
-# ---------------------------------------------------------------------------------------------------
-# As torch sees them
-# ---------------------------------------------------------------------------------------------------
+# ------------ For torch -----------------------------------------------------------------------------------------------
 
 
 class _Norm(torch.autograd.Function):
-    """x: (N, C, H, W), shift: (N, C) or None, weight, bias: (C,), seeds: (2,) int32 → the normalised, and x itself:
-    what goes around the norm takes it from here, so that the gradients of both ways are added in the kernel."""
+    """dropout(SiLU(norm(x + shift))), and x itself. The way around the norm takes x from here, so that the kernel adds
+    the gradients of both ways. x: (N, C, H, W), shift: (N, C) or None, weight, bias: (C,), seeds: (2,) int32."""
 
     @staticmethod
     def forward(ctx, x, shift, weight, bias, seeds, groups, eps, silu, drop):
         ctx.set_materialize_grads(False)
-        channels_last, shift = _channels_last(x), None if shift is None else shift.contiguous()
-        (n, channels), pixels = x.shape[:2], x.shape[2:].numel()
+        channels_last = _channels_last(x)
+        shift = None if shift is None else shift.contiguous()
+        n, channels = x.shape[:2]
+        pixels = x.shape[2:].numel()
         rows, columns, used = _tile_of(pixels, channels, channels // groups)
         constants = (pixels, channels, channels // groups, rows, columns, used, shift is not None, silu, drop,
                      x.is_cuda and x.element_size() == 2)
@@ -258,7 +260,8 @@ class _Norm(torch.autograd.Function):
         launch(_forward, (n * triton.cdiv(channels, used),), y, means, scales, channels_last, shift, weight, bias,
                seeds, eps, *constants, num_warps=_warps(rows * columns // 2))
         ctx.save_for_backward(channels_last, means, scales, weight, bias, seeds)
-        ctx.constants, ctx.shift = constants, None if shift is None else shift.dtype
+        ctx.constants = constants
+        ctx.shift_dtype = None if shift is None else shift.dtype
         return y, x.view_as(x)
 
     @staticmethod
@@ -267,14 +270,16 @@ class _Norm(torch.autograd.Function):
         if dy is None:
             return around, *[None] * 8
         x, means, scales, weight, bias, seeds = ctx.saved_tensors
-        (n, channels), (rows, columns, used) = x.shape[:2], ctx.constants[3:6]
+        n, channels = x.shape[:2]
+        rows, columns, used = ctx.constants[3:6]
         dx = torch.empty_like(x)
         sums = torch.empty(3, n, channels, device=x.device)
         around = None if around is None else _channels_last(around)
         launch(_backward, (n * triton.cdiv(channels, used),), dx, *sums, _channels_last(dy), around, x, means, scales,
                weight, bias, seeds, *ctx.constants, around is not None, num_warps=_warps(rows * columns))
         dweight, dbias = sums[1:].sum(1)
-        return dx, sums[0].to(ctx.shift) if ctx.shift else None, dweight, dbias, *[None] * 5
+        dshift = sums[0].to(ctx.shift_dtype) if ctx.shift_dtype else None
+        return dx, dshift, dweight, dbias, *[None] * 5
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -282,7 +287,7 @@ def _channels_last(x: Tensor) -> Tensor:
 
 
 def _tile_of(pixels: int, channels: int, group: int) -> tuple[int, int, int]:
-    """Of one program: (rows, columns, how many of the columns are used, which are whole groups)."""
+    """What one program holds: (rows, columns, how many of the columns it uses, which are whole groups)."""
     rows = min(triton.next_power_of_2(pixels), 1024)
     columns = min(64, TILE // rows, triton.next_power_of_2(channels))
     columns = max(columns, triton.next_power_of_2(group))
@@ -294,18 +299,19 @@ def _warps(numbers: int) -> int:
 
 
 def _rows_of(x: Tensor) -> tuple[int, int, int]:
-    """(pixels in all, of which one program takes so many at a time, with so many columns)."""
+    """(pixels in all, pixels that one program takes at a time, its columns)."""
     columns = triton.next_power_of_2(x.shape[1])
     return len(x) * x.shape[2:].numel(), max(1, 8192 // columns), columns
 
 
 class _Sum(torch.autograd.Function):
-    """(a + b + bias) · scale. a, b: (N, C, H, W), bias: (C,)."""
+    """(a + b + bias) · scale. a, b: (N, C, H, W), bias: (C,), scale: a number."""
 
     @staticmethod
     def forward(ctx, a, b, bias, scale):
         ctx.scale = scale
-        a, b = _channels_last(a), _channels_last(b)
+        a = _channels_last(a)
+        b = _channels_last(b)
         y = torch.empty_like(a)
         total, rows, columns = _rows_of(a)
         launch(_sum, (triton.cdiv(total, rows),), y, a, b, bias, scale, total, a.shape[1], rows, columns)
@@ -315,9 +321,11 @@ class _Sum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         total, rows, columns = _rows_of(dy)
-        channels, stride = dy.shape[1], dy.stride(3)
-        if dy.stride() != (dy.stride(3) * dy.shape[2:].numel(), 1, dy.stride(3) * dy.shape[3], dy.stride(3)):
-            dy, stride = _channels_last(dy), channels
+        channels = dy.shape[1]
+        stride = dy.stride(3)
+        if dy.stride() != (stride * dy.shape[2:].numel(), 1, stride * dy.shape[3], stride):
+            dy = _channels_last(dy)
+            stride = channels
         d = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
         parts = triton.cdiv(total, rows)
         programs = min(parts, PROGRAMS)
@@ -327,7 +335,7 @@ class _Sum(torch.autograd.Function):
 
 
 class _Resample(torch.autograd.Function):
-    """Twice as many pixels each way, every one four times; or half as many, each the mean of four."""
+    """Double the image, each pixel four times, or halve it, each pixel the mean of four. x: (N, C, H, W)."""
 
     @staticmethod
     def forward(ctx, x, up):
@@ -340,7 +348,7 @@ class _Resample(torch.autograd.Function):
         return _resample(dy, not ctx.up, 1.0 if ctx.up else 0.25), None
 
 
-def _resample(x, up, factor):
+def _resample(x: Tensor, up: bool, factor: float) -> Tensor:
     x = _channels_last(x)
     n, channels, height, width = x.shape
     size = (2 * height, 2 * width) if up else (height // 2, width // 2)
@@ -351,9 +359,7 @@ def _resample(x, up, factor):
     return y
 
 
-# ---------------------------------------------------------------------------------------------------
-# The layers of the network, by them
-# ---------------------------------------------------------------------------------------------------
+# ------------ The network's layers ------------------------------------------------------------------------------------
 
 
 class Norm(dansm.Norm):
@@ -361,14 +367,14 @@ class Norm(dansm.Norm):
         return self.fork(x, shift)[0]
 
     def fork(self, x: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The normalised, and x for what goes around."""
+        """The result, and x for the way around the norm."""
         drop = round(2**24 * self.dropout) if self.training else 0
         seeds = torch.randint(-2**31, 2**31, (2,), dtype=torch.int32, device=x.device) if drop else None
         return _Norm.apply(x, shift, self.weight, self.bias, seeds, self.num_groups, self.eps, self.silu, drop)
 
 
 class ResBlock(dansm.ResBlock):
-    """Biases of convolutions are left to the kernels: the first goes with the time's into the norm's shift, the others
+    """The kernels add the convolutions' biases: the first one's goes with the time's into the norm's shift, the others
     into the sum."""
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
@@ -376,19 +382,21 @@ class ResBlock(dansm.ResBlock):
         h = convolve(self.conv1, self.resample(h))
         shift = F.linear(time, self.time.weight, self.time.bias + self.conv1.bias)
         h = convolve(self.conv2, self.norm2(h, shift))
-        x, bias = self.resample(x), self.conv2.bias
+        x = self.resample(x)
+        bias = self.conv2.bias
         if isinstance(self.skip, nn.Conv2d):
-            x, bias = convolve(self.skip, x), bias + self.skip.bias
+            x = convolve(self.skip, x)
+            bias = bias + self.skip.bias
         return _Sum.apply(x, h, bias, self.scale)
 
 
 def convolve(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """Without its bias."""
+    """The convolution of x without the layer's bias."""
     return F.conv2d(x, layer.weight, None, layer.stride, layer.padding)
 
 
 class Attention(dansm.Attention):
-    """The convolutions of one pixel are products: (N, pixels, C), as the numbers lie in memory."""
+    """Its 1×1 convolutions are matrix products of (N, pixels, C), as the numbers lie in memory."""
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         h, x = self.norm.fork(x)
@@ -413,21 +421,21 @@ class Halve(nn.AvgPool2d):
         return _Resample.apply(x, False)
 
 
-STANDING_IN = {dansm.Norm: Norm, dansm.ResBlock: ResBlock, dansm.Attention: Attention,
+REPLACED_BY = {dansm.Norm: Norm, dansm.ResBlock: ResBlock, dansm.Attention: Attention,
                dansm.Resample: Resample, nn.Upsample: Double, nn.AvgPool2d: Halve}
 
 
 def fuse(net: dansm.UNet) -> dansm.UNet:
-    """The same network with the same weights, whose layers go through the kernels, in training and in sampling."""
+    """Let the network's layers run through the kernels, in training and in sampling. Its weights stay the same."""
     for layer in net.modules():
-        layer.__class__ = STANDING_IN.get(type(layer), type(layer))
+        layer.__class__ = REPLACED_BY.get(type(layer), type(layer))
     return net.to(memory_format=torch.channels_last)
 
 
 def try_out(device: torch.device) -> None:
-    """Raises where a kernel cannot be compiled or run on this device, or gives something else than torch."""
+    """Raise an error if a kernel cannot be compiled or run on this device, or if it differs from torch."""
     x = torch.arange(64.0, device=device).reshape(1, 4, 4, 4)
     expected = F.group_norm(x, 1, eps=1e-6)
-    if not torch.allclose(_Norm.apply(x, None, x.new_ones(4), x.new_zeros(4), None, 1, 1e-6, False, 0)[0], expected,
-                          atol=1e-4):
+    actual, _ = _Norm.apply(x, None, x.new_ones(4), x.new_zeros(4), None, 1, 1e-6, False, 0)
+    if not torch.allclose(actual, expected, atol=1e-4):
         raise RuntimeError("its kernels give other numbers than torch")
