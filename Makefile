@@ -14,7 +14,7 @@ DANSM = $(PYTHON) dansm.py
 NBCONVERT = $(PYTHON) -m nbconvert --log-level WARN --to notebook --inplace tiny/lesson.ipynb
 
 .DEFAULT_GOAL = help
-.PHONY: help toy lesson digits cifar10 latent-bedroom test soak lint bench bench-train proof clean
+.PHONY: help toy lesson digits cifar10 latent-bedroom test test-all soak lint docs bench bench-train proof clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | awk -F'\t' '{printf "  make %-15s%s\n", $$1, $$2}'
@@ -36,7 +36,7 @@ digits: $(READY)  ## first images: 1,797 handwritten digits, two ways of pairing
 	$(DANSM) digits
 
 cifar10: $(READY)  ## train on CIFAR-10 for eight minutes (on a GPU), samples in runs/cifar10
-	$(DANSM) train $(CIFAR10) --network ddpm --batch 256 --lr 3e-4 --decay 0.9999 --minutes 8.2 --sample-steps 20 \
+	$(DANSM) train $(CIFAR10) --network ddpm --batch 256 --lr 3e-4 --ema-decay 0.9999 --minutes 8.2 --sample-steps 20 \
 	  --out runs/cifar10
 
 latent-bedroom: $(READY)  ## LSUN encoded, trained on, sampled, FID; each stage goes on where it was stopped
@@ -45,14 +45,20 @@ latent-bedroom: $(READY)  ## LSUN encoded, trained on, sampled, FID; each stage 
 	$(DANSM) sample runs/latent-bedroom --autoencoder $(AUTOENCODER) --steps 5 --out runs/latent-bedroom-samples $(SAMPLE)
 	$(DANSM) evaluate runs/latent-bedroom --autoencoder $(AUTOENCODER) --out runs/latent-bedroom-evaluate $(EVALUATE)
 
-test: $(READY)  ## all tests (fifteen minutes on two cores)
-	$(PYTHON) -m pytest -q
+test: $(READY)  ## the quick tests (two minutes on two cores)
+	$(PYTHON) -m pytest -q -n auto -m "not slow"
+
+test-all: test  ## those, and the slow ones: browser, Triton's interpreter, processes, kills, examples, lesson
+	$(PYTHON) -m pytest -q -n auto -m slow
 
 soak: $(READY)  ## kill -9 a run at 50 random moments and resume it, record in results/soak (about ten minutes)
-	PYTHONPATH=. $(PYTHON) tests/soak.py
+	PYTHONPATH=.:tests $(PYTHON) tests/train/soak.py
 
 lint: $(READY)  ## ruff over everything
 	$(PYTHON) -m ruff check .
+
+docs: $(READY)  ## write the tables of all pages anew from results/
+	$(PYTHON) docs/tables.py
 
 bench: $(READY)  ## what matching costs here: the paper's loop, other libraries, ours, in runs/bench (a minute or two)
 	$(DANSM) bench match

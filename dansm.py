@@ -889,7 +889,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run a command of scale/commands, by the command line unless `arguments` are given. `dansm --help` lists them."""
     commands = scaled("commands.main")
     if commands is None:
-        print("dansm: dansm.py stands alone, its commands are in scale/: expected a checkout or an install", file=sys.stderr)
+        print("dansm: this file stands alone, its commands are in scale/: expected an install", file=sys.stderr)
         sys.exit(2)
     commands.run(arguments)
 
