@@ -1,6 +1,6 @@
-"""Which samples of samples.png are flat, and which noise: by the size of the noise that each began with.
+"""Show that a sample of samples.png is flat where its noise was small, and noisy where it was large.
 
-    PYTHONPATH=. python results/diffusion/size.py       writes size.csv and size.png beside itself
+    PYTHONPATH=. python results/diffusion/size.py        writes size.csv and size.png next to itself
 """
 
 import csv
@@ -8,9 +8,8 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from dansm.scale.base.noise import path_noise
 from PIL import Image
-
-import dansm
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
@@ -20,7 +19,7 @@ CELL, GAP, SIDE = 64, 2, 8  # pixels of a sample, drawn twice as large, and of t
 
 
 def samples() -> np.ndarray:
-    """Those of the grid, (64, 32, 32, 3) in [0, 255]."""
+    """The samples of the grid, (64, 32, 32, 3) in [0, 255]."""
     grid = np.asarray(Image.open(HERE / "samples.png").convert("RGB"), float)
     corners = [GAP + n * (CELL + GAP) for n in range(SIDE)]
     return np.array([grid[y : y + CELL : 2, x : x + CELL : 2] for y in corners for x in corners])
@@ -41,7 +40,7 @@ def draw(images, sizes, roughness) -> None:
 
 if __name__ == "__main__":
     images = samples()
-    sizes = dansm.path_noise(range(len(images)), (3, 32, 32)).square().mean((1, 2, 3)).sqrt().numpy()
+    sizes = path_noise(range(len(images)), (3, 32, 32)).square().mean((1, 2, 3)).sqrt().numpy()
     roughness = np.abs(np.diff(images, axis=1)).mean((1, 2, 3))
     rows = [(n, f"{size:.5f}", f"{rough:.2f}") for n, (size, rough) in enumerate(zip(sizes, roughness, strict=True))]
     with open(HERE / "size.csv", "w", newline="") as file:
