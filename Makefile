@@ -57,8 +57,9 @@ soak: $(READY)  ## kill -9 a run at 50 random moments and resume it, record in r
 lint: $(READY)  ## ruff over everything
 	$(PYTHON) -m ruff check .
 
-docs: $(READY)  ## write the tables of all pages anew from results/
+docs: $(READY)  ## write the tables of all pages from results/, and draw the rooms of the code
 	$(PYTHON) docs/tables.py
+	$(PYTHON) docs/rooms.py
 
 bench: $(READY)  ## what matching costs here: the paper's loop, other libraries, ours, in runs/bench (a minute or two)
 	$(DANSM) bench match

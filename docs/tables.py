@@ -1,0 +1,151 @@
+"""Write the tables of all pages from the records in results/: what `make docs` runs.
+
+A page marks the place of a table by the lines <!-- table: NAME --> and <!-- end -->. NAME is a function below, with
+dashes for underscores; words after it are its arguments, such as run@images (greedy-10000@2048000) for the proof. Each
+function returns the rows of a table, the header first.
+"""
+
+import csv
+import json
+import re
+from pathlib import Path
+from statistics import fmean, stdev
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results"
+MARKER = re.compile(r"(<!-- table: (\S+)(.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+RUNS = {"random": "random pairs", "greedy-1000": "pool of 1,000", "greedy-10000": "pool of 10,000",
+        "greedy-100000": "pool of 100,000", "greedy-1000000": "pool of 1,000,000, bf16",
+        "optimal-10000": "assignment over 10,000", "assigned-256": "assignment within batches of 256",
+        "nearest-16": "nearest of 16", "inner-10000": "pool of 10,000, inner product",
+        "inner-100000": "pool of 100,000, inner product", "diffusion-random": "diffusion, random pairs",
+        "diffusion-greedy-10000": "diffusion, pool of 10,000", "batch8-random": "batch 8, random pairs",
+        "batch8-assigned": "batch 8, assignment within batches", "batch8-greedy-10000": "batch 8, pool of 10,000",
+        "batch1-random": "batch 1, random pairs", "batch1-greedy-10000": "batch 1, pool of 10,000"}
+
+
+def updated(page):
+    """The text of a page with every marked table written again."""
+    def table(found):
+        begin, name, arguments, end = found.groups()
+        return begin + markdown(globals()[name.replace("-", "_")](*arguments.split())) + end
+    return MARKER.sub(table, page)
+
+
+def markdown(rows):
+    lines = ["| " + " | ".join(row) + " |\n" for row in rows]
+    return "".join([lines[0], "|" + "---|" * len(rows[0]) + "\n", *lines[1:]])
+
+
+def read(path, **picked):
+    lines = (RESULTS / path).read_text(encoding="utf-8").splitlines()
+    return [record for record in csv.DictReader(lines) if picked.items() <= record.items()]
+
+
+def pivot(records, rows, columns):
+    """rows: label → the values by which records are picked. columns: label → the same, and how to write a cell."""
+    def cell(row, column, write):
+        return write([record for record in records if (row | column).items() <= record.items()])
+    lines = [[label, *(cell(row, *column) for column in columns.values())] for label, row in rows.items()]
+    return [["", *columns], *lines]
+
+
+def listing(records, names, columns):
+    """A line for all values that the columns `names` have together. columns: label → how to write a cell."""
+    picks = [{name: record[name] for name in names} for record in records]
+    rows = {", ".join(pick.values()): pick for pick in picks}
+    return pivot(records, rows, {label: ({}, write) for label, write in columns.items()})
+
+
+def numbers(column, digits=1, unit="", scale=1):
+    """How to write the numbers of some records: their mean ± standard deviation, or the one there is."""
+    def write(records):
+        values = [scale * float(record[column]) for record in records if record.get(column)]
+        deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{fmean(values):,.{digits}f}{deviation}{unit}".replace("-", "−") if values else ""
+    return write
+
+
+def by_steps(write):
+    return {f"{steps} steps": ({"steps": steps}, write) for steps in ("3", "5", "10", "20", "50")}
+
+
+def runs(names):
+    return {f"{RUNS[run]}, {int(images):,} images": {"run": run, "images": images}
+            for run, images in (name.split("@") for name in names)}
+
+
+def proof(*names):
+    return pivot(read("proof/distances.csv"), runs(names), by_steps(numbers("distance")))
+
+
+def proof_ratio(*names):
+    return pivot(read("proof/summary.csv"), runs(names), by_steps(numbers("of_random", 2)))
+
+
+def proof_images(*names):
+    """How many thousand images a run needs for what random pairs have, and the range over all pairs of seeds."""
+    def needed(records):
+        row, = records
+        images = f"{float(row['images_ours']) / 1000:,.0f}"
+        if row["at_least"] == "True":
+            return f"≤ {images}"
+        if not row["least_ratio"]:
+            return f"{images}, not all"
+        least, most = (float(row["images"]) / 1000 / float(row[name]) for name in ("most_ratio", "least_ratio"))
+        return f"{images} ({least:,.0f}–{most:,.0f})"
+    return pivot(read("proof/summary.csv"), runs(names), by_steps(needed))
+
+
+def proof_short(*names):
+    _, needed = proof_images("greedy-10000@5120000")
+    return [*proof(*names), ["thousand images that the pool of 10,000 needs for the first row", *needed[1:]]]
+
+
+def proof_speed():
+    records = [record | {"pairs": RUNS[record["run"]]} for record in read("proof/speed.csv")]
+    rates = {name: numbers(name, 0) for name in ("images_per_second", "least", "most")}
+    return listing(records, ["pairs"], rates | {"matching": numbers("matching", 1, " %", 100)})
+
+
+def proof_prior():
+    tests = {f"p: {name}s": numbers(f"{name}_p", 3) for name in ("size", "mean", "variance", "covariance")}
+    return listing(read("proof/prior.csv"), ["way"], {"noises": numbers("noises", 0)} | tests)
+
+
+def digits(folder):
+    record = json.loads((RESULTS / "digits" / folder / "digits.json").read_text())
+    pairs = {"random": "random pairs", "optimal": "assignment", "greedy": f"pool of {record['match_size']:,}"}
+    records = [{"pairs": pairs[run["method"]], **run["distance"]} for run in record["runs"]
+               if run["trained_steps"] == record["steps"]]
+    return listing(records, ["pairs"], {f"{steps} steps": numbers(steps, 2) for steps in ("1", "2", "3", "5", "10")})
+
+
+def theory(column):
+    ways = {"greedy, squared distance": "squared", "greedy, inner product": "inner", "optimal": "optimal"}
+    columns = {label: ({"way": way}, numbers(column, 2, " %", 100)) for label, way in ways.items()}
+    sizes = {f"pool of {size:,}": {"match_size": str(size)} for size in (100, 1000, 4000)}
+    return pivot(read("theory/theory.csv"), sizes, columns)
+
+
+def paths():
+    return listing(read("foundations/paths.csv"), ["pairs"], {
+        "length": numbers("path_length"), "own noise is the nearest": numbers("own_noise_nearest", 1, " %", 100),
+        "distance of two paths": numbers("inter_path_mean"), "to the nearest": numbers("inter_path_minimum")})
+
+
+def match_cost():
+    ways = "paper's loop", "nearest of k", "ours, squared", "ours, tf32", "ours, bf16"
+    sizes = {f"{size:,}": ({"match_size": str(size)}, numbers("median_ms", 2)) for size in (10**3, 10**4, 10**5, 10**6)}
+    return pivot(read("bench/h100/match.csv"), {way: {"way": way} for way in ways}, sizes)
+
+
+def train_rates():
+    return listing(read("bench/train/train.csv", part="steps"), ["case", "way"], {
+        "ms a step": numbers("median_ms"), "images/s": numbers("images_per_second", 0),
+        "matching": numbers("matching_share", 1, " %", 100), "MFU": numbers("mfu", 0, " %", 100)})
+
+
+if __name__ == "__main__":
+    for path in [ROOT / "README.md", *ROOT.glob("docs/*.md"), *RESULTS.rglob("*.md")]:
+        path.write_text(updated(path.read_text(encoding="utf-8")), encoding="utf-8")
