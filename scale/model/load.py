@@ -74,19 +74,18 @@ class Model(NamedTuple):
         file  of --autoencoder
         Raises BadInput if a model of latents gets no autoencoder or another than its data's, or a model of images one.
         """
-        channels = self.shape[0]
+        channels = counted(self.shape[0], "channel")
         if self.draws_images:
             if file is None:
                 return self
-            raise BadInput(f"--autoencoder is {file}, and {self.path} draws images of {counted(channels, 'channel')}: "
-                           "expected none")
+            raise BadInput(f"--autoencoder is {file}, and {self.path} draws images of {channels}: expected none")
         if file is None:
-            raise BadInput(f"{self.path} draws latents of {channels} channels, which are no images: expected a model "
-                           "of images, or --autoencoder to decode them")
+            raise BadInput(f"{self.path} draws latents of {channels}, which are no images: expected a model of images, "
+                           "or --autoencoder to decode them")
         autoencoder = read_autoencoder(file)
-        if autoencoder.channels != channels:
-            raise BadInput(f"{self.path} draws latents of {channels} channels, {file} decodes {autoencoder.channels}: "
-                           "expected the autoencoder of its data")
+        if autoencoder.channels != self.shape[0]:
+            raise BadInput(f"{self.path} draws latents of {channels}, {file} decodes {autoencoder.channels}: expected "
+                           "the autoencoder of its data")
         autoencoder.check(self.about["latents"], f"{self.path} draws")
         return self._replace(decoder=Decoder(autoencoder, device, precision, memory))
 
@@ -96,7 +95,7 @@ class Model(NamedTuple):
                 "trained_steps": self.about["step"], "decay": self.about["decay"], "recipe": self.about["recipe"]}
 
 
-def load_models(paths: list[Path], steps: Iterable[int], *, solver: str = "euler",
+def load_models(paths: list[Path], steps: list[int], *, solver: str = "euler",
                 labels: list[str] | None = None) -> list[Model]:
     """The models of several runs' folders, checkpoints or exports, their networks on the CPU.
 
