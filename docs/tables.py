@@ -1,8 +1,7 @@
 """Write the tables of all pages from the records in results/: what `make docs` runs.
 
-A page marks the place of a table by the lines <!-- table: NAME --> and <!-- end -->. NAME is a function below, with
-dashes for underscores; words after it are its arguments, such as run@images (greedy-10000@2048000) for the proof. Each
-function returns the rows of a table, the header first.
+A page marks a table by the lines <!-- table: NAME --> and <!-- end -->. NAME is a function below, with dashes for
+underscores; words after it are its arguments, run@images for a row of the proof. It returns rows, the header first.
 """
 
 import csv
@@ -20,7 +19,7 @@ RUNS = {"random": "random pairs", "greedy-1000": "pool of 1,000", "greedy-10000"
         "nearest-16": "nearest of 16", "inner-10000": "pool of 10,000, inner product",
         "inner-100000": "pool of 100,000, inner product", "diffusion-random": "diffusion, random pairs",
         "diffusion-greedy-10000": "diffusion, pool of 10,000", "batch8-random": "batch 8, random pairs",
-        "batch8-assigned": "batch 8, assignment within batches", "batch8-greedy-10000": "batch 8, pool of 10,000",
+        "batch8-assigned": "batch 8, assignment", "batch8-greedy-10000": "batch 8, pool of 10,000",
         "batch1-random": "batch 1, random pairs", "batch1-greedy-10000": "batch 1, pool of 10,000"}
 
 
