@@ -1,0 +1,115 @@
+"""The options of dansm train: one for each setting of a recipe, checked as a file is."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from dansm.scale.commands import train as command
+from dansm.scale.commands.main import run as run_command
+from dansm.scale.model.recipe import RENAMED, SETTINGS, Recipe, kind_of, load, names, write
+from hypothesis import given, settings
+from recipes import recipes
+from support import make_images
+
+
+@pytest.fixture
+def given_to_run(monkeypatch):
+    """What the command line makes: (recipe, out, device, fresh); nothing is trained."""
+    calls = []
+    monkeypatch.setattr(command, "run", lambda *arguments: calls.append(arguments) or True)
+
+    def given_to_run(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            run_command(["train", *map(str, arguments)])
+        assert ended.value.code == 0
+        return calls.pop()
+
+    return given_to_run
+
+
+def text_of(value):
+    return ",".join(map(repr, value)) if isinstance(value, tuple) else str(value)
+
+
+@settings(max_examples=20)
+@given(some=recipes)
+def test_every_setting_has_its_option(some):
+    taken, arguments = [], []
+    for name in SETTINGS:
+        value, option = getattr(some, name), name.replace("_", "-")
+        if isinstance(value, bool):
+            arguments.append(f"--{option}" if value else f"--no-{option}")
+        elif value is not None:
+            arguments.append(f"--{option}={text_of(value)}")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(command, "run", lambda recipe, *_: taken.append(recipe))
+        run_command(["train", "cifar10", "--device", "cpu", *arguments])
+    mirrored = some.flip if some.flip is not None else load("cifar10").flip  # no option stands for None
+    assert ended.value.code == 0 and taken == [dataclasses.replace(some, flip=mirrored)]
+
+
+def test_only_what_is_given_replaces_the_recipe(given_to_run):
+    for name in ("cifar10", "celeba-64-dm"):
+        some, out, device, fresh = given_to_run(name, "--device", "cpu")
+        assert (some, out, device, fresh) == (load(name), Path("runs") / name, torch.device("cpu"), False)
+    options = ["--lr", "3", "--fresh", "--no-flip", "--ema-decay", "0.5,0.25", "--attention-at", "", "--out", "o"]
+    some, out, _, fresh = given_to_run(*options, "ffhq-64")
+    expected = dataclasses.replace(load("ffhq-64"), lr=3.0, flip=False, ema_decay=(0.5, 0.25), attention_at=())
+    assert (some, out, fresh) == (expected, Path("o"), True)
+
+
+def test_a_run_is_named_for_its_recipe_its_data_or_the_run_that_the_recipe_lies_in(given_to_run, tmp_path):
+    write(Recipe("d"), tmp_path / "mine.toml")
+    write(Recipe("d"), tmp_path / "recipe.toml")
+    assert given_to_run(tmp_path / "mine.toml")[:2] == (Recipe("d"), Path("runs/mine"))
+    assert given_to_run(tmp_path)[:2] == (Recipe(str(tmp_path)), Path("runs") / tmp_path.name)
+    assert given_to_run(tmp_path / "recipe.toml")[1] == Path("runs/recipe")
+    (tmp_path / "checkpoint-00000003.pt").touch()
+    assert given_to_run(tmp_path / "recipe.toml")[:2] == (Recipe("d"), tmp_path)
+
+
+@pytest.mark.parametrize(("option", "text"), [("--multipliers", "1,a"), ("--multipliers", "1,,2"), ("--keep", "0"),
+                                              ("--multipliers", ""), ("--ema-decay", "0.5,2"), ("--batch", "1e3"),
+                                              ("--precision", "fp8"), ("--target", "velocity")])
+def test_a_wrong_value_is_one_line_that_names_the_option(refused, option, text):
+    assert option in refused("train", "cifar10", option, text)
+
+
+@pytest.mark.parametrize(("old", "new"), [*RENAMED.items(), ("ages", "removed")])
+def test_an_old_option_is_refused_naming_the_new_one(refused, old, new):
+    value = [] if old == "fast" else ["1"]  # a switch
+    said = refused("train", "cifar10", f"--{old}", *value)
+    assert f"--{old} " in said and new.replace("_", "-") in said
+
+
+def test_a_recipe_for_latents_wants_latents(refused, tmp_path):
+    images = make_images(tmp_path / "images", count=1)
+    for data in (tmp_path / "none", images):
+        said = refused("train", "latent-bedroom", "--data", data)
+        assert str(data) in said and "dansm encode" in said
+
+
+def help_of_train(run, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    code, said, _ = run("train", "--help")
+    assert code == 0
+    return said
+
+
+def test_help_is_whole_in_80_columns(run, monkeypatch):
+    said = help_of_train(run, monkeypatch, 80)
+    assert max(map(len, said.splitlines())) <= 80 and "…" not in said.replace(",…", "")
+    options = ["--" + name.replace("_", "-") for name in SETTINGS] + ["--out", "--device", "--fresh", "--help"]
+    switches = ["--no-" + name.replace("_", "-") for name in SETTINGS if kind_of(name).type is bool]
+    assert [option for option in options + switches if not re.search(rf"{option}\s", said)] == []
+    assert [name for name, says in names().items() if not re.search(rf"{name} +{re.escape(says)}", said)] == []
+    assert [part for part in {field.metadata["part"] for field in SETTINGS.values()} if f"─ {part} ─" not in said] == []
+    assert [old for old in RENAMED if re.search(rf"--{old}\s", said)] == []
+
+
+def test_help_tells_the_choices_and_the_defaults(run, monkeypatch):
+    said = " ".join(help_of_train(run, monkeypatch, 200).split())
+    for words in ("random, greedy, optimal, nearest [greedy]", "[128]", "[0.9999]", "bf16, fp16, fp32 [auto]"):
+        assert words in said
