@@ -10,20 +10,16 @@ import sys
 import urllib.error
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from dansm.scale.base.locks import owning
-from dansm.scale.base.noise import path_noise
 from dansm.scale.commands.main import main
-from dansm.scale.data.pixels import to_uint8
-from dansm.scale.model import checkpoint, sampling
+from dansm.scale.model import checkpoint
 from dansm.scale.model import sampling as samples
 from dansm.scale.model.recipe import Recipe, load
 from dansm.scale.train import fit as trainer
 from PIL import Image
 from support import FAST, TINY, files_of, log_of, make_images, noise_image, same, state_of, wait_for
-from test_checkpoint import broken_checkpoints
 
 import dansm
 
@@ -334,150 +330,6 @@ def start(*arguments):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen([sys.executable, *map(str, arguments)], text=True, env=environment,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-# ------------------------------------------------------------------------------- sample
-
-
-@pytest.fixture
-def trained(run, images, tmp_path):
-    """Of a network that does something: after three steps at this rate, samples are not the noise alone."""
-    run("train", images, "--steps", 3, "--lr", 0.05, "--decay", 0, "--out", tmp_path / "train", *FAST)
-    return checkpoint.newest(tmp_path / "train")
-
-
-def test_image_7_is_the_same_whatever_the_count_and_the_batch(run, trained, tmp_path):
-    for out, count, batch in (("few", 8, 3), ("many", 20, 20)):
-        command = ["sample", trained, "--count", count, "--batch", batch, "--steps", 3, "--files", "--device", "cpu"]
-        code, said, err = run(*command, "--out", tmp_path / out)
-        assert (code, err) == (0, "")
-        names = [f"{i:06d}.png" for i in range(count)]
-        assert files_of(tmp_path / out) == [*names, "sample.json", "samples.png"]
-        assert all(str(tmp_path / out / name) in said for name in ("000000.png", "sample.json", "samples.png"))
-    few, many = ([np.array(Image.open(tmp_path / out / f"{i:06d}.png")).astype(int) for i in range(8)]
-                 for out in ("few", "many"))
-    assert few[7].shape == (16, 16, 3)
-    for i in range(8):
-        assert abs(few[i] - many[i]).max() <= 1  # the last bits of a product depend on the batch
-    assert abs(few[7] - few[6]).mean() > 20
-    z = path_noise([7], (3, 16, 16))
-    assert abs(few[7] - to_uint8(z)[0].permute(1, 2, 0).numpy()).mean() > 1
-    assert Image.open(tmp_path / "few" / "samples.png").size == (3 * 34 + 2, 3 * 34 + 2)
-    assert Image.open(tmp_path / "many" / "samples.png").size == (5 * 34 + 2, 4 * 34 + 2)
-
-
-def test_sample_describes_itself(run, trained, tmp_path):
-    out = tmp_path / "out"
-    code, said, _ = run("sample", trained, "--count", 1, "--steps", 2, "--solver", "heun", "--seed", 5, "--out", out)
-    assert code == 0 and files_of(out) == ["sample.json", "samples.png"]
-    assert str(out / "samples.png") in said and "1 image in 2 steps" in said
-    described = json.loads((out / "sample.json").read_text())
-    expected = dict(checkpoint=str(trained), trained_steps=3, count=1, steps=2, solver="heun", seed=5)
-    assert expected.items() <= described.items()
-    assert described["recipe"]["method"] == "greedy" and {"seconds", "hardware"} < described.keys()
-    assert Image.open(out / "samples.png").size == (32, 32)
-
-
-def test_another_seed_gives_other_images_and_the_same_seed_the_same(run, trained, tmp_path):
-    pictures = []
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        run("sample", trained, "--count", 4, "--steps", 2, "--seed", seed, "--out", tmp_path / name)
-        pictures.append((tmp_path / name / "samples.png").read_bytes())
-    assert pictures[0] == pictures[1] != pictures[2]
-
-
-def test_a_folder_a_checkpoint_and_an_export_give_the_same_images(run, trained, tmp_path):
-    weights = tmp_path / "weights.safetensors"
-    code, said, err = run("export", trained.parent, "--out", weights)
-    assert (code, err) == (0, "") and f"written: {weights}" in said
-    assert f"step 3 of {trained}, average of decay 0" in said
-    pictures = []
-    for number, model in enumerate((trained, trained.parent, weights)):
-        out = tmp_path / str(number)
-        assert run("sample", model, "--count", 2, "--steps", 2, "--device", "cpu", "--out", out)[0] == 0
-        pictures.append((out / "samples.png").read_bytes())
-        described = json.loads((out / "sample.json").read_text())
-        assert described["checkpoint"] == str(weights if model == weights else trained)
-        assert described["trained_steps"] == 3 and described["recipe"]["method"] == "greedy"
-    assert pictures[0] == pictures[1] == pictures[2]
-
-
-def test_an_export_that_cannot_be_is_refused(refused, trained, tmp_path):
-    weights = tmp_path / "weights.safetensors"
-    assert "--average is 1" in refused("export", trained, "--average", 1, "--out", weights)
-    assert "expected a name that ends in .safetensors" in refused("export", trained, "--out", tmp_path / "weights")
-    assert "missing does not exist" in refused("export", tmp_path / "missing", "--out", weights)
-    assert not weights.exists()
-
-
-def test_numbered_images_are_not_mixed_with_those_of_another_call(run, refused, trained, tmp_path):
-    """The same call again writes the same; another would leave images of two calls for whoever judges the folder."""
-    out = tmp_path / "out"
-    same = "sample", trained, "--count", 4, "--steps", 2, "--files", "--out", out
-    for _ in range(2):
-        assert run(*same)[0] == 0
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-    for more in (("--seed", 1), ("--steps", 3), ("--count", 2)):
-        assert "which holds 4 images of another call" in refused(*same, *more)
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    assert "steps 2 → 3" in refused(*same[:-3], "--steps", 3, "--out", out)  # without --files it is of another call too
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    assert run(*same, "--count", 5)[0] == 0 and len(list(out.glob("0*.png"))) == 5
-
-
-def test_pictures_of_others_are_kept(refused, images, trained, tmp_path):
-    """Those of a run are not for sample to write over, and what no command here wrote is for none."""
-    of_run = trained.parent
-    before = (of_run / "samples.png").read_bytes()
-    said = refused("sample", trained, "--count", 1, "--steps", 1, "--out", of_run)
-    assert "holds a run" in said and "another folder" in said
-    assert (of_run / "samples.png").read_bytes() == before and not (of_run / "sample.json").exists()
-    mine = tmp_path / "mine"
-    mine.mkdir()
-    (mine / "samples.png").write_text("mine")
-    for command in (("sample", trained, "--count", 1, "--steps", 1), ("train", images, "--steps", 1, *FAST)):
-        assert f"{mine}, which holds a sampling.png" in refused(*command, "--out", mine)
-    assert files_of(mine) == ["samples.png"] and (mine / "samples.png").read_text() == "mine"
-
-
-def test_images_of_a_sampling_that_was_killed_are_its_own(run, trained, tmp_path, monkeypatch):
-    same = "sample", trained, "--count", 4, "--batch", 2, "--steps", 2, "--files", "--out", tmp_path / "out"
-    save = sampling.save_grid
-
-    def killed_at_the_end(images, path, **settings):
-        if path.name == "samples.png":
-            raise KeyboardInterrupt
-        save(images, path, **settings)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(samples, "save_grid", killed_at_the_end)
-        assert run(*same)[0] == 130
-    assert len(list((tmp_path / "out").glob("0*.png"))) == 4
-    assert run(*same)[0] == 0
-
-
-def test_an_export_lies_beside_its_run_if_nothing_else_is_said(run, trained):
-    for model in (trained, trained.parent):
-        code, said, _ = run("export", model)
-        assert code == 0 and f"written: {trained.parent / 'weights.safetensors'}" in said
-        (trained.parent / "weights.safetensors").unlink()
-
-
-def test_sampling_stopped_by_ctrl_c_keeps_what_is_drawn(run, trained, tmp_path, monkeypatch):
-    draw = sampling.sample_images
-
-    def stopped_after_two_batches(*arguments, **settings):
-        draws = draw(*arguments, **settings)
-        yield next(draws)
-        yield next(draws)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(samples, "sample_images", stopped_after_two_batches)
-    command = "sample", trained, "--count", 9, "--batch", 3, "--steps", 2, "--files", "--out", tmp_path / "out"
-    code, _, err = run(*command)
-    assert (code, err) == (130, "dansm: stopped after 6 of 9 images\n")
-    assert json.loads((tmp_path / "out" / "sample.json").read_text())["count"] == 6
-    assert files_of(tmp_path / "out") == [*(f"{i:06d}.png" for i in range(6)), "sample.json", "samples.png"]
 
 
 # ------------------------------------------------------------------------------- bench, toy, digits
@@ -853,12 +705,6 @@ def test_an_out_that_is_or_lies_below_a_file_is_refused(refused, images, tmp_pat
     assert (tmp_path / "file").read_text() == "precious"
 
 
-def test_sample_refuses_such_an_out_too(refused, trained, tmp_path):
-    (tmp_path / "file").write_text("precious")
-    for out in ("file", "file/below"):
-        assert f"--out is {tmp_path / out}" in refused("sample", trained, "--out", tmp_path / out)
-
-
 def test_an_out_that_may_not_be_written_into_is_refused(refused, images, tmp_path, monkeypatch):
     def denied(self, *_, **__):
         raise PermissionError(13, "Permission denied", str(self))
@@ -985,21 +831,6 @@ def test_cifar10_without_a_network_is_refused(refused, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------- bad checkpoints, bad training
 
 
-@pytest.mark.parametrize("i", range(12))
-def test_what_is_no_checkpoint_is_refused_by_name_and_its_code_not_run(refused, tmp_path, i):
-    folder = tmp_path / "broken"
-    folder.mkdir()
-    path = broken_checkpoints(folder)[i]
-    said = refused("sample", path, "--out", tmp_path / "out", "--device", "cpu")
-    assert str(path) in said
-    assert not (folder / "bang").exists() and not (tmp_path / "out").exists()
-
-
-def test_a_checkpoint_without_its_contents_is_refused(refused, tmp_path):
-    torch.save({"dansm": checkpoint.VERSION}, tmp_path / "hollow.pt")
-    assert "hollow.pt" in refused("sample", tmp_path / "hollow.pt", "--out", tmp_path / "out")
-
-
 def change(path, *keys, to):
     """The checkpoint in `path` with one part replaced."""
     state = part = checkpoint.load(path)
@@ -1014,13 +845,6 @@ WRONG_PARTS = [(("network",), "x"), (("network",), {}), (("network", "colour"), 
                (("training", "averages"), {}), (("training", "averages"), []), (("training", "averages"), [3]),
                (("training", "averages", 0, "weights"), {}), (("training", "averages", 0, "decay"), None),
                (("training", "step"), None), (("ranks",), []), (("ranks",), 3)]
-
-
-@pytest.mark.parametrize(("keys", "to"), [*WRONG_PARTS, (("recipe", "flow"), "curved"), (("recipe", "flow"), [1])])
-def test_a_checkpoint_with_wrong_parts_is_not_sampled(refused, trained, tmp_path, keys, to):
-    change(trained, *keys, to=to)
-    assert str(trained) in refused("sample", trained, "--device", "cpu", "--out", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 WRONG_PARTS += [(("training", "optimizer"), {}), (("training", "net"), {}), (("ranks", 0), {}), (("seconds",), "x"),
@@ -1089,15 +913,6 @@ def test_going_on_from_a_damaged_checkpoint_is_refused_and_leaves_it(refused, ru
     before = {name: (out / name).read_bytes() for name in files_of(out)}
     assert str(saved) in refused("train", images, "--steps", 2, "--out", out, *FAST)
     assert {name: (out / name).read_bytes() for name in files_of(out)} == before
-
-
-def test_a_diffusion_is_not_sampled_by_heun_nor_in_one_step(refused, run, images, tmp_path):
-    run("train", images, "--flow", "diffusion", "--steps", 1, "--out", tmp_path / "train", *FAST)
-    saved = checkpoint.newest(tmp_path / "train")
-    for option, value in (("--solver", "heun"), ("--steps", "1"), ("--steps", "1001")):
-        said = refused("sample", saved, option, value, "--device", "cpu", "--out", tmp_path / "out")
-        assert f"{option} is {value}" in said
-        assert files_of(tmp_path / "out") == []
 
 
 def test_a_grid_of_one_step_is_refused_before_a_diffusion_is_trained(refused, images, tmp_path):
