@@ -1,313 +1,257 @@
-"""What `dansm train` and `dansm sample` do around the trainer and the network: options, files, and what is said."""
+"""dansm train: train a network on images or latents by a recipe."""
 
 from __future__ import annotations
 
 import inspect
-import json
-import math
 import shlex
-import time
-from contextlib import nullcontext, suppress
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
-import torch.distributed as group
 import typer
 from rich.markup import escape
 from rich.progress import track
 
 import dansm
+from dansm import BadInput
 
 from ..base.files import make_folder, write_json
 from ..base.locks import owning
-from ..base.machine import hardware, number_type, pick_device
-from ..base.processes import processes, quiet, ranks
+from ..base.machine import hardware, pick_device
+from ..base.processes import processes, quiet, ranks, wait_for_all
 from ..base.text import Stopped, console, counted, say, say_files
 from ..data import loader
 from ..data.latents import known_of
-from ..model import checkpoint, sampling
-from ..model.load import decoder_for
-from ..model.recipe import SETTINGS, Recipe, kind_of, load, names, shown
-from ..model.sampling import at_once, sampler
-from ..train import fit
-from ..train.judge import check_asked
+from ..model import checkpoint
+from ..model.recipe import REMOVED, RENAMED, SETTINGS, Recipe, kind_of, load, names, shown
+from ..model.sampling import check_steps
+from ..train import run as training
+from .options import Device
+from .sample import check_foreign_samples
 
-WORDS = {int: "N", float: "X", str: "NAME"}  # that stand in the help for a value
+VALUES = {int: "N", float: "X", str: "NAME"}  # in the help
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
 
-def _help() -> str:
-    known = names()
-    width = max(map(len, known))
-    lines = "\n".join(f"  {name:{width}}  {says}" for name, says in known.items())
-    return (f"Train on images by a recipe. Ctrl-C saves; the same command resumes.\n\n"
+def describe() -> str:
+    """The help of the command, with a line for each recipe."""
+    recipes = names()
+    width = max(map(len, recipes))
+    lines = "\n".join(f"  {name:{width}}  {what}" for name, what in recipes.items())
+    return ("Train on images by a recipe. Ctrl-C saves; the same command resumes.\n\n"
             "Writes checkpoint-00001200.pt (of its step; the last few), metrics.jsonl, train.json, recipe.toml and "
             "samples.png into --out.\n\n"
-            "An option given here goes before what the recipe says. In brackets: what holds where neither says "
-            "anything. Several numbers are parted by commas, as in --decay 0.9999,0.999.\n\n"
+            "An option replaces what the recipe has. In brackets: the default. Lists are comma-separated, as in "
+            "--ema-decay 0.9999,0.999.\n\n"
             f"Recipes:\n\n\b\n{escape(lines)}")
 
 
-def _with_options(function):
-    """`function` with a parameter for each setting, None where it is not given: what Typer makes the options of."""
-    text = ("a recipe's name, a .toml file of your own, or data: a folder of images (with subfolders), a zip or tar of "
-            "them, an LSUN lmdb, latents (.npy), or cifar10")
-    source = Annotated[str, typer.Argument(help=text, metavar="RECIPE", show_default=False)]
-    device = Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(
-        help="auto takes the fastest there is", metavar="NAME", rich_help_panel="Where")]
-    out = Annotated[Path | None, typer.Option(
-        help="folder for the results, made if missing " + escape(
-            "[runs/ and the recipe's or the data's name; of a run's own recipe.toml that run's]"),
-        metavar="PATH", rich_help_panel="Where")]
-    fresh = Annotated[bool, typer.Option("--fresh", rich_help_panel="Where",
-                                         help="begin anew where --out holds a run already, whose checkpoints go when "
-                                              "the new one first saves")]
-    all_steps = Annotated[bool, typer.Option("--all-steps", rich_help_panel="Where",
-                                             help="exit code 130, not 0, if stopped before --steps: what a script has "
-                                                  "after it waits")]
-    taken = {"recipe": (source, inspect.Parameter.empty)} | {name: (_option(name), None) for name in SETTINGS}
-    taken |= {"out": (out, None), "device": (device, "auto"), "fresh": (fresh, False), "all_steps": (all_steps, False)}
-
-    def command(**given):
-        try:
-            function(**given)
-        except KeyboardInterrupt as stop:
-            raise Stopped("stopped at once; what was saved before is kept") from stop
-
-    command.__signature__ = inspect.Signature([
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
-        for name, (annotation, default) in taken.items()])
+def with_settings(command: Callable) -> Callable:
+    """Give the command an option for each setting of a recipe, None where it is not given. Options of earlier versions
+    are hidden: `load` refuses them and names the new one."""
+    own, *others = [parameter for parameter in inspect.signature(command, eval_str=True).parameters.values()
+                    if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
+    options = {name: option_of(name, name) for name in SETTINGS}
+    options |= {old: option_of(old, new, hidden=True) for old, new in RENAMED.items()}
+    options |= {old: Annotated[str | None, typer.Option(hidden=True)] for old in REMOVED}
+    settings = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+                for name, annotation in options.items()]
+    command.__signature__ = inspect.Signature([own, *settings, *others])
     return command
 
 
-def _option(name: str):
-    """The option of a setting. All but the switches are taken as text, for the recipe to check as it checks files."""
-    field, kind, option = SETTINGS[name], kind_of(name), "--" + name.replace("_", "-")
-    rules, switch = field.metadata, kind.type is bool
-    text = rules["text"] + (": " + ", ".join(rules["choices"]) if rules["choices"] else "")
+def option_of(name: str, setting: str, hidden: bool = False):
+    """The option called `name` of a setting. Values are taken as text, which the recipe checks as it checks files."""
+    field, kind = SETTINGS[setting], kind_of(setting)
+    rules = field.metadata
+    option = name.replace("_", "-")
+    text = rules["text"]
+    if rules["choices"]:
+        text += ": " + ", ".join(rules["choices"])
     if not kind.optional and name != "data":
-        text += f" [{('yes' if field.default else 'no') if switch else shown(field.default) or 'none'}]"
-    word = "" if switch else WORDS[kind.type] + ",…" * kind.several
-    return Annotated[(bool if switch else str) | None, typer.Option(
-        f"{option}/--no-{option[2:]}" if switch else option, help=escape(text), metavar=word,
-        rich_help_panel=rules["part"])]
+        text += f" [{in_words(field.default)}]"
+    about = dict(help=escape(text), rich_help_panel=rules["part"], hidden=hidden)
+    if kind.type is bool:
+        return Annotated[bool | None, typer.Option(f"--{option}/--no-{option}", **about)]
+    value = VALUES[kind.type] + (",…" if kind.several else "")
+    return Annotated[str | None, typer.Option(f"--{option}", metavar=value, **about)]
 
 
-def _by_options(recipe: str, out: Path | None, device: str, fresh: bool, all_steps: bool, **given) -> None:
-    """Read the recipe and train by it. `given`: the settings of the command line, None where it says nothing."""
+def in_words(default) -> str:
+    if isinstance(default, bool):
+        return "yes" if default else "no"
+    return shown(default) or "none"
+
+
+@app.command(help=describe())
+@with_settings
+def train(
+    recipe: Annotated[str, typer.Argument(
+        metavar="RECIPE", show_default=False,
+        help="a recipe's name, a .toml file of your own, or data: a folder of images (with subfolders), a zip or tar "
+             "of them, an LSUN lmdb, latents (.npy), or cifar10")],
+    *,
+    out: Annotated[Path | None, typer.Option(
+        metavar="PATH", help=escape("folder for the results, made if missing [runs/ and the name of the recipe or of "
+                                    "the data; for the recipe.toml of a run that run's]"))] = None,
+    device: Device = "auto",
+    fresh: Annotated[bool, typer.Option(
+        "--fresh",
+        help="start over if --out holds a run; its checkpoints are deleted when the new run first saves")] = False,
+    all_steps: Annotated[bool, typer.Option(
+        "--all-steps", help="exit with 130 unless all --steps are done, for scripts")] = False,
+    **given,
+) -> None:
     overrides = {name: parse(name, value) for name, value in given.items() if value is not None}
     device = pick_device(device)
-    if Path(recipe).is_dir() and recipe not in names() and checkpoint.newest(Path(recipe)):
-        raise dansm.BadInput(f"{recipe} is a run, and no data: expected its recipe, {Path(recipe) / 'recipe.toml'}, to "
-                             "go on with it")
+    path = Path(recipe)
+    if path.is_dir() and recipe not in names() and checkpoint.newest(path):
+        raise BadInput(f"{recipe} is a run, not data: expected its recipe, {path / 'recipe.toml'}, to resume it")
     settings = load(recipe, overrides)
     if recipe in names() and recipe.startswith("latent"):
         check_latents(settings.data)
-    whole = run(settings, out or folder_of_run(recipe), device, fresh)
-    if all_steps and not whole:
-        raise Stopped("not all steps are made, as --all-steps asks for; what comes after waits until they are")
-
-
-def check_latents(source: str) -> None:
-    """BadInput for the data of a recipe for latents that is not there, or is images."""
-    path = Path(source)
-    if not path.exists() or loader.files_of(path)[0].suffix.lower() != ".npy":
-        found = "does not exist" if not path.exists() else "holds images"
-        raise dansm.BadInput(f"{source} {found}: expected latents, which dansm encode makes of images, there or in the "
-                             "folder that --data names")
+    try:
+        finished = run(settings, out or folder_of_run(recipe), device, fresh)
+    except KeyboardInterrupt as stop:
+        raise Stopped("stopped at once; what was saved before is kept") from stop
+    if all_steps and not finished:
+        raise Stopped("not all steps are done, as --all-steps requires")
 
 
 def parse(name: str, text: str | bool):
-    """The value that `text` is for a setting; or `text` itself if it is none, which the recipe then refuses."""
+    """The value of a setting from text, or the text itself if it has none, which the recipe then refuses."""
+    if name not in SETTINGS:
+        return text
     kind = kind_of(name)
     if kind.type in (str, bool):
         return text
+    parts = text.split(",") if text else []
     try:
-        return [kind.type(one) for one in text.split(",") if text] if kind.several else kind.type(text)
+        return [kind.type(part) for part in parts] if kind.several else kind.type(text)
     except ValueError:
         return text
 
 
+def check_latents(source: str) -> None:
+    """BadInput if the data of a recipe for latents is missing, or is images."""
+    path = Path(source)
+    if not path.exists() or loader.files_of(path)[0].suffix.lower() != ".npy":
+        problem = "holds images" if path.exists() else "does not exist"
+        raise BadInput(f"{source} {problem}: expected latents, which dansm encode makes of images, there or in the "
+                       "folder that --data names")
+
+
 def folder_of_run(source: str) -> Path:
-    """Where a run goes that is not told: of the recipe's name or, where there is none, the data's. A recipe.toml that
-    lies in a run's folder is that run."""
+    """The folder of a run without --out: named after the recipe or the data, or the one its own recipe.toml is in."""
     path = Path(source)
     if path.name == "recipe.toml" and checkpoint.newest(path.parent):
         return path.parent
-    return Path("runs") / (source if source in names() else path.resolve().name.split(".")[0] or "train")
+    name = source if source in names() else path.resolve().name.split(".")[0]
+    return Path("runs") / (name or "train")
 
 
 def run(recipe: Recipe, out: Path, device: torch.device, fresh: bool) -> bool:
-    """Read the data, train, write what the run was and a grid of samples, and say where they are. Under torchrun every
-    process does so, and the first one speaks and writes. Returns whether all steps are made."""
-    sampling.check_steps("--sample-steps", recipe.sample_steps, dansm.FLOWS[recipe.flow])
+    """Read the data, train, and write what the run was with a grid of samples. Returns whether all steps are done.
+    Under torchrun every process does so, and the first one prints and writes."""
+    check_steps("--sample-steps", recipe.sample_steps, dansm.FLOWS[recipe.flow])
     loader.check_out(recipe.data, out)
-    new, out = not out.exists(), make_folder(out)
-    check_pictures_of_others(out, checkpoint.newest(out) or (out / "metrics.jsonl").exists())
+    is_new = not out.exists()
+    make_folder(out)
+    check_foreign_samples(out, bool(checkpoint.newest(out)) or (out / "metrics.jsonl").exists())
     with processes(device) as device:
         first = ranks()[0] == 0
         try:
             with owning(out) if first else nullcontext(), quiet(not first):
-                return _read_and_train(recipe, out, device, fresh, first)
-        except dansm.BadInput:
-            if new and first:
-                forget(out)
+                return read_and_train(recipe, out, device, fresh)
+        except BadInput:
+            if is_new and first:
+                remove_empty(out)
             raise
 
 
-def forget(out: Path) -> None:
+def remove_empty(out: Path) -> None:
     """Remove the folder of a run that was refused before it wrote anything."""
-    with suppress(OSError):
-        if [path.name for path in out.iterdir()] in ([], [".lock"]):
-            (out / ".lock").unlink(missing_ok=True)
-            out.rmdir()
+    if [path.name for path in out.iterdir()] in ([], [".lock"]):
+        (out / ".lock").unlink(missing_ok=True)
+        out.rmdir()
 
 
-def check_place(recipe: Recipe, device: torch.device, new: bool) -> None:
-    """BadInput for what this device, or so many processes, cannot do: to be told before minutes of reading."""
-    number_type(recipe.precision, device)
-    if recipe.match_scope == "global" and not group.is_initialized():
-        raise dansm.BadInput("--match-scope is global, for several processes: expected the command under torchrun, or "
-                             "rank")
-    fit.check_parts(recipe)
-    if new:
-        check_asked(recipe)
-
-
-def _read_and_train(recipe, out, device, fresh, first) -> bool:
-    check_place(recipe, device, new=fresh or not checkpoint.newest(out))
+def read_and_train(recipe: Recipe, out: Path, device: torch.device, fresh: bool) -> bool:
+    training.check(recipe, device)
     images, left_out = read(recipe)
-    if device.type == "cpu" and recipe.network != "small" and recipe.width is None:
-        say(f"on a CPU {recipe.network} takes seconds for each image: --network small is made for one")
-    if recipe.method == "greedy" and recipe.match_size > (seen := recipe.steps * recipe.batch):
-        say(f"the pool of {counted(recipe.match_size, 'noise')} outlasts the {counted(seen, 'image')} of all steps:",
-            "those trained on are not N(0, I); a smaller --match-size, emptied several times, is safer")
-    summary, net, flow = fit.fit(images, recipe, out=out, fresh=fresh, device=device, console=console)
-    whole = summary["steps"] >= recipe.steps
-    if not first:
-        return whole
-    saved, grid, written = checkpoint.newest(out), out / "samples.png", []
+    advise(recipe, device)
+    summary, net, flow = training.fit(images, recipe, out=out, fresh=fresh, device=device)
+    finished = summary["steps"] >= recipe.steps
+    if ranks()[0]:
+        return finished
+    written = []
+    saved, grid = checkpoint.newest(out), out / "samples.png"
     if summary["this_call"]["steps"]:
-        write_json(out / "train.json", {
-            "data": recipe.data, "data_images": len(images), "unreadable_images": left_out,
-            "hardware": hardware(device), **summary})
+        write_json(out / "train.json", {"data": recipe.data, "data_images": len(images), "unreadable_images": left_out,
+                                        "hardware": hardware(device), **summary})
         written = [saved.name, "metrics.jsonl", "train.json", "recipe.toml"]
         say(f"{counted(summary['images'], 'image')} in {counted(summary['steps'], 'step')},",
             f"{summary['this_call']['images_per_second']:,} a second")
-    elif whole:
-        say(f"already at step {summary['steps']:,} of --steps {recipe.steps:,}: nothing to do; a larger --steps",
-            "goes on")
-    if not whole:
-        say(f"stopped at step {summary['steps']:,} of {recipe.steps:,}, saved;",
-            f"the same command{' without --fresh' * fresh} goes on")
+    elif finished:
+        say(f"already at step {summary['steps']:,} of --steps {recipe.steps:,}: nothing to do; more --steps resume it")
+    if not finished:
+        command = "the same command without --fresh" if fresh else "the same command"
+        say(f"stopped at step {summary['steps']:,} of {recipe.steps:,}, saved; {command} resumes")
     pictures = known_of(images) is None
-    current = grid.exists() and grid.stat().st_mtime >= saved.stat().st_mtime  # it is this checkpoint's already
-    if pictures and not summary["interrupted"] and not current:
-        drawing = sampler(net, device, recipe.precision, recipe.compile)
-        sample_grid(drawing, flow, images.shape[1:], recipe.sample_steps, recipe.seed, device, saved, grid)
+    drawn = grid.exists() and grid.stat().st_mtime >= saved.stat().st_mtime  # from this checkpoint
+    if pictures and not drawn and not summary["interrupted"]:
+        try:
+            training.draw_grid(net, flow, recipe, device, grid, batch=8, track=track_sampling)  # 8: shows the time left
+        except KeyboardInterrupt as stop:
+            raise Stopped(f"stopped; the run is saved in {saved}") from stop
         written.insert(0, "samples.png")
     if written:
         say_files(out, *written)
     if pictures:
         say("images from it: dansm sample", shlex.quote(str(out)))
-    return whole
+    return finished
 
 
-def read(recipe: Recipe):
-    """The recipe's data, and how many files were left out. Of several processes the first downloads."""
-    left_out, first = [], ranks()[0] == 0
-    if recipe.data == "cifar10" and not first:
-        group.barrier()
+def advise(recipe: Recipe, device: torch.device) -> None:
+    """Say what is likely not meant."""
+    if device.type == "cpu" and recipe.network != "small" and recipe.width is None:
+        say(f"on a CPU {recipe.network} takes seconds for each image: --network small is for CPUs")
+    samples = recipe.steps * recipe.batch
+    if recipe.method == "greedy" and recipe.match_size > samples:
+        say(f"the pool of {counted(recipe.match_size, 'noise')} outlasts the {counted(samples, 'image')} of all steps:",
+            "those trained on are not N(0, I); a smaller --match-size, emptied several times, is safer")
+
+
+def read(recipe: Recipe) -> tuple:
+    """The recipe's data, and how many files were left out. CIFAR-10 is downloaded by the first of several processes."""
+    rank, count = ranks()
+    left_out = []
+    waits = recipe.data == "cifar10" and rank > 0
+    if waits:
+        wait_for_all()
     images = loader.load_images(recipe.data, size=recipe.size or None, skip_unreadable=recipe.skip_unreadable,
-                              cache=Path(recipe.cache) if recipe.cache else None, share=ranks()[1] > 1,
-                              left_out=left_out, track=_track_reading)
-    if recipe.data == "cifar10" and first and ranks()[1] > 1:
-        group.barrier()
+                                cache=Path(recipe.cache) if recipe.cache else None, share=count > 1,
+                                left_out=left_out, track=track_reading)
+    if recipe.data == "cifar10" and not waits:
+        wait_for_all()
     if left_out:
+        more = ", …" if len(left_out) > 3 else ""
         say(f"left out {len(left_out):,} of {counted(len(images) + len(left_out), 'image')}, not readable:",
-            ", ".join(map(str, left_out[:3])) + ", …" * (len(left_out) > 3))
+            ", ".join(map(str, left_out[:3])) + more)
     kind = "image" if known_of(images) is None else "latent"
     say(f"{counted(len(images), kind)} of {'×'.join(map(str, images.shape[1:]))}")
     if kind == "latent" and recipe.flip:
-        say("half are mirrored, as asked: not the latents of the mirrored images, which dansm encode --flips makes")
+        say("half of the latents are mirrored: these are not the latents of the mirrored images, which dansm encode",
+            "--flips makes")
     return images, len(left_out)
 
 
-def _track_reading(parts, total):
+def track_reading(parts, total: int):
     return track(parts, "reading images", total=total, console=console)
 
 
-def sample_grid(net, flow, shape, steps: int, seed: int, device, saved: Path, path: Path) -> None:
-    """64 images of a trained network, eight at a time so that the time left can be told."""
-    try:
-        draws = sampling.sample_images(net, flow, range(64), shape, steps, seed=seed, batch=8, device=device)
-        sampling.save_grid(torch.cat(list(track(draws, "sampling", total=8, console=console))), path)
-    except KeyboardInterrupt as stop:
-        raise Stopped(f"stopped; the run is saved in {saved}") from stop
-
-
-def sample(model: Path, device: torch.device, out: Path, *, count: int, steps: int, solver: str, batch: int,
-           files: bool, precision: str, seed: int, autoencoder: Path | None = None,
-           memory: float | None = None) -> None:
-    """Draw images 0 … count − 1 of a seed from a run, a checkpoint or exported weights, and decode latents."""
-    net, flow, about = checkpoint.load_model(model, device, solver, say=say)
-    sampling.check_steps("--steps", steps, type(flow))
-    decoder = decoder_for(model, net.settings["channels"], about, autoencoder, device, precision, memory)
-    out, made_from = make_folder(out), {
-        "checkpoint": str(about["file"]), "trained_steps": about["step"], "steps": steps, "solver": solver,
-        "precision": precision, "seed": seed, "autoencoder": autoencoder and str(autoencoder)}
-    if checkpoint.newest(out):
-        raise dansm.BadInput(f"--out is {out}, which holds a run, whose sampling.png this would take the place of: "
-                             "expected another folder")
-    check_pictures_of_others(out, (out / "sample.json").exists())
-    check_numbered(out, made_from, count)
-    if files:
-        write_json(out / "sample.json", {**made_from, "count": 0})  # whose images these are, if it is killed
-    batch = batch or at_once(net, device)
-    begin, drawn_so_far, shown = time.perf_counter(), 0, []
-    draws = sampling.sample_images(sampler(net, device, precision), flow, range(count), net.shape, steps, seed=seed,
-                                batch=batch, device=device, decode=decoder and decoder.decode)
-    try:
-        for drawn in track(draws, "sampling", total=math.ceil(count / batch), console=console):
-            for number, image in enumerate(drawn if files else (), drawn_so_far):
-                sampling.save_grid(image[None], out / f"{number:06d}.png", enlarge=1)
-            drawn_so_far += len(drawn)
-            shown += drawn[: 400 - len(shown)]
-    except KeyboardInterrupt:
-        if not shown:
-            raise
-    seconds = time.perf_counter() - begin
-    sampling.save_grid(torch.stack(shown), out / "samples.png")
-    write_json(out / "sample.json", {
-        **made_from, "count": drawn_so_far, "recipe": about["recipe"], "seconds": round(seconds, 2),
-        "hardware": hardware(device)})
-    say(f"{counted(drawn_so_far, 'image')} in {counted(steps, 'step')} each: {seconds:.1f} s")
-    say_files(out, "samples.png", "sample.json", *(["000000.png and so on"] if files else []))
-    if drawn_so_far < count:
-        raise Stopped(f"stopped after {drawn_so_far:,} of {counted(count, 'image')}")
-
-
-def check_pictures_of_others(out: Path, ours: bool) -> None:
-    """BadInput if `out` holds a sampling.png and nothing beside it that says it is of a call of ours."""
-    if not ours and (out / "samples.png").exists():
-        raise dansm.BadInput(f"--out is {out}, which holds a sampling.png that no dansm wrote, as it seems: expected "
-                             "another folder, or that it is moved")
-
-
-def check_numbered(out: Path, made_from: dict, count: int) -> None:
-    """BadInput if `out` holds numbered images that this call would not write: whoever judges the folder would take
-    those of two models for one's."""
-    there = len(list(out.glob("[0-9]*.png")))
-    try:
-        before = json.loads((out / "sample.json").read_text())
-    except (OSError, ValueError):
-        before = {}
-    others = [f"{name} {before.get(name)} → {value}" for name, value in made_from.items() if before.get(name) != value]
-    others += [f"count {there} → {count}"] if there > count else []
-    if there and others:
-        raise dansm.BadInput(f"--out is {out}, which holds {counted(there, 'image')} of another call "
-                             f"({', '.join(others)}): expected another folder, or the same call with as many")
-
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
-app.command(help=_help())(_with_options(_by_options))
+def track_sampling(draws):
+    return track(draws, "sampling", total=8, console=console)

@@ -1,40 +1,43 @@
-"""One training step as fast as a GPU goes: mixed precision, kernels of our own, one graph, several processes.
+"""A training step as fast as a GPU goes: mixed precision, own kernels, one CUDA graph, several processes.
 
-The loop is `dansm.train`; what stands here are the two halves of its step. On a GPU, forward and backward of a 61.8 M
-network are some 2,000 launches, which take Python 120 ms and the GPU 50: so they are captured once as a CUDA graph and
-launched as one from then on.
+The loop is `dansm.train`; this is its step. Forward and backward of a network of 61.8 M parameters are some 2,000
+launches, which take Python 120 ms and the GPU 50: so they are captured once as a CUDA graph and launched as one.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from contextlib import nullcontext
-from datetime import timedelta
 
 import torch
 from torch import Tensor, nn
 
 import dansm
 
+from ..base.launch import compiling_ahead
 from ..base.machine import number_type
 from ..base.processes import ranks
 from ..model.recipe import Recipe
 from ..model.sampling import fused
 
-PATIENCE = timedelta(days=1)  # while the first process downloads, hashes or measures all images, the others wait
-WARM_UP = 3, 11  # calls before a graph is captured, alone and with other processes: torch's advice
+# Steps before a graph is captured, by torch's advice
+WARM_UP = 3
+WARM_UP_OF_SEVERAL_PROCESSES = 11
 
 
 class FastTraining(dansm.Training):
-    """`dansm.Training` by a recipe: precision, averages, accumulation, warm-up, compilation; on one process of several
-    if torch.distributed is set up.
+    """`dansm.Training` by a recipe: precision, averages, accumulation, warm-up, compilation, several processes.
 
-    averages    one for each decay of the recipe; the first is `average`
-    compiled    whether the network's layers go through kernels of ours, and its step through a graph
+    averages  one for each `ema_decay` of the recipe; the first is `average`
+    dtype     of activations and products
+    compiled  whether the network's layers run as Triton kernels, and its step as a CUDA graph
     """
 
     def __init__(self, net: dansm.UNet, recipe: Recipe, device: torch.device):
-        self.recipe, self.device, self.dtype = recipe, device, number_type(recipe.precision, device)
+        self.recipe = recipe
+        self.device = device
+        self.dtype = number_type(recipe.precision, device)
         net = net.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format)
         self.compiled = recipe.compile and fused(net)
         super().__init__(net, recipe.lr, recipe.ema_decay[0], recipe.clip)
@@ -45,73 +48,72 @@ class FastTraining(dansm.Training):
         self.graph = None
 
     def _copies_of_weights(self) -> dict[str, Tensor]:
-        """Of the weights of products, in the type of the products, by their names. Autocast converts every weight and
-        every gradient by itself, some 500 launches; of these all are converted at once. None where gradients are added
-        up or exchanged, which float32 is for."""
-        if not self.compiled or self.dtype == torch.float32 or self.parallel is not self.net or (
-                self.recipe.accumulate > 1):
+        """The weights of products by name, in the type of the products. Autocast converts each weight and gradient by
+        itself, some 500 launches; these are converted all at once. Empty where gradients are summed over parts of a
+        batch or over processes, which takes float32."""
+        sums = self.parallel is not self.net or self.recipe.accumulate > 1
+        if not self.compiled or self.dtype == torch.float32 or sums:
             return {}
         return {name: weight.detach().to(self.dtype).requires_grad_()
                 for name, weight in self.net.named_parameters() if weight.ndim > 1}
 
     def gradients(self, flow, x: Tensor, z: Tensor) -> Tensor:
-        if not self.compiled or not self.net.training:
+        if not self.compiled:
             self.optimizer.zero_grad()
             return self._backward(flow, x, z)
         if self.graph is None or self.x.shape != x.shape:
             self._capture(flow, x, z)
-        self.x.copy_(x), self.z.copy_(z)
+        self.x.copy_(x)
+        self.z.copy_(z)
         self.graph.replay()
         return self.loss.clone()
 
-    def _backward(self, flow, x, z):
-        """The batch in parts one after the other; processes exchange the gradients of the last, which hold all."""
-        if self.copies:
-            return self._backward_through_copies(flow, x, z)
+    def _backward(self, flow, x: Tensor, z: Tensor) -> Tensor:
+        """Add the gradients of a batch, part after part, and return its loss. Processes exchange gradients once, with
+        the last part."""
+        net = self._through_copies() if self.copies else self.parallel
         loss = torch.zeros((), device=x.device)
         parts = self.recipe.accumulate
-        for number, (x_, z_) in enumerate(zip(x.chunk(parts), z.chunk(parts), strict=True), 1):
-            alone = self.parallel is not self.net and number < parts
-            with self.parallel.no_sync() if alone else nullcontext():
+        for number, (x_part, z_part) in enumerate(zip(x.chunk(parts), z.chunk(parts), strict=True), 1):
+            exchanges_later = self.parallel is not self.net and number < parts
+            with self.parallel.no_sync() if exchanges_later else nullcontext():
                 with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                    part = flow.loss(self.parallel, x_, z_) * (len(x_) / len(x))
+                    part = flow.loss(net, x_part, z_part) * (len(x_part) / len(x))
                 self.scaler.scale(part).backward()
             loss += part.detach()
+        if self.copies:
+            self._take_gradients_of_copies()
         return loss
 
-    def _backward_through_copies(self, flow, x, z):
-        copies, weights = list(self.copies.values()), [self.net.get_parameter(name) for name in self.copies]
+    def _through_copies(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """The network by fresh copies of its weights."""
         with torch.no_grad():
-            torch._foreach_copy_(copies, weights)
-        for one in copies:
-            one.grad = None
-        with torch.autocast(x.device.type, self.dtype):
-            loss = flow.loss(self._through_copies, x, z)
-        self.scaler.scale(loss).backward()
+            torch._foreach_copy_(list(self.copies.values()), [self.net.get_parameter(name) for name in self.copies])
+        for weight in self.copies.values():
+            weight.grad = None
+        return lambda x, t: torch.func.functional_call(self.net, self.copies, (x, t))
+
+    def _take_gradients_of_copies(self) -> None:
+        weights = [self.net.get_parameter(name) for name in self.copies]
         for weight in weights:
             weight.grad = torch.empty_like(weight)
-        torch._foreach_copy_([weight.grad for weight in weights], [one.grad for one in copies])
-        return loss.detach()
+        torch._foreach_copy_([weight.grad for weight in weights], [weight.grad for weight in self.copies.values()])
 
-    def _through_copies(self, x, t):
-        return torch.func.functional_call(self.net, self.copies, (x, t))
-
-    def _capture(self, flow, x, z):
-        """Record forward and backward for batches of this shape. It leaves the random numbers as they were, so that a
-        run that is resumed, and records anew, draws what it would have drawn."""
-        from ..base.launch import compiling_ahead
-
-        self.x, self.z = x.clone(), z.clone()
+    def _capture(self, flow, x: Tensor, z: Tensor) -> None:
+        """Record forward and backward for batches of this shape. The random numbers stay as they were, so that a
+        resumed run, which records again, draws what it would have drawn."""
+        self.x = x.clone()
+        self.z = z.clone()
         random = torch.cuda.get_rng_state(self.device)
         with compiling_ahead(self.device):
             self._backward(flow, self.x, self.z)
-        beside = torch.cuda.Stream(self.device)
-        beside.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(beside):
-            for _ in range(WARM_UP[self.parallel is not self.net]):
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP if self.parallel is self.net else WARM_UP_OF_SEVERAL_PROCESSES):
                 self.optimizer.zero_grad()
                 self._backward(flow, self.x, self.z)
-        torch.cuda.current_stream(self.device).wait_stream(beside)
+        torch.cuda.current_stream(self.device).wait_stream(side)
         self.optimizer.zero_grad()  # so that the graph writes gradients and adds to none
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads bring the next batches
@@ -145,28 +147,11 @@ class FastTraining(dansm.Training):
         self.scaler.load_state_dict(state["scaler"])
 
 
-# ---------------------------------------------------------------------------------------------------
-# Several processes
-# ---------------------------------------------------------------------------------------------------
-
-
 def data_parallel(net: nn.Module, device: torch.device) -> nn.Module:
-    """The network whose gradients are the mean over all processes; the network itself where there is one process."""
+    """The network with gradients that are the mean over all processes; the network itself for one process."""
     if ranks()[1] == 1:
         return net
-    beside = torch.cuda.Stream(device) if device.type == "cuda" else None  # as a captured graph wants it
-    with torch.cuda.stream(beside) if beside else nullcontext():
-        return nn.parallel.DistributedDataParallel(net, device_ids=[device] if beside else None,
-                                                   gradient_as_bucket_view=True)
-
-
-# ---------------------------------------------------------------------------------------------------
-# How much of the GPU is used
-# ---------------------------------------------------------------------------------------------------
-
-# dense bf16 (V100, T4: fp16) operations a second that the maker states, in 1e12; a longer name goes before a shorter
-PEAKS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "GH200": 989, "B200": 2250, "A100": 312,
-         "A40": 150, "A10": 125, "L40": 181, "L40S": 362, "L4": 121, "RTX 4090": 165, "RTX 3090": 71, "V100": 125,
-         "T4": 65}
-
-
+    if device.type != "cuda":
+        return nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
+    with torch.cuda.stream(torch.cuda.Stream(device)):  # torch asks for this where a graph is captured
+        return nn.parallel.DistributedDataParallel(net, device_ids=[device], gradient_as_bucket_view=True)

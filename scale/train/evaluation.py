@@ -1,0 +1,139 @@
+"""A run evaluated while it trains: its log gets the measures that `dansm evaluate` takes of its checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from rich.progress import track
+
+import dansm
+from dansm import BadInput
+
+from ..base.processes import ranks, wait_for_all
+from ..base.text import console, counted, say
+from ..data.latents import known_of
+from ..evaluate import evaluate
+from ..model.recipe import Recipe
+from ..model.sampling import at_once, check_steps, sampler
+from .step import FastTraining
+from .stop import Interrupt
+from .together import everyones
+
+SEED = 0  # of the noises, as for dansm evaluate by default: runs compare pair by pair
+CACHE = Path("~/.cache/dansm")  # of the features of real images, as for dansm evaluate
+
+
+class GivenUp(Exception):
+    """Ctrl-C ended an evaluation. The checkpoint is kept, and the run evaluates it when it is resumed."""
+
+
+def is_evaluated(recipe: Recipe) -> bool:
+    return bool(recipe.evaluate_every or recipe.evaluate_at)
+
+
+def due(recipe: Recipe, step: int) -> bool:
+    """Whether the run is to be evaluated after this step."""
+    every = recipe.evaluate_every
+    return step > 0 and (step in recipe.evaluate_at or bool(every and step % every == 0))
+
+
+def check_evaluation(recipe: Recipe) -> None:
+    """BadInput for evaluations that cannot be made, as far as the recipe tells: before any data is read."""
+    if not is_evaluated(recipe):
+        return
+    processes = ranks()[1]
+    if recipe.evaluate_count < processes:
+        raise BadInput(f"--evaluate-count is {recipe.evaluate_count}: expected at least {processes}, an image for each "
+                       "process")
+    for steps in recipe.evaluate_steps:
+        check_steps("--evaluate-steps", steps, dansm.FLOWS[recipe.flow])
+    evaluate.fidelity()
+
+
+class Evaluation:
+    """Call it to evaluate the averaged network, on every process after the same step: each draws its share of the
+    images. Making one reads the features of the real images. BadInput for what cannot be evaluated."""
+
+    def __init__(self, images, run: FastTraining, flow):
+        self.run = run
+        self.flow = flow
+        self.rank, self.processes = ranks()
+        recipe, device = run.recipe, run.device
+        if known_of(images) is not None:
+            raise BadInput("--evaluate-every and --evaluate-at need images, and these are latents: expected neither; "
+                           "dansm evaluate --autoencoder evaluates checkpoints, of which --keep N keeps more")
+        evaluate.check_real(images)
+        if self.rank:
+            wait_for_all()  # the first process downloads
+        weights = Path(recipe.inception_weights) if recipe.inception_weights else None
+        self.extractor = evaluate.load_extractor(recipe.evaluate_features, device, weights, "--evaluate-features")
+        if self.rank == 0:
+            self.real = evaluate.real_features(images, self.extractor, device, batch=evaluate.seen_at_once(device),
+                                               cache=CACHE.expanduser(), track=track_features)
+            self.floor = evaluate.floor(self.real, recipe.evaluate_count, self.extractor, seed=SEED, device=device,
+                                        measures=recipe.evaluate_measures)
+            wait_for_all()
+
+    def __call__(self, seconds: float, show: Callable[[str], None], interrupt: Interrupt) -> dict:
+        """A line of the log: "frechet_distance/5" is of images drawn in 5 steps, "…/real" of real images. Empty on all
+        processes but the first.
+
+        seconds    that the run has trained
+        show       takes the text of the live line
+        interrupt  if it gets true, GivenUp is raised where there is one process; several finish the evaluation
+        """
+        run, recipe = self.run, self.run.recipe
+        begin = time.monotonic()
+        net = sampler(run.average, run.device, recipe.precision, recipe.compile)
+        line = {"step": run.step, "images": run.step * recipe.batch, "seconds": round(seconds, 2)}
+        scores = {}
+        with ThreadPoolExecutor(1) as scorer:  # the CPU scores these images while the GPU draws the next
+            for steps in recipe.evaluate_steps:
+                features, logits = self._draw(net, steps, show, interrupt)
+                if self.rank == 0:
+                    scores[steps] = scorer.submit(
+                        evaluate.score, features, self.real, self.extractor, logits=logits, seed=SEED,
+                        device=run.device, measures=recipe.evaluate_measures)
+        if self.rank:
+            return {}
+        for steps, score in scores.items():
+            line |= named(score.result(), steps)
+        line |= named(self.floor, "real")
+        line["evaluation_seconds"] = round(time.monotonic() - begin, 2)
+        name = self.extractor.distances[0]
+        label = "FID" if name == "fid" else f"Fréchet distance ({self.extractor.name})"
+        values = ", ".join(f"{line[f'{name}/{steps}']:.2f} in {steps}" for steps in recipe.evaluate_steps)
+        say(f"step {run.step:,}: {label} {values} steps; real images {line[f'{name}/real']:.2f}")
+        return line
+
+    def _draw(self, net, steps: int, show: Callable[[str], None], interrupt: Interrupt) -> tuple:
+        """Features and logits of all images."""
+        count = self.run.recipe.evaluate_count
+        done = 0
+
+        def advance(images: int) -> None:
+            nonlocal done
+            done += images * self.processes
+            show(f"evaluating: {min(done, count):,} of {count:,} images in {counted(steps, 'step')}")
+            if interrupt and self.processes == 1:
+                raise GivenUp
+
+        share = range(count * self.rank // self.processes, count * (self.rank + 1) // self.processes)
+        drawn = evaluate.draw_features(net, self.flow, share, self.run.net.shape, steps, self.extractor,
+                                       self.run.device, seed=SEED, advance=advance,
+                                       batch=at_once(self.run.average, self.run.device))
+        features, logits = zip(*everyones(drawn), strict=True)
+        return torch.cat(features), None if logits[0] is None else torch.cat(logits)
+
+
+def named(row: dict, images: int | str) -> dict:
+    """Measures as fields of the log: {"fid": …} → {"fid/5": …}."""
+    return {f"{name}/{images}": round(float(value), 6) for name, value in row.items() if name != "count"}
+
+
+def track_features(parts: Iterable, total: int) -> Iterable:
+    return track(parts, "features of the real images", total=total, console=console, transient=True)

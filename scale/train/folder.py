@@ -1,0 +1,195 @@
+"""The folder of a run: its checkpoints, its log, its recipe, and how a run is resumed from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+
+import torch
+
+import dansm
+from dansm import BadInput
+
+from ..base.files import replacing
+from ..base.processes import ranks, wait_for_all
+from ..base.text import say
+from ..data import loader
+from ..data.latents import known_of
+from ..model import checkpoint
+from ..model.recipe import Recipe, changed, write
+from .step import FastTraining
+from .together import everyones
+
+
+class RunFolder:
+    """The folder that a run is resumed from and saved to. Only the first of several processes writes into it.
+
+    With `fresh`, a run that is there already keeps its checkpoints and its log until the new one first saves.
+    """
+
+    def __init__(self, out: Path, run: FastTraining, pool: dansm.NoisePool, images, fresh: bool):
+        self.out = out
+        self.run = run
+        self.pool = pool
+        self.data = {"data": run.recipe.data, "images": len(images), "look": loader.look(images),
+                     "latents": known_of(images)}
+        self.rank, self.processes = ranks()
+        self.metrics = out / "metrics.jsonl"
+        self.new_metrics = out / "metrics.partial"  # of a fresh run, until it first saves
+        # torchrun restarts processes by the same command: what is saved by then is this run's. Each node counts alone.
+        if fresh and any(everyones(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))):
+            fresh = self.new_metrics.exists()
+        self.fresh = fresh
+        self.others = checkpoint.checkpoints(out) if fresh else []  # of no use to this run: they go when it first saves
+        self.replaces_run = bool(self.others)
+        self.saved_step = None
+        self.board = None
+
+    def resume(self) -> float:
+        """Load the newest checkpoint that can be read, unless the run is fresh. Returns the seconds trained before."""
+        newest = None if self.fresh else checkpoint.load_newest(self.out)
+        self._check_processes_agree(newest[0].name if newest else "nothing")
+        seconds = self._load(*newest) if newest else 0.0
+        if self.rank == 0:
+            self.new_metrics.unlink(missing_ok=True)  # of a fresh run that was killed, which nothing resumes
+            if self.replaces_run:
+                self.new_metrics.touch()
+            else:
+                cut_back(self.metrics, self.run.step)
+            self.board = tensorboard(self.out / "tensorboard", self.run.step)
+        return seconds
+
+    def _check_processes_agree(self, newest: str) -> None:
+        """BadInput on all processes if they see different checkpoints, and would train different weights, or different
+        counts of images, as where these are still being encoded. After it, the first may write into the folder."""
+        checkpoints, counts = zip(*everyones((newest, f"{self.data['images']:,}")), strict=True)
+        for option, place, seen in (("--out", self.out, checkpoints), ("--data", self.data["data"], counts)):
+            if len(set(seen)) > 1:
+                raise BadInput(f"{option} is {place}: the processes find {', '.join(seen)} there, expected one folder "
+                               "that all of them see, and that does not change")
+
+    def _load(self, path: Path, state: dict) -> float:
+        with checkpoint.reading(path):
+            if differences := compare(state, self._state(), self.run.recipe):
+                raise BadInput(f"{path} is of another run ({', '.join(differences)}): expected the same settings, "
+                               "another --out, or --fresh to start over")
+            self.run.load_state_dict(state["training"])
+            self.pool.load_state_dict(state["ranks"][self.rank]["pool"])
+            restore_random_state(state["ranks"][self.rank]["random"], self.run.device)
+            seconds = float(state["seconds"])
+        newer = checkpoint.checkpoints(self.out)
+        self.others = newer[: newer.index(path)]  # damaged
+        if self.run.step < self.run.recipe.steps:
+            say(f"resuming from step {self.run.step:,} of {path}")
+        return seconds
+
+    def _state(self) -> dict:
+        """What a checkpoint holds. Every process must call it."""
+        noises = self.pool.state_dict()
+        noises["index"] = noises["index"].cpu()  # else every process would take it to the GPU that it lay on
+        own = {"pool": noises, "random": random_state(self.run.device)}
+        return {"network": self.run.net.settings, "recipe": dataclasses.asdict(self.run.recipe), **self.data,
+                "training": self.run.state_dict(), "ranks": everyones(own)}
+
+    def save(self, seconds: float) -> None:
+        """Write a checkpoint of what all processes know, unless there is one of this step. Every process must call it.
+        BadInput if a weight is not finite."""
+        step, recipe = self.run.step, self.run.recipe
+        if self.saved_step == step:
+            return
+        if not all(weight.isfinite().all() for weight in self.run.net.parameters()):
+            raise BadInput(f"--lr is {recipe.lr}: the weights became infinite at step {step}, expected a smaller one; "
+                           f"what {self.out} held before is untouched")
+        state = self._state() | {"seconds": seconds}
+        if self.rank == 0:
+            checkpoint.save(self.out, state, recipe.keep, drop=self.others)
+            if self.replaces_run:
+                os.replace(self.new_metrics, self.metrics)
+            write(dataclasses.replace(recipe, minutes=0.0), self.out / "recipe.toml")  # minutes are of one call
+        self.others = []
+        self.replaces_run = False
+        self.saved_step = step
+        wait_for_all()
+
+    def log(self, line: dict) -> None:
+        """Add a line to metrics.jsonl, and to TensorBoard if that is installed."""
+        if self.rank:
+            return
+        with open(self.new_metrics if self.replaces_run else self.metrics, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.board:
+            for name, value in line.items():
+                self.board.add_scalar(name, value, line["step"])
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether the log has an evaluation of this step, as the first process sees it."""
+        lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
+        return everyones(any(step_of(line) == step and "/real" in line for line in lines))[0]
+
+    def close(self) -> None:
+        if self.board:
+            self.board.close()
+
+
+def compare(saved: dict, own: dict, recipe: Recipe) -> list[str]:
+    """How a run that was saved differs from this one, each as "lr 0.0002 → 0.1"."""
+    differences = changed(saved["recipe"] | {"data": recipe.data}, recipe)  # the data may have moved
+    before, now = fixed(saved), fixed(own)
+    differences += [f"{name} {value} → {now[name]}" for name, value in before.items() if value != now.get(name, value)]
+    if not differences and not loader.look_alike(saved["look"], own["look"]):
+        differences = [f"as many images, but not the same ones: {saved['data']} → {recipe.data}"]
+    return differences
+
+
+def fixed(state: dict) -> dict:
+    """What must stay as it is while a run is resumed, besides its recipe. No kind of device can take up another's
+    random numbers, and with precision "auto" the card decides."""
+    latents = state["latents"]
+    facts = {"data": "images" if latents is None else "latents", "images": state["images"],
+             "processes": len(state["ranks"]), "device": state["ranks"][0]["pool"]["made_for"]["device"],
+             "precision": "fp16" if state["training"]["scaler"] else "bf16 or fp32"}
+    encoding = {f"latents of {name}": str(value)[:12] for name, value in (latents or {}).items() if name != "source"}
+    return facts | encoding | {f"network {name}": value for name, value in state["network"].items()}
+
+
+def random_state(device: torch.device) -> dict:
+    """The states of torch's own generators."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        state[device.type] = torch.get_device_module(device).get_rng_state()
+    return state
+
+
+def restore_random_state(state: dict, device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(state[device.type])
+
+
+def cut_back(log: Path, step: int) -> None:
+    """Drop the lines of later steps, which a killed run wrote after its last checkpoint, and lines that a kill or a
+    full disk cut short."""
+    if log.exists():
+        lines = log.read_text(errors="replace").splitlines()
+        with replacing(log) as partial:
+            partial.write_text("".join(f"{line}\n" for line in lines if step_of(line) <= step))
+
+
+def step_of(line: str) -> float:
+    """The step of a line of the log; infinite if it is not a whole line."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf
+
+
+def tensorboard(folder: Path, step: int):
+    """TensorBoard's writer, None if it is not installed. It drops lines after `step`, which a killed run wrote."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=step + 1)

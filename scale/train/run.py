@@ -1,0 +1,157 @@
+"""A training run: the loop of `dansm.train` with a log, checkpoints and evaluations, resumed where it stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import dansm
+from dansm import BadInput
+
+from ..base.machine import check_memory, make_deterministic, number_type
+from ..base.processes import ranks
+from ..base.text import counted
+from ..data import loader
+from ..data.latents import known_of
+from ..model import sampling
+from ..model.recipe import Recipe, make_flow
+from .evaluation import Evaluation, GivenUp, check_evaluation, due, is_evaluated
+from .folder import RunFolder
+from .step import FastTraining
+from .stop import Decide, Interrupt
+from .watch import Watch, in_words, progress
+
+GRID_DEVICES = "cuda", "mps"  # a CPU would draw for minutes: there only the end of a run gets a grid of samples
+
+
+def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, device: torch.device) -> tuple:
+    """Train a network on images (N, C, H, W) by a recipe. Returns `Watch.summary`, the averaged network, the flow.
+
+    Writes checkpoints, metrics.jsonl, recipe.toml and, on a GPU, a grid of samples with each timed checkpoint to `out`.
+    A run that `out` holds is resumed with the same noises and the same order of images, as if it had never stopped
+    (but method "optimal" begins a new group of samples).
+
+    Stops after the recipe's steps in all, after its minutes of this call if not 0, at Ctrl-C or SIGTERM; each saves
+    first. Under torchrun every process calls it, and the first writes. BadInput for a run of other settings, a loss
+    that is not finite, a full disk, a batch that cannot be shared.
+    """
+    pictures = known_of(images) is None
+    if recipe.flip is None:  # a mirrored latent is not the latent of the mirrored image
+        recipe = dataclasses.replace(recipe, flip=pictures)
+    rank, processes = ranks()
+    run, flow, pool = begin(images, recipe, device)
+    folder = RunFolder(out, run, pool, images, fresh)
+    seconds = folder.resume()
+    overdue = due(recipe, run.step) and not folder.has_evaluation(run.step)  # it was cut off after its checkpoint
+    needed = is_evaluated(recipe) and (run.step < recipe.steps or overdue)
+    evaluation = Evaluation(images, run, flow) if needed else None
+    batches = loader.batches(images, recipe.batch, seed=recipe.seed, flip=recipe.flip, start=run.step, rank=rank,
+                             ranks=processes, device=device,
+                             resident=None if recipe.data_on_gpu == "auto" else recipe.data_on_gpu == "yes")
+    watch = Watch(run, seconds)
+    pairs = watch.pairs(batches, pool)
+    with closing(batches), closing(folder), blamed_on_data(images), progress(run) as show, \
+            Interrupt(lambda: show("stopping after this step")) as interrupt, suppress(GivenUp):
+        decide = Decide(run, interrupt)
+
+        def evaluate() -> None:
+            with watch.paused():
+                folder.log(evaluation(watch.seconds, show, interrupt))
+
+        if overdue:
+            evaluate()
+        for loss in dansm.train(run, flow, pairs) if run.step < recipe.steps else ():
+            watch.losses.append(loss)
+            stop, save = decide()
+            if run.step % recipe.log_steps == 0 or save or stop:
+                line = watch.line()
+                folder.log(line)
+                show(in_words(line))
+            if due(recipe, run.step) or save or stop:
+                folder.save(watch.seconds)
+            if save and not stop and pictures and rank == 0 and device.type in GRID_DEVICES:
+                share = recipe.batch // (processes * recipe.accumulate)  # fits into memory: a step had it
+                with watch.paused():
+                    draw_grid(run.average, flow, recipe, device, out / f"samples-{run.step:08d}.png", min(64, share))
+            if due(recipe, run.step):
+                evaluate()
+            if stop:
+                break
+    return watch.summary(bool(interrupt)), run.average, flow
+
+
+def begin(images, recipe: Recipe, device: torch.device) -> tuple:
+    """What trains (`FastTraining`), the flow and the pool, as they are before the first step."""
+    rank, processes = ranks()
+    check(recipe, device)
+    share = recipe.batch // processes * math.prod(images.shape[1:]) * 4  # bytes
+    check_memory(f"--batch is {recipe.batch:,}", share, device)
+    if recipe.deterministic:
+        make_deterministic()
+    torch.backends.cudnn.benchmark = recipe.compile and not recipe.deterministic  # trying takes longer than compiling
+    torch.manual_seed(recipe.seed)  # the same weights on all processes
+    net = new_network(images, recipe)
+    recipe.check_attention(net)
+    run = FastTraining(net, recipe, device)
+    own_seed = np.random.SeedSequence([recipe.seed, rank]).generate_state(1, np.uint64)[0] >> 1
+    torch.manual_seed(int(own_seed) if rank else recipe.seed)
+    flow = make_flow(dataclasses.asdict(recipe), known_of(images) is None)
+    size = recipe.match_size if recipe.method == "greedy" else 0  # other methods use the pool's generator alone
+    pool = dansm.NoisePool(size, images.shape[1:], cost=recipe.cost, device=device, seed=recipe.seed,
+                           dtype=number_type(recipe.pool_dtype, device), tf32=recipe.tf32,
+                           match_scope=recipe.match_scope, compile=recipe.compile)
+    return run, flow, pool
+
+
+def check(recipe: Recipe, device: torch.device) -> None:
+    """BadInput for what this device or this number of processes cannot do."""
+    number_type(recipe.precision, device)
+    if recipe.match_scope == "global" and not torch.distributed.is_initialized():
+        raise BadInput("--match-scope is global, for several processes: expected the command under torchrun, or rank")
+    processes = ranks()[1]
+    parts = processes * recipe.accumulate
+    if recipe.batch % parts:
+        raise BadInput(f"--batch is {recipe.batch}: expected a multiple of {parts}, {counted(processes, 'process')} "
+                       f"times --accumulate {recipe.accumulate}")
+    check_evaluation(recipe)
+
+
+def new_network(images, recipe: Recipe) -> dansm.UNet:
+    """A network by the recipe for such images. BadInput, naming --size, if there is none."""
+    channels, height, width = images.shape[1:]
+    fits = "--size N makes them N pixels square"
+    if height != width:
+        raise BadInput(f"the images are {width}×{height} pixels: expected squares; {fits}")
+    try:
+        return dansm.UNet(**recipe.network_settings(channels, height))
+    except BadInput as error:
+        raise BadInput(f"{error}; {fits}") from error
+
+
+@contextmanager
+def blamed_on_data(images) -> Iterator[None]:
+    """Where training fails, name the latents that are not finite, if there are any. To look for them beforehand would
+    take reading all data twice."""
+    try:
+        yield
+    except BadInput as error:
+        if isinstance(images, loader.Shards) and not isinstance(error.__cause__, OSError):  # the disk is not full
+            images.check_finite()
+        raise
+
+
+def draw_grid(net: dansm.UNet, flow, recipe: Recipe, device: torch.device, path: Path, batch: int,
+              track: Callable[[Iterable], Iterable] = iter) -> None:
+    """Write 64 images of a network as one picture, from noises that are the same in every grid of a run. `track` wraps
+    the batches as they are drawn."""
+    network = sampling.sampler(net, device, recipe.precision, recipe.compile)
+    draws = sampling.sample_images(network, flow, range(64), net.shape, recipe.sample_steps, seed=recipe.seed,
+                                   batch=batch, device=device)
+    sampling.save_grid(torch.cat(list(track(draws))), path)

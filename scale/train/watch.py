@@ -1,0 +1,167 @@
+"""What is seen of a run while it trains: lines of its log, and a live line on the console."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as group
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+import dansm
+
+from ..base.machine import peak
+from ..base.processes import ranks
+from ..base.text import console
+from ..model.sampling import operations_per_image
+from .step import FastTraining
+
+
+class Watch:
+    """Measures a run, which has trained `seconds` in earlier calls. What it measures stays on the device until a line
+    of the log is due, so that no step waits."""
+
+    def __init__(self, run: FastTraining, seconds: float):
+        self.run = run
+        self.recipe = run.recipe
+        self.begin = time.monotonic() - seconds
+        self.call_began = self.line_began = (run.step, seconds)
+        self.losses = []  # of the steps since the last line
+        self.matchings = []  # (before, after) of each matching since then
+        self.arrived = None  # when the batch came that is not matched yet
+        self.z = None
+        self.peak = None  # images a second of all processes together, if the network took each GPU to its peak
+        if operations := peak(run.device):
+            self.peak = ranks()[1] * operations / operations_per_image(run.net.settings)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds trained, in all calls."""
+        return time.monotonic() - self.begin
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count what happens inside: evaluations and grids are no training."""
+        before = self.seconds
+        try:
+            yield
+        finally:
+            self.begin = time.monotonic() - before
+
+    def pairs(self, batches: Iterator[Tensor], pool: dansm.NoisePool) -> Iterator[tuple[Tensor, Tensor]]:
+        """Match the batches by the recipe, and note when each matching begins and ends."""
+        matched = dansm.pairs(self._arriving(batches), self.recipe.method, self.recipe.match_size,
+                              cost=self.recipe.cost, pool=pool)
+        for x, z in matched:
+            if self.arrived is not None:  # else "optimal" matched it together with batches before
+                self.matchings.append((self.arrived, self._now()))
+                self.arrived = None
+            self.x = x
+            self.z_before, self.z = self.z, z
+            yield x, z
+
+    def _arriving(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
+        for x in batches:
+            self.arrived = self._now()
+            yield x
+
+    def _now(self):
+        if self.run.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def line(self) -> dict:
+        """The line of the log for the steps since the last one. Every process must call it.
+
+        seconds             of training, in all calls, without evaluations and grids
+        loss, loss_mean     of this step, and the mean since the last line, over all processes
+        images_per_second   of all processes together
+        matching            share of the time
+        distance            mean ‖x − z‖ of the pairs of this process
+        distance_random     the same, but each x with its neighbour's z
+        mfu                 share of the GPU's peak that the network uses, on GPUs whose peak is known
+
+        Raises BadInput on all processes, with the step, if a loss of any process is not finite.
+        """
+        losses = self._mean_losses()
+        step, seconds = self.run.step, self.seconds
+        duration = max(seconds - self.line_began[1], 1e-9)
+        rate = (step - self.line_began[0]) * self.recipe.batch / duration
+        line = {"step": step, "images": step * self.recipe.batch, "seconds": round(seconds, 2),
+                "loss": round(losses[-1].item(), 5), "loss_mean": round(losses.mean().item(), 5),
+                "images_per_second": round(rate, 1), "matching": round(self._seconds_of_matching() / duration, 4),
+                "distance": round(dansm.path_length(self.x, self.z), 4),
+                "distance_random": round(dansm.path_length(self.x, self._other_noises()), 4)}
+        if self.peak:
+            line["mfu"] = round(rate / self.peak, 4)
+        self.losses.clear()
+        self.matchings.clear()
+        self.line_began = step, seconds
+        return line
+
+    def _mean_losses(self) -> Tensor:
+        """The losses since the last line, each the mean over all processes."""
+        losses = torch.stack(self.losses).float().cpu()
+        if ranks()[1] > 1:
+            group.all_reduce(losses)
+        losses /= ranks()[1]
+        if not losses.isfinite().all():
+            bad = int((~losses.isfinite()).int().argmax())
+            raise dansm.BadInput(f"--lr is {self.recipe.lr}: the loss became {losses[bad].item()} at step "
+                                 f"{self.run.step - len(losses) + 1 + bad}, expected a smaller one; what was saved "
+                                 "before is untouched")
+        return losses
+
+    def _seconds_of_matching(self) -> float:
+        if self.run.device.type == "cuda":
+            return sum(before.elapsed_time(after) for before, after in self.matchings) / 1000
+        return sum(after - before for before, after in self.matchings)
+
+    def _other_noises(self) -> Tensor:
+        """For each sample its neighbour's noise; in batches of one, the noise of the batch before."""
+        return self.z_before if len(self.z) == 1 and self.z_before is not None else self.z.roll(1, 0)
+
+    def summary(self, interrupted: bool) -> dict:
+        """What train.json keeps of the run, and of this call, which may be on another machine than earlier ones."""
+        step, seconds = self.run.step, self.seconds
+        steps_here, seconds_here = step - self.call_began[0], seconds - self.call_began[1]
+        rate = steps_here * self.recipe.batch / max(seconds_here, 1e-9)
+        return {"recipe": dataclasses.asdict(self.recipe), "steps": step, "images": step * self.recipe.batch,
+                "seconds": round(seconds, 1), "processes": ranks()[1],
+                "this_call": {"steps": steps_here, "seconds": round(seconds_here, 1),
+                              "images_per_second": round(rate, 1)},
+                "precision": str(self.run.dtype).removeprefix("torch."), "compiled": self.run.compiled,
+                "parameters": sum(weight.numel() for weight in self.run.net.parameters()),
+                "interrupted": interrupted, "stopped_early": interrupted and step < self.recipe.steps}
+
+
+def in_words(line: dict) -> str:
+    """A line of the log for the console."""
+    mfu = f"  MFU {line['mfu']:.0%}" if "mfu" in line else ""
+    return (f"step {line['step']:,}  loss {line['loss_mean']:.4f}  {line['images_per_second']:,.0f}/s{mfu}  "
+            f"matching {line['matching']:.1%}  ‖x−z‖ {line['distance']:.1f}, random {line['distance_random']:.1f}")
+
+
+@contextmanager
+def progress(run: FastTraining) -> Iterator[Callable[[str], None]]:
+    """Show a live line with the time left, and yield a function that sets its text."""
+    recipe = run.recipe
+    begin, first = time.monotonic(), run.step
+    bar = Progress(BarColumn(bar_width=8), TextColumn("{task.fields[line]}  left"), TimeRemainingColumn(),
+                   console=console, disable=first >= recipe.steps)
+    task = bar.add_task("", total=1.0, completed=first / recipe.steps, line="")
+
+    def show(line: str) -> None:
+        done = run.step / recipe.steps
+        if recipe.minutes:
+            done = max(done, (time.monotonic() - begin) / (60 * recipe.minutes))
+        bar.update(task, completed=done, line=line)
+
+    with bar:
+        yield show
