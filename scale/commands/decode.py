@@ -26,6 +26,7 @@ def decode(
     out: Out = Path("runs/decode"),
 ) -> None:
     """Decode latents to PNG images by Stable Diffusion's autoencoder. A stopped decode resumes."""
-    from ..data.encode import decode
+    from ..data.autoencoder import Decoder, read_autoencoder
+    from ..data.decode import decode
 
-    decode(source, autoencoder, pick_device(device), out, count=count, batch=batch, memory=memory, precision=precision)
+    decode(source, Decoder(read_autoencoder(autoencoder), pick_device(device), precision, memory), out, count, batch)

@@ -31,7 +31,8 @@ def encode(
     out: Out = Path("data/latents"),
 ) -> None:
     """Encode images to latents by Stable Diffusion's autoencoder, in shards. A stopped encode resumes."""
-    from ..data.encode import cores, encode
+    from ..data.autoencoder import read_autoencoder
+    from ..data.encode import Settings, encode
 
-    encode(source, autoencoder, pick_device(device), out, size=size, flips=flips, moments=moments, batch=batch,
-           shard=shard, workers=workers or cores(), precision=precision, skip_unreadable=skip_unreadable)
+    settings = Settings(size, shard, flips, moments, batch, workers, precision, skip_unreadable)
+    encode(source, read_autoencoder(autoencoder), pick_device(device), out, settings)

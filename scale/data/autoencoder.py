@@ -11,8 +11,11 @@ import json
 import pickle
 import re
 import warnings
+import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count, takewhile
 from pathlib import Path
 
 import torch
@@ -21,9 +24,10 @@ from torch import Tensor, nn
 from dansm import BadInput
 
 from ..base.machine import free_memory, lacks_memory, number_type
+from ..base.text import shorten
 from .pixels import from_uint8, to_uint8
 
-# Stable Diffusion's, versions 1 and 2; a file of weights says nothing of it but by their shapes
+# Stable Diffusion's, versions 1 and 2; a file of weights shows them only by its shapes
 SETTINGS = {"in_channels": 3, "out_channels": 3, "latent_channels": 4, "block_out_channels": (128, 256, 512, 512),
             "layers_per_block": 2, "norm_num_groups": 32, "sample_size": 256, "scaling_factor": 0.18215}
 EXPECTED = ("expected a diffusers folder (config.json and .safetensors, or with these in vae/), or a .safetensors or "
@@ -31,8 +35,8 @@ EXPECTED = ("expected a diffusers folder (config.json and .safetensors, or with 
 PREFIXES = "first_stage_model.", "vae.", ""  # of the keys in a file, where it holds more than the autoencoder
 PARTS = "encoder.", "decoder.", "quant_conv.", "post_quant_conv."
 FILES = [f"diffusion_pytorch_model{kind}" for kind in (".safetensors", ".fp16.safetensors", ".bin")]
-LARGEST = 8, 64  # batch on a CPU, and on a GPU
-LOG_VARIANCES = -30.0, 20.0  # what AutoencoderKL itself cuts them to
+BATCH = {"cuda": 64, "cpu": 8}  # images encoded or decoded together, by device; more would be no faster
+LOG_VARIANCES = -30.0, 20.0  # AutoencoderKL itself cuts them to these
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Autoencoder:
 
     @property
     def identity(self) -> dict:
-        """By what latents tell whose they are, as their index has it."""
+        """What the index of latents says of the autoencoder that made them."""
         return {"autoencoder": self.digest, "factor": self.factor, "shift": self.shift}
 
     @property
@@ -67,7 +71,7 @@ class Autoencoder:
 
     @property
     def channels(self) -> int:
-        """Of a latent."""
+        """Channels of a latent."""
         return self.settings["latent_channels"]
 
     @property
@@ -76,7 +80,7 @@ class Autoencoder:
         return 2 ** (len(self.settings["block_out_channels"]) - 1)
 
     def check(self, known: dict, whose: str) -> None:
-        """BadInput if latents of which so much is known, see `latents.known_of`, are those of another autoencoder.
+        """BadInput if latents of which this is known, see `latents.known_of`, are those of another autoencoder.
         whose: who holds or draws them."""
         for name, value in self.identity.items() if known else ():
             if known.get(name, value) != value:
@@ -101,6 +105,8 @@ class _Half:
 
     def __init__(self, autoencoder: Autoencoder, device: torch.device, precision: str = "auto"):
         self.autoencoder, self.device, self.dtype = autoencoder, device, number_type(precision, device)
+        self.precision = str(self.dtype).removeprefix("torch.")
+        self.batch = BATCH.get(device.type, 8)
         self.layout = torch.contiguous_format  # channels last is slower: torch's group norm knows no such layout
         net = _network_of(autoencoder, self.parts)
         self.net = net.to(device, self.dtype, memory_format=self.layout)
@@ -116,11 +122,8 @@ class Encoder(_Half):
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
-        """Mean and log-variance of the latents of images, times the factor. uint8 (B, 3, H, W) → (B, 2C, h, w) float32,
-        on the device. Some may be NaN: whoever knows the images' names looks for that."""
-        height, width = images.shape[2:]
-        if height % self.autoencoder.shrinks or width % self.autoencoder.shrinks:
-            raise BadInput(f"images are {width}×{height} pixels: expected a multiple of {self.autoencoder.shrinks}")
+        """Mean and log-variance of the latents of images, times the factor. uint8 (B, 3, H, W), H and W multiples of
+        `shrinks` → (B, 2C, h, w) float32, on the device. Some may be NaN: the caller knows the images' names."""
         x = from_uint8(images.to(self.device, non_blocking=True))
         return self.autoencoder.scaled(self._run(x))
 
@@ -138,33 +141,30 @@ class Decoder(_Half):
 
     @torch.no_grad()
     def decode(self, latents: Tensor, first: int = 0) -> Tensor:
-        """Latents times the factor → images, as many at a time as `fits` says. (B, C, h, w) float → uint8
+        """Latents times the factor → images, as many at a time as `fits` allows. (B, C, h, w) float → uint8
         (B, 3, H, W), on the device.
 
-        Raises BadInput for latents of another shape, and for NaN, of which `first` is the number of latents[0].
+        Raises BadInput for NaN; `first` is the number of latents[0].
         """
-        if latents.ndim != 4 or latents.shape[1] != self.autoencoder.channels:
-            raise BadInput(f"latents are {tuple(latents.shape)}, and {self.autoencoder.path} decodes "
-                           f"{self.autoencoder.channels} channels: expected (B, {self.autoencoder.channels}, h, w)")
         batch = self.fits(max(latents.shape[2:]))
         return torch.cat([self.decode_at_once(part, first + number * batch)
                           for number, part in enumerate(latents.split(batch))])
 
     @torch.no_grad()
     def decode_at_once(self, latents: Tensor, first: int = 0) -> Tensor:
-        """As `decode`, in one part however large."""
+        """Do the same as `decode`, in one part however large."""
         latents = latents.to(self.device, non_blocking=True).float()
         images = self._run(self.autoencoder.unscaled(latents))
-        if wrong := _not_finite(latents):
-            raise BadInput(f"latent {first + wrong[0]} holds NaN or infinite numbers: expected finite ones")
-        if wrong := _not_finite(images):
-            raise BadInput(f"latent {first + wrong[0]} decodes to NaN in {self.dtype}".replace("torch.", "")
-                           + ": expected finite images; --precision fp32 may give them")
+        for batch, problem in (latents, "holds NaN or infinite numbers: expected finite ones"), (
+                images, f"decodes to NaN in {self.precision}: expected finite images; --precision fp32 may give them"):
+            if not torch.isfinite(batch.sum()):  # one number to wait for, not the whole batch
+                wrong = (~torch.isfinite(batch).flatten(1).all(1)).nonzero()
+                if len(wrong):
+                    raise BadInput(f"latent {first + wrong[0].item()} {problem}")
         return to_uint8(images)
 
     def fits(self, size: int) -> int:
-        """How many latents of `size` numbers square can be decoded at a time within the memory, at least one. More than
-        LARGEST would be no faster.
+        """How many latents of `size` numbers square can be decoded at a time within the memory, at least one.
 
         About seven of the largest tensor that one becomes are there at once: the branch that is kept, the norm's
         float32 copy, what goes into a convolution, what comes out, and what it works in.
@@ -172,36 +172,24 @@ class Decoder(_Half):
         widths = self.autoencoder.settings["block_out_channels"]
         largest = widths[min(1, len(widths) - 1)] * (size * self.autoencoder.shrinks) ** 2
         memory = free_memory(self.device) / 4 if self.memory is None else 1e9 * self.memory
-        return int(max(1, min(LARGEST[self.device.type != "cpu"], memory / (7 * largest * self.dtype.itemsize))))
-
-
-def _not_finite(batch: Tensor) -> list[int]:
-    """The numbers of those in the batch that are not finite."""
-    if torch.isfinite(batch.sum()):  # one number to wait for, not the whole batch
-        return []
-    return (~torch.isfinite(batch).flatten(1).all(1)).nonzero().flatten().tolist()
+        return int(max(1, min(self.batch, memory / (7 * largest * self.dtype.itemsize))))
 
 
 # ------------------------------------------------------------------------------- the network
 
 
-def _diffusers_network():
+def _new_network(settings: dict, path: Path | None = None) -> nn.Module:
+    """An AutoencoderKL by its settings; BadInput naming the file they are from if it cannot be made."""
     try:
         from diffusers import AutoencoderKL
     except ImportError as error:
         raise BadInput(f"the autoencoder needs diffusers, which is missing ({error}): expected it installed (pip "
                        "install 'dansm[latent]')") from error
-    return AutoencoderKL
-
-
-def _new_network(settings: dict, path: Path | None = None) -> nn.Module:
-    """An AutoencoderKL by its settings; BadInput naming the file they are from if it cannot be made."""
-    network = _diffusers_network()
     levels = len(settings["block_out_channels"])
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * levels, "up_block_types": ("UpDecoderBlock2D",) * levels}
     try:
-        return network.from_config({**blocks, **settings})
-    except Exception as error:  # whatever its parts raise for sizes that do not fit
+        return AutoencoderKL.from_config({**blocks, **settings})
+    except Exception as error:  # its parts raise many kinds for sizes that do not fit
         raise BadInput(f"{path} describes an autoencoder that cannot be made ({error}): {EXPECTED}") from error
 
 
@@ -211,11 +199,11 @@ def _network_of(autoencoder: Autoencoder, parts: tuple[str, str]) -> nn.Sequenti
         whole = _new_network(autoencoder.settings, autoencoder.path)
     modules = []
     for name in parts:
-        if (module := getattr(whole, name)) is None:  # a file's settings may leave quant_conv out
+        module = getattr(whole, name)
+        if module is None:  # the settings may leave quant_conv out
             continue
-        begin = f"{name}."
-        module.load_state_dict({key.removeprefix(begin): weight for key, weight in autoencoder.weights.items()
-                                if key.startswith(begin)}, assign=True)
+        module.load_state_dict({key.removeprefix(f"{name}."): weight for key, weight in autoencoder.weights.items()
+                                if key.startswith(f"{name}.")}, assign=True)
         modules.append(module)
     return nn.Sequential(*modules).requires_grad_(False).eval()
 
@@ -231,30 +219,29 @@ def random_autoencoder(settings: dict | None = None, seed: int = 0) -> Autoencod
 
 
 def read_autoencoder(path: Path) -> Autoencoder:
-    """The autoencoder in a diffusers folder, or in one file. Raises BadInput for what is none, for a pickle with code
-    in it, and for one with weights missing, of another shape or not finite, naming them."""
+    """The autoencoder in a diffusers folder, or in one file. Raises BadInput for a path that holds none, for a pickle
+    with code in it, and for weights that are missing, of another shape or not finite, naming them."""
     if not path.exists():
         raise BadInput(f"{path} does not exist: {EXPECTED}")
     settings, file = _find(path)
-    found = _read_file(file)
-    if settings is None:
-        settings = _settings_by_shapes(found, file)
-    return Autoencoder(path, settings, _by_diffusers_names(found, settings, file))
+    weights = _read_file(file)
+    settings = settings or _settings_by_shapes(weights, file)
+    return Autoencoder(path, settings, _by_diffusers_names(weights, settings, file))
 
 
 def _find(path: Path) -> tuple[dict | None, Path]:
-    """The settings that lie beside the weights, if any, and the file of weights."""
-    folder = next((each for each in (path, path / "vae", path.parent) if (each / "config.json").is_file()), None)
-    if path.is_dir():
-        if folder in (None, path.parent):
-            raise BadInput(f"{path} holds no config.json, nor does vae/ in it: {EXPECTED}")
-        file = next((folder / name for name in FILES if (folder / name).is_file()), None)
-        if file is None:
-            raise BadInput(f"{folder} holds no {FILES[0]}: {EXPECTED}")
-        return _read_settings(folder / "config.json"), file
-    if folder is not None and path.name in FILES:
-        return _read_settings(folder / "config.json"), path
-    return None, path
+    """The settings next to the weights, if any, and the file of weights."""
+    if not path.is_dir():
+        config = path.with_name("config.json")
+        described = path.name in FILES and config.is_file()
+        return (_read_settings(config) if described else None), path
+    folder = next((folder for folder in (path, path / "vae") if (folder / "config.json").is_file()), None)
+    if folder is None:
+        raise BadInput(f"{path} holds no config.json, nor does vae/ in it: {EXPECTED}")
+    file = next((folder / name for name in FILES if (folder / name).is_file()), None)
+    if file is None:
+        raise BadInput(f"{folder} holds no {FILES[0]}: {EXPECTED}")
+    return _read_settings(folder / "config.json"), file
 
 
 def _read_settings(path: Path) -> dict:
@@ -269,7 +256,7 @@ def _read_settings(path: Path) -> dict:
 
 
 def _read_file(file: Path) -> dict[str, Tensor]:
-    """The weights in `file` that may be an autoencoder's, by their names there without what is before all of them."""
+    """The weights in `file` that may be an autoencoder's, by their names there without the prefix of all of them."""
     weights = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
     for prefix in PREFIXES:
         begins = tuple(prefix + part for part in PARTS)
@@ -297,13 +284,11 @@ class _Inert:
 
 def _read_pickle(file: Path) -> dict[str, Tensor]:
     notes = [(_Inert, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
+    mapped = zipfile.is_zipfile(file)  # files of a very old torch are none and cannot be mapped
     try:
         with torch.serialization.safe_globals(notes), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            try:
-                content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError:  # of a torch so old that its files cannot be mapped, or none at all
-                content = torch.load(file, map_location="cpu", weights_only=True)
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise BadInput(f"{file} holds more than tensors and plain values, which may be code and is not run: expected "
                        "weights alone, as in a .safetensors") from error
@@ -319,56 +304,46 @@ def _line(error: Exception) -> str:
     return str(error).partition("\n")[0].rstrip(".") or type(error).__name__
 
 
-def _settings_by_shapes(found: dict[str, Tensor], file: Path) -> dict:
-    """SETTINGS with the sizes that the weights show: as large as any of them needs, so that what a partial file lacks
-    is missed by its name."""
-    if any(re.match(r"encoder\.down_blocks|decoder\.up_blocks", name) for name in found):
+def _settings_by_shapes(weights: dict[str, Tensor], file: Path) -> dict:
+    """SETTINGS with the sizes of the larger half, so that the other is refused for what it lacks."""
+    if any(name.startswith(("encoder.down_blocks", "decoder.up_blocks")) for name in weights):
         raise BadInput(f"{file} has diffusers' names, and no config.json beside it: expected its folder")
-    known, widths = SETTINGS["block_out_channels"], []
-    for level in range(_levels(found) or len(known)):
-        one = re.compile(rf"(encoder\.down|decoder\.up)\.{level}\.block\.\d+\.conv")
-        shown = [len(weight) for name, weight in found.items() if one.match(name) and weight.ndim]
-        widths.append(shown[0] if shown else known[min(level, len(known) - 1)])
-    down, up = _counted(r"encoder\.down\.\d+\.block", found), _counted(r"decoder\.up\.\d+\.block", found)
-    layers = max(down, up - 1) if down or up else SETTINGS["layers_per_block"]  # the decoder has one more
-    quantized = found.get("post_quant_conv.bias")
-    latent = SETTINGS["latent_channels"] if quantized is None else len(quantized)
-    return {**SETTINGS, "block_out_channels": tuple(widths), "layers_per_block": layers, "latent_channels": latent}
 
+    def widths(key: str) -> list[int]:
+        """Lengths of the weights key 0, key 1 and so on, as far as there are any."""
+        names = takewhile(weights.__contains__, map(key.format, count()))
+        return [len(weights[name]) for name in names]
 
-def _levels(found: dict[str, Tensor]) -> int:
-    """How many levels either half shows; an encoder's level that is halved has one below it."""
-    halved = _counted(r"encoder\.down(?=\.\d+\.downsample)", found)
-    return max(halved + 1 if halved else 0, _counted(r"encoder\.down", found), _counted(r"decoder\.up", found))
-
-
-def _counted(begin: str, found: dict[str, Tensor]) -> int:
-    """One more than the largest number that follows `begin` in a name, 0 where none does."""
-    return 1 + max((int(match[1]) for name in found if (match := re.match(rf"(?:{begin})\.(\d+)\.", name))), default=-1)
+    levels = max(widths("encoder.down.{}.block.0.conv1.bias"), widths("decoder.up.{}.block.0.conv1.bias"), key=len)
+    layers = len(widths("encoder.down.0.block.{}.conv1.bias"))
+    layers = max(layers, len(widths("decoder.up.0.block.{}.conv1.bias")) - 1)  # the decoder has one more
+    bias = weights.get("post_quant_conv.bias")
+    channels = SETTINGS["latent_channels"] if bias is None else len(bias)
+    if not levels:
+        return SETTINGS
+    return {**SETTINGS, "block_out_channels": tuple(levels), "layers_per_block": layers, "latent_channels": channels}
 
 
 def _by_diffusers_names(found: dict[str, Tensor], settings: dict, file: Path) -> dict[str, Tensor]:
     """The weights of a network of these settings, or BadInput if they are not all there, as they should be."""
     with torch.device("meta"):
         expected = _new_network(settings, file).state_dict()
-    levels = len(settings["block_out_channels"])
-    namings = {True: lambda name: name, False: lambda name: original_name(name, levels)}
-    naming = namings[any(".resnets." in name for name in found)]
-    weights, missing, unlike, unused = {}, [], [], set(found)
-    for name, like in expected.items():
-        key = next((each for each in (naming(name), _older_name(naming(name))) if each in found), naming(name))
-        weight = found.get(key)
-        unused.discard(key)
-        if weight is None:
-            missing.append(key)
-        elif _flat(weight, like).shape != like.shape:
-            unlike.append(f"{key} {tuple(weight.shape)}, not {tuple(like.shape)}")
-        else:
-            weights[name] = _flat(weight, like)
-    _check_all_there(file, len(expected), missing, unlike, sorted(unused))
+    keys = _keys_of(expected, found, len(settings["block_out_channels"]))
+
+    def refuse(what: str, wrong: list[str]) -> None:
+        if wrong:
+            raise BadInput(f"{file} {what} the autoencoder's {len(expected):,} keys, {len(wrong):,} of them "
+                           f"({shorten(', '.join(wrong), 200)}): expected a whole autoencoder of Stable Diffusion")
+
+    refuse("lacks", [key for key in keys.values() if key not in found])
+    weights = {name: _flat(found[key], expected[name]) for name, key in keys.items()}
+    refuse("holds other shapes in", [
+        f"{keys[name]} {tuple(found[keys[name]].shape)}, not {tuple(expected[name].shape)}"
+        for name, weight in weights.items() if weight.shape != expected[name].shape])
+    refuse("has more than", sorted(found.keys() - keys.values()))
     for name, weight in weights.items():
         if not torch.isfinite(weight.float().sum()):
-            raise BadInput(f"{file} holds NaN or infinite numbers in {naming(name)}: expected finite weights")
+            raise BadInput(f"{file} holds NaN or infinite numbers in {keys[name]}: expected finite weights")
     return weights
 
 
@@ -378,25 +353,6 @@ def _flat(weight: Tensor, like: Tensor) -> Tensor:
     return weight.flatten(1) if one_pixel else weight
 
 
-def _check_all_there(file, expected, missing, unlike, unused):
-    for wrong, what in (missing, "lacks"), (unlike, "holds other shapes in"), (unused, "has more than"):
-        if wrong:
-            of = "the" if wrong is unused else f"{len(wrong):,} of the"
-            some = ", ".join(wrong[:3]) + ", …" * (len(wrong) > 3)
-            raise BadInput(f"{file} {what} {of} autoencoder's {expected:,} keys ({some}): expected a whole autoencoder "
-                           "of Stable Diffusion, and no other")
-
-
-def original_name(name: str, levels: int) -> str:
-    """What Stable Diffusion's authors called the weight that diffusers calls `name`; they count the decoder's levels
-    from the finest, diffusers from the coarsest."""
-    name = re.sub(r"up_blocks\.(\d+)", lambda match: f"up.{levels - 1 - int(match[1])}", name)
-    name = re.sub(r"mid_block\.resnets\.(\d+)", lambda match: f"mid.block_{int(match[1]) + 1}", name)
-    for ours, theirs in ORIGINAL_NAMES:
-        name = name.replace(ours, theirs)
-    return name
-
-
 ORIGINAL_NAMES = [
     ("mid_block.attentions.0", "mid.attn_1"), ("group_norm", "norm"), ("to_out.0", "proj_out"), ("to_q", "q"),
     ("to_k", "k"), ("to_v", "v"), ("down_blocks", "down"), ("resnets", "block"), ("downsamplers.0", "downsample"),
@@ -404,7 +360,24 @@ ORIGINAL_NAMES = [
 OLDER_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}  # in diffusers' first folders
 
 
-def _older_name(name: str) -> str:
+def _keys_of(expected: Iterable[str], found: dict[str, Tensor], levels: int) -> dict[str, str]:
+    """The key in a file for each of diffusers' names."""
+    if not any(".resnets." in name for name in found):
+        return {name: original_name(name, levels) for name in expected}
+    return {name: name if name in found or older_name(name) not in found else older_name(name) for name in expected}
+
+
+def original_name(name: str, levels: int) -> str:
+    """The name that Stable Diffusion's authors gave to a weight of diffusers; they count the decoder's levels from
+    the finest, diffusers from the coarsest."""
+    name = re.sub(r"up_blocks\.(\d+)", lambda match: f"up.{levels - 1 - int(match[1])}", name)
+    name = re.sub(r"mid_block\.resnets\.(\d+)", lambda match: f"mid.block_{int(match[1]) + 1}", name)
+    for diffusers, original in ORIGINAL_NAMES:
+        name = name.replace(diffusers, original)
+    return name
+
+
+def older_name(name: str) -> str:
     for now, then in OLDER_NAMES.items():
         name = name.replace(f".{now}.", f".{then}.")
     return name

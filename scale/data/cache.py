@@ -1,4 +1,4 @@
-"""What was decoded, kept on the disk: an array that is memory-mapped, beside an index of what it was made from."""
+"""Decoded images kept on the disk: a memory-mapped array, next to an index of what it was made from."""
 
 from __future__ import annotations
 
@@ -14,65 +14,51 @@ import numpy as np
 
 from dansm import BadInput
 
+from ..base.files import replacing, write_json
 from ..base.locks import alone
+from .read import Source
 
-try:
-    import fcntl
-except ImportError:  # not on Windows, where two runs must not decode into one cache at once
-    fcntl = None
-
-VERSION = 1  # of what a cache holds; another one is decoded anew
 SHARED = Path("~/.cache/dansm/images")  # where processes of one machine find what one of them has decoded
-OPTION = "--cache of dansm train"  # that names another: there are commands without it, and runs that were given none
+OPTION = "--cache of dansm train"  # names another folder; other commands have no such option
+
+Decoded = tuple[np.ndarray, list[Path]]  # (N, C, H, W), and the files that were left out
 
 
-def cached(cache: Path, source: Path, files: list[Path], size: int | None, skip_unreadable: bool,
-           left_out: list[Path], decode: Callable) -> np.ndarray:
-    """What the folder `cache` holds of these very files, memory-mapped; decoded into it first if it does not.
+def cached(cache: Path, source: Source, decode: Callable[[Callable], Decoded]) -> Decoded:
+    """What the folder `cache` holds of these very files, memory-mapped. What is missing is decoded into it first.
 
-    decode(left_out, make_array) decodes them into the array (N, C, H, W) that make_array(source, shape, dtype) makes,
-    returns its part that is filled and adds to left_out the files it left out. Raises BadInput for a folder that
-    cannot be written to, and for a full disk.
+    decode(make_array) decodes the source into the array that make_array(shape, dtype) makes. Several processes may
+    ask at once: one decodes, the others wait. Raises BadInput if the folder cannot be written to or the disk is full.
     """
-    kept, digest = _place(cache, source, size), digest_of_files(source, files, size)
+    kept, digest = _place(cache, source), source.digest  # as the files are before they are decoded
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with alone(kept.with_suffix(".lock")):
-            if (found := _look_up(kept, digest, skip_unreadable, left_out)) is None:
-                made_from = {"digest": digest, "source": str(source), "size": size, "files": len(files)}
-                _keep(kept, made_from, left_out, decode)
-                found = _look_up(kept, digest, skip_unreadable, [])
-        return found
+            found = _look_up(kept, digest, source.skip_unreadable)
+            if found is None:
+                _decode_into(kept, source, decode)
+                found = _look_up(kept, digest, source.skip_unreadable)
+            return found
     except OSError as error:
         raise BadInput(f"the decoded images cannot be kept in {cache}: {error.strerror}; expected a folder that can be "
-                       f"written to, on a disk with room ({OPTION})") from error
+                       f"written to ({OPTION})") from error
 
 
-def find_cached(cache: Path, source: Path, files: list[Path], size: int | None, skip_unreadable: bool,
-                left_out: list[Path]) -> np.ndarray | None:
+def find_cached(cache: Path, source: Source) -> Decoded | None:
     """What an earlier call of `cached` has kept of these very files, None if there is nothing. Nothing is written."""
-    kept = _place(cache, source, size)
+    kept = _place(cache, source)
     if not os.path.exists(kept.with_suffix(".json")):  # without a look at each of a million files
         return None
-    return _look_up(kept, digest_of_files(source, files, size), skip_unreadable, left_out)
+    return _look_up(kept, source.digest, source.skip_unreadable)
 
 
-def _place(cache: Path, source: Path, size: int | None) -> Path:
-    key = hashlib.blake2b(f"{source.resolve()} {size}".encode(errors="surrogateescape"), digest_size=4).hexdigest()
-    return cache / f"{source.name}-{size or 'whole'}-{key}.npy"
+def _place(cache: Path, source: Source) -> Path:
+    name = f"{source.path.resolve()} {source.size}"
+    key = hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=4).hexdigest()
+    return cache / f"{source.path.name}-{source.size or 'whole'}-{key}.npy"
 
 
-def digest_of_files(source: Path, files: list[Path], size: int | None) -> str:
-    """Another one as soon as a file is added, removed, renamed or written to."""
-    digest = hashlib.blake2b(f"{VERSION} {size}".encode(), digest_size=16)
-    for path in files:
-        known = path.stat()
-        name = str(path)[len(str(source)):]  # the same however the source was named
-        digest.update(f"{name}\0{known.st_size}\0{known.st_mtime_ns}\0".encode(errors="surrogateescape"))
-    return digest.hexdigest()
-
-
-def _look_up(kept: Path, digest, skip_unreadable, left_out) -> np.ndarray | None:
+def _look_up(kept: Path, digest: str, skip_unreadable: bool) -> Decoded | None:
     """The array of an earlier call, or None if it is of other files or not whole."""
     try:
         index = json.loads(kept.with_suffix(".json").read_text())
@@ -81,45 +67,36 @@ def _look_up(kept: Path, digest, skip_unreadable, left_out) -> np.ndarray | None
             return None
         if [*array.shape] != index["shape"] or str(array.dtype) != index["dtype"]:
             return None
-        left_out += [Path(path) for path in index["left_out"]]
-        return array[: index["count"]]
+        return array[: index["count"]], [Path(path) for path in index["left_out"]]
     except (OSError, ValueError, LookupError, TypeError):
         return None
 
 
-def _keep(kept: Path, made_from: dict, left_out, decode) -> None:
-    """Decode into a file beside `kept`, then rename it; the index is written last, so that a kill leaves none."""
-    partly, index, missing = kept.with_suffix(".partial"), kept.with_suffix(".json"), []
-    try:
-        array = decode(missing, partial(_on_disk, partly))
+def _decode_into(kept: Path, source: Source, decode: Callable[[Callable], Decoded]) -> None:
+    """Write the array, then its index. A kill in between leaves no index of another array."""
+    with replacing(kept) as part:
+        array, left_out = decode(partial(_make_on_disk, part, source))
         array.flush()
-        whole = np.load(partly, mmap_mode="r")
-        index.unlink(missing_ok=True)
-        os.replace(partly, kept)
-        partly.write_text(json.dumps({
-            **made_from, "count": len(array), "shape": whole.shape, "dtype": str(whole.dtype),
-            "left_out": [str(path) for path in missing]}))
-        os.replace(partly, index)
-    finally:
-        partly.unlink(missing_ok=True)
-    left_out += missing
+        whole = np.load(part, mmap_mode="r")
+        kept.with_suffix(".json").unlink(missing_ok=True)
+    write_json(kept.with_suffix(".json"), {
+        "digest": source.digest, "source": str(source.path), "size": source.size, "files": len(source.files),
+        "count": len(array), "shape": whole.shape, "dtype": str(whole.dtype),
+        "left_out": [str(path) for path in left_out]})
 
 
-def _on_disk(path: Path, source: Path, shape: tuple[int, ...], dtype) -> np.memmap:
+def _make_on_disk(path: Path, source: Source, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:
     """A memory-mapped array with all its room taken at once: a disk that fills up under a map ends the process.
     BadInput at once, before anything is written, where there is not so much room."""
-    with open(path, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, {
-            "descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape})
-        needed = int(np.prod(shape)) * dtype.itemsize
-        if needed > (free := shutil.disk_usage(path.parent).free):
-            raise BadInput(f"{source} takes {needed / 1e9:,.1f} GB decoded, and the disk of {path.parent} has "
-                           f"{free / 1e9:,.1f} GB free: expected a folder with room for it ({OPTION}), or smaller "
-                           "images (--size)")
-        if hasattr(os, "posix_fallocate"):
-            file.flush()
-            os.posix_fallocate(file.fileno(), 0, file.tell() + needed)
-        else:
-            for start in range(0, needed, 2**24):
-                file.write(bytes(min(2**24, needed - start)))
-    return np.load(path, mmap_mode="r+")
+    needed, free = int(np.prod(shape)) * dtype.itemsize, shutil.disk_usage(path.parent).free
+    no_room = (f"{source.path} takes {needed / 1e9:,.1f} GB decoded, the disk of {path.parent} has {free / 1e9:,.1f} "
+               f"GB free: expected a folder with room for it ({OPTION}), or smaller images (--size)")
+    if needed > free:
+        raise BadInput(no_room)
+    array = np.lib.format.open_memmap(path, "w+", dtype, shape=shape)
+    try:
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError as error:
+        raise BadInput(f"{error.strerror}: {no_room}") from error
+    return array

@@ -6,8 +6,8 @@ has both is finished, and can be read. At the end the notes are joined in index.
 
 from __future__ import annotations
 
+import io
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -18,20 +18,19 @@ from dansm import BadInput
 
 from ..base.files import replacing, write_json
 from ..base.text import say
-from .read import Unreadable, check_finite, open_latents
+from .read import Unreadable, check_alike, check_finite, open_npy
 
-VERSION = 1  # of what an encode writes
+VERSION = 1  # of the index
 INDEX, UNFINISHED = "index.json", "unfinished.json"
 KNOWN = "autoencoder", "factor", "shift", "moments", "flips", "size", "source"  # that a run keeps of its latents
 
 
 class Shards:
-    """The latents of several files as one array (N, C, h, w) that stays on the disk: indexed, and taken from by
-    np.take, as an array is.
+    """The latents of several files as one array (N, C, h, w) that stays on the disk; indexing and np.take read from it.
 
     about    what is known of them, see KNOWN
-    moments  whether the files hold means and log-variances, (2C, h, w) each. What is indexed are the means; `take` and
-             `on` give both, for whoever draws from them.
+    moments  whether the files hold means and log-variances, (2C, h, w) each. Indexing gives the means; `take` and `on`
+             give both, to draw latents from.
     """
 
     ndim = 4
@@ -41,9 +40,7 @@ class Shards:
         self.parts = [_mapped(path) for path in files]
         first = self.parts[0]
         for path, part in zip(files, self.parts, strict=True):
-            if part.shape[1:] != first.shape[1:] or part.dtype != first.dtype:
-                raise BadInput(f"{path} holds {part.dtype} {part.shape[1:]}, {files[0]} {first.dtype} "
-                               f"{first.shape[1:]}: expected latents of equal shape and type")
+            check_alike(path, part, files[0], first)
         self.ends = np.cumsum([len(part) for part in self.parts])
         self.dtype, self.stored = first.dtype, first.shape[1:]
         self.shape = (int(self.ends[-1]), self.stored[0] // (1 + self.moments), *self.stored[1:])
@@ -67,17 +64,12 @@ class Shards:
         in_order = rows[order]
         if len(rows) and not 0 <= in_order[0] <= in_order[-1] < len(self):
             raise IndexError(f"rows {in_order[0]} to {in_order[-1]} of {len(self)}")
-        found = np.empty((len(rows), *self.stored), self.dtype)
+        samples = np.empty((len(rows), *self.stored), self.dtype)
         bounds = np.searchsorted(in_order, [0, *self.ends])
         for file in np.flatnonzero(np.diff(bounds)):
-            part, these = self.parts[file], slice(bounds[file], bounds[file + 1])
-            numbers = in_order[these] - (self.ends[file] - len(part))
-            np.take(part, numbers, axis=0, out=found[these], mode="clip")  # as raise would copy
-        if out is None and np.array_equal(order, np.arange(len(rows))):
-            return found
-        out = np.empty_like(found) if out is None else out
-        out[order] = found
-        return out
+            part, places = self.parts[file], order[bounds[file] : bounds[file + 1]]
+            samples[places] = part[rows[places] - (self.ends[file] - len(part))]
+        return samples
 
     def check_finite(self) -> None:
         """BadInput naming the file where a number is not finite. They were when they were written."""
@@ -85,20 +77,20 @@ class Shards:
             try:
                 check_finite(path, part)
             except BadInput as error:
-                raise BadInput(f"{error}; without this file the same dansm encode makes it anew") from error
+                raise BadInput(f"{error}; without this file the same dansm encode makes it again") from error
 
     def on(self, device: torch.device) -> Tensor:
         """All of it in the memory of a device, (N, *stored)."""
-        there = torch.empty(len(self), *self.stored, dtype=getattr(torch, str(self.dtype)), device=device)
+        latents = torch.empty(len(self), *self.stored, dtype=getattr(torch, str(self.dtype)), device=device)
         for end, part in zip(self.ends, self.parts, strict=True):
-            there[end - len(part) : end] = torch.from_numpy(part).to(device)
-        return there
+            latents[end - len(part) : end] = torch.from_numpy(part).to(device)
+        return latents
 
 
 def _mapped(path: Path) -> np.ndarray:
-    """As `open_latents`, but without a file that stays open: there may be more shards than a process may have open."""
-    array = open_latents(path)
-    if not array.flags.c_contiguous:  # none of ours
+    """Like `open_npy`, but no file stays open: there may be more shards than a process may have open files."""
+    array = open_npy(path)
+    if not array.flags.c_contiguous:  # not written by dansm encode
         return array
     begin, kind = array.offset // array.itemsize, getattr(torch, str(array.dtype))
     try:
@@ -109,8 +101,8 @@ def _mapped(path: Path) -> np.ndarray:
 
 
 def known_of(images) -> dict | None:
-    """What is known of the latents that `data.load_images` gave, {} where nothing is; None of images, which are what is
-    uint8 whatever its channels."""
+    """What is known of the latents that `loader.load_images` gave, {} where nothing is; None for images, which are
+    uint8 whatever their channels."""
     if str(images.dtype).endswith("uint8"):
         return None
     return getattr(images, "about", {})
@@ -125,67 +117,74 @@ def draw_latents(moments: Tensor, noise: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------- reading
 
 
-def read_index(folder: Path) -> dict | None:
-    """What the latents in `folder` are: None where there is no index of ours, as while it is being encoded."""
-    return _read(folder / INDEX)
-
-
 def known_on_disk(folder: Path) -> dict:
-    """What the encode that wrote into `folder` says of its latents, finished or not; {} of what is none."""
-    return read_index(folder) or read_unfinished(folder) or {}
+    """What the encode that wrote into `folder` says of its latents, finished or not; {} without an encode."""
+    return read_index(folder) or read_index(folder, UNFINISHED) or {}
 
 
-def read_unfinished(folder: Path) -> dict | None:
-    """By which settings the latents in `folder` are being encoded, None if none are."""
-    return _read(folder / UNFINISHED)
-
-
-def _read(path: Path) -> dict | None:
+def read_index(folder: Path, name: str = INDEX) -> dict | None:
+    """What the latents in `folder` are, or are to be by UNFINISHED; None if no encode has come to its end there."""
+    path = folder / name
     if not path.is_file():
         return None
     try:
         content = json.loads(path.read_text())
     except OSError as error:
         raise BadInput(f"{path} cannot be read: {error.strerror}; expected it as dansm encode wrote it") from error
-    except ValueError:  # another's, of that name: ours are written whole or not at all
+    except ValueError:  # another program's file of that name: ours are written whole or not at all
         return None
     if not isinstance(content, dict) or "dansm_latents" not in content:
         return None
     if content["dansm_latents"] != VERSION:
-        raise BadInput(f"{path} is of version {content['dansm_latents']}: expected {VERSION}; encode them again")
+        raise BadInput(f"{path} is of version {content['dansm_latents']}: expected {VERSION}; encode the images again")
     return content
 
 
 def open_encoded(folder: Path, known: dict) -> Shards:
-    """The latents that dansm encode wrote into `folder`, memory-mapped. known: what `known_on_disk` says of them. Of an
-    unfinished encode those of its whole shards, which is said.
+    """The latents that dansm encode wrote into `folder`, memory-mapped. known: what `known_on_disk` gave. Where an
+    encode is unfinished, these are its whole shards, and a line says so.
 
-    Raises BadInput for shards that are missing, cut off or others than the index says.
+    Raises BadInput for shards that are missing, cut off or other than the index says.
     """
     try:
         shards = _whole_shards(folder, known) if "images" in known else known["shards"]
-        files, expected = [folder / shard["file"] for shard in shards], sum(shard["count"] for shard in shards)
-        found, expected = Shards(files, {name: known[name] for name in KNOWN}), (expected, *shards[0]["shape"])
+        about = {name: known[name] for name in KNOWN}
+        expected = (sum(shard["count"] for shard in shards), *shards[0]["shape"])
+        latents = Shards([folder / shard["file"] for shard in shards], about)
     except (LookupError, TypeError) as error:
-        raise BadInput(f"{folder} lacks {error} in what dansm encode says of it: expected it as it was written"
-                       ) from error
+        raise BadInput(f"{folder} lacks {error} in its {INDEX}: expected it as dansm encode wrote it") from error
     except Unreadable as error:
-        raise BadInput(f"{error}; the same dansm encode makes anew what is missing") from error
-    if (len(found), *found.stored) != expected:
-        raise BadInput(f"{folder} holds latents {(len(found), *found.stored)}: expected {expected}, as its {INDEX} "
-                       "says; the same dansm encode makes anew what is missing")
-    return found
+        raise BadInput(f"{error}; the same dansm encode makes again what is missing") from error
+    if (len(latents), *latents.stored) != expected:
+        raise BadInput(f"{folder} holds latents {(len(latents), *latents.stored)}: expected {expected}, as its {INDEX} "
+                       "says; the same dansm encode makes again what is missing")
+    return latents
 
 
 def _whole_shards(folder: Path, unfinished: dict) -> list[dict]:
-    """The notes of the shards of an unfinished encode, and a word on how many there are."""
-    notes = [note for each in sorted(folder.glob("latents-*.json")) if (note := _whole(each.with_suffix(".npy")))]
+    """The notes of an unfinished encode's shards that hold latents. A line says how many images they are of."""
+    notes = [read_note(path.with_suffix(".npy")) for path in sorted(folder.glob("latents-*.json"))]
+    notes = [note for note in notes if note]
+    filled = [note for note in notes if note["count"]]
     done = sum(note["count"] // (1 + unfinished["flips"]) + len(note["left_out"]) for note in notes)
-    so_far = f"{done:,} of {unfinished['images']:,} images encoded so far"
-    if not (filled := [note for note in notes if note["count"]]):
-        raise BadInput(f"{folder}: {so_far}; expected some, the same dansm encode goes on")
-    say(f"{folder}: {so_far}; the same dansm encode goes on")
+    so_far = f"{folder}: {done:,} of {unfinished['images']:,} images encoded so far"
+    if not filled:
+        raise BadInput(f"{so_far}; expected some, the same dansm encode resumes")
+    say(f"{so_far}; the same dansm encode resumes")
     return filled
+
+
+OTHERS = {"source_digest": "of other images, by the names, sizes or times of their files",  # digests mean nothing
+          "latents": "of other latents", "autoencoder": "by another autoencoder"}
+
+
+def check_same(out: Path, before: dict, now: dict) -> None:
+    """BadInput if what `out` holds was made otherwise, by its note of `before`, than what is to be made now."""
+    differing = [OTHERS.get(name) or f"{name} {before.get(name)} → {value}" for name, value in now.items()
+                 if name != "source" and before.get(name) != value]
+    if differing:
+        raise BadInput(f"{out} holds results that were made otherwise ({', '.join(differing)}): expected the same "
+                       "settings, or another --out")
 
 
 # ------------------------------------------------------------------------------- writing
@@ -195,12 +194,8 @@ def shard_path(out: Path, number: int) -> Path:
     return out / f"latents-{number:05d}.npy"
 
 
-def is_finished(out: Path, number: int) -> bool:
-    return _whole(shard_path(out, number)) is not None
-
-
-def _whole(path: Path) -> dict | None:
-    """The note of a shard that is as its note says; None where it has none, is missing or cut off."""
+def read_note(path: Path) -> dict | None:
+    """The note of a shard that is as noted; None for one without a note, missing or cut off."""
     try:
         note = json.loads(path.with_suffix(".json").read_text())
         return note if is_as_noted(path.parent, note) else None
@@ -209,11 +204,11 @@ def _whole(path: Path) -> dict | None:
 
 
 def is_as_noted(folder: Path, note: dict) -> bool:
-    """Whether a shard is there and as large as was noted. Where no image was readable there is a note alone."""
+    """Whether a shard exists, as large as was noted. Where no image was readable there is a note alone."""
     if not note["count"]:
         return True
     try:
-        return open_latents(folder / note["file"]).shape == (note["count"], *note["shape"])
+        return open_npy(folder / note["file"]).shape == (note["count"], *note["shape"])
     except BadInput:
         return False
 
@@ -222,20 +217,13 @@ def write_shard(out: Path, number: int, latents: np.ndarray, channels: int, left
     """Latents (n, C or 2C, h, w) float16, whole or not at all, then what the index is to know of them."""
     path, means = shard_path(out, number), latents[:, :channels].astype(np.float64)
     if len(latents):
-        _write_npy(path, latents)
+        content = io.BytesIO()  # np.save into a file hides why a disk takes no more
+        np.save(content, latents)
+        with replacing(path) as partial:
+            partial.write_bytes(content.getbuffer())
     write_json(path.with_suffix(".json"), {
         "file": path.name, "count": len(latents), "shape": latents.shape[1:], "sum": means.sum((0, 2, 3)).tolist(),
-        "sum_of_squares": np.square(means).sum((0, 2, 3)).tolist(), "left_out": [str(each) for each in left_out]})
-
-
-def _write_npy(path: Path, array: np.ndarray) -> None:
-    """As np.save, which does not tell a full disk from others."""
-    form = np.lib.format
-    with replacing(path) as partial, open(partial, "wb") as file:
-        form.write_array_header_1_0(file, form.header_data_from_array_1_0(array))
-        file.write(np.ascontiguousarray(array).data)
-        file.flush()
-        os.fsync(file.fileno())
+        "sum_of_squares": np.square(means).sum((0, 2, 3)).tolist(), "left_out": [str(image) for image in left_out]})
 
 
 def write_index(out: Path, settings: dict, shards: int) -> dict:
@@ -264,12 +252,12 @@ def write_index(out: Path, settings: dict, shards: int) -> dict:
 
 
 def begin(out: Path, settings: dict, images: int) -> None:
-    """Say by which settings and of how many images latents are to be encoded into `out`."""
+    """Note by which settings and of how many images latents are to be encoded into `out`."""
     write_json(out / UNFINISHED, {**settings, "images": images})
 
 
 def reopen(out: Path, index: dict, settings: dict) -> None:
-    """Make a finished encode an unfinished one of the shards that are whole, for the others to be made anew."""
+    """Make a finished encode an unfinished one of the shards that are whole; the others will be made again."""
     for note in index["shards"]:
         if is_as_noted(out, note):
             write_json((out / note["file"]).with_suffix(".json"), note)
@@ -278,7 +266,7 @@ def reopen(out: Path, index: dict, settings: dict) -> None:
 
 
 def remove_notes(out: Path) -> None:
-    """What only an unfinished encode needs."""
+    """Remove what only an unfinished encode needs."""
     for note in out.glob("latents-*.json"):
         note.unlink()
     (out / UNFINISHED).unlink(missing_ok=True)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import warnings
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from functools import partial
@@ -22,13 +21,13 @@ from dansm import BadInput, check_count
 from ..base.machine import free_memory
 from ..base.text import say
 from ..base.threads import ahead
-from .cache import OPTION, SHARED, cached, digest_of_files, find_cached
+from .cache import OPTION, SHARED, Decoded, cached, find_cached
 from .latents import Shards, draw_latents, known_on_disk, open_encoded
 from .pixels import from_uint8
-from .read import Source, Unreadable, check_finite, check_no_size, files_of, open_latents, opened, square
+from .read import Opened, Source, check_finite, check_no_size, files_of, open_npy, square
 
-RESIDENT = 1 / 2  # of the device's free memory may be taken by the data: the rest is for training
-AHEAD, READERS = 4, 2  # batches read before they are asked for, and threads that do
+RESIDENT = 1 / 2  # share of the device's free memory that the data may take: the rest is for training
+AHEAD, READERS = 4, 2  # batches read before they are asked for, and threads that read them
 
 
 def load_images(source: str, *, size: int | None = None, skip_unreadable: bool = False,
@@ -46,37 +45,102 @@ def load_images(source: str, *, size: int | None = None, skip_unreadable: bool =
     left_out  gets the paths of the files that `skip_unreadable` left out.
     cache   a folder that keeps what was decoded: the array stays on the disk, memory-mapped, and the next call for
             the same files decodes nothing. Of several processes one decodes and the others wait for it.
-    share   whether `scale.cache.SHARED` is taken for want of a cache. What lies there already is used anyhow.
+    share   use `cache.SHARED` if no cache is given. What lies there already is used in any case.
 
-    A tensor in memory, or an np.memmap where a cache or a .npy file holds it, or `Shards` where an encode does;
-    `batches` takes any. Who needs each image but once takes `stream_images`. Raises BadInput
-    for a source that is missing, empty, damaged, encrypted or unsafe, for an unreadable file (named; left out if
-    `skip_unreadable`), for unequal sizes (two files named), for latents that are not finite, for an array of more than
-    half of the free memory where there is no cache, and for a cache on a disk without room for it.
+    Returns a tensor in memory, an np.memmap of a cache or a .npy file, or the `Shards` of an encode; `batches` takes
+    any of them. Raises BadInput for a source that is missing, empty, damaged or encrypted, for an unreadable file
+    (named; left out if `skip_unreadable`), for unequal sizes (two files named), for latents that are not finite, for
+    an array of more than half of the free memory without a cache, and for a cache on a disk without room for it.
     """
-    if _is_cifar10(source):
-        images = _cifar10()
-        images = images if size is None else np.stack([square(Image.fromarray(image), size) for image in images])
-        return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-    source, left_out = Path(source), [] if left_out is None else left_out
-    if known := known_on_disk(source):
-        check_no_size(size, source)
-        return open_encoded(source, known)
-    files = files_of(source)
-    if files[0] == source and source.suffix.lower() == ".npy":
-        return _one_file_of_latents(source, size, track)
-    decode = partial(_decode, source, files, size, skip_unreadable, track)
+    encoded = known_on_disk(Path(source)) if source else {}
+    if encoded:
+        check_no_size(size, Path(source))
+        return open_encoded(Path(source), encoded)
+    files = find_source(source, size, skip_unreadable)
+    if files.array is not None:
+        return torch.from_numpy(files.array)
+    if files.holds_latents and files.files[0] == files.path:
+        check_no_size(size, files.path)
+        latents = open_npy(files.path)
+        for start in track(range(0, len(latents), 1024), math.ceil(len(latents) / 1024)):
+            check_finite(files.path, latents[start : start + 1024], start)
+        return latents
+    array, missing = _load(files, track, cache, share)
+    if left_out is not None:
+        left_out += missing
+    return array
+
+
+def find_source(name: str, size: int | None, skip_unreadable: bool) -> Source:
+    """The source of that name, or cifar10. BadInput for one that is missing or empty."""
+    if not str(name):
+        raise BadInput("the folder of images is '': expected a path, or cifar10")
+    path = Path(name)
+    if str(name) == "cifar10" and not path.exists():
+        return Source(path, [], size, array=_cifar10(size))
+    return Source(path, files_of(path), size, skip_unreadable)
+
+
+def _cifar10(size: int | None, root: str = "data") -> np.ndarray:
+    """(N, 3, H, W) uint8"""
+    from torchvision.datasets import CIFAR10
+
+    try:
+        images = CIFAR10(root, download=True).data
+    except (OSError, RuntimeError) as error:
+        raise BadInput(f"CIFAR-10 is not in {root} and could not be downloaded ({error}): expected a connection, or "
+                       "the path of a folder of images") from error
+    if size is not None:
+        images = np.stack([square(Image.fromarray(image), size) for image in images])
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+
+
+def _load(source: Source, track, cache: Path | None, share: bool) -> tuple[Tensor | np.ndarray, list[Path]]:
+    """The source's one array, from a cache where there is one, and the files that were left out."""
+    decode = partial(_decode_all, source, track)
     if cache is not None:
-        _check_outside("--cache", source, cache)
-        return cached(cache, source, files, size, skip_unreadable, left_out, decode)
+        check_out(source.path, cache, "--cache")
+        return cached(cache, source, decode)
     shared = SHARED.expanduser()
-    if (found := find_cached(shared, source, files, size, skip_unreadable, left_out)) is None:
-        if not share:
-            return torch.from_numpy(decode(left_out, _in_memory))
-        _check_outside("the folder of decoded images", source, shared, f" ({OPTION})")
-        found = cached(shared, source, files, size, skip_unreadable, left_out, decode)
-    _say_shared(found)
-    return found
+    found = find_cached(shared, source)
+    if found is None and share:
+        check_out(source.path, shared, f"the folder of decoded images ({OPTION} names another)")
+        found = cached(shared, source, decode)
+    if found is not None:
+        _say_shared(found[0])
+        return found
+    array, missing = decode(partial(_make_in_memory, source.path))
+    return torch.from_numpy(array), missing
+
+
+def _decode_all(source: Source, track, make_array: Callable[[tuple[int, ...], np.dtype], np.ndarray]) -> Decoded:
+    """Decode every file into one array, which `make_array` makes once the shape is known."""
+    array, missing = None, []
+    with source.open() as opened, closing(opened.decoded()) as parts:
+        filled = np.zeros(opened.count, bool)
+        for place, path, part, _ in track(parts, len(source.files) if source.holds_latents else opened.count):
+            if part is None:
+                missing.append((place, path))
+                continue
+            if array is None:
+                array = make_array((opened.count, *part.shape[1:]), part.dtype)
+            array[place : place + len(part)] = part
+            filled[place : place + len(part)] = True
+    if array is None:
+        kind = "latent" if source.holds_latents else "image"
+        raise BadInput(f"{source.path} holds {len(missing)} {kind} files, none of them readable")
+    if missing:
+        for to, place in enumerate(np.flatnonzero(filled)):
+            array[to] = array[place]
+    return array[: filled.sum()], [path for _, path in sorted(missing)]
+
+
+def _make_in_memory(source: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    needed, free = int(np.prod(shape)) * dtype.itemsize, free_memory("cpu")
+    if needed > free / 2:
+        raise BadInput(f"{source} takes {needed / 1e9:,.1f} GB decoded, half of the free memory is {free / 2e9:,.1f} "
+                       f"GB: expected smaller images (--size), or a folder to keep them in ({OPTION})")
+    return np.empty(shape, dtype)
 
 
 def _say_shared(found: np.memmap) -> None:
@@ -85,47 +149,11 @@ def _say_shared(found: np.memmap) -> None:
         "there, delete it if none will")
 
 
-def check_out(source: str, out: Path) -> None:
+def check_out(source: str | Path, out: Path, option: str = "--out") -> None:
     """BadInput if results in `out` would lie in the folder of images: the next run would read samples.png as one."""
-    _check_outside("--out", source, out)
-
-
-def _check_outside(option, source, folder, names_another=""):
-    if str(source) and Path(source).is_dir() and folder.resolve().is_relative_to(Path(source).resolve()):
-        raise BadInput(f"{option} is {folder}, inside {source}, whose images are read with all its subfolders: "
-                       f"expected a folder outside of it{names_another}")
-
-
-def _is_cifar10(source: str) -> bool:
-    if not str(source):
-        raise BadInput("the folder of images is '': expected a path, or cifar10")
-    return source == "cifar10" and not Path(source).exists()
-
-
-def _cifar10(root: str = "data") -> np.ndarray:
-    """(N, H, W, 3) uint8"""
-    from torchvision.datasets import CIFAR10
-
-    try:
-        return CIFAR10(root, download=True).data
-    except (OSError, RuntimeError) as error:
-        raise BadInput(f"CIFAR-10 is not in {root} and could not be downloaded ({error}): expected a connection, or "
-                       "the path of a folder of images") from error
-
-
-def _one_file_of_latents(path: Path, size: int | None, track) -> np.ndarray:
-    check_no_size(size, path)
-    latents = open_latents(path)
-    parts = np.array_split(latents, max(1, latents.nbytes // 2**26))
-    starts = np.cumsum([0, *map(len, parts)])
-
-    def check(number):
-        check_finite(path, parts[number], starts[number])
-
-    with closing(ahead(check, range(len(parts)), threads=os.cpu_count(), depth=os.cpu_count())) as checked:
-        for _ in track(checked, len(parts)):
-            pass
-    return latents
+    if str(source) and Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
+        raise BadInput(f"{option} is {out}, inside {source}, whose images are read with all its subfolders: expected a "
+                       "folder outside of it")
 
 
 # ------------------------------------------------------------------------------- one after the other
@@ -134,158 +162,52 @@ def _one_file_of_latents(path: Path, size: int | None, track) -> np.ndarray:
 class Stream(NamedTuple):
     """Images that are decoded as they are read, for what needs each but once: they need not fit in the memory.
 
-    key      of the files and of how they are read
-    key_now  called, the same as long as no file is added, removed, renamed or written to
-    reading  called, a context with the Source
+    key      names the files, their state, and how they are read
+    key_now  returns the key of the files as they are now
+    opened   returns a context with the `Opened` source
     skip_unreadable  whether images that cannot be read are left out
     """
 
     key: str
     key_now: Callable[[], str]
-    reading: Callable[[], AbstractContextManager[Source]]
+    opened: Callable[[], AbstractContextManager[Opened]]
     skip_unreadable: bool
 
 
 def stream_images(source: str, *, size: int | None = None, skip_unreadable: bool = False,
                   caches: Iterable[Path] = ()) -> Stream:
-    """The images of `source`, none of which is decoded here: for `streamed`. Parameters are those of `load_images`,
-    and `caches` are folders that may hold them decoded. Raises BadInput for a source that is missing or empty, and for
-    latents."""
-    if _is_cifar10(source):
-        images = _cifar10()
-        key = f"cifar10 {size} {hashlib.blake2b(images, digest_size=16).hexdigest()}"
-        return Stream(key, lambda: key, partial(_of_arrays, images, source, partial(_resized, size)), False)
-    source = Path(source)
-    files = [] if known_on_disk(source) else files_of(source)
-    if not files or files[0].suffix.lower() == ".npy":
+    """The images of `source`, of which none is decoded here. Parameters as of `load_images`; `caches` are folders that
+    may hold the images decoded. Raises BadInput for a source that is missing or empty, and for latents."""
+    find = partial(find_source, source, size, skip_unreadable)
+    images = find()
+    if images.array is not None:
+        key = f"cifar10 {size} {hashlib.blake2b(images.array, digest_size=16).hexdigest()}"
+        return Stream(key, lambda: key, images.open, False)
+    if images.holds_latents:
         raise BadInput(f"{source} holds latents: expected images")
-
-    def key(files):
-        return f"{source.resolve()} {digest_of_files(source, files, size)} {skip_unreadable}"
-
-    key_then, reading = key(files), partial(opened, source, files, size)  # before a cache is asked for these files
-    for cache in (*caches, shared := SHARED.expanduser()):
-        if (found := find_cached(cache, source, files, size, skip_unreadable, [])) is not None:
+    key = images.key  # of the files before a cache is asked for them
+    shared = SHARED.expanduser()
+    for cache in (*caches, shared):
+        found = find_cached(cache, images)
+        if found is not None:
             if cache == shared:
-                _say_shared(found)
-            reading = partial(_of_arrays, np.asarray(found), source, lambda _, image: image[None])
+                _say_shared(found[0])
+            images.array = np.asarray(found[0])
             break
-    return Stream(key_then, lambda: key(files_of(source)), reading, skip_unreadable)
+    return Stream(key, lambda: find().key, images.open, skip_unreadable)
 
 
 @contextmanager
-def _of_arrays(arrays: np.ndarray, source, decode) -> Iterator[Source]:
-    """Arrays that are there already, as if each were a file."""
-    yield Source(len(arrays), len(arrays), ((place, source, array) for place, array in enumerate(arrays)), decode)
-
-
-def _resized(size: int | None, _, image: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(square(Image.fromarray(image), size).transpose(2, 0, 1))[None]
-
-
-@contextmanager
-def streamed(stream: Stream, also: Callable[[np.ndarray], object], depth: int) -> Iterator[tuple[int, Iterator]]:
+def streamed(stream: Stream, work: Callable[[np.ndarray], object], depth: int) -> Iterator[tuple[int, Iterator]]:
     """How many images there are, with those that turn out unreadable, and each as it comes: (place, path, image
-    (1, C, H, W) uint8, also(image)), where image is None if it is left out. An archive may give them in another order
+    (1, C, H, W) uint8, work(image)), where image is None if it is left out. An archive may give them in another order
     than that of their places. Threads are up to `depth` images and a few ahead."""
-
-    def work(read, entry):
-        place, path, image = decode_one(read, stream.skip_unreadable, entry)
-        return place, path, image, None if image is None else also(image)
-
-    with _decoding(stream.reading(), work, depth) as (read, decoded):
-        yield read.count, _alike(decoded)
-
-
-# ------------------------------------------------------------------------------- decoding
-
-
-def _decode(source, files, size, skip_unreadable, track, left_out, make_array) -> np.ndarray:
-    """Every file of `source` in one array, which make_array(source, shape, dtype) makes once their shape is known."""
-    def work(read, entry):
-        return decode_one(read, skip_unreadable, entry)
-
-    with _decoding(opened(source, files, size), work) as (read, decoded):
-        array, there, missing = None, np.zeros(read.count, bool), []
-        for place, path, part in _alike(track(decoded, read.parts)):
-            if part is None:
-                missing.append((place, path))
-                continue
-            if array is None:
-                array = make_array(source, (read.count, *part.shape[1:]), part.dtype)
-            array[place : place + len(part)] = part
-            there[place : place + len(part)] = True
-    if array is None:
-        kind = "latent" if files[0].suffix == ".npy" else "image"
-        raise BadInput(f"{source} holds {len(missing)} {kind} files, none of them readable")
-    left_out += [path for _, path in sorted(missing)]
-    if missing:
-        for to, place in enumerate(np.flatnonzero(there)):
-            array[to] = array[place]
-    return array[: there.sum()]
-
-
-@contextmanager
-def _decoding(reading: AbstractContextManager[Source], work: Callable, depth: int = 0) -> Iterator:
-    """A Source, and work(source, entry) of each of its entries, begun up to `depth` and a few before it is due."""
-    with reading as read, bombs_refused():
-        threads, work = os.cpu_count(), partial(work, read)  # decoding leaves Python's lock, so threads do
-        with closing(ahead(work, read.entries, threads=threads, depth=4 * threads + depth)) as decoded:
-            yield read, decoded
-
-
-def _alike(decoded: Iterable) -> Iterator:
-    """The same; BadInput, naming two, where one is of another shape or type than the first."""
-    first = None
-    for place, path, part, *more in decoded:
-        if part is not None:
-            first = first or (path, part)
-            if part.shape[1:] != first[1].shape[1:] or part.dtype != first[1].dtype:
-                raise _unequal(path, part, *first)
-        yield place, path, part, *more
-
-
-def decode_one(read: Source, skip_unreadable, entry):
-    place, path, payload = entry
-    try:
-        return place, path, read.decode(path, payload)
-    except Unreadable:
-        if skip_unreadable:
-            return place, path, None
-        raise
-
-
-@contextmanager
-def bombs_refused():
-    """Pillow only warns of an image up to twice its limit."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        yield
-
-
-def _unequal(path, part, first, array) -> BadInput:
-    if array.dtype == np.uint8:
-        return BadInput(f"{path} is {_pixels(part)}, {first} is {_pixels(array)}: expected images of equal size; "
-                        "--size N makes them N pixels square")
-    return BadInput(f"{path} holds {part.dtype} {part.shape[1:]}, {first} {array.dtype} {array.shape[1:]}: expected "
-                    "latents of equal shape and type")
-
-
-def _pixels(images: np.ndarray) -> str:
-    return f"{images.shape[3]}×{images.shape[2]}"
-
-
-def _in_memory(source: Path, shape: tuple[int, ...], dtype) -> np.ndarray:
-    needed, free = int(np.prod(shape)) * dtype.itemsize, free_memory("cpu")
-    if needed > free / 2:
-        raise BadInput(f"{source} takes {needed / 1e9:,.1f} GB decoded, and half of the free memory is "
-                       f"{free / 2e9:,.1f} GB: expected smaller images (--size), or a folder to keep them in "
-                       f"({OPTION})")
-    return np.empty(shape, dtype)
+    with stream.opened() as opened, closing(opened.decoded(work, depth=depth)) as images:
+        yield opened.count, images
 
 
 def look(images: Tensor | np.ndarray | Shards) -> list[float]:
-    """By which a run knows its data again: the means of 64 images, from the first to the last, white being 1, or of
+    """What a run recognises its data by: the means of 64 images, from the first to the last, white being 1, or of
     latents."""
     white = 255 if str(images.dtype).endswith("uint8") else 1
     places = np.linspace(0, len(images) - 1, 64).round().astype(int)
@@ -304,9 +226,9 @@ def batches(images: Tensor | np.ndarray | Shards, batch: int, *, seed: int = 0, 
             rank: int = 0, ranks: int = 1, device=None, resident: bool | None = None) -> Iterator[Tensor]:
     """Endless batches (batch / ranks, C, H, W) float32 on `device`, by default where the images are.
 
-    images    (N, C, H, W) uint8, served in [−1, 1], or float16 or float32 latents, served as they are; of `Shards` of
-              moments, latents drawn anew each time, by seed and number of the batch.
-    rank      of `ranks` gets its part of each batch: the parts joined in their order are the batch of one process.
+    images    (N, C, H, W) uint8, served in [−1, 1], or float16 or float32 latents, served as they are; from `Shards`
+              of moments new latents are drawn each time, by seed and number of the batch.
+    rank      gets its part of each batch: the parts of all `ranks` joined in order are the batch of one process.
     resident  whether the images live on the device; None: if they take up to half of its free memory. Those
               that do not are read by threads a few batches ahead. The batches are the same to the last bit.
 
@@ -327,17 +249,15 @@ def batches(images: Tensor | np.ndarray | Shards, batch: int, *, seed: int = 0, 
     device = torch.device(device)
     side = torch.cuda.Stream(device) if device.type == "cuda" else None
     device = side.device if side else device  # cuda:0 for cuda, as the threads know no current device
-    if resident is None:
-        resident = _may_live_on(device, images)
-    shares = partial(_shares, len(images), batch, seed, flip, start, rank, ranks)
-    if resident:
-        there = images.on(device) if isinstance(images, Shards) else _tensor(images).to(device)
-        served = _served_there(there, shares(device, side))
+    share = batch // ranks
+    shares = partial(_shares, len(images), seed, flip, start * batch + rank * share, share, batch)
+    if resident or (resident is None and _may_live_on(device, images)):
+        served = _served_there(_on_device(images, device), shares(device, side))
     else:
         images = images.cpu().numpy() if isinstance(images, Tensor) else images
         served = _read_ahead(images, shares(torch.device("cpu"), None), device, side)
     if isinstance(images, Shards) and images.moments:
-        return _drawn(served, batch, seed, start, rank * (batch // ranks), device)
+        return _drawn(served, batch, seed, start, rank * share, device)
     return served
 
 
@@ -349,33 +269,37 @@ def _may_live_on(device: torch.device, images) -> bool:
     return images.nbytes <= RESIDENT * free_memory(device)
 
 
-def _tensor(images: Tensor | np.ndarray) -> Tensor:
+def _on_device(images: Tensor | np.ndarray | Shards, device: torch.device) -> Tensor:
+    if isinstance(images, Shards):
+        return images.on(device)
     if isinstance(images, Tensor):
-        return images
-    return torch.from_numpy(images if images.flags.writeable else images.copy())  # torch warns of what is read-only
+        return images.to(device)
+    return torch.from_numpy(images if images.flags.writeable else images.copy()).to(device)  # read-only: torch warns
 
 
-def _served_there(images: Tensor, shares) -> Iterator[Tensor]:
+def _served_there(images: Tensor, shares: Iterator[list[Tensor]]) -> Iterator[Tensor]:
     with closing(shares):
         for rows, mirrored in shares:
             yield _finished(images.index_select(0, rows), mirrored)
 
 
-def _read_ahead(images: np.ndarray, shares, device, side) -> Iterator[Tensor]:
-    def gather(share):
+def _read_ahead(images: np.ndarray | Shards, shares: Iterator[list[Tensor]], device: torch.device,
+                side) -> Iterator[Tensor]:
+    def gather(share: list[Tensor]):
         rows, mirrored = share
-        by_place = np.argsort(rows.numpy())  # in the order of the file: fewer, longer reads
-        sorted_rows = np.take(images, rows.numpy()[by_place], axis=0)
-        x = torch.empty(sorted_rows.shape, dtype=getattr(torch, str(images.dtype)), pin_memory=side is not None)
-        np.take(sorted_rows, np.argsort(by_place), axis=0, out=x.numpy(), mode="clip")  # as raise would copy
-        return _send((x, mirrored), device, side)
+        order = np.argsort(rows.numpy())
+        in_order = np.take(images, rows.numpy()[order], axis=0)  # in the order of the file: fewer, longer reads
+        x = torch.empty(in_order.shape, dtype=getattr(torch, str(images.dtype)), pin_memory=side is not None)
+        x.numpy()[order] = in_order
+        return _send([x, mirrored], device, side)
 
     with closing(shares), closing(ahead(gather, shares, threads=READERS, depth=AHEAD)) as gathered:
         for sent in gathered:
             yield _finished(*_received(*sent))
 
 
-def _drawn(served, batch, seed, start, first, device) -> Iterator[Tensor]:
+def _drawn(served: Iterator[Tensor], batch: int, seed: int, start: int, first: int,
+           device: torch.device) -> Iterator[Tensor]:
     """Latents of the means and log-variances that are served. Every rank draws the noises of the whole batch and keeps
     its own, from `first` on, so that it is the batch of one process."""
     numbers = torch.Generator(device)
@@ -392,34 +316,30 @@ def _finished(x: Tensor, mirrored: Tensor) -> Tensor:
     return from_uint8(x) if x.dtype == torch.uint8 else x.float()
 
 
-def _shares(length, batch, seed, flip, start, rank, ranks, device, side) -> Iterator[list[Tensor]]:
-    """One rank's part of each batch: rows (batch / ranks,) int64 and whether each is mirrored, on `device`.
+def _shares(length: int, seed: int, flip: bool, first: int, share: int, batch: int, device: torch.device,
+            side) -> Iterator[list[Tensor]]:
+    """One rank's part of each batch: rows (share,) int64 and whether each is mirrored, on `device`. The parts begin at
+    `first` in the endless row of epochs, and every `batch` from there.
 
     The next epoch is drawn in a thread while this one is served: three million images take a quarter of a second.
     """
 
-    def draw(epoch):
+    def draw(epoch: int):
         numbers = np.random.default_rng([seed, epoch])
         rows, mirrored = numbers.permutation(length), numbers.random(length) < (0.5 if flip else 0)
-        return _send((torch.from_numpy(rows), torch.from_numpy(mirrored)), device, side)
+        return _send([torch.from_numpy(rows), torch.from_numpy(mirrored)], device, side)
 
-    share = batch // ranks
-    first = start * batch + rank * share
-    epoch, order = first // length - 1, None
-    with closing(ahead(draw, count(epoch + 1), threads=1, depth=1)) as epochs:
-        for place in count(first, batch):
-            parts, end = [], place + share
-            while place < end:
-                while epoch < place // length:
-                    epoch, order = epoch + 1, _received(*next(epochs))
-                begin = place % length
-                taken = min(length - begin, end - place)
-                parts.append([part[begin : begin + taken] for part in order])
-                place += taken
-            yield parts[0] if len(parts) == 1 else [torch.cat(part) for part in zip(*parts, strict=True)]
+    with closing(ahead(draw, count(first // length), threads=1, depth=1)) as epochs:
+        order, begin = _received(*next(epochs)), first % length
+        while True:
+            while len(order[0]) < begin + share:
+                order = [torch.cat(parts) for parts in zip(order, _received(*next(epochs)), strict=True)]
+            yield [part[begin : begin + share] for part in order]
+            served = min(begin + batch, len(order[0]))
+            order, begin = [part[served:] for part in order], begin + batch - served
 
 
-def _send(tensors, device, side):
+def _send(tensors: list[Tensor], device: torch.device, side):
     """The tensors on `device`, on a GPU by a stream of its own, and the event that tells when they are there."""
     if side is None:
         return [tensor.to(device) for tensor in tensors], None
@@ -427,7 +347,7 @@ def _send(tensors, device, side):
         return [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors], side.record_event()
 
 
-def _received(tensors, sent) -> list[Tensor]:
+def _received(tensors: list[Tensor], sent) -> list[Tensor]:
     """What `_send` gave, safe to use on the stream at work here: the GPU waits, the thread does not."""
     if sent is not None:
         current = torch.cuda.current_stream(tensors[0].device)

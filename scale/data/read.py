@@ -1,23 +1,27 @@
-"""What lies in files, one by one: images in folders, archives and LSUN's lmdb, and latents in .npy files."""
+"""Sources of images and latents: folders, archives, LSUN's lmdb and .npy files, read file by file without unpacking."""
 
 from __future__ import annotations
 
+import hashlib
 import os
-import stat
 import tarfile
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
-from functools import partial
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property, partial
 from io import BytesIO
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath
 from threading import Lock
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from dansm import BadInput
+
+from ..base.threads import ahead
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")  # zst: Python 3.14 on
@@ -25,23 +29,117 @@ LARGEST = 2**30  # bytes of one file in an archive: a hundred times any image to
 SWELLS = 200  # times its packed size, which no photograph comes near; only for files large enough to hurt
 HURTS = 2**24
 EXPECTED = "expected a folder of images, a .zip or .tar of them, an LSUN lmdb, .npy latents, or cifar10"
+VERSION = 1  # a change makes all caches decode again
+
+Entries = Iterable[tuple[int, Path, Any]]  # (place in the order of names, path, what `decode` needs of the file)
 
 
 class Unreadable(BadInput):
     """One file that cannot be read. The rest may do without it."""
 
 
-class Source(NamedTuple):
-    """What is to be read: `decode(path, payload)` makes an array (n, C, H, W) of each (place, path, payload).
+class Opened(NamedTuple):
+    """A source that is open, for several threads at once.
 
-    count is the length of all arrays together, place is where in it an array begins, and parts is how many there
-    are. A path names a file for the user, and may lead into an archive.
+    count    how many images or latents it holds, with those that turn out unreadable
+    entries  its files; a path names one for the user, and may lead into an archive
+    decode   decode(path, payload) makes an array (n, C, H, W) of an entry
     """
 
     count: int
-    parts: int
-    entries: Iterable[tuple[int, Path, object]]
-    decode: Callable[[Path, object], np.ndarray]
+    entries: Entries
+    decode: Callable[[Path, Any], np.ndarray]
+    skip_unreadable: bool = False
+
+    def decoded(self, work: Callable | None = None, threads: int = 0, depth: int = 0) -> Iterator[tuple]:
+        """Yield (place, path, array, work(array)) of each entry, computed by threads up to `depth` and a few ahead.
+
+        The array is None for an unreadable file that is left out. BadInput for arrays that differ in shape or type.
+        """
+        first = None
+        threads = threads or os.cpu_count()  # decoding leaves Python's lock, so threads do
+        compute = partial(self._decoded_one, work)
+        with closing(ahead(compute, self.entries, threads=threads, depth=4 * threads + depth)) as results:
+            for place, path, array, result in results:
+                if array is not None:
+                    first = first or (path, array)
+                    check_alike(path, array, *first)
+                yield place, path, array, result
+
+    def _decoded_one(self, work: Callable | None, entry: tuple) -> tuple:
+        place, path, payload = entry
+        try:
+            array = self.decode(path, payload)
+        except Unreadable:
+            if not self.skip_unreadable:
+                raise
+            return place, path, None, None
+        return place, path, array, work(array) if work else None
+
+
+def check_alike(path: Path, array: np.ndarray, first_path: Path, first: np.ndarray) -> None:
+    """BadInput if the images or latents of two files differ in shape or type."""
+    if array.shape[1:] != first.shape[1:] or array.dtype != first.dtype:
+        raise BadInput(f"{path} holds {array.dtype} {array.shape[1:]}, {first_path} {first.dtype} {first.shape[1:]}: "
+                       "expected equal shapes; --size N makes images N pixels square")
+
+
+@dataclass
+class Source:
+    """Images or latents, and how they are to be read.
+
+    files  see `files_of`
+    size   makes images squares of so many pixels; None leaves them as they are
+    skip_unreadable  leaves out images that cannot be read
+    array  the images (N, C, H, W), where they are decoded already
+    """
+
+    path: Path
+    files: list[Path]
+    size: int | None = None
+    skip_unreadable: bool = False
+    array: np.ndarray | None = None
+
+    @property
+    def holds_latents(self) -> bool:
+        return self.array is None and self.files[0].suffix.lower() == ".npy"
+
+    @cached_property
+    def digest(self) -> str:
+        """Another one as soon as a file is added, removed, renamed or written to. It is that of its first use."""
+        digest = hashlib.blake2b(f"{VERSION} {self.size}".encode(), digest_size=16)
+        for path in self.files:
+            state = path.stat()
+            name = str(path)[len(str(self.path)):]  # the same however the source was named
+            digest.update(f"{name}\0{state.st_size}\0{state.st_mtime_ns}\0".encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
+    @property
+    def key(self) -> str:
+        """Of the files as `digest` saw them, and of how they are read."""
+        return f"{self.path.resolve()} {self.digest} {self.skip_unreadable}"
+
+    @contextmanager
+    def open(self) -> Iterator[Opened]:
+        decode = partial(_decode_image, size=self.size)
+        if self.array is not None:
+            entries = ((place, self.path, image[None]) for place, image in enumerate(self.array))
+            files, decode = nullcontext((len(self.array), entries)), lambda _, image: image
+        elif self.holds_latents:
+            check_no_size(self.size, self.files[0])
+            dims = open_npy(self.files[0], (3, 4)).ndim
+            files, decode = nullcontext(_places_of_latents(self.files, dims)), partial(_decode_latents, dims=dims)
+        elif self.files[0] == self.path:
+            files = _open_zip(self.path) if self.path.suffix.lower() == ".zip" else _open_tar(self.path)
+        elif self.files[0].name == "data.mdb":
+            files = _open_lmdb(self.path)
+        else:
+            files = nullcontext((len(self.files), ((place, path, None) for place, path in enumerate(self.files))))
+        with files as (count, entries), warnings.catch_warnings():
+            if not count:
+                raise BadInput(f"{self.path} holds no images: expected files ending in {' '.join(sorted(SUFFIXES))}")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # for images up to twice Pillow's limit
+            yield Opened(count, entries, decode, self.skip_unreadable)
 
 
 def files_of(source: Path) -> list[Path]:
@@ -61,13 +159,14 @@ def files_of(source: Path) -> list[Path]:
 def find_files(folder: Path) -> list[Path]:
     """Every image file below `folder`, or every .npy file, in the order of their names."""
 
-    def unreadable(error: OSError):
+    def refuse(error: OSError):
         raise BadInput(f"{error.filename} cannot be read: {error.strerror}")
 
     images, latents, archives = [], [], []
-    for parent, _, names in os.walk(folder, onerror=unreadable, followlinks=True):
+    for parent, _, names in os.walk(folder, onerror=refuse, followlinks=True):
         for name in names:
-            if (suffix := os.path.splitext(name)[1].lower()) in SUFFIXES:
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix in SUFFIXES:
                 images.append(Path(parent) / name)
             elif suffix == ".npy":
                 latents.append(Path(parent) / name)
@@ -75,57 +174,35 @@ def find_files(folder: Path) -> list[Path]:
                 archives.append(Path(parent) / name)
     if images and latents:
         raise BadInput(f"{folder} holds images ({min(images)}) and latents ({min(latents)}): expected one kind alone")
-    if archives and not images and not latents:
+    if images or latents:
+        return sorted(images or latents)
+    if archives:
         raise BadInput(f"{folder} holds no images, but archives: expected one of them, as {min(archives)}, "
                        "or the folder with them unpacked")
-    if not images and not latents:
-        raise BadInput(f"{folder} holds no images: expected files ending in {' '.join(sorted(SUFFIXES))}, or .npy")
-    return sorted(images or latents)
-
-
-@contextmanager
-def opened(source: Path, files: list[Path], size: int | None) -> Iterator[Source]:
-    """What `files_of` found in `source`, ready to be read by several threads at once."""
-    image = partial(_decode_image, size=size)
-    name = files[0].name.lower()
-    if files[0] != source and name == "data.mdb":
-        with _lmdb(source) as (count, entries):
-            yield Source(count, count, entries, image)
-    elif files[0] != source and name.endswith(".npy"):
-        yield _latent_files(files, size)
-    elif files[0] != source:
-        yield Source(len(files), len(files), ((place, path, path) for place, path in enumerate(files)), image)
-    elif name.endswith(".zip"):
-        with _zip(source) as (count, entries):
-            yield Source(count, count, entries, image)
-    else:
-        names = [member.name for _, member in _tar_members(source)]
-        yield Source(len(names), len(names), _tar_entries(source, names), image)
+    raise BadInput(f"{folder} holds no images: expected files ending in {' '.join(sorted(SUFFIXES))}, or .npy")
 
 
 # ------------------------------------------------------------------------------- images
 
 
-def read_image(path: Path, size: int | None = None, payload=None) -> np.ndarray:
-    """One image as (H, W, 3) uint8, of the file `path`, or of the bytes that `payload` is or returns.
+def read_image(path: Path, size: int | None = None, read: Callable[[], bytes] | None = None) -> np.ndarray:
+    """One image as (H, W, 3) uint8, from the file `path`, or from the bytes that `read` returns.
 
-    Raises Unreadable, naming it, also for one with more pixels than Pillow takes for an honest image.
+    Raises Unreadable, naming the path, also for an image with more pixels than Pillow takes for an honest one.
     """
     try:
-        file = path if payload is None or isinstance(payload, Path) else BytesIO(
-            payload if isinstance(payload, bytes) else payload())
-        with Image.open(file) as image:
+        with Image.open(BytesIO(read()) if read else path) as image:
             if image.mode.startswith(("I", "F")):  # more than 8 bits a pixel, which convert would cut off at 255
                 image = Image.fromarray(_from_16_bits(np.asarray(image)))
             return square(image.convert("RGB"), size)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise Unreadable(f"{path} has more than the {Image.MAX_IMAGE_PIXELS:,} pixels that an image may have; "
-                         "expected one, or --skip-unreadable, which leaves such files out") from error
     except MemoryError:
         raise
-    except Exception as error:  # Pillow and the archives raise nearly every kind for what is not theirs
-        raise Unreadable(f"{path} cannot be read as an image; expected one, or --skip-unreadable, which leaves such "
-                         "files out") from error
+    except Exception as error:  # Pillow and the archives raise nearly every kind for damaged data
+        problem = "cannot be read as an image"
+        if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+            problem = f"has more than the {Image.MAX_IMAGE_PIXELS:,} pixels that an image may have"
+        raise Unreadable(f"{path} {problem}; expected one, or --skip-unreadable, which leaves such files out"
+                         ) from error
 
 
 def square(image: Image.Image, size: int | None) -> np.ndarray:
@@ -133,13 +210,13 @@ def square(image: Image.Image, size: int | None) -> np.ndarray:
     return np.asarray(image if size is None else ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
 
 
-def _decode_image(path: Path, payload, size: int | None) -> np.ndarray:
-    return np.ascontiguousarray(read_image(path, size, payload).transpose(2, 0, 1))[None]
+def _decode_image(path: Path, read: Callable[[], bytes] | None, size: int | None) -> np.ndarray:
+    return np.ascontiguousarray(read_image(path, size, read).transpose(2, 0, 1))[None]
 
 
 def _from_16_bits(pixels: np.ndarray) -> np.ndarray:
     if pixels.dtype.kind == "f" or pixels.min() < 0 or pixels.max() > 65535:
-        raise ValueError("neither 8 nor 16 bits a pixel: what is white is not known")
+        raise ValueError("neither 8 nor 16 bits a pixel: the value of white is unknown")
     return (pixels // 257).astype(np.uint8)
 
 
@@ -147,8 +224,8 @@ def _from_16_bits(pixels: np.ndarray) -> np.ndarray:
 
 
 @contextmanager
-def _whole(archive: Path) -> Iterator[None]:
-    """BadInput with its name for whatever an archive that is damaged, cut off or none at all leads to."""
+def _naming(archive: Path) -> Iterator[None]:
+    """Turn any error of a damaged, cut off or foreign archive into BadInput with the archive's path."""
     try:
         yield
     except MemoryError:
@@ -163,39 +240,26 @@ def _whole(archive: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _zip(source: Path) -> Iterator[tuple[int, Iterator[tuple[int, Path, Callable[[], bytes]]]]]:
+def _open_zip(source: Path) -> Iterator[tuple[int, Entries]]:
     """The images of a zip, in the order of their names."""
-    with _whole(source):
+    with _naming(source):
         archive = zipfile.ZipFile(source)
-    counting = Lock()  # a ZipFile's count of its open members is not safe among threads, reading them is
+    alone = Lock()  # a ZipFile's count of its open members is not safe among threads
 
-    def read(member):
-        with counting:
-            file = archive.open(member)
-        try:
-            return file.read()
-        finally:
-            with counting:
-                file.close()
+    def read(member: zipfile.ZipInfo) -> bytes:
+        with alone:
+            return archive.read(member)
 
     with archive:
-        with _whole(source):
-            members = _zip_members(source, archive)
-        yield len(members), ((place, source / member.filename, partial(read, member))
+        for member in archive.infolist():
+            if member.flag_bits & 1:
+                raise BadInput(f"{source} is encrypted ({member.filename}): expected an archive without a password")
+            if member.file_size > LARGEST or member.file_size > max(HURTS, SWELLS * member.compress_size):
+                raise _bomb(_inside(source, member.filename), member.file_size)
+        members = [member for member in archive.infolist() if _is_image(member.filename)]
+        members.sort(key=lambda member: PurePosixPath(member.filename))
+        yield len(members), ((place, _inside(source, member.filename), partial(read, member))
                              for place, member in enumerate(members))
-
-
-def _zip_members(source: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
-    for member in archive.infolist():
-        _check_member(source, member.filename, stat.S_ISLNK(member.external_attr >> 16))
-        if member.flag_bits & 1:
-            raise BadInput(f"{source} is encrypted ({member.filename}): expected an archive without a password")
-        if member.file_size > LARGEST or member.file_size > max(HURTS, SWELLS * member.compress_size):
-            raise _bomb(source / member.filename, member.file_size)
-    members = [member for member in archive.infolist() if _is_image(member.filename)]
-    if not members:
-        raise _empty(source)
-    return sorted(members, key=lambda member: PurePosixPath(member.filename))
 
 
 class _Header(tarfile.TarInfo):
@@ -209,42 +273,41 @@ class _Header(tarfile.TarInfo):
         return header
 
 
+@contextmanager
+def _open_tar(source: Path) -> Iterator[tuple[int, Entries]]:
+    """The images of a tar, read in one go, as a compressed one can be; each image's place is that of its name."""
+    names = [member.name for _, member in _tar_members(source)]
+    places = np.empty(len(names), int)
+    places[sorted(range(len(names)), key=lambda number: PurePosixPath(names[number]))] = np.arange(len(names))
+
+    def entries() -> Entries:
+        for place, (archive, member) in zip(places, _tar_members(source), strict=False):
+            with _naming(source):
+                content = archive.extractfile(member).read()
+            yield int(place), _inside(source, member.name), partial(bytes, content)
+
+    yield len(names), entries()
+
+
 def _tar_members(source: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-    """The images in a tar in the order they lie there. Only those who read on know whether it is whole."""
-    found = False
-    with _whole(source), closing(tarfile.open(source, "r:*", tarinfo=_Header)) as archive:
+    """The images in a tar in the order they lie there. That it is cut off is noticed at its end only."""
+    with _naming(source), closing(tarfile.open(source, "r:*", tarinfo=_Header)) as archive:
         packed = source.stat().st_size
         while (member := archive.next()) is not None:
             archive.members.clear()  # it keeps all that it has passed: a gigabyte for a million
-            _check_member(source, member.name, member.issym() or member.islnk())
             if member.size > LARGEST or member.offset_data + member.size > max(LARGEST, SWELLS * packed):
-                raise _bomb(source / member.name, member.size)
+                raise _bomb(_inside(source, member.name), member.size)
+            if member.issym() or member.islnk():
+                raise BadInput(f"{source} holds a link ({member.name}): expected files and folders alone")
             if member.isreg() and _is_image(member.name):
-                found = True
                 yield archive, member
         archive.fileobj.seek(archive.offset)  # tarfile takes a damaged header, or none, for the end
         if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise BadInput(f"{source} ends in the middle, or is damaged there: expected a whole tar")
-    if not found:
-        raise _empty(source)
 
 
-def _tar_entries(source: Path, names: list[str]) -> Iterator[tuple[int, Path, bytes]]:
-    """Read in one go, as a compressed tar can be; each image's place is that of its name."""
-    places = np.empty(len(names), int)
-    places[sorted(range(len(names)), key=lambda i: PurePosixPath(names[i]))] = np.arange(len(names))
-    for place, (archive, member) in zip(places, _tar_members(source), strict=False):
-        with _whole(source):
-            content = archive.extractfile(member).read()
-        yield int(place), source / member.name, content
-
-
-def _check_member(source: Path, name: str, is_link: bool) -> None:
-    path = PureWindowsPath(name)  # takes both kinds of slash
-    if path.root or path.drive or ".." in path.parts:
-        raise BadInput(f"{source} points outside of itself ({name!r}): expected relative paths without ..")
-    if is_link:
-        raise BadInput(f"{source} holds a link ({name!r}): expected files and folders alone")
+def _inside(archive: Path, name: str) -> Path:
+    return Path(f"{archive}/{name}")  # not archive / name, which is name alone where that is an absolute path
 
 
 def _is_image(name: str) -> bool:
@@ -258,45 +321,39 @@ def _bomb(path: Path, size: int) -> BadInput:
                     f"{SWELLS} times smaller")
 
 
-def _empty(source: Path) -> BadInput:
-    return BadInput(f"{source} holds no images: expected files ending in {' '.join(sorted(SUFFIXES))}")
-
-
 @contextmanager
-def _lmdb(folder: Path) -> Iterator[tuple[int, Iterator[tuple[int, Path, Callable[[], bytes]]]]]:
+def _open_lmdb(folder: Path) -> Iterator[tuple[int, Entries]]:
     """The images of an LSUN lmdb, whose values are image files, in the order of its keys."""
     try:
         import lmdb
     except ImportError as error:
         raise BadInput(f"{folder} is an lmdb, and the package that reads it is missing: expected lmdb installed "
                        "(pip install 'dansm[lsun]', or lmdb)") from error
-    with _whole(folder):
+    with _naming(folder):
         store = lmdb.open(str(folder), readonly=True, lock=False, readahead=False)
 
-    def value(key):
+    def read(key: bytes) -> bytes:
         with store.begin() as transaction:
             return transaction.get(key)
 
-    def entries():
-        with _whole(folder), store.begin() as transaction, transaction.cursor() as cursor:
+    def entries() -> Entries:
+        with _naming(folder), store.begin() as transaction, transaction.cursor() as cursor:
             for place, key in enumerate(cursor.iternext(values=False)):
-                yield place, folder / key.decode("ascii", "backslashreplace"), partial(value, key)
+                yield place, folder / key.decode("ascii", "backslashreplace"), partial(read, key)
 
     with closing(store):
         needed = (store.info()["last_pgno"] + 1) * store.stat()["psize"]
         if (folder / "data.mdb").stat().st_size < needed:  # to touch a page that is not there ends the process
             raise BadInput(f"{folder / 'data.mdb'} is cut off: expected {needed:,} bytes")
-        if not (count := store.stat()["entries"]):
-            raise BadInput(f"{folder} holds no images: expected an lmdb with some")
-        with closing(entries()) as each:
-            yield count, each
+        with closing(entries()) as images:
+            yield store.stat()["entries"], images
 
 
 # ------------------------------------------------------------------------------- latents
 
 
-def open_latents(path: Path, dims: tuple[int, ...] = (4,)) -> np.ndarray:
-    """The array in a .npy file, left on the disk: float16 or float32, with one of `dims` dimensions.
+def open_npy(path: Path, dims: tuple[int, ...] = (4,)) -> np.ndarray:
+    """The latents in a .npy file, left on the disk: float16 or float32, with one of `dims` dimensions.
 
     Raises Unreadable for what is no such file, and BadInput for any other array; no pickled object is read.
     """
@@ -331,18 +388,15 @@ def check_no_size(size: int | None, path: Path) -> None:
         raise BadInput(f"--size is {size}, and {path} holds latents, which are taken as they are: expected none")
 
 
-def _latent_files(files: list[Path], size: int | None) -> Source:
+def _places_of_latents(files: list[Path], dims: int) -> tuple[int, Entries]:
     """A folder of latents: (C, H, W) each, or (n, C, H, W) each."""
-    check_no_size(size, files[0])
-    lengths = [1] * len(files)
-    if (dims := open_latents(files[0], (3, 4)).ndim) == 4:
-        lengths = [len(open_latents(path)) for path in files]
+    lengths = [len(open_npy(path)) if dims == 4 else 1 for path in files]
     places = np.cumsum([0, *lengths]).tolist()
+    return places[-1], ((place, path, None) for place, path in zip(places, files, strict=False))
 
-    def decode(path, _):
-        array = open_latents(path, (dims,))
-        array = array if dims == 4 else array[None]
-        check_finite(path, array)
-        return array
 
-    return Source(places[-1], len(files), zip(places, files, files, strict=False), decode)
+def _decode_latents(path: Path, _, dims: int) -> np.ndarray:
+    array = open_npy(path, (dims,))
+    latents = array if dims == 4 else array[None]
+    check_finite(path, latents)
+    return latents

@@ -1,0 +1,112 @@
+"""Latents through the autoencoder's decoder to PNG files."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.progress import track
+from torch import Tensor
+
+from dansm import BadInput
+
+from ..base.files import make_folder, replacing, write_json
+from ..base.text import console, counted, say, say_files
+from ..base.threads import ahead
+from . import latents
+from .autoencoder import Autoencoder, Decoder
+from .loader import check_out, load_images
+from .read import Source, check_finite, files_of, open_npy
+
+
+def decode(source: Path, decoder: Decoder, out: Path, count: int | None = None, batch: int = 0) -> None:
+    """Write the first `count` latents of `source`, or all, as 000000.png and so on into `out`. The same call resumes
+    one that was stopped.
+
+    batch  most latents decoded at a time; 0: as many as fit
+    """
+    check_out(str(source), out)
+    found = read_latents(source, decoder.autoencoder)
+    _check_decoded(make_folder(out), source, decoder)
+    fits, count = decoder.fits(max(found.shape[2:])), min(count or len(found), len(found))
+    batch = min(batch or fits, fits)
+    existing, begin = set(os.listdir(out)), time.perf_counter()
+    missing = [number for number in range(count) if _name(number) not in existing]
+    if not missing:
+        say(f"{out} holds {counted(count, 'image')} already: nothing to do")
+        return
+    done = count - len(missing)
+    try:
+        images = _decoded(found, decoder, missing, batch)
+        with closing(ahead(partial(_save, out), images, threads=os.cpu_count(), depth=batch)) as writing:
+            for _ in track(writing, "decoding", total=len(missing), console=console):
+                done += 1
+    except (BadInput, KeyboardInterrupt):
+        say(f"{done:,} of {counted(count, 'image')} are written; the same command resumes")
+        raise
+    say(f"{counted(len(missing), 'image')} in {time.perf_counter() - begin:.1f} s, {batch} at a time")
+    say_files(out, *(_name(number) for number in range(min(count, 1))))
+
+
+def read_latents(source: Path, autoencoder: Autoencoder):
+    """Latents (N, C, h, w) of an encode's folder, of a .npy file, (N, C, h, w) or (C, h, w), or of a folder of these;
+    BadInput for those of another autoencoder."""
+    first = files_of(source)[0]
+    if first.suffix.lower() != ".npy":
+        raise BadInput(f"{source} holds images ({first}): expected latents, which are .npy files")
+    autoencoder.check(latents.known_on_disk(source), f"{source} holds")
+    if first == source and open_npy(source, (3, 4)).ndim == 3:
+        found = open_npy(source, (3,))[None]
+        check_finite(source, found)
+    else:
+        found = load_images(str(source))
+    if found.shape[1] != autoencoder.channels:
+        raise BadInput(f"{source} holds latents of {found.shape[1]} channels, {autoencoder.path} decodes "
+                       f"{autoencoder.channels}: expected the same")
+    return found
+
+
+def _check_decoded(out: Path, source: Path, decoder: Decoder) -> None:
+    """Note in decode.json what images are to be decoded from; BadInput if `out` holds those of anything else."""
+    made_from = {"source": str(source), "latents": Source(source, files_of(source)).digest,
+                 **decoder.autoencoder.identity, "precision": decoder.precision}
+    note = out / "decode.json"
+    try:
+        before = json.loads(note.read_text())
+    except (OSError, ValueError):
+        before = None
+    if isinstance(before, dict):
+        latents.check_same(out, before, made_from)
+        return
+    strange = min(out.glob("[0-9]*.png"), default=None)
+    if strange:
+        raise BadInput(f"--out is {out}, which holds {strange.name} of another origin: expected one without images")
+    write_json(note, made_from)
+
+
+def _decoded(found, decoder: Decoder, missing: list[int], batch: int) -> Iterator[tuple[int, Tensor]]:
+    """The missing images by their numbers. They are decoded in the batches of all, of which some may exist."""
+    for number, of_batch in groupby(missing, lambda number: number // batch):
+        start, numbers = number * batch, list(of_batch)
+        part = torch.as_tensor(np.array(found[start : numbers[-1] + 1]))
+        images = decoder.decode(part, start).cpu()
+        yield from ((number, images[number - start]) for number in numbers)
+
+
+def _name(number: int) -> str:
+    return f"{number:06d}.png"
+
+
+def _save(out: Path, numbered: tuple[int, Tensor]) -> None:
+    number, image = numbered
+    with replacing(out / _name(number)) as partial:
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(partial, "PNG")
