@@ -359,7 +359,7 @@ def test_no_more_images_than_a_few_batches_are_there_at_once(tmp_path, monkeypat
         return image
 
     monkeypatch.setattr(read, "square", counted)
-    monkeypatch.setattr(loader.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(read.os, "cpu_count", lambda: 2)
     monkeypatch.setattr(data, "free_memory", lambda _: 0)
     real = evaluate.real_features(stream_images(str(folder)), SEEN, "cpu", batch=10)
     assert real.count == len(most) == 300 and max(most) < 4 * 2 + 3 * 10
@@ -431,7 +431,7 @@ def test_the_same_images_elsewhere_have_the_features_that_are_kept(counting, tmp
 
 def test_images_unlike_all_that_are_kept_are_not_decoded_twice(tmp_path, monkeypatch, decodes):
     cache, larger = tmp_path / "cache", {f"{i}.png": picture(i, size=(9, 9)) for i in range(len(PICTURES))}
-    monkeypatch.setattr(loader.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(read.os, "cpu_count", lambda: 1)
     counts = []
     for name, content in (("folder", PICTURES), ("more", PICTURES | {"d.png": picture(9)}), ("larger", larger)):
         stream = stream_images(str(as_folder(tmp_path / name, content)))

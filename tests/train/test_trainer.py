@@ -19,7 +19,7 @@ import pytest
 import torch
 from dansm.scale.base.locks import owning
 from dansm.scale.base.machine import number_type, peak
-from dansm.scale.data import loader
+from dansm.scale.data import read
 from dansm.scale.data import loader as data
 from dansm.scale.model import checkpoint, sampling
 from dansm.scale.model import sampling as samples
@@ -586,13 +586,13 @@ def test_where_the_data_lives_changes_no_batch_and_may_change_when_a_run_goes_on
 
 def count_decoded(rank, folder):
     """Leave a file for each image that this process decodes."""
-    decode = loader.decode_one
+    read_image = read.read_image
 
-    def counted(read, skip_unreadable, entry):
-        (folder / f"decoded-{rank}-{entry[0]}").touch()
-        return decode(read, skip_unreadable, entry)
+    def counted(path, *arguments):
+        (folder / f"decoded-{rank}-{path.name}").touch()
+        return read_image(path, *arguments)
 
-    loader.decode_one = counted
+    read.read_image = counted
 
 
 @needs_gloo
@@ -609,7 +609,7 @@ def test_of_two_processes_one_decodes_and_the_next_run_decodes_nothing(images, t
     assert not list(tmp_path.glob("decoded-*"))
     assert said[0].count(f"decoded images: {tmp_path}/.cache/dansm/images/") == 1 and not said[1]
     monkeypatch.setenv("HOME", str(tmp_path))  # as the processes had it
-    monkeypatch.setattr(data, "decode_one", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(read, "read_image", lambda *_: pytest.fail("decoded"))
     _, _, about = checkpoint.load_model(tmp_path / "b", "cpu")
     model = foundations.Model("b", None, None, (3, 8, 8), about)
     assert len(foundations.load_data(None, [model], count=2)) == count
