@@ -163,18 +163,3 @@ def reading(path: Path) -> Iterator[None]:
         if lacks_memory(error):
             raise
         raise BadInput(f"{path} has other content than a checkpoint of version {VERSION}: {EXPECTED}") from error
-
-
-def load_model(path: Path, device, solver: str = "euler", average: int = 0, say=None):
-    """Until its callers use `load.load_model`."""
-    from .load import load_model
-
-    model = load_model(path, solver)
-    return model.net.to(device), model.flow, model.about
-
-
-def export(path: Path, out: Path, average: int = 0, say=None):
-    """Until its callers use `export.export`."""
-    from .export import export
-
-    return export(path, out, average)

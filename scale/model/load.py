@@ -201,15 +201,3 @@ def _read_export(path: Path) -> tuple[dict[str, Tensor], dict]:
         raise BadInput(f"{path} is of version {about['dansm']!r:.20}: {EXPORT}, of version {checkpoint.VERSION}")
     with checkpoint.reading(path):
         return weights, {"file": path, **about, "recipe": with_new_names(about["recipe"])}
-
-
-def loaded(paths: Iterable[Path], steps: list[int], device, solver: str = "euler"):
-    """Until its callers use `load_models`: (network on the device, flow, about) of each path."""
-    for model in load_models(list(paths), steps, solver=solver):
-        yield model.net.to(device), model.flow, model.about
-
-
-def decoder_for(model: Path, channels: int, about: dict, file: Path | None, device: torch.device, precision: str,
-                memory: float | None = None):
-    """Until its callers use `Model.with_decoder`."""
-    return Model(model, "", None, None, about).with_decoder(file, device, precision, memory).decoder

@@ -31,6 +31,7 @@ from dansm.scale.data.latents import Shards
 from dansm.scale.data.loader import batches, load_images
 from dansm.scale.data.read import read_image
 from dansm.scale.model import checkpoint
+from dansm.scale.model.load import load_model
 from dansm.scale.model.recipe import load
 from dansm.scale.train import fit as trainer
 
@@ -760,7 +761,7 @@ def test_latents_of_another_factor_are_told_by_the_run_itself(name, ours, other,
     known = {**OWN, **read_autoencoder(ours).identity, "source": str(source)}
     assert state["latents"] == known
     assert run("export", tmp_path / "run", "--out", tmp_path / "w.safetensors")[0] == 0
-    assert checkpoint.load_model(tmp_path / "w.safetensors", CPU)[2]["latents"] == known
+    assert load_model(tmp_path / "w.safetensors").about["latents"] == known
     shutil.rmtree(data)
     encoded("latents", weights=other)
     code, _, err = trained(data, 2)
@@ -793,31 +794,12 @@ def test_other_factors_make_other_rows(run, trained, source, tmp_path):
     assert len(rows) == len({row["frechet_distance"] for row in rows}) == 4
 
 
-def test_runs_of_earlier_versions_are_held_against_what_their_data_says(run, encoded, trained, tmp_path):
-    ours, other = as_weights(tmp_path / "ours"), as_weights(tmp_path / "other", scaling_factor=0.5)
-    data = encoded("latents", weights=ours)
-    assert trained(data)[0] == 0
-    state = checkpoint.load(checkpoint.newest(tmp_path / "run"))
-    del state["latents"], state["dansm"]
-    checkpoint.save(tmp_path / "run", state)
-    assert trained(data, 2)[0] == 0
-    state["training"]["step"] = 9
-    checkpoint.save(tmp_path / "run", state)
-    sample = ["sample", tmp_path / "run", "--count", 2, "--steps", 2, "--device", "cpu", "--out", tmp_path / "out",
-              "--autoencoder"]
-    assert run(*sample, ours)[0] == 0
-    code, _, err = run(*sample, other)
-    assert code == 2 and "made with factor 0.18215" in err
-    shutil.rmtree(data)
-    assert run(*sample, other)[0] == 0  # nobody knows
-
-
 def test_latents_of_three_channels_are_no_pictures(run, encoded, trained, tmp_path):
     weights = as_ckpt(tmp_path / "3.ckpt", Weights(random_autoencoder({**SMALL, "latent_channels": 3}, 3).weights))
     code, said, err = trained(encoded("three", weights=weights), 1, "--flow", "diffusion")
     assert code == 0 and "9 latents of 3×4×4" in said and "dansm sample" not in said, err
     assert not list((tmp_path / "run").glob("*.png"))
-    assert checkpoint.load_model(tmp_path / "run", CPU)[1].bound is None
+    assert load_model(tmp_path / "run").flow.bound is None
     sample = ["sample", tmp_path / "run", "--count", 2, "--steps", 2, "--device", "cpu", "--out", tmp_path / "out"]
     code, _, err = run(*sample)
     assert code == 2 and "draws latents of 3 channels" in err
@@ -986,9 +968,9 @@ def test_a_model_of_latents_is_evaluated_against_the_images_it_was_encoded_from(
     rows = json.loads((tmp_path / "evaluated" / "evaluate.json").read_text())["rows"]
     assert [(row["data"], row["real_images"], row.get("steps")) for row in rows] == [
         (str(source), len(PICTURES), steps) for steps in (None, 2, 3)]
-    net, flow, _ = checkpoint.load_model(tmp_path / "run", "cpu", "euler")
+    model = load_model(tmp_path / "run")
     z = path_noise(range(6), (4, *load_images(str(data)).shape[2:]))
-    images = Decoder(read_autoencoder(weights), CPU).decode(flow.sample(net, z, 2))
+    images = Decoder(read_autoencoder(weights), CPU).decode(model.flow.sample(model.net, z, 2))
     real = evaluate.real_features(load_images(str(source), size=16), SEEN, CPU)
     distance = evaluate.frechet_distance(SEEN.extract(images)[0], real)
     assert rows[1]["frechet_distance"] == pytest.approx(distance, rel=1e-3)

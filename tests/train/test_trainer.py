@@ -23,6 +23,7 @@ from dansm.scale.data import read
 from dansm.scale.data import loader as data
 from dansm.scale.model import checkpoint, sampling
 from dansm.scale.model import sampling as samples
+from dansm.scale.model.load import load_model
 from dansm.scale.model.recipe import Recipe
 from dansm.scale.model.sampling import operations_per_image
 from dansm.scale.studies import foundations
@@ -610,7 +611,7 @@ def test_of_two_processes_one_decodes_and_the_next_run_decodes_nothing(images, t
     assert said[0].count(f"decoded images: {tmp_path}/.cache/dansm/images/") == 1 and not said[1]
     monkeypatch.setenv("HOME", str(tmp_path))  # as the processes had it
     monkeypatch.setattr(read, "read_image", lambda *_: pytest.fail("decoded"))
-    _, _, about = checkpoint.load_model(tmp_path / "b", "cpu")
+    about = load_model(tmp_path / "b").about
     model = foundations.Model("b", None, None, (3, 8, 8), about)
     assert len(foundations.load_data(None, [model], count=2)) == count
 
