@@ -1,59 +1,238 @@
-"""dansm evaluate: how far samples are from real images."""
+"""dansm evaluate: how close samples are to real images."""
 
 from __future__ import annotations
 
+import json
+import os
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
+import torch
 import typer
+from rich.progress import Progress
+from rich.table import Table
 
-from ..base.machine import pick_device
-from .options import (
-    DecodeMemory,
-    DecodeWith,
-    Device,
-    InceptionWeights,
-    Models,
-    Out,
-    Precision,
-    SampleBatch,
-    Seed,
-    SkipUnreadable,
-    Solver,
-    command_app,
-)
+from dansm import BadInput, Diffusion
 
-app = command_app()
+from ..base.files import make_folder, write_csv, write_json
+from ..base.machine import hardware, number_type, pick_device
+from ..base.text import Stopped, console, counted, say, say_files, table
+from ..data.latents import known_on_disk
+from ..data.loader import Stream, stream_images
+from ..evaluate.extractors import INCEPTION, LITE0, Extractor, digest_of_weights, draw_features, load_extractor
+from ..evaluate.measures import floor, score
+from ..evaluate.real import VERSION, Real, digest_of, real_features
+from ..model.load import Model, load_models
+from ..model.recipe import parse_counts
+from ..model.sampling import at_once
+from . import options
+
+app = options.command_app()
+
+
+class Settings(NamedTuple):
+    """What the rows of one call have in common."""
+
+    count: int
+    seed: int
+    solver: str
+    precision: str
+    batch: int
+    device: torch.device
+    extractor: Extractor
+    source: str
+    real: Real
 
 
 @app.command()
 def evaluate(
-    models: Models,
+    models: options.Models,
     data: Annotated[str | None, typer.Option(
         help="the real images: a folder, an archive, cifar10 [those of the models' training, or of their latents]"
     )] = None,
     steps: Annotated[str, typer.Option(help="comma-separated counts of steps from noise to image")] = "3,4,5,10",
     count: Annotated[int, typer.Option(min=2, help="images drawn for each row of the table")] = 10_000,
     size: Annotated[int | None, typer.Option(min=1, help="make the real images squares of this many pixels")] = None,
-    skip_unreadable: SkipUnreadable = False,
-    features: Annotated[str, typer.Option(help="inception, or any other network as module:callable")] = "inception",
-    inception_weights: InceptionWeights = None,
-    autoencoder: DecodeWith = None,
-    memory: DecodeMemory = None,
-    solver: Solver = "euler",
-    batch: SampleBatch = 0,
-    precision: Precision = "auto",
-    seed: Seed = 0,
-    device: Device = "auto",
+    skip_unreadable: options.SkipUnreadable = False,
+    features: Annotated[str, typer.Option(help=f"{INCEPTION}, {LITE0}, or any network as module:callable")] = INCEPTION,
+    inception_weights: options.InceptionWeights = None,
+    autoencoder: options.DecodeWith = None,
+    memory: options.DecodeMemory = None,
+    solver: options.Solver = "euler",
+    batch: options.SampleBatch = 0,
+    precision: options.Precision = "auto",
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
     cache: Annotated[Path, typer.Option(help="folder that keeps the features of real images")] = Path("~/.cache/dansm"),
-    out: Out = Path("runs/evaluate"),
+    out: options.Out = Path("runs/evaluate"),
 ) -> None:
     """FID, KID, Inception Score, precision and recall of checkpoints, from the same noise, in one table.
 
-    Without a download: --features dansm.scale.evaluate.evaluate:efficientnet_lite0
+    Rows that --out has already, of the same weights, images and settings, are not measured again.
+    Without a download: --features efficientnet-lite0
     """
-    from ..evaluate.evaluate import evaluate
+    step_counts = parse_counts("--steps", steps, at_most=10_000)
+    on = pick_device(device)
+    trained = [model.with_decoder(autoencoder, on, precision, memory)
+               for model in load_models(models, step_counts, solver=solver)]
+    out = make_folder(out)
+    known = read_rows(out / "evaluate.json")
+    extractor = load_extractor(features, on, inception_weights)
+    source, images = find_real(trained, data, size, skip_unreadable)
+    rows = []
+    with Progress(console=console, transient=True) as bar:
+        real = real_features(images, extractor, on, cache=cache.expanduser(),
+                             track=partial(bar.track, description="real images"),
+                             check=partial(check_shape, trained, source))
+        if data is None:
+            check_counts(trained, source, real.count)
+        settings = Settings(count, seed, solver, precision, batch, on, extractor, source, real)
+        jobs = jobs_of(trained, step_counts, settings)
+        task = bar.add_task("", total=count * sum(row.get("steps", 0) for _, row in jobs))
+        try:
+            for model, row in jobs:
+                bar.update(task, description=row["model"])
+                key = row["made_from"]
+                if key not in known:
+                    known[key] = row | measure(model, row, settings, partial(bar.advance, task))
+                    write_json(out / "evaluate.json", {"rows": list(known.values()), "hardware": hardware(on)})
+                    write_csv(out / "evaluate.csv", list(known.values()))
+                rows.append(known[key] | {name: row[name] for name in ("model", "data", "file") if name in row})
+        except KeyboardInterrupt:
+            if not rows:
+                raise
+    labels = [model.label if model else "real images" for model, _ in jobs]
+    console.print(table_of(rows, labels, settings))
+    for line in remarks(rows, settings):
+        say(line)
+    say_files(out, "evaluate.json", "evaluate.csv")
+    if len(rows) < len(jobs):
+        raise Stopped(f"stopped; {counted(len(rows), 'row')} of {len(jobs)} kept, the same command resumes")
 
-    evaluate(models, data, pick_device(device), out, steps=steps, count=count, size=size, features=features,
-             weights=inception_weights, solver=solver, batch=batch, precision=precision, seed=seed,
-             cache=cache.expanduser(), autoencoder=autoencoder, memory=memory, skip_unreadable=skip_unreadable)
+
+def find_real(models: list[Model], data: str | None, size: int | None, skip_unreadable: bool) -> tuple[str, Stream]:
+    """The source of the real images, and these: of --data, or what the models were trained on, read as it was then."""
+    recipes = [model.about["recipe"] for model in models]
+    if data is None:
+        sources = {os.path.realpath(name): name for name in (str(model.about["data"]) for model in models)}
+        if len(sources) > 1 or "" in sources.values():
+            raise BadInput(f"the models were trained on {', '.join(sorted(map(repr, sources.values())))}: expected "
+                           "--data, the images to compare all of them with")
+        data = next(iter(sources.values()))
+        size = size or recipes[0].get("size") or None
+        skip_unreadable = skip_unreadable or recipes[0].get("skip_unreadable", False)
+        if not models[0].draws_images:
+            encoded = known_on_disk(Path(data))
+            latents = models[0].about["latents"] or encoded
+            if "source" not in latents:
+                raise BadInput(f"{data} does not say what images its latents are of: expected --data, those images")
+            data, size = latents["source"], size or latents["size"]
+            skip_unreadable = skip_unreadable or bool(encoded.get("left_out"))
+        if data != "cifar10" and not Path(data).exists():
+            raise BadInput(f"{models[0].path} was trained on {data}, which is not here: expected --data, where its "
+                           "images lie now")
+    caches = [Path(recipe["cache"]) for recipe in recipes if recipe.get("cache")]
+    return data, stream_images(data, size=size, skip_unreadable=skip_unreadable, caches=caches)
+
+
+def check_counts(models: list[Model], source: str, count: int) -> None:
+    """BadInput if a model was trained on more or fewer images than lie there now."""
+    for model in models:
+        trained_on = model.about["images"]
+        if isinstance(trained_on, int) and trained_on != count and model.draws_images:
+            raise BadInput(f"{model.path} was trained on {counted(trained_on, 'image')}, {source} holds {count:,} "
+                           "now: expected --data, the images to compare with")
+
+
+def check_shape(models: list[Model], source: str, shape: tuple[int, int, int]) -> None:
+    """BadInput if the real images (C, H, W) are of another size than those of a model."""
+    for model in models:
+        if shape[1:] != (model.pixels, model.pixels):
+            raise BadInput(f"{model.path} makes images of {model.pixels}×{model.pixels} pixels, those of {source} are "
+                           f"{shape[2]}×{shape[1]}: expected equal sizes; --size {model.pixels} makes the real ones so")
+
+
+def jobs_of(models: list[Model], step_counts: list[int], settings: Settings) -> list[tuple[Model | None, dict]]:
+    """The rows to measure, the first without a model; "made_from" is a digest of all that their measures depend on."""
+    count, seed, solver, precision, _, device, extractor, source, real = settings
+    common = {"features": extractor.name, "data": source, "real_images": real.count, "real_digest": real.digest[:8],
+              "seed": seed}
+    made_from = [VERSION, real.digest, count, seed]
+    jobs = [(None, {"model": "real images", "made_from": digest_of("floor", made_from), **common})]
+    numbers = str(number_type(precision, device))
+    for model in models:
+        trained_as = [model.about[name] for name in ("network", "flow", "times")]
+        made_by = [digest_of_weights(model.net.state_dict()), trained_as, solver, numbers]
+        if model.decoder:
+            made_by.append(model.decoder.autoencoder.identity)
+        if isinstance(model.flow, Diffusion):
+            made_by += [model.flow.bound, model.flow.target]
+        for steps in step_counts:
+            jobs.append((model, {
+                "model": str(model.path), "steps": steps, "count": count, "file": str(model.about["file"]),
+                "trained_steps": model.about["step"], "solver": solver, **common,
+                "numbers": numbers.removeprefix("torch."), "made_from": digest_of(made_from + made_by, steps)}))
+    return jobs
+
+
+def measure(model: Model | None, row: dict, settings: Settings, advance: Callable[[int], None]) -> dict:
+    """The measures of one row, in how many seconds and on which GPU: calls on several machines add up.
+
+    advance  gets the number of steps that were made for all images, some at a time
+    """
+    count, seed, _, precision, batch, device, extractor, _, real = settings
+    begin = time.monotonic()
+    if model is None:
+        measures = floor(real, count, extractor, seed=seed, device=device)
+    else:
+        net = model.on(device, precision).net
+        features, logits = draw_features(
+            net, model.flow, range(count), model.shape, row["steps"], extractor, device, seed=seed,
+            batch=batch or at_once(model.net, device), decode=model.decode,
+            advance=lambda images: advance(images * row["steps"]))
+        model.net.cpu()  # only one of the models is on the GPU at a time
+        measures = score(features, real, extractor, logits=logits, seed=seed, device=device)
+    return {**measures, "seconds": round(time.monotonic() - begin, 2), "gpu": hardware(device)["gpu"] or "CPU"}
+
+
+def read_rows(path: Path) -> dict[str, dict]:
+    """The rows of earlier calls by what they were made from. BadInput for a file that no dansm evaluate wrote."""
+    if not path.exists():
+        return {}
+    try:
+        return {row["made_from"]: row for row in json.loads(path.read_text())["rows"]}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise BadInput(f"{path} cannot be read ({error!r}): expected what dansm evaluate wrote, or another --out"
+                       ) from error
+
+
+def table_of(rows: list[dict], labels: list[str], settings: Settings) -> Table:
+    frechet, kernel = settings.extractor.distances
+    if settings.extractor.name == INCEPTION:
+        title, measures = "FID", ("FID", "KID·10³", "IS")
+    else:
+        title, measures = f"Fréchet distance ({settings.extractor.name})", ("Fréchet", "kernel·10³")
+    lines = []
+    for label, row in zip(labels, rows, strict=False):  # Ctrl-C leaves some rows out
+        numbers = [f"{row[frechet]:.2f}", f"{1e3 * row[kernel]:.2f}"]
+        if "IS" in measures:
+            numbers.append(f"{row['inception_score']:.2f}" if "inception_score" in row else "")
+        lines.append([label, str(row.get("steps", "")), f"{row['count']:,}", *numbers,
+                      f"{row['precision']:.3f}", f"{row['recall']:.3f}"])
+    return table(f"{title} to {settings.real.count:,} images of {settings.source}",
+                 ["model", "steps", "images", *measures, "precision", "recall"], lines)
+
+
+def remarks(rows: list[dict], settings: Settings) -> list[str]:
+    """What a reader must know to interpret the numbers."""
+    taken, count, real = rows[0]["count"], settings.count, settings.real
+    bound = "no model can be expected to beat them" if taken == count else f"{count:,} would have a lower distance"
+    lines = [f"real images: {taken:,} of the {real.count:,} at random, against all; {bound}"]
+    dimensions = len(real.mean)
+    if min(count, real.count) < dimensions:
+        lines.append(f"{min(count, real.count):,} images are fewer than the {dimensions:,} features: distances are "
+                     "much too large; compare only those of equally many images")
+    return lines

