@@ -1,0 +1,34 @@
+"""Features for tests, as cheap as networks of features come: `--features features:seen`."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from dansm.scale.evaluate.extractors import Extractor
+from sklearn.datasets import load_digits
+
+
+def seen(images):
+    """Features of a random network: what it answers to edges and to light, its mean and its deviation. (N, 20)"""
+    weights = torch.randn(10, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    answers = F.conv2d(images.float() / 255, weights.to(images.device)).relu().flatten(2)
+    return torch.cat([answers.mean(2), answers.std(2)], 1)
+
+
+def of_three(images):
+    return torch.zeros(3, 4)
+
+
+def not_finite(images):
+    return torch.full((len(images), 2), torch.inf)
+
+
+NO_FUNCTION = {}
+SEEN = Extractor("seen", "seen", lambda images: (seen(images), None))
+PIXELS = Extractor("pixels", "pixels", lambda images: (images.flatten(1).float() / 255, None))
+
+
+def digits(count=600):
+    """Handwritten digits in three equal colours, uint8 (count, 3, 8, 8), and their classes."""
+    known = load_digits()
+    images = torch.from_numpy(np.round(known.images * 15.9375).astype(np.uint8))[:, None].expand(-1, 3, -1, -1)
+    return images[:count].contiguous(), torch.from_numpy(known.target[:count])
