@@ -162,7 +162,13 @@ def read_average(path: Path, average: int = 0) -> tuple[dict[str, Tensor], dict]
     """
     if path.suffix == ".safetensors" and not path.is_dir():
         return _read_export(path)
-    path, state = _read_checkpoint(path)
+    if path.is_dir():
+        newest = checkpoint.load_newest(path)
+        if newest is None:
+            raise BadInput(f"{path} holds no checkpoint: expected the folder that a dansm train wrote into")
+        path, state = newest
+    else:
+        state = checkpoint.load(path)
     with checkpoint.reading(path):
         averages, recipe = state["training"]["averages"], state["recipe"]
         if average >= len(averages):
@@ -172,18 +178,6 @@ def read_average(path: Path, average: int = 0) -> tuple[dict[str, Tensor], dict]
                  "times": recipe["times"], "step": state["training"]["step"], "decay": averages[average]["decay"],
                  "data": state["data"], "recipe": recipe, "latents": state["latents"], "images": state["images"]}
         return averages[average]["weights"], about
-
-
-def _read_checkpoint(path: Path) -> tuple[Path, dict]:
-    """The checkpoint's file and its state."""
-    if not path.exists():
-        raise BadInput(f"{path} does not exist: expected a run's folder, one of its checkpoints, or an export")
-    if not path.is_dir():
-        return path, checkpoint.load(path)
-    newest = checkpoint.load_newest(path)
-    if newest is None:
-        raise BadInput(f"{path} holds no checkpoint: expected the folder that a dansm train wrote into")
-    return newest
 
 
 def _read_export(path: Path) -> tuple[dict[str, Tensor], dict]:

@@ -8,6 +8,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,20 +27,12 @@ RECIPES = Path(__file__).with_name("recipes")
 RENAMED = {"pool": "pool_dtype", "fast": "tf32", "decay": "ema_decay", "resident": "data_on_gpu"}
 REMOVED = {"ages": "on CIFAR-10 several pools were level with one, at four times the memory"}
 
-DATA = "Data"
-NETWORK = "Network"
-FLOW = "Flow and matching"
-STEPS = "Steps"
-RUN = "Run"
-EVALUATION = "Evaluation"
-
 
 def setting(part: str, text: str, default: Any = dataclasses.MISSING, *, least: float | None = None,
             most: float | None = None, choices=(), empty: bool = False, free: bool = False):
     """A field of `Recipe`.
 
-    part         heading it stands under, in the help and in a recipe.toml
-    text         its help
+    part, text   its heading and its help
     least, most  bounds of a number, or of each of several numbers
     choices      the words that are allowed
     empty        a list of numbers may be empty
@@ -49,74 +42,78 @@ def setting(part: str, text: str, default: Any = dataclasses.MISSING, *, least: 
         part=part, text=text, least=least, most=most, choices=tuple(choices), empty=empty, free=free))
 
 
+in_data = partial(setting, "Data")
+in_network = partial(setting, "Network")
+in_flow = partial(setting, "Flow and matching")
+in_steps = partial(setting, "Steps")
+in_run = partial(setting, "Run")
+in_evaluation = partial(setting, "Evaluation", free=True)
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """All settings of a training run. BadInput for a value of the wrong type or range; a list is taken as a tuple and a
     whole number as a float where the setting has these."""
 
-    data: str = setting(DATA, "cifar10, or the path of a folder or archive of images, an lmdb, or latents")
-    size: int = setting(DATA, "resize images to squares of this many pixels; 0: as they are", 0, least=0, most=4096)
-    flip: bool | None = setting(DATA, "mirror a random half of the images in each epoch [images yes, latents no]", None)
-    skip_unreadable: bool = setting(DATA, "leave out images that cannot be read", False)
-    cache: str = setting(DATA, "folder that keeps the decoded images; several processes always share them, by default "
-                         "in ~/.cache/dansm/images", "", free=True)
-    data_on_gpu: str = setting(DATA, "keep the data in the GPU's memory; auto: if it takes at most half of it", "auto",
+    data: str = in_data("cifar10, or the path of a folder or archive of images, an lmdb, or latents")
+    size: int = in_data("resize images to squares of this many pixels; 0: as they are", 0, least=0, most=4096)
+    flip: bool | None = in_data("mirror a random half of the images in each epoch [images yes, latents no]", None)
+    skip_unreadable: bool = in_data("leave out images that cannot be read", False)
+    cache: str = in_data("folder that keeps the decoded images; several processes share them in any case, in "
+                         "~/.cache/dansm/images if none is named", "", free=True)
+    data_on_gpu: str = in_data("keep the data in the GPU's memory; auto: if it takes at most half of it", "auto",
                                choices=("auto", "yes", "no"), free=True)
 
-    network: str = setting(NETWORK, "ncsnpp and ddpm are the paper's", "ncsnpp", choices=dansm.NETWORKS)
-    width: int | None = setting(NETWORK, "channels at the first level, an even number", None, least=4)
-    multipliers: tuple[int, ...] | None = setting(NETWORK, "of the width, one for each level", None, least=1)
-    blocks: int | None = setting(NETWORK, "residual blocks at each level", None, least=1)
-    attention_at: tuple[int, ...] | None = setting(NETWORK, "image sizes at which there is attention", None, least=1,
-                                                   empty=True)
-    dropout: float | None = setting(NETWORK, "share of activations dropped", None, least=0, most=1)
+    network: str = in_network("ncsnpp and ddpm are the paper's", "ncsnpp", choices=dansm.NETWORKS)
+    width: int | None = in_network("channels at the first level, an even number", None, least=4)
+    multipliers: tuple[int, ...] | None = in_network("of the width, one for each level", None, least=1)
+    blocks: int | None = in_network("residual blocks at each level", None, least=1)
+    attention_at: tuple[int, ...] | None = in_network("image sizes with attention", None, least=1, empty=True)
+    dropout: float | None = in_network("share of activations dropped", None, least=0, most=1)
 
-    flow: str = setting(FLOW, "what the network learns", "rectified", choices=dansm.FLOWS)
-    times: str = setting(FLOW, "distribution of the training times t", "uniform", choices=dansm.TIMES)
-    target: str = setting(FLOW, "what a diffusion's network predicts", "noise", choices=dansm.TARGETS)
-    method: str = setting(FLOW, "how noises are paired with samples; greedy, from a pool, is the paper's", "greedy",
-                          choices=dansm.METHODS)
-    match_size: int = setting(FLOW, "greedy: noises in the pool, 0 or 1 gives random pairs; optimal: samples assigned "
+    flow: str = in_flow("what the network learns", "rectified", choices=dansm.FLOWS)
+    times: str = in_flow("distribution of the training times t", "uniform", choices=dansm.TIMES)
+    target: str = in_flow("what a diffusion's network predicts", "noise", choices=dansm.TARGETS)
+    method: str = in_flow("how noises are paired with samples; the paper's is greedy", "greedy", choices=dansm.METHODS)
+    match_size: int = in_flow("greedy: noises in the pool, 0 or 1 gives random pairs; optimal: samples assigned "
                               "together; nearest: noises drawn for each sample", 10_000, least=0)
-    cost: str = setting(FLOW, "what matching minimises: squared distance, as in the paper, or −⟨x, z⟩", "squared",
+    cost: str = in_flow("what near means: squared distance, as in the paper, or −⟨x, z⟩", "squared",
                         choices=dansm.COSTS)
-    match_scope: str = setting(FLOW, "a pool for each process, or one over all", "rank", choices=("rank", "global"))
-    tf32: bool = setting(FLOW, "match in tf32 on a GPU: faster, as good on average", False)
-    pool_dtype: str = setting(FLOW, "number type of the pool's noises; bf16 takes half the memory", "fp32",
-                              choices=("fp32", "bf16"))
+    match_scope: str = in_flow("a pool for each process, or one over all", "rank", choices=("rank", "global"))
+    tf32: bool = in_flow("match in tf32 on a GPU: faster, as good on average", False)
+    pool_dtype: str = in_flow("number type of the noises; bf16 takes half the memory", "fp32", choices=("fp32", "bf16"))
 
-    batch: int = setting(STEPS, "samples in a step, over all processes together", 128, least=1)
-    accumulate: int = setting(STEPS, "parts into which a process cuts its share of the batch", 1, least=1)
-    lr: float = setting(STEPS, "learning rate of Adam", 2e-4, least=1e-9, most=1e30)
-    warmup: int = setting(STEPS, "steps over which the learning rate rises", 0, least=0)
-    clip: float = setting(STEPS, "largest norm of the gradient", 1.0, least=1e-9, most=1e30)
-    ema_decay: tuple[float, ...] = setting(STEPS, "of each moving average; samples are drawn from the first",
-                                           (0.9999,), least=0, most=1)
-    precision: str = setting(STEPS, "auto: bf16, on older GPUs fp16, on the CPU fp32", "auto",
-                             choices=("auto", "bf16", "fp16", "fp32"))
-    compile: bool = setting(STEPS, "on a GPU, compile kernels: a later start, then faster steps", True, free=True)
-    deterministic: bool = setting(STEPS, "same result to the last bit, slower", False)
+    batch: int = in_steps("samples in a step, over all processes together", 128, least=1)
+    accumulate: int = in_steps("parts into which a process cuts its share of the batch", 1, least=1)
+    lr: float = in_steps("learning rate of Adam", 2e-4, least=1e-9, most=1e30)
+    warmup: int = in_steps("steps over which the learning rate rises", 0, least=0)
+    clip: float = in_steps("largest norm of the gradient", 1.0, least=1e-9, most=1e30)
+    ema_decay: tuple[float, ...] = in_steps("of each moving average; samples come from the first", (0.9999,), least=0,
+                                            most=1)
+    precision: str = in_steps("auto: bf16, on older GPUs fp16, on the CPU fp32", "auto",
+                              choices=("auto", "bf16", "fp16", "fp32"))
+    compile: bool = in_steps("on a GPU, compile kernels: a later start, then faster steps", True, free=True)
+    deterministic: bool = in_steps("same result to the last bit, slower", False)
 
-    steps: int = setting(RUN, "training steps in all", 100_000, least=1, free=True)
-    minutes: float = setting(RUN, "stop this call after this many minutes; 0: no limit", 0.0, least=0, free=True)
-    save_minutes: float = setting(RUN, "minutes between two checkpoints", 5.0, least=0, free=True)
-    keep: int = setting(RUN, "checkpoints kept", 3, least=1, free=True)
-    log_steps: int = setting(RUN, "steps between two lines of the log", 50, least=1, free=True)
-    sample_steps: int = setting(RUN, "steps from noise to image for the grids of samples", 20, least=1, free=True)
-    seed: int = setting(RUN, "same seed, same result on the same machine", 0, least=0, most=2**32 - 1)
+    steps: int = in_run("training steps in all", 100_000, least=1, free=True)
+    minutes: float = in_run("stop this call after this many minutes; 0: no limit", 0.0, least=0, free=True)
+    save_minutes: float = in_run("minutes between two checkpoints", 5.0, least=0, free=True)
+    keep: int = in_run("checkpoints kept", 3, least=1, free=True)
+    log_steps: int = in_run("steps between two lines of the log", 50, least=1, free=True)
+    sample_steps: int = in_run("steps from noise to image for the grids of samples", 20, least=1, free=True)
+    seed: int = in_run("same seed, same result on the same machine", 0, least=0, most=2**32 - 1)
 
-    evaluate_every: int = setting(EVALUATION, "training steps between two evaluations; 0: none. Latents are evaluated "
-                                  "after training, by dansm evaluate --autoencoder", 0, least=0, free=True)
-    evaluate_at: tuple[int, ...] = setting(EVALUATION, "further training steps after which to evaluate", (), least=1,
-                                           empty=True, free=True)
-    evaluate_steps: tuple[int, ...] = setting(EVALUATION, "counts of steps from noise to image, a row for each",
-                                              (3, 5, 10), least=1, most=10_000, free=True)
-    evaluate_count: int = setting(EVALUATION, "images drawn for each row", 10_000, least=2, free=True)
-    evaluate_measures: str = setting(EVALUATION, "all, or the Fréchet distance alone, which is faster", "all",
-                                     choices=("all", "distance"), free=True)
-    evaluate_features: str = setting(EVALUATION, "inception, efficientnet-lite0, or another network as module:callable",
-                                     "inception", free=True)
-    inception_weights: str = setting(EVALUATION, "file with its weights, if they cannot be downloaded", "", free=True)
+    evaluate_every: int = in_evaluation("training steps between two evaluations; 0: none. Latents are evaluated after "
+                                        "training, by dansm evaluate --autoencoder", 0, least=0)
+    evaluate_at: tuple[int, ...] = in_evaluation("further steps after which to evaluate", (), least=1, empty=True)
+    evaluate_steps: tuple[int, ...] = in_evaluation("counts of steps from noise to image, a row for each", (3, 5, 10),
+                                                    least=1, most=10_000)
+    evaluate_count: int = in_evaluation("images drawn for each row", 10_000, least=2)
+    evaluate_measures: str = in_evaluation("all, or the Fréchet distance alone, which is faster", "all",
+                                           choices=("all", "distance"))
+    evaluate_features: str = in_evaluation("inception, efficientnet-lite0, or any network as module:callable",
+                                           "inception")
+    inception_weights: str = in_evaluation("file with its weights, if they cannot be downloaded", "")
 
     def __post_init__(self):
         for name in SETTINGS:
@@ -124,8 +121,7 @@ class Recipe:
         if self.accumulate > self.batch:
             raise BadInput(f"accumulate is {self.accumulate}: expected at most {self.batch}, the batch that it cuts")
         if self.target != "noise" and self.flow != "diffusion":
-            raise BadInput(f"--target {self.target} needs --flow diffusion, --flow is {self.flow}: a rectified flow "
-                           "always predicts the velocity")
+            raise BadInput(f"--target {self.target} needs --flow diffusion: a rectified flow predicts the velocity")
 
     def network_settings(self, channels: int, size: int) -> dict:
         """The arguments of `dansm.UNet` for images (channels, size, size)."""
