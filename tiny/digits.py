@@ -1,39 +1,54 @@
 """First images: the 1,797 handwritten digits that come with scikit-learn, 8×8 pixels, paired at random and matched.
 
-Equal trainings for each seed, but for the pairing; then the same noise through both, at several step counts. The
+The trainings of a seed differ only in their pairs; their networks draw from the same noises in several step counts. The
 distance is Fréchet's in the space of the 64 pixels: no feature network is needed, and it compares with no FID.
 """
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from itertools import islice
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from dansm.scale.base.colours import INK, MATCHED, OPTIMAL, RANDOM
 from dansm.scale.base.files import make_folder, write_json
 from dansm.scale.base.machine import hardware
 from dansm.scale.base.noise import path_noise
 from dansm.scale.base.statistics import frechet_distance
-from dansm.scale.base.text import Stopped, counted, say, say_files
-from einops import rearrange
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
-from torch import Tensor
+from dansm.scale.base.text import counted, say_files
+from torch import Tensor, nn
 
 import dansm
 
+from .comparison import bar, each_seed, print_table
+
 STEP_COUNTS = (1, 2, 3, 5, 10)
+CURVES = (1, 2, 5, 10)  # the step counts with a curve
 NETWORK = dict(channels=1, size=8, width=16, multipliers=(1, 2), blocks=1, attention_at=(4,), dropout=0.0, biggan=False)
-LOOKS = {"random": dict(color="#8a97a8", marker="o"), "optimal": dict(color="#7a4b94", marker="D"),
-         "greedy": dict(color="#c8441b", marker="s")}
-CURVES = (1, 2, 5, 10)  # of STEP_COUNTS, those with a curve
-BATCH, RATE, DECAY = 64, 1e-3, 0.995  # for other batches see `train_one`
+LOOKS = {"random": dict(color=RANDOM, marker="o"), "optimal": dict(color=OPTIMAL, marker="D"),
+         "greedy": dict(color=MATCHED, marker="s")}
+BATCH, RATE, DECAY = 64, 1e-3, 0.995  # for other batches see `train`
+
+
+@dataclass
+class Settings:
+    """The options of `dansm digits`; its help says what each sets."""
+
+    match_size: int
+    batch: int
+    ways: list[str]  # of LOOKS
+    steps: int
+    marks: list[int]  # training steps after which to evaluate, ascending; the last is `steps`
+    seeds: list[int]
+
+    def name(self, way: str) -> str:
+        """What figures and tables call it."""
+        return {"random": "random pairs", "optimal": f"assigned within batches of {self.batch}",
+                "greedy": f"matched, pool of {self.match_size:,}"}[way]
 
 
 def load_digits() -> Tensor:
@@ -43,195 +58,130 @@ def load_digits() -> Tensor:
     return torch.from_numpy(load_digits().images).float()[:, None] / 8 - 1
 
 
+def run(settings: Settings, device: torch.device, out: Path) -> None:
+    """Train and evaluate every way with every seed. digits.json and the pictures are written after each seed, so they
+    stay when the run is stopped; curve.png is drawn if there are several marks."""
+    images = load_digits().to(device)
+    halves = np.array_split(np.random.default_rng(0).permutation(len(images)), 2)
+    result = {"data": "1,797 digits of scikit-learn, 8×8", **asdict(settings), "step_counts": STEP_COUNTS,
+              "hardware": hardware(device), "runs": [],
+              "real_half_against_half": frechet_distance(*(images[half] for half in halves))}
+    (make_folder(out) / "curve.png").unlink(missing_ok=True)  # from an earlier call
+    for by_way in each_seed(partial(train_and_evaluate, images, settings), settings.ways, settings.seeds,
+                            out / "digits.json"):
+        result["runs"] += [run for runs, _ in by_way.values() for run in runs]
+        write_json(out / "digits.json", result)
+        draw_picture(result, settings, {way: samples for way, (_, samples) in by_way.items()}, out / "digits.png")
+        if len(settings.marks) > 1:
+            draw_curve(result, settings, out / "curve.png")
+    rows = [{"way": settings.name(run["method"]), "path length": run["path_length"]}
+            | {counted(count, "step"): distance for count, distance in run["distance"].items()}
+            for run in result["runs"] if run["trained_steps"] == settings.steps]
+    floor = result["real_half_against_half"]
+    print_table(rows, f"Digits, {settings.steps:,} steps of {settings.batch}",
+                f"Steps: Fréchet distance in 64 pixels; real digits, half against half: {floor:.2f}.")
+    say_files(out, *sorted(file.name for file in out.glob("*.png")), "digits.json")
+
+
+def train_and_evaluate(images: Tensor, settings: Settings, way: str, seed: int) -> tuple[list[dict], dict[int, Tensor]]:
+    """The runs of digits.json, one for each mark, and the samples of the last by step count."""
+    noise = path_noise(range(len(images)), images.shape[1:], seed, images.device)  # the same for every network
+    runs = []
+    for step, net, length in train(images, way, settings, seed):
+        samples = {count: draw_samples(net, noise, count) for count in STEP_COUNTS}
+        distances = {count: frechet_distance(drawn, images) for count, drawn in samples.items()}
+        runs.append({"seed": seed, "method": way, "trained_steps": step, "path_length": length, "distance": distances})
+    return runs, samples
+
+
+def train(images: Tensor, way: str, settings: Settings, seed: int) -> Iterator[tuple[int, nn.Module, float]]:
+    """Train once and yield, at each mark, the step, the averaged network and the mean length of the paths so far.
+
+    For other batches than BATCH the learning rate grows with their root, as their gradients' noise falls with it, and
+    the average is over as many images.
+    """
+    torch.manual_seed(seed)  # equal first weights and training times for every way
+    share = settings.batch / BATCH
+    net = dansm.UNet(**NETWORK).to(images.device)
+    training = dansm.Training(net, lr=RATE * share**0.5, decay=DECAY**share)
+    flow, lengths = dansm.RectifiedFlow(), []
+    pairs = bar(paired(images, way, settings, seed), settings.steps, f"{settings.name(way)}, seed {seed}")
+    for step, (x, z) in enumerate(pairs, 1):
+        training.gradients(flow, x, z)
+        training.update()
+        lengths.append(dansm.path_length(x, z))
+        if step in settings.marks:
+            yield step, training.average, fmean(lengths)
+
+
+def paired(images: Tensor, way: str, settings: Settings, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless pairs (x, z), both (batch, 1, 8, 8); the same images for every way."""
+    match_size = settings.batch if way == "optimal" else settings.match_size
+    return dansm.pairs(batches(images, settings.batch, seed), way, match_size, seed=seed)
+
+
 def batches(images: Tensor, batch: int, seed: int) -> Iterator[Tensor]:
-    """Endless random batches (batch, 1, 8, 8), the same for every way of pairing."""
     draw = np.random.default_rng(seed)
     while True:
         yield images[torch.from_numpy(draw.integers(len(images), size=batch)).to(images.device)]
 
 
-def run(*, match_size: int = 1000, steps: int = 500, batch: int = BATCH, optimal: bool = False,
-        evaluate_at: Iterable[int] = (), seeds: int = 2, seed: int = 0, device="cpu", out: Path) -> dict:
-    """Train each way of pairing `steps` steps for each of `seeds` seeds; writes digits.json and digits.png into `out`
-    after each seed, so that Ctrl-C keeps those done. Judged at the end, and after as many steps as `evaluate_at` says
-    before, which curve.png shows then. `optimal`: linear assignment within each batch, too."""
-    if late := [mark for mark in evaluate_at if mark > steps]:
-        raise dansm.BadInput(f"--evaluate-at is {late[0]:,}: expected at most --steps, {steps:,}")
-    console, images = Console(), load_digits().to(device)
-    ways = [way for way in LOOKS if {"optimal": optimal}.get(way, True)]
-    marks = sorted({mark for mark in evaluate_at if mark < steps} | {steps})
-    halves = np.array_split(np.random.default_rng(0).permutation(len(images)), 2)
-    result = {"data": "1,797 digits of scikit-learn, 8×8", "batch": batch, "steps": steps, "match_size": match_size,
-              "ways": ways, "step_counts": STEP_COUNTS, "hardware": hardware(device), "runs": [],
-              "real_half_against_half": frechet_distance(*(images[half] for half in halves))}
-    bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[loss]}"),
-                   TimeElapsedColumn(), TimeRemainingColumn(), console=console)
-    (make_folder(out) / "curve.png").unlink(missing_ok=True)  # of a call before
-    with bar, _saying_what_is_kept(result, seeds, len(ways) * len(marks), out):
-        task = bar.add_task("training", total=seeds * len(ways) * (steps + len(marks) * 2 * sum(STEP_COUNTS)), loss="")
-        for each in range(seed, seed + seeds):
-            samples = {}
-            for way in ways:
-                bar.update(task, description=f"{way}, seed {each}")
-                training = train_one(images, way, match_size, batch, marks, each,
-                                     lambda loss: bar.update(task, advance=1, loss=f"loss {loss:.3f}"))
-                for mark, net, length in training:
-                    distances = {}
-                    for count in STEP_COUNTS:
-                        samples[way, count] = draw_samples(net, len(images), count, each, device)
-                        distances[count] = frechet_distance(samples[way, count], images)
-                        bar.update(task, advance=2 * count)  # a step over all digits takes about two of training
-                    result["runs"].append({"seed": each, "method": way, "trained_steps": mark, "path_length": length,
-                                           "distance": distances})
-                if not console.is_terminal:  # where the bar is not drawn
-                    say(f"{way}, seed {each}: trained")
-            write_json(out / "digits.json", result)
-            draw_picture(result, samples, out / "digits.png")
-            if len(marks) > 1:
-                draw_curve(result, marks, out / "curve.png")
-    print_table(result, console)
-    say_files(out, "digits.png", *["curve.png"] * (len(marks) > 1), "digits.json")
-    return result
-
-
-@contextmanager
-def _saying_what_is_kept(result: dict, seeds: int, a_seed: int, out: Path):
-    try:
-        yield
-    except KeyboardInterrupt as stop:
-        done = len(result["runs"]) // a_seed
-        raise Stopped(f"stopped: {done} of {counted(seeds, 'seed')} in {out / 'digits.json'}" if done else
-                            "stopped before the first seed was done, nothing is kept") from stop
-
-
-def train_one(images: Tensor, way: str, match_size: int, batch: int, marks: list[int], seed: int,
-              report: Callable[[float], None]) -> Iterator[tuple[int, torch.nn.Module, float]]:
-    """One training; at each of `marks`, steps in rising order, it yields that, the averaged network and the mean length
-    of the paths it was trained on. The last ends it. For other batches than BATCH the learning rate goes with their
-    root, as their gradients' noise does, and the average is over as many images."""
-    torch.manual_seed(seed)  # equal first weights and training times for every way
-    share = batch / BATCH
-    training = dansm.Training(dansm.UNet(**NETWORK).to(images.device), lr=RATE * share**0.5, decay=DECAY**share)
-    lengths = []
-
-    def measured(pairs):
-        for x, z in pairs:
-            lengths.append(dansm.path_length(x, z))
-            yield x, z
-
-    stream = measured(paired(images, way, match_size, batch, seed))
-    for step, loss in enumerate(islice(dansm.train(training, dansm.RectifiedFlow(), stream), marks[-1]), 1):
-        report(loss.item())
-        if step in marks:
-            yield step, training.average, statistics.fmean(lengths)
-
-
-def paired(images: Tensor, way: str, match_size: int, batch: int, seed: int) -> Iterator:
-    """Endless pairs (x, z), both (batch, 1, 8, 8), by one of the ways of LOOKS."""
-    stream = batches(images, batch, seed)
-    return dansm.pairs(stream, way, batch if way == "optimal" else match_size, seed=seed)
-
-
-def draw_samples(net, count: int, steps: int, seed: int, device) -> Tensor:
-    """(count, 1, 8, 8) from the same noises for every network."""
-    noise = path_noise(range(count), (1, 8, 8), seed, device)
+def draw_samples(net: nn.Module, noise: Tensor, steps: int) -> Tensor:
     flow = dansm.RectifiedFlow()
     return torch.cat([flow.sample(net, z, steps) for z in noise.split(512)])
 
 
-def mean_and_spread(result: dict, way: str, count: int, mark: int | None = None) -> tuple[float, float, float]:
-    """Mean, least and most over seeds of the distance at a step count, after `mark` training steps or at the end."""
-    values = [run["distance"][count] for run in result["runs"]
-              if (run["method"], run["trained_steps"]) == (way, mark or result["steps"])]
-    return statistics.fmean(values), min(values), max(values)
+# ------------ Pictures ------------------------------------------------------------------------------------------------
 
 
-def told(found: tuple[float, float, float]) -> str:
-    mean, least, most = found
-    return f"{mean:.2f}" if least == most else f"{mean:.2f} ({least:.2f} … {most:.2f})"
+def draw_picture(result: dict, settings: Settings, samples: dict[str, dict[int, Tensor]], path: Path) -> None:
+    """Left samples of two ways from the same noises, two rows for each step count; right the distances."""
+    from .pictures import name_axes, plt, save, show_images
+
+    figure, (*pair, panel) = plt.subplots(1, 3, figsize=(11, 4.1), layout="constrained")
+    for tiles, way in zip(pair, ("random", "greedy"), strict=True):
+        show_images(tiles, torch.cat([samples[way][count][:20] for count in STEP_COUNTS]), rows=2 * len(STEP_COUNTS))
+        tiles.set_title(settings.name(way))
+        for i, count in enumerate(STEP_COUNTS):
+            tiles.text(-2, 20 * i + 10, counted(count, "step"), ha="right", va="center")
+    draw_distances(panel, result, settings, STEP_COUNTS, [(settings.steps, count) for count in STEP_COUNTS])
+    name_axes(panel, "steps from noise to image", "Fréchet distance in 64 pixels")
+    save(figure, path, dpi=120)
 
 
-def print_table(result: dict, console: Console) -> None:
-    table = Table(title="Fréchet distance to the digits in 64 pixels: mean over seeds (least … most)",
-                  caption=f"real digits, one half against the other: {result['real_half_against_half']:.2f}")
-    for name in "steps", *names_of(result).values(), "pool / random":
-        table.add_column(name, justify="right")
-    for count in STEP_COUNTS:
-        of = {way: mean_and_spread(result, way, count) for way in result["ways"]}
-        table.add_row(str(count), *map(told, of.values()),
-                      f"{of['greedy'][0] / of['random'][0]:.2f}")
-    console.print(table)
+def draw_curve(result: dict, settings: Settings, path: Path) -> None:
+    """Distance against images trained on, a panel for each count of sampling steps."""
+    from .pictures import name_axes, plt, save
 
-
-def draw_picture(result: dict, samples: dict, path: Path) -> None:
-    """Left the last seed's samples of both ways from the same noises, a row a step count; right the distances."""
-    import matplotlib.pyplot as plt
-
-    names = names_of(result)
-    figure = plt.figure(figsize=(11, 4.1), layout="constrained")
-    grid = figure.add_gridspec(len(STEP_COUNTS), 3, width_ratios=(1, 1, 0.95), hspace=0.02)
-    for column, way in enumerate(("random", "greedy")):
-        for row, count in enumerate(STEP_COUNTS):
-            axes = figure.add_subplot(grid[row, column])
-            spaced = F.pad(samples[way, count][:20].cpu(), (1, 1, 1, 1), value=-1)
-            tiles = rearrange(spaced, "(row column) 1 h w -> (row h) (column w)", row=2)
-            axes.imshow(tiles.numpy(), cmap="gray_r", vmin=-1, vmax=1)
-            axes.set_xticks([])
-            axes.set_yticks([])
-            axes.spines[:].set_visible(False)
-            if row == 0:
-                axes.set_title(names[way], fontsize=11)
-            if column == 0:
-                axes.set_ylabel(counted(count, "step"), rotation=0, ha="right", va="center", fontsize=10)
-    axes = figure.add_subplot(grid[:, 2])
-    for way, name in names.items():
-        mean, least, most = zip(*(mean_and_spread(result, way, count) for count in STEP_COUNTS), strict=True)
-        axes.plot(STEP_COUNTS, mean, label=name, **(look := LOOKS[way]))
-        axes.fill_between(STEP_COUNTS, least, most, color=look["color"], alpha=0.2)
-    floor = result["real_half_against_half"]
-    axes.axhline(floor, color="#555555", linestyle=":", label="real digits, half against half")
-    axes.set(xscale="log", yscale="log", xlabel="steps from noise to image", ylabel="Fréchet distance in 64 pixels")
-    axes.set_xticks(STEP_COUNTS, [str(count) for count in STEP_COUNTS])
-    plain_ticks(axes, floor)
-    axes.legend(frameon=False, fontsize=9)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def draw_curve(result: dict, marks: list[int], path: Path) -> None:
-    """Distance against the images trained on, a panel for each count of sampling steps."""
-    import matplotlib.pyplot as plt
-
-    names, floor = names_of(result), result["real_half_against_half"]
-    images = [result["batch"] * mark for mark in marks]
     figure, panels = plt.subplots(1, len(CURVES), figsize=(11, 3.1), layout="constrained")
-    for axes, count in zip(panels, CURVES, strict=True):
-        for way, name in names.items():
-            mean, least, most = zip(*(mean_and_spread(result, way, count, mark) for mark in marks), strict=True)
-            axes.plot(images, mean, label=name, **(look := LOOKS[way]))
-            axes.fill_between(images, least, most, color=look["color"], alpha=0.2)
-        axes.axhline(floor, color="#555555", linestyle=":", label="real digits, half against half")
-        axes.set(xscale="log", yscale="log")
-        axes.set_title(counted(count, "sampling step"), fontsize=11)
-        axes.set_xticks(images, [f"{number / 1000:g}" for number in images])
-        plain_ticks(axes, floor)
+    thousands = [settings.batch * mark / 1000 for mark in settings.marks]
+    for panel, count in zip(panels, CURVES, strict=True):
+        draw_distances(panel, result, settings, thousands, [(mark, count) for mark in settings.marks])
+        panel.set_title(counted(count, "sampling step"))
+        name_axes(panel, "", "")
+        panel.get_legend().remove()
     panels[0].set_ylabel("Fréchet distance in 64 pixels")
     figure.supxlabel("images trained on, thousands", fontsize=10)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    save(figure, path, dpi=120)
 
 
-def names_of(result: dict) -> dict[str, str]:
-    """Of the ways that were trained, as figures and tables call them."""
-    all_names = {"random": "random pairs", "optimal": f"assigned within batches of {result['batch']}",
-                 "greedy": f"matched, pool of {result['match_size']:,}"}
-    return {way: all_names[way] for way in result["ways"]}
+def draw_distances(panel, result: dict, settings: Settings, across: Sequence[float], cells: list[tuple]) -> None:
+    """Draw the distances of every way: the mean over seeds as a line, their range as a band.
 
+    cells: (training steps, sampling steps) at each of `across`
+    """
+    from .pictures import log_axis
 
-def plain_ticks(axes, floor: float) -> None:
-    """0.5, 1, 2, 5 in place of powers of ten."""
-    ticks = [tick for tick in (0.2, 0.3, 0.5, 1, 2, 3, 5, 10, 20, 50) if floor / 2 < tick < axes.get_ylim()[1]]
-    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.minorticks_off()
-    axes.grid(True, alpha=0.25)
+    for way in settings.ways:
+        values = [[run["distance"][count] for run in result["runs"]
+                   if (run["method"], run["trained_steps"]) == (way, steps)] for steps, count in cells]
+        panel.plot(across, [fmean(value) for value in values], label=settings.name(way), **LOOKS[way])
+        panel.fill_between(across, [min(value) for value in values], [max(value) for value in values],
+                           color=LOOKS[way]["color"], alpha=0.2)
+    floor = result["real_half_against_half"]
+    panel.axhline(floor, color=INK, linestyle=":", label="real digits, half against half")
+    log_axis(panel, "x", across)
+    panel.set(yscale="log")
+    highest = panel.get_ylim()[1]
+    log_axis(panel, "y", [tick for tick in (0.2, 0.3, 0.5, 1, 2, 3, 5, 10, 20, 50) if floor / 2 < tick < highest])

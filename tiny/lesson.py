@@ -7,7 +7,7 @@
 # lines of code and a picture; every number comes from the code beside it. You need the mathematics of school, and to
 # have trained a network once.
 #
-# `python -m tiny.lesson` runs all of it in less than a minute and leaves the pictures in `runs/lesson`;
+# `python -m dansm.tiny.lesson` runs all of it in less than a minute and leaves the pictures in `runs/lesson`;
 # `tiny/lesson.ipynb` is the same as a notebook.
 
 # %%
@@ -16,11 +16,10 @@ from pathlib import Path
 
 import torch
 from dansm.scale.base.statistics import squared_distances
+from dansm.tiny import digits, pictures, toy
 from scipy import stats
 
 import dansm
-
-from . import digits, pictures, toy
 
 SHAPE, SEED = "two-moons", 2
 OUT = Path(os.environ.get("LESSON_OUT", "runs/lesson"))
@@ -172,8 +171,9 @@ for method, of_method in w2.items():
     listed = ", ".join(f"{value:.3f} in {steps}" for steps, value in of_method.items())
     print(f"W2² of {pictures.NAMES[method]}: {listed} steps")
 print(f"W2² of other points of the data: {floor:.3f}")
-samples = {method: {steps: flow.sample(net, z, steps) for steps in toy.STEPS_SHOWN} for method, net in nets.items()}
-pictures.draw_few_steps(x, samples, w2, OUT / "7-steps.png")
+samples = {pictures.NAMES[method]: {f"steps: {steps}": (x, flow.sample(net, z, steps), f"W2² {w2[method][steps]:.3f}")
+                                    for steps in toy.STEPS_SHOWN} for method, net in nets.items()}
+pictures.draw_samples(samples, OUT / "7-steps.png")
 
 # %% [markdown]
 # ## 8  The batch size does not matter

@@ -40,10 +40,11 @@ def shorten(text: str, width: int) -> str:
     return f"{text[: width - 1 - end]}…{text[len(text) - end :]}"
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "", texts: int = 1) -> Table:
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "",
+          texts: int = 1) -> Table:
     """A table that fits a terminal. The first `texts` columns hold text and stand left, the others numbers."""
     shown = Table(title=title, title_justify="left", caption=caption, caption_justify="left", box=box.SIMPLE_HEAD,
-                  pad_edge=False)
+                  collapse_padding=True, pad_edge=False)
     for place, name in enumerate(columns):
         if place < texts:
             shown.add_column(name, overflow="fold")

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from dansm import BadInput
+
 from ..base.machine import pick_device
 from ..model.recipe import parse_counts
 from .options import Device, Out, Seed, command_app
@@ -18,7 +20,7 @@ app = command_app()
 def digits(
     match_size: Annotated[int, typer.Option(min=2, help="noises in the pool, compared with random pairs")] = 1000,
     steps: Annotated[int, typer.Option(min=1, help="training steps for each way of pairing")] = 500,
-    batch: Annotated[int, typer.Option(min=1, help="images a step; down to 1, where a batch has no choice")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="images a step; a batch of 1 has no choice without a pool")] = 64,
     optimal: Annotated[bool, typer.Option("--optimal", help="also linear assignment within each batch")] = False,
     evaluate_at: Annotated[str | None, typer.Option(
         help="comma-separated training steps after which to evaluate, for a curve of distance against images")] = None,
@@ -28,8 +30,11 @@ def digits(
     out: Out = Path("runs/digits"),
 ) -> None:
     """First images in three minutes: handwritten digits, paired at random and matched, side by side."""
-    from dansm.tiny.digits import run
+    from dansm.tiny.digits import Settings, run
 
-    run(match_size=match_size, steps=steps, batch=batch, optimal=optimal,
-        evaluate_at=parse_counts("--evaluate-at", evaluate_at) if evaluate_at else (), seeds=seeds, seed=seed,
-        device=pick_device(device), out=out)
+    marks = parse_counts("--evaluate-at", evaluate_at) if evaluate_at else []
+    if marks and max(marks) > steps:
+        raise BadInput(f"--evaluate-at is {max(marks):,}: expected at most --steps, {steps:,}")
+    ways = ["random", "optimal", "greedy"] if optimal else ["random", "greedy"]
+    settings = Settings(match_size, batch, ways, steps, sorted({*marks, steps}), list(range(seed, seed + seeds)))
+    run(settings, pick_device(device), out)

@@ -1,4 +1,4 @@
-"""dansm toy: 2D flows by every way of pairing."""
+"""dansm toy: 2D flows with every way of pairing."""
 
 from __future__ import annotations
 
@@ -28,9 +28,7 @@ def toy(
     out: Out = Path("runs/toy"),
 ) -> None:
     """See in a minute what matching does: 2D flows, each way of pairing, pictures and a table."""
-    from dansm.tiny.shapes import SHAPES
-    from dansm.tiny.toy import run
+    from dansm.tiny import toy
 
-    check_choice("--shape", shape, (*SHAPES, "all"))
-    run(shape, match_size=match_size, steps=steps, seeds=seeds, seed=seed, device=pick_device(device),
-        out=make_folder(out))
+    check_choice("--shape", shape, (*toy.SHAPES, "all"))
+    toy.run(shape, toy.Settings(match_size, steps, seeds, seed, str(pick_device(device))), make_folder(out))

@@ -6,10 +6,13 @@ from itertools import islice
 
 import pytest
 import torch
+from dansm.scale.base.files import read_csv
 from dansm.scale.base.statistics import inter_path_distance
+from dansm.scale.base.text import Stopped
 from dansm.tiny import pictures, toy
 from dansm.tiny.shapes import SHAPES
 from PIL import Image
+from support import files_of
 
 import dansm
 
@@ -70,7 +73,7 @@ def test_wasserstein2_on_a_line_pairs_in_order():
 
 
 def test_pairs_are_measured_over_a_whole_pool():
-    """Of a pool of 5,000 the first 1,000 pairs are much shorter than the last."""
+    """The first 1,000 pairs of a pool of 5,000 are much shorter than the last."""
     whole = toy.measure_pairs(toy.training_pairs("swiss-roll", "greedy", 5000, 0), 5000)
     start = toy.measure_pairs(toy.training_pairs("swiss-roll", "greedy", 5000, 0), 1)
     assert start["path_length"] < 0.8 * whole["path_length"]
@@ -99,22 +102,26 @@ def small(monkeypatch):
     monkeypatch.setattr(toy, "BATCH", 64)
 
 
+def settings(**changes):
+    return toy.Settings(**{"match_size": 50, "steps": 2, "seeds": 1, "seed": 0, "device": "cpu", **changes})
+
+
 def test_a_run_writes_numbers_and_pictures(small, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(pictures, "draw_flow", partial(pictures.draw_flow, frames=6))
-    results = toy.run("eight-gaussians", match_size=100, steps=5, seeds=2, out=tmp_path / "new" / "folder")
     out = tmp_path / "new" / "folder"
+    toy.run("eight-gaussians", settings(match_size=100, seeds=2), out)
     written = ["flow.gif", "pairs.png", "paths.png", "results.csv", "samples.png", "toy.json"]
-    assert sorted(file.name for file in out.iterdir()) == written
-    assert json.loads((out / "toy.json").read_text()) == results
-    methods = [line.split(",")[:2] for line in (out / "results.csv").read_text().splitlines()[1:]]
-    assert methods == [["eight-gaussians", method] for method in dansm.METHODS]
-    assert list(results["summary"]) == list(dansm.METHODS)
-    assert len(results["trainings"]) == 8
-    for found in results["summary"].values():
-        assert found["seeds"] == 2
-        assert list(found["w2"]) == ["1", "2", "4", "8", "50"]
-        assert all(value["std"] > 0 for value in found["w2"].values())
-    assert [found["match_size"] for found in results["summary"].values()] == [1, 100, 100, 16]
+    assert files_of(out) == written
+    rows = read_csv(out / "results.csv")
+    assert [row["shape"] for row in rows] == ["eight-gaussians"] * len(dansm.METHODS)
+    assert [row["method"] for row in rows] == list(dansm.METHODS)
+    assert [(row["match_size"], row["seeds"]) for row in rows] == [(size, "2") for size in ("1", "100", "100", "16")]
+    assert list(rows[0])[4:7] == ["path_length", "path_length_std", "crossing"]
+    for steps in toy.STEPS_SHOWN:
+        assert all(float(row[f"w2_{steps}_steps_std"]) > 0 for row in rows)
+    trainings = json.loads((out / "toy.json").read_text())["trainings"]
+    lengths = [training["path_length"] for training in trainings if training["method"] == "greedy"]
+    assert float(rows[1]["path_length"]) == pytest.approx(sum(lengths) / 2, abs=1e-5)
     for name in ("pairs", "paths", "samples"):
         image = Image.open(out / f"{name}.png")
         assert image.width >= 900 and len(image.getcolors()) > 30
@@ -126,36 +133,37 @@ def test_a_run_writes_numbers_and_pictures(small, tmp_path, capsys, monkeypatch)
     assert all(str(out / name) in printed for name in written)
 
 
-def test_all_shapes_make_one_table(small, tmp_path, monkeypatch, capsys):
+def test_all_shapes_make_one_table_and_one_picture(small, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(toy, "draw", lambda *_: None)
-    results = toy.run("all", match_size=50, steps=1, seeds=1, out=tmp_path)
-    assert list(results) == list(SHAPES)
-    header, *rows = (tmp_path / "results.csv").read_text().splitlines()
-    assert header.startswith("shape,method,match_size,seeds,path_length,path_length_std,crossing")
-    assert len(rows) == len(SHAPES) * len(dansm.METHODS)
-    assert json.loads((tmp_path / "results.json").read_text())["pinwheel"]["summary"] == results["pinwheel"]["summary"]
+    toy.run("all", settings(steps=1), tmp_path)
+    rows = read_csv(tmp_path / "results.csv")
+    assert [row["shape"] for row in rows] == [shape for shape in SHAPES for _ in dansm.METHODS]
     assert all((tmp_path / shape / "toy.json").exists() for shape in SHAPES)
     assert len(Image.open(tmp_path / "shapes.png").getcolors()) > 30
     printed = capsys.readouterr().out
-    assert all(str(tmp_path / name) in printed for name in ("results.csv", "results.json", "shapes.png"))
+    assert all(str(tmp_path / name) in printed for name in ("results.csv", "shapes.png"))
 
 
-def test_stopping_keeps_what_is_done(small, tmp_path, monkeypatch):
-    calls = []
+def test_stopping_keeps_the_seeds_that_are_done(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(toy, "draw", lambda *_: None)
+    train = toy.train_and_measure
 
-    def stop_at_third(*arguments):
-        calls.append(arguments)
-        if len(calls) == 3:
+    def stop_in_second_seed(shape, settings, method, seed):
+        if (method, seed) == ("optimal", 1):
             raise KeyboardInterrupt
-        return train_flow(*arguments)
+        return train(shape, settings, method, seed)
 
-    train_flow = toy.train_flow
-    monkeypatch.setattr(toy, "train_flow", stop_at_third)
-    threads = torch.get_num_threads()
-    with pytest.raises(KeyboardInterrupt):
-        toy.run("two-moons", match_size=20, steps=2, seeds=1, out=tmp_path)
-    assert torch.get_num_threads() == threads
-    assert list(json.loads((tmp_path / "toy.json").read_text())["summary"]) == ["random", "greedy"]
+    monkeypatch.setattr(toy, "train_and_measure", stop_in_second_seed)
+    with pytest.raises(Stopped, match="1 of 3 seeds in "):
+        toy.run("two-moons", settings(seeds=3), tmp_path)
+    trainings = json.loads((tmp_path / "toy.json").read_text())["trainings"]
+    assert [(training["method"], training["seed"]) for training in trainings] == [(m, 0) for m in dansm.METHODS]
+
+
+def test_a_match_size_of_0_is_random_pairs_for_every_method(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(toy, "draw", lambda *_: None)
+    toy.run("two-moons", settings(match_size=0, steps=1), tmp_path)
+    assert [row["match_size"] for row in read_csv(tmp_path / "results.csv")] == ["1"] * len(dansm.METHODS)
 
 
 def test_the_same_seed_gives_the_same_flow(small):
@@ -178,15 +186,22 @@ def test_greedy_beats_random_at_few_steps():
     for method in ("random", "greedy"):
         net = toy.train_flow(toy.training_pairs("eight-gaussians", method, 500, seed=0), 200, seed=0)
         w2[method] = toy.measure_flow(net, target, start)["w2"]
-    assert w2["greedy"]["1"] < w2["random"]["1"] / 4
-    assert w2["greedy"]["2"] < w2["random"]["2"] / 1.5
+    assert w2["greedy"][1] < w2["random"][1] / 4
+    assert w2["greedy"][2] < w2["random"][2] / 1.5
 
 
-@pytest.mark.parametrize("wrong", [
-    {"shape": "square"}, {"cost": "cosine"}, {"steps": 0}, {"seeds": 1.5}, {"match_size": -1}, {"seed": -1},
-])
-def test_what_cannot_be_run_is_named(wrong, tmp_path):
-    (name, value), = wrong.items()
-    with pytest.raises(dansm.BadInput, match=f"{name} is {value!r}: expected"):
-        toy.run(**wrong, out=tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+def test_the_command_trains_by_its_options(small, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(toy, "draw", lambda *_: None)
+    code, said, _ = run("toy", "--shape", "two-moons", "--steps", 1, "--seeds", 1, "--seed", 4, "--match-size", 8,
+                        "--out", tmp_path / "out")
+    described = json.loads((tmp_path / "out" / "toy.json").read_text())
+    assert (code, described["steps"], described["match_size"], described["seed"]) == (0, 1, 8, 4)
+    assert str(tmp_path / "out" / "toy.json") in said
+
+
+@pytest.mark.parametrize("option, value", [("--shape", "circle"), ("--shape", ""), ("--steps", 0), ("--seeds", 1.5),
+                                           ("--match-size", -1), ("--match-size", 10**15)])
+def test_what_cannot_be_run_is_named(refused, tmp_path, option, value):
+    said = refused("toy", option, value, "--out", tmp_path / "out").replace("match_size", "--match-size")
+    assert option in said and str(value) in said.replace(",", "")
+    assert files_of(tmp_path / "out") == []
