@@ -11,7 +11,6 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from rich.progress import track
@@ -51,7 +50,7 @@ def decode(source: Path, decoder: Decoder, out: Path, count: int | None = None, 
             for _ in track(writing, "decoding", total=len(missing), console=console):
                 done += 1
     except (BadInput, KeyboardInterrupt):
-        say(f"{done:,} of {counted(count, 'image')} are written; the same command resumes")
+        say(f"{done:,} of {counted(count, 'image')} are done and kept; the same command resumes")
         raise
     say(f"{counted(len(missing), 'image')} in {time.perf_counter() - begin:.1f} s, {batch} at a time")
     say_files(out, *(_name(number) for number in range(min(count, 1))))
@@ -97,8 +96,7 @@ def _decoded(found, decoder: Decoder, missing: list[int], batch: int) -> Iterato
     """The missing images by their numbers. They are decoded in the batches of all, of which some may exist."""
     for number, of_batch in groupby(missing, lambda number: number // batch):
         start, numbers = number * batch, list(of_batch)
-        part = torch.as_tensor(np.array(found[start : numbers[-1] + 1]))
-        images = decoder.decode(part, start).cpu()
+        images = decoder.decode(torch.as_tensor(found[start : numbers[-1] + 1]), start).cpu()
         yield from ((number, images[number - start]) for number in numbers)
 
 

@@ -171,7 +171,7 @@ def _encode_shards(job: Job, opened: Opened, numbers: list[int]) -> None:
                 latents.write_shard(job.out, number, made, job.encoder.autoencoder.channels, left_out)
                 written += 1
         except (BadInput, KeyboardInterrupt):
-            say(f"{written} of {counted(len(numbers), 'shard')} are written and kept; the same command resumes")
+            say(f"{written} of {counted(len(numbers), 'shard')} are done and kept; the same command resumes")
             raise
 
 

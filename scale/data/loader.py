@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, closing
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -127,8 +127,7 @@ def _decode_all(source: Source, track, make_array: Callable[[tuple[int, ...], np
             array[place : place + len(part)] = part
             filled[place : place + len(part)] = True
     if array is None:
-        kind = "latent" if source.holds_latents else "image"
-        raise BadInput(f"{source.path} holds {len(missing)} {kind} files, none of them readable")
+        raise BadInput(f"{source.path} holds {len(missing)} files, none of them readable: expected images or latents")
     if missing:
         for to, place in enumerate(np.flatnonzero(filled)):
             array[to] = array[place]
@@ -195,15 +194,6 @@ def stream_images(source: str, *, size: int | None = None, skip_unreadable: bool
             images.array = np.asarray(found[0])
             break
     return Stream(key, lambda: find().key, images.open, skip_unreadable)
-
-
-@contextmanager
-def streamed(stream: Stream, work: Callable[[np.ndarray], object], depth: int) -> Iterator[tuple[int, Iterator]]:
-    """How many images there are, with those that turn out unreadable, and each as it comes: (place, path, image
-    (1, C, H, W) uint8, work(image)), where image is None if it is left out. An archive may give them in another order
-    than that of their places. Threads are up to `depth` images and a few ahead."""
-    with stream.opened() as opened, closing(opened.decoded(work, depth=depth)) as images:
-        yield opened.count, images
 
 
 def look(images: Tensor | np.ndarray | Shards) -> list[float]:

@@ -1,6 +1,5 @@
-"""Images from files to batches."""
+"""Batches: every image once an epoch, mirrored half of the time, the same for any count of processes, and resumed."""
 
-import random
 import threading
 import warnings
 from itertools import islice
@@ -9,145 +8,12 @@ import numpy as np
 import pytest
 import torch
 from dansm.scale.data import loader
-from dansm.scale.data import loader as data
-from dansm.scale.data.loader import batches, load_images
+from dansm.scale.data.loader import batches
 from dansm.scale.data.pixels import to_uint8
-from dansm.scale.data.read import find_files
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
-from support import noise_image
 
 from dansm import BadInput
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """Images 6 wide and 4 high under names whose order is not that of their making."""
-    names = ["b.png", "a10.png", "a9.png", "sub/c.png", "Z.PNG", "sub/deeper/0.bmp"]
-    random.Random(1).shuffle(names)
-    for name in names:
-        path = tmp_path / "images" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        noise_image(6, 4, seed=sum(map(ord, name))).save(path)
-    (tmp_path / "images" / "notes.txt").write_text("no image")
-    return tmp_path / "images"
-
-
-# ------------------------------------------------------------------------------- reading
-
-
-def test_images_come_in_the_order_of_their_names_with_the_subfolders(folder):
-    names = [path.relative_to(folder).as_posix() for path in find_files(folder)]
-    assert names == ["Z.PNG", "a10.png", "a9.png", "b.png", "sub/c.png", "sub/deeper/0.bmp"]
-    images = load_images(str(folder))
-    for name, image in zip(names, images, strict=True):
-        assert torch.equal(image, by_hand(folder / name)), name
-
-
-def by_hand(path):
-    """Pixel for pixel, as (3, H, W)."""
-    image = Image.open(path).convert("RGB")
-    out = torch.empty(3, image.height, image.width, dtype=torch.uint8)
-    for y in range(image.height):
-        for x in range(image.width):
-            out[:, y, x] = torch.tensor(image.getpixel((x, y)), dtype=torch.uint8)
-    return out
-
-
-def test_images_are_uint8_channels_first_height_before_width_and_contiguous(folder):
-    images = load_images(str(folder))
-    assert (images.shape, images.dtype, images.is_contiguous()) == ((6, 3, 4, 6), torch.uint8, True)
-
-
-def test_grayscale_palette_and_transparent_images_become_three_channels(tmp_path):
-    for mode in ("L", "P", "RGB", "RGBA"):
-        noise_image(4, 4, mode=mode).save(tmp_path / f"{mode}.png")
-    gray, palette, color, transparent = load_images(str(tmp_path))
-    assert torch.equal(gray[0], gray[1]) and torch.equal(gray[0], gray[2])
-    assert torch.equal(gray[0], torch.from_numpy(np.array(noise_image(4, 4, mode="L"))))
-    assert torch.equal(palette, by_hand(tmp_path / "P.png")) and len(palette.unique()) > 2
-    assert torch.equal(color, torch.from_numpy(np.array(noise_image(4, 4))).permute(2, 0, 1))
-    rgba = np.array(noise_image(4, 4, mode="RGBA"))
-    assert torch.equal(transparent, torch.from_numpy(rgba[..., :3].copy()).permute(2, 0, 1))
-
-
-def test_16_bits_of_gray_become_8(tmp_path):
-    levels = np.arange(256, dtype=np.uint16).reshape(16, 16)
-    Image.fromarray(levels * 257).save(tmp_path / "a.png")
-    assert torch.equal(load_images(str(tmp_path))[0, 0], torch.from_numpy(levels.astype(np.uint8)))
-
-
-@pytest.mark.parametrize(("width", "height"), [(12, 4), (4, 12)])
-def test_size_takes_the_centre_square(tmp_path, width, height):
-    pixels = np.zeros((height, width, 3), np.uint8)
-    pixels[(height - 4) // 2 : (height + 4) // 2, (width - 4) // 2 : (width + 4) // 2] = (10, 100, 200)
-    Image.fromarray(pixels).save(tmp_path / "a.png")
-    centre = load_images(str(tmp_path), size=4)  # the shorter side is 4 already: nothing is blended
-    assert torch.equal(centre, torch.tensor([10, 100, 200], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 4, 4))
-
-
-def test_size_scales_the_shorter_side(tmp_path):
-    """Left half black and right half white, twice as large: still so, but for the pixels beside the border."""
-    pixels = np.zeros((16, 16, 3), np.uint8)
-    pixels[:, 8:] = 255
-    Image.fromarray(pixels).save(tmp_path / "a.png")
-    image = load_images(str(tmp_path), size=8)[0]
-    assert image.shape == (3, 8, 8)
-    assert image[:, :, :2].max() <= 2 and image[:, :, 6:].min() >= 253
-
-
-def test_images_of_unequal_size_are_refused_naming_two_and_size_makes_them_equal(tmp_path):
-    noise_image(6, 4).save(tmp_path / "a.png")
-    noise_image(6, 4).save(tmp_path / "b.png")
-    noise_image(5, 7).save(tmp_path / "c.png")
-    with pytest.raises(BadInput, match=r"c\.png is 5×7, .*a\.png is 6×4.*--size"):
-        load_images(str(tmp_path))
-    assert load_images(str(tmp_path), size=4).shape == (3, 3, 4, 4)
-
-
-def test_an_unreadable_image_is_named_or_left_out(folder):
-    (folder / "a9.png").write_bytes(b"no PNG at all")
-    with pytest.raises(BadInput, match=r"a9\.png cannot be read.*--skip-unreadable"):
-        load_images(str(folder))
-    rest = load_images(str(folder), skip_unreadable=True)
-    names = ["Z.PNG", "a10.png", "b.png", "sub/c.png", "sub/deeper/0.bmp"]
-    assert torch.equal(rest, torch.stack([by_hand(folder / name) for name in names]))
-
-
-def test_what_is_left_out_is_told(folder):
-    for name in ("a9.png", "Z.PNG"):
-        (folder / name).write_bytes(b"")
-    left_out = []
-    assert len(load_images(str(folder), skip_unreadable=True, left_out=left_out)) == 4
-    assert left_out == [folder / "Z.PNG", folder / "a9.png"]
-
-
-def test_skipping_may_begin_with_the_first_image(folder):
-    (folder / "Z.PNG").write_bytes(b"")
-    assert torch.equal(load_images(str(folder), skip_unreadable=True)[0], by_hand(folder / "a10.png"))
-
-
-def test_a_folder_of_unreadable_images_only_is_refused(tmp_path):
-    (tmp_path / "a.png").write_bytes(b"")
-    (tmp_path / "b.png").write_bytes(b"")
-    with pytest.raises(BadInput, match="2 image files, none of them readable"):
-        load_images(str(tmp_path), skip_unreadable=True)
-
-
-def test_progress_is_told_of_every_file(folder):
-    seen = []
-
-    def track(images, total):
-        for image in images:
-            seen.append(total)
-            yield image
-
-    load_images(str(folder), track=track)
-    assert seen == [6] * 6
-
-
-# ------------------------------------------------------------------------------- batches
 
 
 def numbered(count, width=3):
@@ -188,16 +54,15 @@ def test_an_epoch_depends_on_its_seed_and_its_number_alone():
     assert len(orders) == 5 and len(epochs) == 20  # no two epochs, of no two seeds, are alike
 
 
-@pytest.mark.parametrize("start", [0, 1, 2, 3, 4, 9])
-@pytest.mark.parametrize("batch", [3, 4, 10, 23])
-def test_a_stream_begun_at_a_batch_is_the_stream_that_went_on(start, batch):
+@pytest.mark.parametrize(("start", "batch"), [(0, 4), (1, 3), (2, 10), (3, 23), (4, 4), (9, 3)])
+def test_a_stream_begun_at_a_batch_is_the_stream_that_was_not_stopped(start, batch):
     images = numbered(10)
     whole = list(islice(batches(images, batch, seed=1), start + 5))
     later = list(islice(batches(images, batch, seed=1, start=start), 5))
     assert all(torch.equal(a, b) for a, b in zip(whole[start:], later, strict=True))
 
 
-def test_half_of_the_images_are_mirrored_anew_each_epoch():
+def test_half_of_the_images_are_mirrored_differently_each_epoch():
     images = torch.randint(0, 256, (100, 3, 4, 5), dtype=torch.uint8)
     images[:, 0, 0, 0], images[:, 0, 0, -1] = torch.arange(100), torch.arange(100) + 100
     x = stream(images, 100, 20, seed=2)
@@ -298,7 +163,7 @@ def test_ranks_that_do_not_share_a_batch_are_refused_at_once(settings):
                                     np.zeros((0, 3, 2, 2), np.uint8), np.zeros((4, 3, 2, 2), ">f4"),
                                     np.zeros((4, 3, 2, 2))])
 def test_what_is_no_array_of_images_is_refused_at_once(images):
-    with pytest.raises(BadInput, match=r"expected uint8, float16 or float32 \(N, C, H, W\)"):
+    with pytest.raises(BadInput, match=r"uint8, float16 or float32"):
         batches(images, 2)
 
 
@@ -322,7 +187,7 @@ def test_what_goes_wrong_in_a_thread_is_raised_where_the_batch_is_asked_for(tmp_
     reads = iter(range(100))
 
     def failing(*arguments, **settings):
-        if next(reads) >= 8:
+        if next(reads) >= 4:
             raise OSError(5, "Input/output error")
         return take(*arguments, **settings)
 
@@ -340,9 +205,9 @@ def test_no_more_than_a_few_batches_are_read_ahead(tmp_path, monkeypatch):
     monkeypatch.setattr(np, "take", lambda *arguments, **settings: gathered.append(0) or take(*arguments, **settings))
     for taken in range(1, 20):
         next(row)
-        assert len(gathered) <= 2 * (taken + loader.AHEAD)
+        assert len(gathered) <= taken + loader.AHEAD + 1
     row.close()
-    assert len(gathered) >= 2 * 19
+    assert len(gathered) >= 19
 
 
 def test_the_next_epoch_is_drawn_in_time_by_another_thread(monkeypatch):
@@ -386,12 +251,5 @@ def test_a_gpu_gets_the_same_batches_whether_the_images_live_there_or_not(tmp_pa
 def test_what_takes_more_than_half_of_a_gpu_does_not_live_there(monkeypatch):
     images = numbered(64)
     for free, there in ((2 * images.nbytes, True), (2 * images.nbytes - 1, False)):
-        monkeypatch.setattr(data, "free_memory", lambda _, free=free: free)
+        monkeypatch.setattr(loader, "free_memory", lambda _, free=free: free)
         assert loader._may_live_on(torch.device("cuda"), images) is there
-
-
-@pytest.mark.parametrize("pixels", [np.array([[0, 70000]], np.int32), np.array([[0, 0.5]], np.float32)])
-def test_pixels_of_unknown_range_are_refused(pixels, tmp_path):
-    Image.fromarray(pixels).save(tmp_path / "a.tiff")
-    with pytest.raises(BadInput, match=r"a\.tiff"):
-        load_images(str(tmp_path))

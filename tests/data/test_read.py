@@ -1,37 +1,182 @@
-"""Images from archives and LSUN's lmdb, latents, and the cache that keeps what was decoded."""
+"""Images from folders, archives and LSUN's lmdb, and latents in .npy files."""
 
 import gzip
-import json
-import os
 import random
-import shutil
-import signal
-import subprocess
 import sys
 import tarfile
-import threading
-import time
 import warnings
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from dansm.scale.data import cache, loader, read
-from dansm.scale.data import loader as data
-from dansm.scale.data.loader import load_images
+from dansm.scale.data import read
+from dansm.scale.data.loader import load_images, stream_images
+from dansm.scale.data.read import find_files
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from support import PACKINGS, PICTURES, as_folder, lsun, packed, picture
+from support import PACKINGS, PICTURES, as_folder, lsun, noise_image, packed, picture
 
 from dansm import BadInput
+
+COMMON = [".zip", ".tar", ".tar.gz"]
+NAMES = ["Z.PNG", "a10.png", "a9.png", "b.png", "sub/c.png", "sub/deeper/0.bmp"]  # in the order in which they are read
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Images 6 wide and 4 high, and what is none."""
+    for name in NAMES:
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise_image(6, 4, seed=sum(map(ord, name))).save(path)
+    (tmp_path / "images" / "notes.txt").write_text("no image")
+    return tmp_path / "images"
 
 
 @pytest.fixture
 def expected(tmp_path):
     return load_images(str(as_folder(tmp_path / "folder", PICTURES)))
+
+
+def by_hand(path):
+    """Pixel for pixel, as (3, H, W)."""
+    image = Image.open(path).convert("RGB")
+    out = torch.empty(3, image.height, image.width, dtype=torch.uint8)
+    for y in range(image.height):
+        for x in range(image.width):
+            out[:, y, x] = torch.tensor(image.getpixel((x, y)), dtype=torch.uint8)
+    return out
+
+
+# ------------------------------------------------------------------------------- images
+
+
+def test_images_come_in_the_order_of_their_names_with_the_subfolders(folder):
+    assert [path.relative_to(folder).as_posix() for path in find_files(folder)] == NAMES
+    images = load_images(str(folder))
+    assert (images.shape, images.dtype, images.is_contiguous()) == ((6, 3, 4, 6), torch.uint8, True)
+    for name, image in zip(NAMES, images, strict=True):
+        assert torch.equal(image, by_hand(folder / name)), name
+
+
+def test_grayscale_palette_and_transparent_images_become_three_channels(tmp_path):
+    for mode in ("L", "P", "RGB", "RGBA"):
+        noise_image(4, 4, mode=mode).save(tmp_path / f"{mode}.png")
+    gray, palette, color, transparent = load_images(str(tmp_path))
+    assert torch.equal(gray[0], gray[1]) and torch.equal(gray[0], gray[2])
+    assert torch.equal(gray[0], torch.from_numpy(np.array(noise_image(4, 4, mode="L"))))
+    assert torch.equal(palette, by_hand(tmp_path / "P.png")) and len(palette.unique()) > 2
+    assert torch.equal(color, torch.from_numpy(np.array(noise_image(4, 4))).permute(2, 0, 1))
+    rgba = np.array(noise_image(4, 4, mode="RGBA"))
+    assert torch.equal(transparent, torch.from_numpy(rgba[..., :3].copy()).permute(2, 0, 1))
+
+
+def test_16_bits_of_gray_become_8(tmp_path):
+    levels = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(levels * 257).save(tmp_path / "a.png")
+    assert torch.equal(load_images(str(tmp_path))[0, 0], torch.from_numpy(levels.astype(np.uint8)))
+
+
+@pytest.mark.parametrize("pixels", [np.array([[0, 70000]], np.int32), np.array([[0, 0.5]], np.float32)])
+def test_pixels_of_unknown_range_are_refused(pixels, tmp_path, not_loaded):
+    Image.fromarray(pixels).save(tmp_path / "a.tiff")
+    assert "a.tiff" in not_loaded(tmp_path)
+
+
+@pytest.mark.parametrize(("width", "height"), [(12, 4), (4, 12)])
+def test_size_takes_the_centre_square(tmp_path, width, height):
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[(height - 4) // 2 : (height + 4) // 2, (width - 4) // 2 : (width + 4) // 2] = (10, 100, 200)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    centre = load_images(str(tmp_path), size=4)  # the shorter side is 4 already: nothing is blended
+    assert torch.equal(centre, torch.tensor([10, 100, 200], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 4, 4))
+
+
+def test_size_scales_the_shorter_side(tmp_path):
+    """Left half black and right half white, twice as large: still so, but for the pixels next to the border."""
+    pixels = np.zeros((16, 16, 3), np.uint8)
+    pixels[:, 8:] = 255
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    image = load_images(str(tmp_path), size=8)[0]
+    assert image.shape == (3, 8, 8)
+    assert image[:, :, :2].max() <= 2 and image[:, :, 6:].min() >= 253
+
+
+def test_images_of_unequal_size_are_refused_naming_two_and_size_makes_them_equal(tmp_path, not_loaded):
+    for name, size in (("a", (6, 4)), ("b", (6, 4)), ("c", (5, 7))):
+        noise_image(*size).save(tmp_path / f"{name}.png")
+    message = not_loaded(tmp_path)
+    for told in ("c.png", "(3, 7, 5)", "a.png", "(3, 4, 6)", "--size"):
+        assert told in message
+    assert load_images(str(tmp_path), size=4).shape == (3, 3, 4, 4)
+
+
+@pytest.mark.parametrize("broken", [["a9.png"], ["a9.png", "Z.PNG"], ["sub/deeper/0.bmp"]])
+def test_an_unreadable_image_is_named_or_left_out(folder, broken, not_loaded):
+    for name in broken:
+        (folder / name).write_bytes(b"no PNG at all")
+    message = not_loaded(folder)
+    assert any(str(folder / name) in message for name in broken) and "--skip-unreadable" in message
+    left_out = []
+    rest = load_images(str(folder), skip_unreadable=True, left_out=left_out)
+    assert torch.equal(rest, torch.stack([by_hand(folder / name) for name in NAMES if name not in broken]))
+    assert left_out == [folder / name for name in NAMES if name in broken]
+
+
+def test_a_folder_of_unreadable_images_only_is_refused(tmp_path, not_loaded):
+    for name in "ab":
+        (tmp_path / f"{name}.png").write_bytes(b"")
+    assert str(tmp_path) in not_loaded(tmp_path, skip_unreadable=True)
+
+
+def test_progress_is_told_of_every_file(folder):
+    seen = []
+
+    def track(images, total):
+        for image in images:
+            seen.append(total)
+            yield image
+
+    load_images(str(folder), track=track)
+    assert seen == [6] * 6
+
+
+@pytest.mark.parametrize("limit", [23, 11])  # of 24 pixels: Pillow warns of the one and refuses the other
+@pytest.mark.parametrize("packing", ["", ".zip"])
+def test_an_image_over_pillows_limit_is_refused_or_left_out(tmp_path, monkeypatch, limit, packing, not_loaded):
+    content = {"a.png": picture(0, size=(2, 2)), "b.png": picture(0)}
+    source = packed(tmp_path / f"a{packing}", content) if packing else as_folder(tmp_path / "a", content)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        message = not_loaded(source)
+        assert load_images(str(source), skip_unreadable=True).shape == (1, 3, 2, 2)
+    assert not warned and "b.png" in message and str(limit) in message
+
+
+def test_a_file_of_another_kind_and_a_folder_of_archives_alone_are_refused(tmp_path, not_loaded):
+    (tmp_path / "a.rar").write_bytes(b"")
+    assert "a.rar" in not_loaded(tmp_path / "a.rar") and "b.zip" in not_loaded(tmp_path / "b.zip")
+    assert "''" in not_loaded("")
+    (tmp_path / "data").mkdir()
+    for name in ("b.tar.gz", "a.zip"):
+        (tmp_path / "data" / name).touch()
+    assert str(tmp_path / "data" / "a.zip") in not_loaded(tmp_path / "data")
+    (tmp_path / "data" / "x.png").touch()
+    assert read.find_files(tmp_path / "data") == [tmp_path / "data" / "x.png"]
+
+
+def test_cifar10_is_read_as_torchvision_has_it(monkeypatch):
+    images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8)
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", lambda root, download: type("Data", (), {"data": images}))
+    assert torch.equal(load_images("cifar10"), torch.from_numpy(images).permute(0, 3, 1, 2))
+    small = load_images("cifar10", size=8)
+    assert np.array_equal(small[3].permute(1, 2, 0), read.square(Image.fromarray(images[3]), 8))
+    with stream_images("cifar10", size=8).opened() as opened:
+        assert opened.count == 5
+        assert all(np.array_equal(image[0], small[place]) for place, _, image, _ in opened.decoded())
 
 
 # ------------------------------------------------------------------------------- archives
@@ -48,182 +193,112 @@ def test_an_archive_gives_the_images_of_the_folder_that_it_packs(tmp_path, expec
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["folder", archive.name])  # nothing unpacked
 
 
-@pytest.mark.parametrize("packing", PACKINGS)
-def test_an_unreadable_image_of_an_archive_is_named_or_left_out(tmp_path, expected, packing):
-    names = read.find_files(tmp_path / "folder")
-    broken = names[2].relative_to(tmp_path / "folder").as_posix()
-    archive = packed(tmp_path / f"images{packing}", {**PICTURES, broken: PICTURES[broken][:30]})
-    with pytest.raises(BadInput, match=rf"{archive / broken} cannot be read.*--skip-unreadable"):
-        load_images(str(archive))
+@pytest.mark.parametrize("packing", COMMON)
+def test_an_unreadable_image_of_an_archive_is_named_or_left_out(tmp_path, expected, packing, not_loaded):
+    content = {**dict(reversed(PICTURES.items())), "a10.jpg": b"", "a9.webp": PICTURES["a9.webp"][:30]}
+    archive = packed(tmp_path / f"images{packing}", content)
+    assert str(archive / "a") in not_loaded(archive)
     left_out = []
     rest = load_images(str(archive), skip_unreadable=True, left_out=left_out)
-    assert torch.equal(rest, expected[[0, 1, *range(3, len(expected))]]) and left_out == [archive / broken]
+    assert torch.equal(rest, expected[[0, *range(3, len(expected))]])
+    assert left_out == [archive / "a10.jpg", archive / "a9.webp"]
 
 
-def test_what_is_left_out_of_a_tar_is_told_in_the_order_of_the_names(tmp_path):
-    archive, left_out = packed(tmp_path / "a.tar", {"c.png": b"", "b.png": PICTURES["b.png"], "a.png": b""}), []
-    load_images(str(archive), skip_unreadable=True, left_out=left_out)
-    assert left_out == [archive / "a.png", archive / "c.png"]
-
-
-def test_a_damaged_byte_in_a_zip_is_told_by_its_checksum(tmp_path):
+def test_a_damaged_byte_in_a_zip_is_told_by_its_checksum(tmp_path, not_loaded):
     archive = packed(tmp_path / "a.zip", {"a.bmp": picture(0, ".bmp"), "b.bmp": picture(1, ".bmp")})
     content = bytearray(archive.read_bytes())
     content[content.index(picture(1, ".bmp")) + 60] ^= 1
     archive.write_bytes(content)
-    with pytest.raises(BadInput, match=r"b\.bmp cannot be read"):
-        load_images(str(archive))
+    assert str(archive / "b.bmp") in not_loaded(archive)
 
 
-def test_lsun_gives_its_images_in_the_order_of_the_keys(tmp_path):
-    content = {f"{seed * 7919 % 997:040x}": picture(seed, suffix) for seed, suffix in
-               enumerate([".webp", ".jpg", ".png"] * 20)}
-    folder = as_folder(tmp_path / "folder", {f"{key}.png": payload for key, payload in content.items()})
-    assert torch.equal(load_images(str(lsun(tmp_path / "bedroom_train_lmdb", content))), load_images(str(folder)))
-
-
-def test_an_unreadable_value_of_an_lmdb_is_named_by_its_key_or_left_out(tmp_path):
-    folder = lsun(tmp_path / "church", {"0a": PICTURES["b.png"], "0b": b"none", "0c": PICTURES["sub/c.png"]})
-    with pytest.raises(BadInput, match=r"church/0b cannot be read"):
-        load_images(str(folder))
-    left_out = []
-    assert len(load_images(str(folder), skip_unreadable=True, left_out=left_out)) == 2
-    assert left_out == [folder / "0b"]
-
-
-def test_a_missing_lmdb_package_is_named(tmp_path, monkeypatch):
-    (tmp_path / "data.mdb").write_bytes(b"")
-    monkeypatch.setitem(sys.modules, "lmdb", None)
-    with pytest.raises(BadInput, match=r"pip install 'dansm\[lsun\]'"):
-        load_images(str(tmp_path))
-
-
-@pytest.mark.parametrize("size", [0, 1, 100, 4096, 8191, 8192, 20_000, -4096, -1])
-def test_an_lmdb_that_is_cut_off_is_refused(tmp_path, size):
-    folder = lsun(tmp_path / "church", {f"{seed:04x}": picture(seed, size=(32, 32)) for seed in range(20)})
-    whole = (folder / "data.mdb").read_bytes()
-    (folder / "data.mdb").write_bytes(whole[:size])
-    with pytest.raises(BadInput, match="church"):
-        load_images(str(folder))
-
-
-def test_a_file_that_is_no_lmdb_and_an_empty_lmdb_are_refused(tmp_path):
-    with pytest.raises(BadInput, match=r"holds no images"):
-        load_images(str(lsun(tmp_path / "empty", {})))
-    (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "data.mdb").write_bytes(b"a text" * 5000)
-    with pytest.raises(BadInput, match=r"text cannot be read"):
-        load_images(str(tmp_path / "text"))
-
-
-@pytest.mark.parametrize("packing", PACKINGS)
-@pytest.mark.parametrize("name", ["../a.png", "/a.png", "sub/../../a.png", "C:\\a.png", "C:a.png", "..\\a.png",
-                                  "\\a.png", "../b"])
-def test_an_archive_that_points_outside_is_refused(tmp_path, packing, name):
-    archive = packed(tmp_path / f"images{packing}", {"b.png": PICTURES["b.png"], name: PICTURES["b.png"]})
-    with pytest.raises(BadInput, match=rf"{archive} points outside of itself") as refused:
-        load_images(str(archive), skip_unreadable=True)
-    assert repr(name) in str(refused.value)
+@pytest.mark.parametrize("packing", COMMON)
+def test_names_that_lead_outside_are_names_as_any_other(tmp_path, packing, not_loaded):
+    names = ["/a.png", "../b.png", "C:\\c.png"]
+    (tmp_path / "in").mkdir()
+    archive = packed(tmp_path / "in" / f"images{packing}", {name: PICTURES["b.png"] for name in names})
+    assert len(load_images(str(archive))) == 3
+    assert [path.name for path in tmp_path.rglob("*")] == ["in", archive.name]
+    archive = packed(tmp_path / f"broken{packing}", {"/a.png": b""})
+    assert f"{archive}/a.png" in not_loaded(archive)
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
-@pytest.mark.parametrize("packing", [".tar", ".tar.gz"])
-def test_a_link_in_a_tar_is_refused(tmp_path, packing, kind):
-    archive = packed(tmp_path / f"a{packing}", {"b.png": PICTURES["b.png"], "c.png": b""}, kinds={"c.png": kind})
-    with pytest.raises(BadInput, match=r"holds a link \('c\.png'\)"):
-        load_images(str(archive))
+def test_a_link_in_a_tar_is_refused(tmp_path, kind, not_loaded):
+    archive = packed(tmp_path / "a.tar", {"b.png": PICTURES["b.png"], "c.png": b""}, kinds={"c.png": kind})
+    assert "c.png" in not_loaded(archive)
 
 
-def test_a_link_in_a_zip_is_refused(tmp_path):
+def test_a_link_in_a_zip_is_no_image(tmp_path, not_loaded):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         link = zipfile.ZipInfo("c.png")
         link.external_attr = 0o120777 << 16
-        archive.writestr(link, "/etc/passwd")
-    with pytest.raises(BadInput, match=r"holds a link \('c\.png'\)"):
-        load_images(str(tmp_path / "a.zip"))
+        archive.writestr(link, "b.png")
+        archive.writestr("b.png", PICTURES["b.png"])
+    assert "c.png" in not_loaded(tmp_path / "a.zip")
+    assert len(load_images(str(tmp_path / "a.zip"), skip_unreadable=True)) == 1
 
 
-def test_an_encrypted_zip_is_refused(tmp_path):
+def test_an_encrypted_zip_is_refused(tmp_path, not_loaded):
     archive = packed(tmp_path / "a.zip", {"b.png": PICTURES["b.png"]})
     content = bytearray(archive.read_bytes())
     content[6] |= 1
     content[content.index(b"PK\1\2") + 8] |= 1
     archive.write_bytes(content)
-    with pytest.raises(BadInput, match=r"a\.zip is encrypted.*password"):
-        load_images(str(archive), skip_unreadable=True)
+    assert "password" in not_loaded(archive, skip_unreadable=True)
 
 
-def test_a_zip_that_swells_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
+def test_a_zip_that_swells_is_refused_before_it_is_unpacked(tmp_path, monkeypatch, not_loaded):
     archive = packed(tmp_path / "a.deflated.zip", {"a.png": PICTURES["b.png"], "b.bmp": bytes(read.HURTS + 1)})
     monkeypatch.setattr(zipfile.ZipFile, "open", None)
-    with pytest.raises(BadInput, match=r"b\.bmp unpacks to 16,777,217 bytes: expected"):
-        load_images(str(archive), skip_unreadable=True)
+    assert f"{archive / 'b.bmp'} unpacks to 16,777,217 bytes" in not_loaded(archive, skip_unreadable=True)
 
 
 @pytest.mark.parametrize("packing", [".tar", ".tar.gz"])
-def test_a_tar_with_a_member_too_large_is_refused_before_it_is_read(tmp_path, packing):
+def test_a_tar_with_a_member_too_large_is_refused_before_it_is_read(tmp_path, packing, not_loaded):
     header = tarfile.TarInfo("a.png")
     header.size = read.LARGEST + 1
     content = header.tobuf()
     (tmp_path / f"a{packing}").write_bytes(gzip.compress(content) if packing.endswith("gz") else content)
-    with pytest.raises(BadInput, match=r"a\.png unpacks to 1,073,741,825 bytes"):
-        load_images(str(tmp_path / f"a{packing}"))
+    assert "a.png unpacks to 1,073,741,825 bytes" in not_loaded(tmp_path / f"a{packing}")
 
 
-def test_a_tar_that_swells_as_a_whole_is_refused(tmp_path, monkeypatch):
+def test_a_tar_that_swells_as_a_whole_is_refused(tmp_path, monkeypatch, not_loaded):
     archive = packed(tmp_path / "a.tar.gz", {f"{i}.bmp": bytes(10**6) for i in range(5)})
     monkeypatch.setattr(read, "LARGEST", 3 * 10**6)
-    with pytest.raises(BadInput, match=r"[23]\.bmp unpacks to"):
-        load_images(str(archive))
+    assert "2.bmp unpacks to" in not_loaded(archive)
 
 
 @pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
 @pytest.mark.parametrize("first", [True, False])
-def test_a_tar_with_a_name_that_fills_the_memory_is_refused(tmp_path, kind, first):
+def test_a_tar_with_a_name_that_fills_the_memory_is_refused(tmp_path, kind, first, not_loaded):
     header = tarfile.TarInfo("name")
     header.size, header.type = 2**40, kind
     before = b"" if first else tarfile.TarInfo("sub/a").tobuf()
     (tmp_path / "a.tar").write_bytes(before + header.tobuf(tarfile.GNU_FORMAT))
-    with pytest.raises(BadInput, match=r"a\.tar: .*1,099,511,627,776 bytes"):
-        load_images(str(tmp_path / "a.tar"))
+    assert "1,099,511,627,776 bytes" in not_loaded(tmp_path / "a.tar")
 
 
-@pytest.mark.parametrize("limit", [23, 11])  # of 24 pixels: Pillow warns of the one and refuses the other
-@pytest.mark.parametrize("packing", ["", ".zip", ".tar"])
-def test_an_image_over_pillows_limit_is_refused_or_left_out(tmp_path, monkeypatch, limit, packing):
-    content = {"a.png": picture(0, size=(2, 2)), "b.png": picture(0)}
-    source = packed(tmp_path / f"a{packing}", content) if packing else as_folder(tmp_path / "a", content)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-    with warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("always")
-        with pytest.raises(BadInput, match=rf"b\.png has more than the {limit} pixels"):
-            load_images(str(source))
-        assert load_images(str(source), skip_unreadable=True).shape == (1, 3, 2, 2)
-    assert not warned
-
-
-@pytest.mark.parametrize("packing", PACKINGS)
-@pytest.mark.parametrize("part", [0, 0.01, 0.3, 0.5, 0.9])
-def test_an_archive_that_is_cut_off_is_refused_by_name(tmp_path, packing, part):
+@pytest.mark.parametrize("packing", [*COMMON, ".tar.xz"])
+@pytest.mark.parametrize("part", [0, 0.01, 0.5, 0.9])
+def test_an_archive_that_is_cut_off_is_refused_by_name(tmp_path, packing, part, not_loaded):
     archive = packed(tmp_path / f"images{packing}", {f"{seed}.png": picture(seed, size=(64, 64)) for seed in range(9)})
     content = archive.read_bytes()
     archive.write_bytes(content[: int(part * len(content))])
-    with pytest.raises(BadInput, match=rf"{archive} .*expected a whole"):
-        load_images(str(archive), skip_unreadable=True)
+    assert str(archive) in not_loaded(archive, skip_unreadable=True)
 
 
-def test_a_tar_that_is_cut_off_between_two_images_is_refused(tmp_path):
+def test_a_tar_that_is_cut_off_between_two_images_is_refused(tmp_path, not_loaded):
     archive = packed(tmp_path / "a.tar", {f"{seed}.png": picture(seed) for seed in range(9)})
     content = archive.read_bytes()
     for blocks in range(2, 18):
         archive.write_bytes(content[: 512 * blocks])
-        with pytest.raises(BadInput, match=r"a\.tar .*expected a whole"):
-            load_images(str(archive), skip_unreadable=True)
+        assert str(archive) in not_loaded(archive, skip_unreadable=True)
     archive.write_bytes(content[: 512 * 19])
     assert len(load_images(str(archive))) == 9
 
 
-@pytest.mark.parametrize("packing", [".zip", ".deflated.zip", ".tar", ".tar.gz", ".tar.xz"])
+@pytest.mark.parametrize("packing", [".deflated.zip", ".tar", ".tar.gz"])
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(places=st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=5), cut=st.booleans(),
        value=st.integers(0, 255))
@@ -239,19 +314,50 @@ def test_a_damaged_archive_is_read_or_refused_and_nothing_else(tmp_path, packing
         assert str(archive) in str(error)
 
 
-@pytest.mark.parametrize("packing", PACKINGS)
-def test_an_archive_without_images_is_refused(tmp_path, packing):
+@pytest.mark.parametrize("packing", COMMON)
+def test_an_archive_without_images_is_refused(tmp_path, packing, not_loaded):
     for content in ({}, {"notes.txt": b"none"}):
-        with pytest.raises(BadInput, match=r"holds no images"):
-            load_images(str(packed(tmp_path / f"images{packing}", content)))
+        archive = packed(tmp_path / f"images{packing}", content)
+        assert str(archive) in not_loaded(archive)
 
 
-def test_a_file_of_another_kind_is_refused_naming_what_is_expected(tmp_path):
-    (tmp_path / "a.rar").write_bytes(b"")
-    with pytest.raises(BadInput, match=r"a\.rar is a file: expected a folder of images, a \.zip or \.tar"):
-        load_images(str(tmp_path / "a.rar"))
-    with pytest.raises(BadInput, match="does not exist"):
-        load_images(str(tmp_path / "b.zip"))
+# ------------------------------------------------------------------------------- lmdb
+
+
+def test_lsun_gives_its_images_in_the_order_of_the_keys(tmp_path):
+    content = {f"{seed * 7919 % 997:040x}": picture(seed, suffix) for seed, suffix in
+               enumerate([".webp", ".jpg", ".png"] * 20)}
+    folder = as_folder(tmp_path / "folder", {f"{key}.png": payload for key, payload in content.items()})
+    assert torch.equal(load_images(str(lsun(tmp_path / "bedroom_train_lmdb", content))), load_images(str(folder)))
+
+
+def test_an_unreadable_value_of_an_lmdb_is_named_by_its_key_or_left_out(tmp_path, not_loaded):
+    folder = lsun(tmp_path / "church", {"0a": PICTURES["b.png"], "0b": b"none", "0c": PICTURES["sub/c.png"]})
+    assert str(folder / "0b") in not_loaded(folder)
+    left_out = []
+    assert len(load_images(str(folder), skip_unreadable=True, left_out=left_out)) == 2
+    assert left_out == [folder / "0b"]
+
+
+def test_a_missing_lmdb_package_is_named(tmp_path, monkeypatch, not_loaded):
+    (tmp_path / "data.mdb").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "lmdb", None)
+    assert "pip install 'dansm[lsun]'" in not_loaded(tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 100, 8191, 20_000, -4096, -1])
+def test_an_lmdb_that_is_cut_off_is_refused(tmp_path, size, not_loaded):
+    folder = lsun(tmp_path / "church", {f"{seed:04x}": picture(seed, size=(32, 32)) for seed in range(20)})
+    whole = (folder / "data.mdb").read_bytes()
+    (folder / "data.mdb").write_bytes(whole[:size])
+    assert str(folder) in not_loaded(folder)
+
+
+def test_a_file_that_is_no_lmdb_and_an_empty_lmdb_are_refused(tmp_path, not_loaded):
+    assert "empty" in not_loaded(lsun(tmp_path / "empty", {}))
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "data.mdb").write_bytes(b"a text" * 5000)
+    assert str(tmp_path / "text") in not_loaded(tmp_path / "text")
 
 
 # ------------------------------------------------------------------------------- latents
@@ -279,16 +385,15 @@ def test_a_folder_of_latents_comes_in_the_order_of_the_names_one_a_file_or_many(
                        ("shards/bb", x[6:17])):
         np.save(tmp_path / f"{name}.npy", part)
     for folder in ("one", "shards"):
-        seen = []
+        totals = []
 
-        def track(parts, total, seen=seen):
-            for part in parts:
-                seen.append(total)
-                yield part
+        def track(parts, total, totals=totals):
+            totals.append(total)
+            return parts
 
         found = load_images(str(tmp_path / folder), track=track)
         assert found.dtype == torch.from_numpy(x).dtype and torch.equal(found, torch.from_numpy(x))
-        assert seen == [len(list((tmp_path / folder).glob("*.npy")))] * len(seen) and seen
+        assert totals == [len(list((tmp_path / folder).glob("*.npy")))]
         assert (load_images(str(tmp_path / folder), cache=tmp_path / "cache") == x).all()
 
 
@@ -324,35 +429,36 @@ def bad_latents(folder):
     return sorted(folder.glob("*.npy"))
 
 
-def test_bad_latents_are_refused_by_name_and_no_code_in_them_runs(tmp_path):
+def test_bad_latents_are_refused_by_name_and_no_code_in_them_runs(tmp_path, not_loaded):
     paths = bad_latents(tmp_path)
     assert len(paths) == 12
     for path in paths:
-        with pytest.raises(BadInput, match="expected") as refused:
-            load_images(str(path))
-        assert str(path) in str(refused.value)
+        assert str(path) in not_loaded(path)
         (folder := tmp_path / path.stem).mkdir()
         np.save(folder / "a.npy", latents(5))
         path.rename(folder / "b.npy")
-        with pytest.raises(BadInput, match="expected") as refused:
-            load_images(str(folder))
-        assert str(folder / "b.npy") in str(refused.value)
+        assert str(folder / "b.npy") in not_loaded(folder)
     assert not (tmp_path / "bang").exists()
 
 
-def test_latents_of_unequal_shape_or_type_are_refused_naming_two(tmp_path):
+def test_a_latent_of_one_large_file_is_named_by_its_number(tmp_path, not_loaded):
+    array = np.zeros((3000, 4, 4, 4), np.float16)
+    array[2345, 3, 1, 2] = np.inf
+    np.save(tmp_path / "a.npy", array)
+    assert "a.npy holds NaN or infinite numbers, in latent 2345" in not_loaded(tmp_path / "a.npy")
+
+
+def test_latents_of_unequal_shape_or_type_are_refused_naming_two(tmp_path, not_loaded):
     np.save(tmp_path / "a.npy", latents(2)[0])
     for other in (latents(1, np.float32)[0], latents(1, shape=(4, 3, 3))[0], latents(1)):
         np.save(tmp_path / "b.npy", other)
-        with pytest.raises(BadInput, match=r"b\.npy.*expected latents"):
-            load_images(str(tmp_path))
+        assert "b.npy" in not_loaded(tmp_path)
 
 
-def test_latents_are_not_resized(tmp_path):
+def test_latents_are_not_resized(tmp_path, not_loaded):
     np.save(tmp_path / "a.npy", latents(2))
     for source in (tmp_path, tmp_path / "a.npy"):
-        with pytest.raises(BadInput, match=r"--size is 64.*latents"):
-            load_images(str(source), size=64)
+        assert "--size is 64" in not_loaded(source, size=64)
 
 
 def test_an_unreadable_file_of_latents_may_be_left_out(tmp_path):
@@ -364,311 +470,10 @@ def test_an_unreadable_file_of_latents_may_be_left_out(tmp_path):
     assert (found.numpy() == latents(3)[[0, 2]]).all() and left_out == [tmp_path / "1.npy"]
 
 
-def test_images_beside_latents_are_refused(tmp_path):
+def test_images_next_to_latents_are_refused(tmp_path, not_loaded):
     np.save(tmp_path / "a.npy", latents(2))
     (tmp_path / "b.png").write_bytes(picture(0))
-    with pytest.raises(BadInput, match=r"b\.png.*a\.npy.*expected one kind"):
-        load_images(str(tmp_path))
-
-
-# ------------------------------------------------------------------------------- the cache
-
-
-@pytest.fixture
-def decodes(monkeypatch):
-    """The files that were decoded, as they are."""
-    decoded, read_image = [], read.read_image
-
-    def watched(path, *arguments):
-        decoded.append(path.name)
-        return read_image(path, *arguments)
-
-    monkeypatch.setattr(read, "read_image", watched)
-    return decoded
-
-
-SOURCES = {"folder": lambda at: as_folder(at / "folder", PICTURES),
-           "zip": lambda at: packed(at / "a.zip", PICTURES),
-           "tar.gz": lambda at: packed(at / "a.tar.gz", PICTURES),
-           "lmdb": lambda at: lsun(at / "lsun", PICTURES)}
-
-
-@pytest.mark.parametrize("source", SOURCES)
-def test_the_second_call_finds_what_the_first_decoded(tmp_path, decodes, source):
-    source, cache = str(SOURCES[source](tmp_path)), tmp_path / "deep" / "cache"
-    expected = load_images(source)
-    first = load_images(source, cache=cache)
-    del decodes[:]
-    second = load_images(source, cache=cache, track=None)
-    assert not decodes
-    for found in (first, second):
-        assert isinstance(found, np.memmap) and torch.equal(torch.from_numpy(found), expected)
-    assert sorted(path.suffix for path in cache.iterdir()) == [".json", ".lock", ".npy"]
-    index = json.loads(next(cache.glob("*.json")).read_text())
-    assert (index["source"], index["count"], index["size"]) == (source, len(expected), None)
-
-
-def test_a_source_named_otherwise_is_found_too(tmp_path, decodes, monkeypatch):
-    source, cache = as_folder(tmp_path / "folder", PICTURES), tmp_path / "cache"
-    load_images(str(source), cache=cache)
-    del decodes[:]
-    monkeypatch.chdir(tmp_path)
-    for name in ("folder", "./folder/", "../" + tmp_path.name + "/folder"):
-        load_images(name, cache=Path("cache"))
-    assert not decodes
-
-
-def test_another_size_is_kept_beside(tmp_path, decodes):
-    source, cache = str(as_folder(tmp_path / "folder", PICTURES)), tmp_path / "cache"
-    whole, small = load_images(source, cache=cache), load_images(source, cache=cache, size=2)
-    del decodes[:]
-    assert (load_images(source, cache=cache) == whole).all() and small.shape == (8, 3, 2, 2)
-    assert (load_images(source, cache=cache, size=2) == small).all() and not decodes
-
-
-def changed(folder):
-    """What may happen to a folder of images."""
-    yield (folder / "b.png").write_bytes(picture(99))
-    os.utime(folder / "b.png", ns=(0, 0))
-    yield
-    yield (folder / "new.png").write_bytes(picture(98))
-    yield (folder / "Z.PNG").unlink()
-    yield (folder / "c.gif").rename(folder / "d.gif")
-
-
-def test_a_changed_source_is_decoded_anew(tmp_path, decodes):
-    folder, cache = as_folder(tmp_path / "folder", PICTURES), tmp_path / "cache"
-    load_images(str(folder), cache=cache)
-    for _ in changed(folder):
-        expected = load_images(str(folder))
-        del decodes[:]
-        assert torch.equal(torch.from_numpy(load_images(str(folder), cache=cache)), expected)
-        assert len(decodes) == len(expected)
-    assert len(list(cache.glob("*.npy"))) == 1
-
-
-def test_what_was_left_out_is_told_again_and_refused_where_nothing_may_be(tmp_path):
-    folder, cache = as_folder(tmp_path / "folder", {**PICTURES, "a9.webp": b""}), tmp_path / "cache"
-    expected = load_images(str(folder), skip_unreadable=True)
-    for _ in range(2):
-        left_out = []
-        found = load_images(str(folder), skip_unreadable=True, left_out=left_out, cache=cache)
-        assert left_out == [folder / "a9.webp"] and torch.equal(torch.from_numpy(found), expected)
-    with pytest.raises(BadInput, match=r"a9\.webp cannot be read"):
-        load_images(str(folder), cache=cache)
-    assert torch.equal(torch.from_numpy(load_images(str(folder), skip_unreadable=True, cache=cache)), expected)
-
-
-@pytest.mark.parametrize("damage", ["cut.npy", "gone.npy", "text.npy", "cut.json", "gone.json", "other.json",
-                                    "list.json"])
-def test_a_damaged_cache_is_decoded_anew(tmp_path, damage):
-    folder, cache = as_folder(tmp_path / "folder", PICTURES), tmp_path / "cache"
-    expected = load_images(str(folder), cache=cache).copy()
-    how, suffix = damage.split(".")
-    (path,) = cache.glob(f"*.{suffix}")
-    content = path.read_bytes()
-    path.unlink()
-    if how != "gone":
-        path.write_bytes({"cut": content[:-5], "other": b"{}", "list": b"[1]", "text": b"text"}[how])
-    assert (load_images(str(folder), cache=cache) == expected).all()
-
-
-def interrupted(parts, total):
-    for i, part in enumerate(parts):
-        if i == 3:
-            raise KeyboardInterrupt
-        yield part
-
-
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("with_cache", [True, False])
-def test_ctrl_c_stops_decoding_and_leaves_nothing_half(tmp_path, source, with_cache):
-    source, cache, before = SOURCES[source](tmp_path), tmp_path / "cache", set(threading.enumerate())
-    with pytest.raises(KeyboardInterrupt):
-        load_images(str(source), track=interrupted, cache=cache if with_cache else None)
-    assert not set(threading.enumerate()) - before
-    assert not with_cache or [path.suffix for path in cache.iterdir()] == [".lock"]
-    assert len(load_images(str(source), cache=cache)) == len(PICTURES)
-
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from dansm.scale.data import loader
-
-def track(parts, total):
-    for i, part in enumerate(parts):
-        if i == 3 and sys.argv[3] == "decoding":
-            os.kill(os.getpid(), signal.SIGKILL)
-        yield part
-
-replace, times = os.replace, []
-def killing(*arguments):
-    times.append(0)
-    if f"replace {len(times)}" == sys.argv[3]:
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(*arguments)
-
-os.replace = killing
-loader.load_images(sys.argv[1], cache=Path(sys.argv[2]), track=track)
-"""
-
-
-@pytest.mark.parametrize("moment", ["decoding", "replace 1", "replace 2"])
-def test_a_decode_that_is_killed_is_begun_anew(tmp_path, decodes, moment):
-    folder, cache = as_folder(tmp_path / "folder", PICTURES), tmp_path / "cache"
-    ended = subprocess.run([sys.executable, "-c", KILLED, str(folder), str(cache), moment],
-                           cwd=Path(loader.__file__).parent.parent)
-    assert ended.returncode == -signal.SIGKILL
-    expected = load_images(str(folder))
-    del decodes[:]
-    assert torch.equal(torch.from_numpy(load_images(str(folder), cache=cache)), expected)
-    assert len(decodes) == len(PICTURES)
-    assert sorted(path.suffix for path in cache.iterdir()) == [".json", ".lock", ".npy"]
-
-
-def test_a_kill_between_array_and_index_leaves_no_index_of_another_array(tmp_path, monkeypatch):
-    folder, cache, replace, calls = as_folder(tmp_path / "folder", PICTURES), tmp_path / "cache", os.replace, []
-    before = load_images(str(folder), cache=cache).copy()
-    was = (folder / "b.png").stat()
-
-    def killed_the_second_time(*arguments):
-        calls.append(arguments)
-        if len(calls) == 2:
-            raise SystemExit("killed")
-        replace(*arguments)
-
-    (folder / "b.png").write_bytes(picture(99))
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(os, "replace", killed_the_second_time)
-        load_images(str(folder), cache=cache)
-    (folder / "b.png").write_bytes(PICTURES["b.png"])
-    os.utime(folder / "b.png", ns=(was.st_atime_ns, was.st_mtime_ns))
-    assert (load_images(str(folder), cache=cache) == before).all()
-
-
-@pytest.mark.skipif(cache.fcntl is None, reason="no locks between processes")
-def test_of_several_at_once_one_decodes(tmp_path, decodes):
-    folder, cache, found = as_folder(tmp_path / "folder", PICTURES), tmp_path / "cache", []
-
-    def slowly(parts, total):
-        for part in parts:
-            time.sleep(0.01)
-            yield part
-
-    threads = [threading.Thread(target=lambda: found.append(load_images(str(folder), cache=cache, track=slowly)))
-               for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 4 and all((images == found[0]).all() for images in found)
-    assert len(decodes) == len(PICTURES)
-
-
-def test_what_does_not_fit_in_memory_is_refused_or_goes_to_the_cache(tmp_path, monkeypatch):
-    folder = as_folder(tmp_path / "folder", PICTURES)
-    needed = len(PICTURES) * 3 * 4 * 6
-    monkeypatch.setattr(data, "free_memory", lambda _: 2 * needed)
-    expected = load_images(str(folder))
-    monkeypatch.setattr(data, "free_memory", lambda _: 2 * needed - 2)
-    with pytest.raises(BadInput, match=r"takes .* GB decoded.*--cache"):
-        load_images(str(folder))
-    assert torch.equal(torch.from_numpy(load_images(str(folder), cache=tmp_path / "cache")), expected)
-
-
-@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="room is taken otherwise")
-def test_a_full_disk_is_told_and_the_cache_left_empty(tmp_path, monkeypatch):
-    folder, cache = as_folder(tmp_path / "folder", PICTURES), tmp_path / "cache"
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(BadInput, match=rf"kept in {cache}: No space left on device.*--cache of dansm train"):
-        load_images(str(folder), cache=cache)
-    assert [path.suffix for path in cache.iterdir()] == [".lock"]
-    monkeypatch.delattr(os, "posix_fallocate")
-    assert torch.equal(torch.from_numpy(load_images(str(folder), cache=cache)), load_images(str(folder)))
-
-
-def test_a_cache_among_the_images_or_in_a_file_is_refused(tmp_path):
-    folder = as_folder(tmp_path / "folder", PICTURES)
-    with pytest.raises(BadInput, match=r"--cache is .*inside"):
-        load_images(str(folder), cache=folder / "cache")
-    with pytest.raises(BadInput, match=r"cannot be kept in .*b\.png.*--cache"):
-        load_images(str(folder / "sub"), cache=folder / "b.png")
-
-
-def test_a_disk_without_room_for_all_is_told_before_it_is_filled(tmp_path, monkeypatch):
-    folder, cache, needed = as_folder(tmp_path / "folder", PICTURES), tmp_path / "cache", len(PICTURES) * 3 * 4 * 6
-    free = shutil.disk_usage(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda _: free._replace(free=needed - 1))
-        patch.setattr(os, "posix_fallocate", lambda *_: pytest.fail("filled"), raising=False)
-        with pytest.raises(BadInput, match=rf"folder takes .* GB decoded, and the disk of {cache} has .*--cache"):
-            load_images(str(folder), cache=cache)
-    assert [path.suffix for path in cache.iterdir()] == [".lock"]
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: free._replace(free=needed))
-    assert len(load_images(str(folder), cache=cache)) == len(PICTURES)
-
-
-@pytest.fixture
-def home(monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))  # the same on Windows
-    return tmp_path / "home"
-
-
-@pytest.mark.parametrize("source", SOURCES)
-def test_what_processes_share_is_told_and_found_by_those_who_name_no_cache(tmp_path, home, decodes, source, capsys):
-    source = str(SOURCES[source](tmp_path))
-    expected = load_images(source)
-    assert not home.exists() and "decoded" not in capsys.readouterr().out
-    load_images(source, share=True)
-    (kept,) = home.rglob("*.npy")
-    line = capsys.readouterr().out
-    assert line.startswith(f"decoded images: {kept}, 0.0 GB;") and line.count("\n") == 1 and "delete" in line
-    del decodes[:]
-    for share in (False, True):
-        assert torch.equal(torch.from_numpy(load_images(source, share=share)), expected) and not decodes
-        assert capsys.readouterr().out == line
-    assert isinstance(load_images(source, size=2), torch.Tensor) and decodes  # is not there, nor comes there unasked
-    assert load_images(source, cache=tmp_path / "own").filename.parent == tmp_path / "own"
-    assert list(home.rglob("*.npy")) == [kept] and capsys.readouterr().out == ""
-
-
-def test_a_changed_source_is_not_taken_from_what_processes_share(tmp_path, home):
-    folder = as_folder(tmp_path / "folder", PICTURES)
-    shared = load_images(str(folder), share=True)
-    for _ in changed(folder):
-        found = load_images(str(folder))
-        assert isinstance(found, torch.Tensor) and not np.array_equal(found, shared)
-
-
-def test_no_error_about_what_processes_share_speaks_of_an_option_that_nobody_gave(tmp_path, home, monkeypatch):
-    folder = as_folder(home / "pictures", PICTURES)
-    (home / ".cache").write_text("a file")
-    with pytest.raises(BadInput, match=rf"kept in {home}/\.cache/dansm/images: .*--cache of dansm train") as refused:
-        load_images(str(folder), share=True)
-    assert "--cache is" not in str(refused.value)
-    (home / ".cache").unlink()
-    as_folder(home, {"a.png": PICTURES["b.png"]})
-    with pytest.raises(BadInput, match=rf"folder of decoded images is {home}.*inside {home}, .*--cache") as refused:
-        load_images(str(home), share=True)
-    assert "--cache is" not in str(refused.value)
-    free = shutil.disk_usage(home)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: free._replace(free=9))
-    with pytest.raises(BadInput, match=rf"the disk of {home}/.* has 0\.0 GB free.*--cache") as refused:
-        load_images(str(folder), share=True)
-    assert "--cache is" not in str(refused.value)
-
-
-def test_a_folder_of_archives_alone_names_one(tmp_path):
-    (tmp_path / "data").mkdir()
-    for name in ("b.tar.gz", "a.zip"):
-        (tmp_path / "data" / name).touch()
-    with pytest.raises(BadInput, match=r"holds no images, but archives: expected one of them, as .*a\.zip"):
-        read.find_files(tmp_path / "data")
-    (tmp_path / "data" / "x.png").touch()
-    assert read.find_files(tmp_path / "data") == [tmp_path / "data" / "x.png"]
+    message = not_loaded(tmp_path)
+    assert "a.npy" in message and "b.png" in message
+    with pytest.raises(BadInput, match=r"a\.npy"):
+        stream_images(str(tmp_path / "a.npy"))
