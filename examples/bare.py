@@ -1,12 +1,10 @@
-"""A training loop of one's own, in plain PyTorch: a rectified flow on the 1,797 digits that come with scikit-learn.
+"""Your own training loop in plain PyTorch: a rectified flow on the 1,797 digits that come with scikit-learn.
 
-One line differs from a vanilla training: the one with "was:" behind it, which says what stood there. The pool goes
-into the checkpoint with the rest: 4 bytes for each noise that is left, and a resumed run goes on to the last bit.
+One line differs from usual training; the comment "was:" shows what it replaces. The pool goes into the checkpoint, 4
+bytes for each noise that is left, and a resumed run ends with the same weights to the last bit.
 
     python examples/bare.py        25 seconds on two cores; --steps 4000 for more
 """
-
-from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
@@ -15,7 +13,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
-from dansm.tiny.comparison import MatchSize, Seeds, Steps, Trained, compare, run
+from dansm.tiny.comparison import MatchSize, Seeds, Steps, compare, run
 from dansm.tiny.digits import load_digits
 from torch import Tensor, nn
 
@@ -36,19 +34,20 @@ class Velocity(nn.Sequential):
 
 
 def train(images: Tensor, steps: int, match_size: int, seed: int, checkpoint: Path | None = None):
-    """Train until step `steps`, from `checkpoint` on if that file is there. Returns the network and the lengths of the
-    paths. images: (N, 1, 8, 8). match_size 1 is a random noise for each image: vanilla training."""
+    """Train until step `steps`, resuming from `checkpoint` if that file exists. images: (N, 1, 8, 8). Returns the
+    network and the mean length of the paths in each step. match_size 1: random pairs."""
     torch.manual_seed(seed)
     net = Velocity()
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
     pool = NoisePool(match_size, images.shape[1:], seed=seed)
+    parts = {"net": net, "optimizer": optimizer, "pool": pool}
     done, lengths = 0, []
     if checkpoint and checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
-        for part, state in zip((net, optimizer, pool), saved["states"], strict=True):
-            part.load_state_dict(state)
-        torch.set_rng_state(saved["random"])
         done = saved["done"]
+        torch.set_rng_state(saved["random"])
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
 
     for _ in range(done, steps):
         x = images[torch.randint(len(images), (BATCH,))]
@@ -61,8 +60,8 @@ def train(images: Tensor, steps: int, match_size: int, seed: int, checkpoint: Pa
         lengths.append(path_length(x, z))
 
     if checkpoint:
-        states = [part.state_dict() for part in (net, optimizer, pool)]
-        torch.save({"states": states, "random": torch.get_rng_state(), "done": steps}, checkpoint)
+        states = {name: part.state_dict() for name, part in parts.items()}
+        torch.save({**states, "random": torch.get_rng_state(), "done": steps}, checkpoint)
     return net, lengths
 
 
@@ -76,7 +75,7 @@ def sample(net: Velocity, count: int, steps: int, generator: torch.Generator) ->
 
 
 def resumes(images: Tensor, steps: int, match_size: int) -> bool:
-    """Whether a run that stops half way and goes on ends with the weights of one that does not."""
+    """Whether a run that stops half way and resumes ends with the weights of one that does not stop."""
     whole, _ = train(images, steps, match_size, seed=0)
     with TemporaryDirectory() as folder:
         for until in (steps // 2, steps):
@@ -84,18 +83,17 @@ def resumes(images: Tensor, steps: int, match_size: int) -> bool:
     return all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
 
 
-def main(steps: Steps = 1500, seeds: Seeds = 2, match_size: MatchSize = 1000) -> dict:
-    torch.set_num_threads(1)  # to so small a network more are no help, and on a busy machine they wait for each other
+def main(steps: Steps = 1500, seeds: Seeds = 2, match_size: MatchSize = 1000):
     images = load_digits()
     same = resumes(images, min(steps, 200), match_size)
     print("stopped and resumed:", "the same weights to the last bit" if same else "OTHER WEIGHTS")
 
     def trained(match_size, seed):
         net, lengths = train(images, steps, match_size, seed)
-        return Trained({"path length": fmean(lengths)}, partial(sample, net))
+        return {"path length": fmean(lengths)}, partial(sample, net)
 
     ways = {"random": partial(trained, 1), f"pool of {match_size:,}": partial(trained, match_size)}
-    return {"resumes": same, "rows": compare(ways, images, seeds, f"Digits, {steps:,} steps of {BATCH}")}
+    return compare(ways, images, seeds, f"Digits, {steps:,} steps of {BATCH}")
 
 
 if __name__ == "__main__":

@@ -1,24 +1,22 @@
 """The pool in a training by torchcfm: its flow matchers, its network; on the 1,797 digits of scikit-learn.
 
-One line differs from torchcfm's own way: the one with "was:" behind it, which says what stood there. torchcfm's t too
-runs from noise (x0, at 0) to data (x1, at 1).
+One line differs from torchcfm's own training; the comment "was:" shows what it replaces. In torchcfm too t runs from
+noise (x0, at 0) to data (x1, at 1).
 
-The pool takes the place of the optimal transport within a batch: use it with the plain ConditionalFlowMatcher. A plan
-of ExactOptimalTransportConditionalFlowMatcher knows the noises of one batch alone, and in a batch of one, all that fits
-where samples are large, there is nothing to plan; a pool's noises outlive the batch. A plan is also drawn from with
-replacement, so some of a batch come twice and others not at all; a pool hands out each noise once.
+The pool replaces the optimal transport within a batch: use it with the plain ConditionalFlowMatcher. A plan of
+ExactOptimalTransportConditionalFlowMatcher sees the noises of one batch only, so a batch of one, all that fits where
+samples are large, leaves nothing to plan; a pool's noises outlive the batch. Pairs are drawn from a plan with
+replacement, so some samples of a batch come twice and others not at all; a pool hands out each noise once.
 
     python examples/with_torchcfm.py        half a minute on two cores
 """
-
-from __future__ import annotations
 
 from functools import partial
 from statistics import fmean
 
 import numpy as np
 import torch
-from dansm.tiny.comparison import MatchSize, Seeds, Steps, Trained, compare, run
+from dansm.tiny.comparison import MatchSize, Seeds, Steps, compare, run
 from dansm.tiny.digits import load_digits
 from torch import Tensor
 from torchcfm.conditional_flow_matching import ConditionalFlowMatcher, ExactOptimalTransportConditionalFlowMatcher
@@ -35,9 +33,8 @@ def draw_paths(matcher: ConditionalFlowMatcher, pool: NoisePool, x1: Tensor) -> 
     return matcher.sample_location_and_conditional_flow(x0, x1)
 
 
-def train(images: Tensor, matcher, steps: int, match_size: int, seed: int):
-    """Returns the network and the lengths of the paths. images: (N, D). match_size 1 is a random noise for each image:
-    vanilla training."""
+def train(images: Tensor, matcher, steps: int, match_size: int, seed: int) -> tuple[MLP, float]:
+    """Returns the network and the mean length of the paths. images: (N, D). match_size 1: random pairs."""
     set_seed(seed)
     net = MLP(dim=images.shape[1], w=256, time_varying=True)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
@@ -55,7 +52,7 @@ def train(images: Tensor, matcher, steps: int, match_size: int, seed: int):
 
 
 def length_in_batches_of_one(images: Tensor, matcher, match_size: int, seed: int, count: int) -> float:
-    """Mean length of `count` paths to images: (N, D), drawn one at a time. Whole pools: the first of each get near."""
+    """Mean length of `count` paths drawn one at a time, over whole pools: the first of a pool are short."""
     set_seed(seed)
     pool = NoisePool(match_size, images.shape[1:], seed=seed)
     drawn = images[torch.randint(len(images), (count,))]
@@ -69,7 +66,7 @@ def length(ut: Tensor) -> float:
 
 def set_seed(seed: int) -> None:
     torch.manual_seed(seed)
-    np.random.seed(seed)  # an optimal transport plan is drawn from by numpy
+    np.random.seed(seed)  # numpy draws from an optimal transport plan
 
 
 @torch.no_grad()
@@ -81,14 +78,13 @@ def sample(net: MLP, count: int, steps: int, generator: torch.Generator) -> Tens
     return x
 
 
-def main(steps: Steps = 800, seeds: Seeds = 2, match_size: MatchSize = 1000) -> list:
-    torch.set_num_threads(1)  # to so small a network more are no help, and on a busy machine they wait for each other
+def main(steps: Steps = 800, seeds: Seeds = 2, match_size: MatchSize = 1000):
     images = load_digits().flatten(1)
 
     def trained(matcher, size, seed):
         net, together = train(images, matcher, steps, size, seed)
         alone = length_in_batches_of_one(images, matcher, size, seed, 2 * match_size)
-        return Trained({f"path,\nbatch {BATCH}": together, "path,\nbatch 1": alone}, partial(sample, net))
+        return {f"path, batch {BATCH}": together, "path, batch 1": alone}, partial(sample, net)
 
     ways = {"random": partial(trained, ConditionalFlowMatcher(), 1),
             "batch OT": partial(trained, ExactOptimalTransportConditionalFlowMatcher(), 1),
