@@ -13,7 +13,6 @@ from typing import Annotated, NamedTuple
 import torch
 import typer
 from rich.progress import Progress
-from rich.table import Table
 
 from dansm import BadInput, Diffusion
 
@@ -104,10 +103,7 @@ def evaluate(
         except KeyboardInterrupt:
             if not rows:
                 raise
-    labels = [model.label if model else "real images" for model, _ in jobs]
-    console.print(table_of(rows, labels, settings))
-    for line in remarks(rows, settings):
-        say(line)
+    report(rows, [model.label if model else "real images" for model, _ in jobs], settings)
     say_files(out, "evaluate.json", "evaluate.csv")
     if len(rows) < len(jobs):
         raise Stopped(f"stopped; {counted(len(rows), 'row')} of {len(jobs)} kept, the same command resumes")
@@ -209,30 +205,26 @@ def read_rows(path: Path) -> dict[str, dict]:
                        ) from error
 
 
-def table_of(rows: list[dict], labels: list[str], settings: Settings) -> Table:
+def report(rows: list[dict], labels: list[str], settings: Settings) -> None:
+    """Print the table, and what a reader must know to interpret it."""
     frechet, kernel = settings.extractor.distances
     if settings.extractor.name == INCEPTION:
         title, measures = "FID", ("FID", "KID·10³", "IS")
     else:
         title, measures = f"Fréchet distance ({settings.extractor.name})", ("Fréchet", "kernel·10³")
     lines = []
-    for label, row in zip(labels, rows, strict=False):  # Ctrl-C leaves some rows out
+    for label, row in zip(labels, rows, strict=False):  # Ctrl-C leaves out the last rows
         numbers = [f"{row[frechet]:.2f}", f"{1e3 * row[kernel]:.2f}"]
         if "IS" in measures:
             numbers.append(f"{row['inception_score']:.2f}" if "inception_score" in row else "")
-        lines.append([label, str(row.get("steps", "")), f"{row['count']:,}", *numbers,
-                      f"{row['precision']:.3f}", f"{row['recall']:.3f}"])
-    return table(f"{title} to {settings.real.count:,} images of {settings.source}",
-                 ["model", "steps", "images", *measures, "precision", "recall"], lines)
-
-
-def remarks(rows: list[dict], settings: Settings) -> list[str]:
-    """What a reader must know to interpret the numbers."""
-    taken, count, real = rows[0]["count"], settings.count, settings.real
+        lines.append([label, str(row.get("steps", "")), f"{row['count']:,}", *numbers, f"{row['precision']:.3f}",
+                      f"{row['recall']:.3f}"])
+    count, available, dimensions = settings.count, settings.real.count, len(settings.real.mean)
+    console.print(table(f"{title} to {available:,} images of {settings.source}",
+                        ["model", "steps", "images", *measures, "precision", "recall"], lines))
+    taken = rows[0]["count"]
     bound = "no model can be expected to beat them" if taken == count else f"{count:,} would have a lower distance"
-    lines = [f"real images: {taken:,} of the {real.count:,} at random, against all; {bound}"]
-    dimensions = len(real.mean)
-    if min(count, real.count) < dimensions:
-        lines.append(f"{min(count, real.count):,} images are fewer than the {dimensions:,} features: distances are "
-                     "much too large; compare only those of equally many images")
-    return lines
+    say(f"real images: {taken:,} of the {available:,} at random, against all; {bound}")
+    if min(count, available) < dimensions:
+        say(f"{min(count, available):,} images are fewer than the {dimensions:,} features: distances are much too "
+            "large; compare only those of equally many images")

@@ -1,0 +1,251 @@
+"""dansm evaluate: one table of models and steps, rows that are not measured twice, and what it says of bad input."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from dansm.scale.base.statistics import frechet_distance
+from dansm.scale.commands import evaluate
+from dansm.scale.data import loader, read
+from dansm.scale.data.loader import load_images
+from dansm.scale.evaluate import real as room
+from dansm.scale.model import checkpoint, load
+from features import seen
+from PIL import Image
+from support import files_of, make_images, noise_image, packed
+
+import dansm
+
+NETWORK = dict(width=4, multipliers=[1], blocks=1, attention_at=[], dropout=0.0)
+
+
+def make_run(folder, flow="rectified", channels=3, size=16, data="images", **recipe):
+    """A run's folder with a checkpoint of a network that does something."""
+    net = dansm.UNet(**NETWORK, channels=channels, size=size)
+    for weight in net.parameters():
+        torch.nn.init.normal_(weight, 0, 0.05)
+    folder.mkdir(parents=True)
+    checkpoint.save(folder, {
+        "network": net.settings, "recipe": {"flow": flow, "times": "uniform", "target": "noise", "size": 0, **recipe},
+        "data": str(data), "images": None, "latents": None if channels == 3 else {},
+        "training": {"step": 7, "averages": [{"decay": 0.9, "weights": net.state_dict()}]}, "ranks": [{}]})
+    return folder
+
+
+def change(model, **state):
+    file = checkpoint.newest(model)
+    checkpoint.write(file, checkpoint.load(file) | state)
+
+
+@pytest.fixture
+def model(tmp_path, images):
+    return make_run(tmp_path / "first", data=images)
+
+
+def options(tmp_path, *more):
+    return ["--features", "features:seen", "--count", 30, "--steps", "2,3", "--device", "cpu",
+            "--cache", tmp_path / "cache", "--out", tmp_path / "out", *more]
+
+
+def rows_of(out):
+    return json.loads((out / "evaluate.json").read_text())["rows"]
+
+
+def test_evaluate_makes_one_table_of_models_and_steps(run, model, images, tmp_path):
+    diffusion = make_run(tmp_path / "second", "diffusion", data=images)
+    code, said, err = run("evaluate", model, diffusion, *options(tmp_path))
+    assert (code, err) == (0, "")
+    assert "Fréchet distance (features:seen)" in said and "FID" not in said and "KID" not in said
+    assert "real images" in said and "first" in said and "second" in said
+    assert max(map(len, said.split("written:")[0].splitlines()[:8])) <= 80
+    assert files_of(tmp_path / "out") == ["evaluate.csv", "evaluate.json"]
+    rows = rows_of(tmp_path / "out")
+    assert [(row["model"], row.get("steps")) for row in rows] == [
+        ("real images", None), (str(model), 2), (str(model), 3), (str(diffusion), 2), (str(diffusion), 3)]
+    assert rows[0]["count"] == 12 and all(row["count"] == 30 for row in rows[1:])  # of 24 real images
+    assert len({row["frechet_distance"] for row in rows}) == 5
+    assert all(row["data"] == str(images) and row["real_images"] == 24 for row in rows)
+    assert rows[1]["trained_steps"] == 7 and rows[1]["file"].endswith("checkpoint-00000007.pt")
+    with open(tmp_path / "out" / "evaluate.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [float(line["recall"]) for line in lines] == [row["recall"] for row in rows]
+
+
+def test_scores_are_those_of_the_images_that_dansm_sample_writes(run, model, images, tmp_path):
+    run("evaluate", model, *options(tmp_path, "--batch", 7, "--seed", 4, "--steps", 2))
+    run("sample", model, "--count", 30, "--steps", 2, "--files", "--seed", 4, "--device", "cpu", "--out", "drawn")
+
+    def pixels(folder):
+        return torch.stack([torch.from_numpy(np.array(Image.open(path)).transpose(2, 0, 1))
+                            for path in sorted(folder.glob("[0-9]*.png"))])
+
+    expected = frechet_distance(seen(pixels(tmp_path / "drawn")), seen(pixels(images)))
+    assert rows_of(tmp_path / "out")[1]["frechet_distance"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_same_call_again_measures_nothing_and_says_the_same(run, model, tmp_path, monkeypatch):
+    _, first, _ = run("evaluate", model, *options(tmp_path))
+    rows = rows_of(tmp_path / "out")
+    run("export", model, "--out", "w.safetensors")
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "draw_features", lambda *_, **__: pytest.fail("drawn again"))
+        patch.setattr(room, "_measure", lambda *_: pytest.fail("measured again"))
+        patch.setattr(read, "read_image", lambda *_: pytest.fail("decoded again"))
+        assert run("evaluate", model, *options(tmp_path))[1] == first
+        code, said, _ = run("evaluate", "w.safetensors", *options(tmp_path))
+    assert code == 0 and "real images" in said and " w " in said
+    assert rows_of(tmp_path / "out") == rows
+    for more in (("--seed", 1), ("--count", 20), ("--solver", "heun"), ("--steps", "4")):
+        run("evaluate", model, *options(tmp_path, *more))
+        assert rows_of(tmp_path / "out")[: len(rows)] == rows and len(rows_of(tmp_path / "out")) > len(rows)
+        rows = rows_of(tmp_path / "out")
+
+
+def test_equal_weights_that_predict_something_else_are_another_row(run, images, tmp_path, monkeypatch):
+    first = make_run(tmp_path / "first", "diffusion", data=images)
+    state = checkpoint.load(checkpoint.newest(first))
+    (tmp_path / "second").mkdir()
+    checkpoint.save(tmp_path / "second", state | {"recipe": state["recipe"] | {"target": "velocity"}})
+    assert run("evaluate", first, tmp_path / "second", *options(tmp_path, "--steps", 2))[0] == 0
+    assert len({row["frechet_distance"] for row in rows_of(tmp_path / "out")}) == 3
+    monkeypatch.setattr(load, "make_flow", lambda *_: dansm.Diffusion(bound=0.1))
+    assert run("evaluate", first, *options(tmp_path, "--steps", 2))[0] == 0
+    assert len({row["frechet_distance"] for row in rows_of(tmp_path / "out")}) == 4
+
+
+def test_ctrl_c_keeps_the_rows_that_are_done_and_the_same_command_resumes(run, model, tmp_path, monkeypatch):
+    draw = evaluate.draw_features
+
+    def interrupted(net, flow, numbers, shape, steps, *arguments, **settings):
+        if steps == 3:
+            raise KeyboardInterrupt
+        return draw(net, flow, numbers, shape, steps, *arguments, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "draw_features", interrupted)
+        code, said, err = run("evaluate", model, *options(tmp_path))
+    assert code == 130 and "2 rows of 3 kept" in err and "real images" in said
+    kept = rows_of(tmp_path / "out")
+    assert len(kept) == 2
+    assert run("evaluate", model, *options(tmp_path))[0] == 0
+    assert rows_of(tmp_path / "out")[:2] == kept and len(rows_of(tmp_path / "out")) == 3
+
+
+def test_fewer_samples_than_features_are_said(run, model, tmp_path):
+    said = run("evaluate", model, *options(tmp_path, "--count", 10, "--steps", 2))[1]
+    assert "10 images are fewer than the 20 features" in said
+    assert "fewer than" not in run("evaluate", model, *options(tmp_path, "--steps", 2))[1]
+
+
+# ------------------------------------------------------------------------------- the real images
+
+
+def test_one_folder_named_in_two_ways_is_one_and_one_that_moved_is_asked_for(run, images, tmp_path):
+    for name, folder in (("one", images), ("two", images.relative_to(tmp_path))):
+        make_run(tmp_path / name, data=str(folder))
+    command = ["evaluate", tmp_path / "one", tmp_path / "two", *options(tmp_path)]
+    assert run(*command)[0] == 0
+    assert len({row["real_digest"] for row in rows_of(tmp_path / "out")}) == 1
+    images.rename(tmp_path / "elsewhere")
+    code, _, err = run(*command)
+    assert code == 2 and "--data" in err and "one was trained on images" in err
+
+
+def test_other_images_in_the_place_of_those_trained_on_are_noticed_by_their_count(run, model, images, tmp_path):
+    for count, code in ((7, 2), (24, 0)):
+        change(model, images=count)
+        assert run("evaluate", model, *options(tmp_path))[0] == code
+    change(model, images=7)
+    said = run("evaluate", model, *options(tmp_path))[2]
+    assert "7 images" in said and "24" in said and "--data" in said
+    assert run("evaluate", model, "--data", images, *options(tmp_path))[0] == 0  # as asked for
+
+
+def test_the_recipes_size_holds_for_the_data_it_names(run, refused, tmp_path):
+    large = make_images(tmp_path / "large", width=20, height=24)
+    model = checkpoint.newest(make_run(tmp_path / "small", data=large, size=16))
+    said = refused("evaluate", model, *options(tmp_path))
+    assert "16×16" in said and "20×24" in said and "--size 16" in said
+    assert run("evaluate", model, *options(tmp_path, "--size", 16))[0] == 0
+    change(tmp_path / "small", recipe={"flow": "rectified", "times": "uniform", "size": 16})
+    assert run("evaluate", tmp_path / "small", *options(tmp_path))[0] == 0
+
+
+def test_real_images_need_not_fit_in_the_memory(run, model, images, tmp_path, monkeypatch):
+    run("evaluate", model, *options(tmp_path))
+    expected = [row["frechet_distance"] for row in rows_of(tmp_path / "out")]
+    archive = packed(tmp_path / "a.tar.gz", {path.name: path.read_bytes() for path in sorted(images.iterdir())})
+    monkeypatch.setattr(loader, "free_memory", lambda _: 0)
+    for number, more in enumerate(([], ["--data", archive])):
+        out = tmp_path / f"out-{number}"
+        code, _, err = run("evaluate", model, *options(tmp_path, *more, "--cache", tmp_path / f"cache-{number}",
+                                                       "--out", out))
+        assert (code, err) == (0, "") and [row["frechet_distance"] for row in rows_of(out)] == expected
+
+
+def test_what_a_run_has_decoded_is_not_decoded_again(run, images, tmp_path, monkeypatch):
+    """Into its own cache, or where processes share one; a cache that is gone is no trouble."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    own = make_run(tmp_path / "own", data=images, cache=str(tmp_path / "decoded"))
+    gone = make_run(tmp_path / "gone", data=images, cache=str(images / "00.png" / "none"))
+    assert run("evaluate", gone, *options(tmp_path, "--out", tmp_path / "gone"))[0] == 0
+    load_images(str(images), cache=tmp_path / "decoded")
+    with monkeypatch.context() as patch:
+        patch.setattr(read, "read_image", lambda *_: pytest.fail("decoded"))
+        assert run("evaluate", own, *options(tmp_path, "--cache", tmp_path / "fresh"))[0] == 0
+    load_images(str(images), share=True)
+    monkeypatch.setattr(read, "read_image", lambda *_: pytest.fail("decoded"))
+    code, said, _ = run("evaluate", make_run(tmp_path / "shared", data=images), *options(tmp_path, "--cache",
+                                                                                          tmp_path / "fresher"))
+    assert code == 0 and f"{tmp_path}/home/.cache/dansm/images/images-whole-" in said
+
+
+def test_real_images_that_cannot_be_read_are_named_or_left_out(run, refused, model, images, tmp_path):
+    (images / "07.png").write_text("none")
+    said = refused("evaluate", model, *options(tmp_path))
+    assert "07.png" in said and "--skip-unreadable" in said
+    assert run("evaluate", model, *options(tmp_path, "--skip-unreadable"))[0] == 0
+    skipping = make_run(tmp_path / "skipping", data=images, skip_unreadable=True)
+    assert run("evaluate", skipping, *options(tmp_path))[0] == 0
+    assert {row["real_images"] for row in rows_of(tmp_path / "out")} == {23}
+
+
+# ------------------------------------------------------------------------------- bad input
+
+
+def test_bad_input_is_one_line_that_names_it(refused, model, images, tmp_path):
+    def refuses(*arguments):
+        said = refused("evaluate", *arguments)
+        assert "expected" in said
+        return said
+
+    assert "none" in refuses(tmp_path / "none", *options(tmp_path))
+    assert "--steps is '3,x'" in refuses(model, *options(tmp_path, "--steps", "3,x"))
+    assert "--features is 'nothing'" in refuses(model, *options(tmp_path, "--features", "nothing"))
+    diffusion = make_run(tmp_path / "diffusion", "diffusion", data=images)
+    assert "--steps is 1" in refuses(diffusion, *options(tmp_path, "--steps", "1"))
+    assert "--solver" in refuses(diffusion, *options(tmp_path, "--solver", "heun"))
+    latent = make_run(tmp_path / "latent", channels=4, data=images)
+    assert "latents of 4 channels" in refuses(model, latent, *options(tmp_path))
+    np.save(tmp_path / "latents.npy", np.zeros((9, 4, 16, 16), np.float32))
+    assert "latents" in refuses(model, *options(tmp_path, "--data", tmp_path / "latents.npy"))
+    other = make_run(tmp_path / "other", data=tmp_path / "elsewhere")
+    assert "--data" in refuses(model, other, *options(tmp_path))
+    assert "elsewhere" in refuses(other, *options(tmp_path))
+    few = make_images(tmp_path / "few", count=1)
+    assert "1 real image:" in refuses(model, *options(tmp_path, "--data", few))
+    mixed = make_images(tmp_path / "mixed")
+    noise_image(17, 20).save(mixed / "other.png")
+    assert "other.png" in refuses(model, *options(tmp_path, "--data", mixed))
+    assert "count" in refused("evaluate", model, *options(tmp_path, "--count", 1))
+    assert files_of(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"rows": [{}]}', '{"rows": 3}'])
+def test_a_file_that_is_not_ours_is_left_as_it_is(refused, model, tmp_path, content):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "evaluate.json").write_text(content)
+    assert "evaluate.json" in refused("evaluate", model, *options(tmp_path))
+    assert (tmp_path / "out" / "evaluate.json").read_text() == content
