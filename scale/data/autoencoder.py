@@ -267,15 +267,13 @@ def _read_file(file: Path) -> dict[str, Tensor]:
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
-    from safetensors import safe_open
+    from safetensors.torch import load_file
 
-    begins = tuple(prefix + part for prefix in PREFIXES for part in PARTS)
     try:
-        with safe_open(file, "pt") as content:
-            names = content.keys()  # it is no dict
-            return {name: content.get_tensor(name) if name.startswith(begins) else None for name in names}
+        return load_file(file)
     except Exception as error:  # its own kind, and the system's
-        raise BadInput(f"{file} cannot be read as safetensors ({_line(error)}): expected a whole file") from error
+        raise BadInput(f"{file} cannot be read as safetensors ({shorten(str(error), 100)}): expected a whole file"
+                       ) from error
 
 
 class _Inert:
@@ -295,13 +293,9 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
     except Exception as error:
         if lacks_memory(error):
             raise
-        raise BadInput(f"{file} cannot be read as weights ({_line(error)}): {EXPECTED}") from error
+        raise BadInput(f"{file} cannot be read as weights ({shorten(str(error), 100)}): {EXPECTED}") from error
     content = content.get("state_dict", content) if isinstance(content, dict) else {}
     return {name: weight for name, weight in content.items() if isinstance(weight, Tensor)}
-
-
-def _line(error: Exception) -> str:
-    return str(error).partition("\n")[0].rstrip(".") or type(error).__name__
 
 
 def _settings_by_shapes(weights: dict[str, Tensor], file: Path) -> dict:

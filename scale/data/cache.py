@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -30,46 +31,37 @@ def cached(cache: Path, source: Source, decode: Callable[[Callable], Decoded]) -
     decode(make_array) decodes the source into the array that make_array(shape, dtype) makes. Several processes may
     ask at once: one decodes, the others wait. Raises BadInput if the folder cannot be written to or the disk is full.
     """
-    kept, digest = _place(cache, source), source.digest  # as the files are before they are decoded
+    kept = _place(cache, source)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with alone(kept.with_suffix(".lock")):
-            found = _look_up(kept, digest, source.skip_unreadable)
-            if found is None:
+            if find_cached(cache, source) is None:
                 _decode_into(kept, source, decode)
-                found = _look_up(kept, digest, source.skip_unreadable)
-            return found
+            return find_cached(cache, source)
     except OSError as error:
         raise BadInput(f"the decoded images cannot be kept in {cache}: {error.strerror}; expected a folder that can be "
                        f"written to ({OPTION})") from error
 
 
 def find_cached(cache: Path, source: Source) -> Decoded | None:
-    """What an earlier call of `cached` has kept of these very files, None if there is nothing. Nothing is written."""
-    kept = _place(cache, source)
-    if not os.path.exists(kept.with_suffix(".json")):  # without a look at each of a million files
-        return None
-    return _look_up(kept, source.digest, source.skip_unreadable)
-
-
-def _place(cache: Path, source: Source) -> Path:
-    name = f"{source.path.resolve()} {source.size}"
-    key = hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=4).hexdigest()
-    return cache / f"{source.path.name}-{source.size or 'whole'}-{key}.npy"
-
-
-def _look_up(kept: Path, digest: str, skip_unreadable: bool) -> Decoded | None:
-    """The array of an earlier call, or None if it is of other files or not whole."""
+    """What an earlier call of `cached` has kept, None if it is of other files or not whole. Nothing is written."""
+    kept, digest = _place(cache, source), source.digest
     try:
         index = json.loads(kept.with_suffix(".json").read_text())
         array = np.load(kept, mmap_mode="c", allow_pickle=False)
-        if index["digest"] != digest or (index["left_out"] and not skip_unreadable):
+        if index["digest"] != digest or (index["left_out"] and not source.skip_unreadable):
             return None
         if [*array.shape] != index["shape"] or str(array.dtype) != index["dtype"]:
             return None
         return array[: index["count"]], [Path(path) for path in index["left_out"]]
     except (OSError, ValueError, LookupError, TypeError):
         return None
+
+
+def _place(cache: Path, source: Source) -> Path:
+    name = f"{source.path.resolve()} {source.size}"
+    key = hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=4).hexdigest()
+    return cache / f"{source.path.name}-{source.size or 'whole'}-{key}.npy"
 
 
 def _decode_into(kept: Path, source: Source, decode: Callable[[Callable], Decoded]) -> None:
@@ -86,17 +78,15 @@ def _decode_into(kept: Path, source: Source, decode: Callable[[Callable], Decode
 
 
 def _make_on_disk(path: Path, source: Source, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:
-    """A memory-mapped array with all its room taken at once: a disk that fills up under a map ends the process.
-    BadInput at once, before anything is written, where there is not so much room."""
+    """A memory-mapped array with all its room taken at once: a disk that fills up under a map ends the process."""
     needed, free = int(np.prod(shape)) * dtype.itemsize, shutil.disk_usage(path.parent).free
-    no_room = (f"{source.path} takes {needed / 1e9:,.1f} GB decoded, the disk of {path.parent} has {free / 1e9:,.1f} "
-               f"GB free: expected a folder with room for it ({OPTION}), or smaller images (--size)")
-    if needed > free:
-        raise BadInput(no_room)
-    array = np.lib.format.open_memmap(path, "w+", dtype, shape=shape)
     try:
+        if needed > free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        array = np.lib.format.open_memmap(path, "w+", dtype, shape=shape)
         with open(path, "r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        return array
     except OSError as error:
-        raise BadInput(f"{error.strerror}: {no_room}") from error
-    return array
+        raise BadInput(f"{source.path} takes {needed / 1e9:,.1f} GB decoded, {path.parent} has {free / 1e9:,.1f} GB "
+                       f"({error.strerror}): expected another folder ({OPTION}), or smaller images (--size)") from error

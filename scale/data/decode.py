@@ -79,12 +79,8 @@ def _check_decoded(out: Path, source: Path, decoder: Decoder) -> None:
     made_from = {"source": str(source), "latents": Source(source, files_of(source)).digest,
                  **decoder.autoencoder.identity, "precision": decoder.precision}
     note = out / "decode.json"
-    try:
-        before = json.loads(note.read_text())
-    except (OSError, ValueError):
-        before = None
-    if isinstance(before, dict):
-        latents.check_same(out, before, made_from)
+    if note.exists():
+        latents.check_same(out, json.loads(note.read_text()), made_from)
         return
     strange = min(out.glob("[0-9]*.png"), default=None)
     if strange:

@@ -113,8 +113,8 @@ def _check_shards(job: Job, index: dict) -> None:
     """Say that all latents are there; or make of the encode an unfinished one, if a shard is missing or cut off."""
     damaged = [note["file"] for note in index["shards"] if not latents.is_as_noted(job.out, note)]
     if damaged:
-        say(f"{job.out} has lost {counted(len(damaged), 'shard')} of {len(index['shards']):,}, missing or cut off",
-            f"({shorten(', '.join(damaged), 100)}): made again")
+        say(f"{job.out} has lost {counted(len(damaged), 'shard')} of {len(index['shards']):,}, made again:",
+            shorten(", ".join(damaged), 100))
         latents.reopen(job.out, index, job.described)
         return
     latents.remove_notes(job.out)  # of an encode that was killed after its last shard

@@ -60,14 +60,12 @@ class Shards:
     def take(self, rows: np.ndarray, axis: int = 0, out: np.ndarray | None = None, mode: str = "raise") -> np.ndarray:
         """The samples of these numbers, (rows, *stored). Each file is read from once, in its order."""
         rows = np.asarray(rows, dtype=int)
-        order = np.argsort(rows, kind="stable")
-        in_order = rows[order]
-        if len(rows) and not 0 <= in_order[0] <= in_order[-1] < len(self):
-            raise IndexError(f"rows {in_order[0]} to {in_order[-1]} of {len(self)}")
+        if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
+            raise IndexError(f"rows {rows.min()} to {rows.max()} of {len(self)}")
         samples = np.empty((len(rows), *self.stored), self.dtype)
-        bounds = np.searchsorted(in_order, [0, *self.ends])
-        for file in np.flatnonzero(np.diff(bounds)):
-            part, places = self.parts[file], order[bounds[file] : bounds[file + 1]]
+        files = np.searchsorted(self.ends, rows, side="right")
+        for file in np.unique(files):
+            part, places = self.parts[file], np.flatnonzero(files == file)
             samples[places] = part[rows[places] - (self.ends[file] - len(part))]
         return samples
 
@@ -90,14 +88,8 @@ class Shards:
 def _mapped(path: Path) -> np.ndarray:
     """Like `open_npy`, but no file stays open: there may be more shards than a process may have open files."""
     array = open_npy(path)
-    if not array.flags.c_contiguous:  # not written by dansm encode
-        return array
     begin, kind = array.offset // array.itemsize, getattr(torch, str(array.dtype))
-    try:
-        return torch.from_file(str(path), size=begin + array.size, dtype=kind)[begin:].numpy().reshape(array.shape)
-    except RuntimeError as error:  # the system takes some 65,000 mappings
-        raise BadInput(f"{path} cannot be mapped ({str(error).partition(chr(10))[0]}): expected fewer shards, as a "
-                       "larger --shard of dansm encode makes") from error
+    return torch.from_file(str(path), size=begin + array.size, dtype=kind)[begin:].numpy().reshape(array.shape)
 
 
 def known_of(images) -> dict | None:
@@ -124,20 +116,11 @@ def known_on_disk(folder: Path) -> dict:
 
 def read_index(folder: Path, name: str = INDEX) -> dict | None:
     """What the latents in `folder` are, or are to be by UNFINISHED; None if no encode has come to its end there."""
-    path = folder / name
-    if not path.is_file():
-        return None
     try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        raise BadInput(f"{path} cannot be read: {error.strerror}; expected it as dansm encode wrote it") from error
-    except ValueError:  # another program's file of that name: ours are written whole or not at all
+        content = json.loads((folder / name).read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # another program may have files of that name
         return None
-    if not isinstance(content, dict) or "dansm_latents" not in content:
-        return None
-    if content["dansm_latents"] != VERSION:
-        raise BadInput(f"{path} is of version {content['dansm_latents']}: expected {VERSION}; encode the images again")
-    return content
+    return content if isinstance(content, dict) and "dansm_latents" in content else None
 
 
 def open_encoded(folder: Path, known: dict) -> Shards:
@@ -146,13 +129,10 @@ def open_encoded(folder: Path, known: dict) -> Shards:
 
     Raises BadInput for shards that are missing, cut off or other than the index says.
     """
+    shards = _whole_shards(folder, known) if "images" in known else known["shards"]
+    expected = (sum(shard["count"] for shard in shards), *shards[0]["shape"])
     try:
-        shards = _whole_shards(folder, known) if "images" in known else known["shards"]
-        about = {name: known[name] for name in KNOWN}
-        expected = (sum(shard["count"] for shard in shards), *shards[0]["shape"])
-        latents = Shards([folder / shard["file"] for shard in shards], about)
-    except (LookupError, TypeError) as error:
-        raise BadInput(f"{folder} lacks {error} in its {INDEX}: expected it as dansm encode wrote it") from error
+        latents = Shards([folder / shard["file"] for shard in shards], {name: known[name] for name in KNOWN})
     except Unreadable as error:
         raise BadInput(f"{error}; the same dansm encode makes again what is missing") from error
     if (len(latents), *latents.stored) != expected:

@@ -56,25 +56,25 @@ class Opened(NamedTuple):
 
         The array is None for an unreadable file that is left out. BadInput for arrays that differ in shape or type.
         """
+
+        def decode(entry: tuple) -> tuple:
+            place, path, payload = entry
+            try:
+                array = self.decode(path, payload)
+            except Unreadable:
+                if not self.skip_unreadable:
+                    raise
+                return place, path, None, None
+            return place, path, array, work(array) if work else None
+
         first = None
         threads = threads or os.cpu_count()  # decoding leaves Python's lock, so threads do
-        compute = partial(self._decoded_one, work)
-        with closing(ahead(compute, self.entries, threads=threads, depth=4 * threads + depth)) as results:
+        with closing(ahead(decode, self.entries, threads=threads, depth=4 * threads + depth)) as results:
             for place, path, array, result in results:
                 if array is not None:
                     first = first or (path, array)
                     check_alike(path, array, *first)
                 yield place, path, array, result
-
-    def _decoded_one(self, work: Callable | None, entry: tuple) -> tuple:
-        place, path, payload = entry
-        try:
-            array = self.decode(path, payload)
-        except Unreadable:
-            if not self.skip_unreadable:
-                raise
-            return place, path, None, None
-        return place, path, array, work(array) if work else None
 
 
 def check_alike(path: Path, array: np.ndarray, first_path: Path, first: np.ndarray) -> None:
@@ -228,12 +228,8 @@ def _naming(archive: Path) -> Iterator[None]:
     """Turn any error of a damaged, cut off or foreign archive into BadInput with the archive's path."""
     try:
         yield
-    except MemoryError:
+    except (BadInput, MemoryError):
         raise
-    except BadInput as error:
-        if str(archive) in str(error):
-            raise
-        raise BadInput(f"{archive}: {error}") from error
     except Exception as error:  # each packer has its own kinds
         raise BadInput(f"{archive} cannot be read, or is cut off ({' '.join(str(error).split())}): expected a whole "
                        "zip, tar or lmdb of images") from error
@@ -269,7 +265,7 @@ class _Header(tarfile.TarInfo):
     def frombuf(cls, *arguments):
         header = super().frombuf(*arguments)
         if not header.isreg() and header.size > HURTS:
-            raise BadInput(f"it names a file by {header.size:,} bytes: expected names that are shorter")
+            raise ValueError(f"it names a file by {header.size:,} bytes")
         return header
 
 

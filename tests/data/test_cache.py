@@ -197,9 +197,10 @@ def test_a_disk_without_room_is_told_before_it_is_filled_and_the_cache_left_empt
             patch.setattr(shutil, "disk_usage", lambda _, room=room: free._replace(free=room))
             patch.setattr(os, "posix_fallocate", fallocate)
             message = not_loaded(folder, cache=cache)
-        assert str(folder) in message and f"the disk of {cache}" in message and "--cache" in message
+        assert str(folder) in message and str(cache) in message and "--cache" in message
         assert [path.suffix for path in cache.iterdir()] == [".lock"]
-    assert "No space left on device" in message and len(load_images(str(folder), cache=cache)) == len(PICTURES)
+        assert "No space left on device" in message
+    assert len(load_images(str(folder), cache=cache)) == len(PICTURES)
 
 
 def test_a_cache_among_the_images_or_in_a_file_is_refused(folder, not_loaded):

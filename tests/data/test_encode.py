@@ -208,7 +208,7 @@ def test_a_shard_that_is_lost_or_cut_off_is_made_again_and_no_other(how, finishe
     assert "dansm encode" in not_loaded(out)
     code, said, err = run(*encode_command())
     assert code == 0 and contents(out) == whole, err
-    assert (f"lost 1 shard of 3, missing or cut off ({lost.name})" in said) == finished
+    assert ("lost 1 shard of 3" in said and lost.name in said) == finished
     assert kept.items() <= stamps(out).items()
 
 
@@ -285,10 +285,6 @@ def test_damaged_shards_are_refused(encoded, not_loaded):
         assert told in not_loaded(out)
     (out / "latents-00001.npy").unlink()
     assert "latents-00001.npy cannot be read" in not_loaded(out)
-    (out / "index.json").write_text('{"dansm_latents": 1}')
-    assert "'shards'" in not_loaded(out)
-    (out / "index.json").write_text('{"dansm_latents": 99}')
-    assert "version 99" in not_loaded(out)
 
 
 def test_more_shards_than_a_process_may_have_files_open(encoded, monkeypatch):
