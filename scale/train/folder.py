@@ -79,12 +79,11 @@ class RunFolder:
             self.run.load_state_dict(state["training"])
             self.pool.load_state_dict(state["ranks"][self.rank]["pool"])
             restore_random_state(state["ranks"][self.rank]["random"], self.run.device)
-            seconds = float(state["seconds"])
-        newer = checkpoint.checkpoints(self.out)
-        self.others = newer[: newer.index(path)]  # damaged
-        if self.run.step < self.run.recipe.steps:
-            say(f"resuming from step {self.run.step:,} of {path}")
-        return seconds
+            newer = checkpoint.checkpoints(self.out)
+            self.others = newer[: newer.index(path)]  # damaged
+            if self.run.step < self.run.recipe.steps:
+                say(f"resuming from step {self.run.step:,} of {path}")
+            return float(state["seconds"])
 
     def _state(self) -> dict:
         """What a checkpoint holds. Every process must call it."""
@@ -106,6 +105,7 @@ class RunFolder:
         state = self._state() | {"seconds": seconds}
         if self.rank == 0:
             checkpoint.save(self.out, state, recipe.keep, drop=self.others)
+            self.log_file.touch()  # no line may be due yet
             if self.replaces_run:
                 os.replace(self.new_metrics, self.metrics)
             write(dataclasses.replace(recipe, minutes=0.0), self.out / "recipe.toml")  # minutes are of one call
@@ -114,11 +114,15 @@ class RunFolder:
         self.saved_step = step
         wait_for_all()
 
+    @property
+    def log_file(self) -> Path:
+        return self.new_metrics if self.replaces_run else self.metrics
+
     def log(self, line: dict) -> None:
         """Add a line to metrics.jsonl, and to TensorBoard if that is installed."""
         if self.rank:
             return
-        with open(self.new_metrics if self.replaces_run else self.metrics, "a") as file:
+        with open(self.log_file, "a") as file:
             file.write(json.dumps(line) + "\n")
         if self.board:
             for name, value in line.items():
@@ -138,7 +142,8 @@ def compare(saved: dict, own: dict, recipe: Recipe) -> list[str]:
     """How a run that was saved differs from this one, each as "lr 0.0002 → 0.1"."""
     differences = changed(saved["recipe"] | {"data": recipe.data}, recipe)  # the data may have moved
     before, now = fixed(saved), fixed(own)
-    differences += [f"{name} {value} → {now[name]}" for name, value in before.items() if value != now.get(name, value)]
+    differences += [f"{name} {before.get(name)} → {now.get(name)}" for name in before | now
+                    if before.get(name) != now.get(name)]
     if not differences and not loader.look_alike(saved["look"], own["look"]):
         differences = [f"as many images, but not the same ones: {saved['data']} → {recipe.data}"]
     return differences

@@ -1,6 +1,6 @@
-"""kill -9 a run that saves often, again and again; it must go on each time from the last checkpoint that was whole.
+"""kill -9 a run that saves often, again and again. Each time it must resume from the last checkpoint that was whole.
 
-`make soak` kills 50 times and writes results/soak/kill.json; tests/test_soak.py kills a few times.
+`make soak` kills 50 times and writes results/soak/kill.json; test_soak.py kills a few times.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def soak(command: Callable[[int], list], out: Path, kills: int, seed: int) -> li
     """Kill `command(steps)`, which trains into `out`, at so many random moments, every second one inside a save.
 
     Each kill gives {"moment": seconds since the run was under way, "in_save": bool, "saved": the step of the newest
-    whole checkpoint at that moment, "saving": the step that was being written or None, "resumed": where the next run
-    went on}. Raises AssertionError where that is not from "saved": no more than the interval since then is lost.
+    whole checkpoint at that moment, "saving": the step that was being written or None, "resumed": the step from which
+    the next run resumed}. Raises AssertionError if that is not "saved": no more than the time since then may be lost.
     """
     moments, killed = random.Random(seed), []
     for number in range(kills + 1):
@@ -67,12 +67,12 @@ def start(command: list, out: Path) -> tuple[subprocess.Popen, Path]:
 
 
 def wait_until_under_way(process, said: Path, out: Path, first: bool) -> int | None:
-    """The step that the run says it goes on from; None for the first, which is under way when it has saved."""
+    """The step that the run says it resumes from; None for the first, which is under way when it has saved."""
     if first:
         wait_for(lambda: checkpoint.newest(out), process, said)
         return None
-    wait_for(lambda: "going on from step" in said.read_text(), process, said)
-    return int(re.search(r"going on from step ([\d,]+)", said.read_text())[1].replace(",", ""))
+    wait_for(lambda: "resuming from step" in said.read_text(), process, said)
+    return int(re.search(r"resuming from step ([\d,]+)", said.read_text())[1].replace(",", ""))
 
 
 def wait_for(condition, process, said: Path) -> None:
@@ -96,7 +96,7 @@ def partial(out: Path) -> Path | None:
 
 
 def step(path: Path | None) -> int | None:
-    return path and int(path.stem.partition("-")[2])
+    return path and int(re.search(r"\d+", path.name)[0])
 
 
 def compare_with_never_stopped(command: Callable[[int], list], out: Path, whole: Callable[[int], list],

@@ -1,10 +1,10 @@
-"""A run killed by kill -9 in the middle of saves goes on from the last whole checkpoint, to the very same end."""
+"""A run killed by kill -9 in the middle of saves resumes from the last whole checkpoint, to the very same end."""
 
 import sys
 
 import pytest
-from soak import compare_with_never_stopped, soak
 from support import TINY, make_images
+from train.soak import compare_with_never_stopped, soak
 
 SLOW_SAVES = """if True:
     import os, time, dansm
@@ -12,13 +12,13 @@ SLOW_SAVES = """if True:
     bring_to_disk = os.fsync
     os.fsync = lambda descriptor: time.sleep(0.2) or bring_to_disk(descriptor)  # so that a kill meets a save
     dansm.NETWORKS["small"] = {network}
-    main({arguments})
+    dansm.main({arguments})
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no SIGSTOP")
-def test_a_run_that_is_killed_goes_on_from_its_last_whole_checkpoint(tmp_path, monkeypatch):
-    monkeypatch.setattr("soak.LATEST", 0.5)
+@pytest.mark.slow
+def test_a_run_that_is_killed_resumes_from_its_last_whole_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr("train.soak.LATEST", 0.5)
     images = make_images(tmp_path / "images", count=24, width=8, height=8)
 
     def train_into(out):

@@ -1,0 +1,119 @@
+"""The step of long runs against the plain one of dansm.Training."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from dansm.scale.model.recipe import Recipe
+from dansm.scale.train.step import FastTraining
+from support import CPU, TINY, same
+
+import dansm
+
+STEADY = TINY | dict(dropout=0.0)
+
+
+def started(net, **settings):
+    """A run by a recipe of those settings, at its beginning."""
+    return FastTraining(copy.deepcopy(net), Recipe("images", **{"batch": 8, "lr": 0.01, **settings}), CPU)
+
+
+def network(**settings):
+    return dansm.UNet(channels=1, size=8, **settings)
+
+
+def batches(count):
+    """Pairs (x, z) of eight samples each, one for a step."""
+    return [tuple(pair) for pair in torch.randn(count, 2, 8, 1, 8, 8)]
+
+
+def train(run, pairs, flow=None):
+    """The losses of the steps that `run` makes with these pairs, from the same random numbers each time."""
+    torch.manual_seed(1)
+    return torch.stack(list(dansm.train(run, flow or dansm.RectifiedFlow(), pairs)))
+
+
+def test_a_step_is_that_of_the_plain_loop_to_the_last_bit():
+    net, pairs = network(**TINY), batches(4)
+    plain, fast = dansm.Training(copy.deepcopy(net), 0.01, 0.99, 0.5), started(net, ema_decay=[0.99], clip=0.5)
+    assert torch.equal(train(plain, pairs), train(fast, pairs))
+    for part in ("net", "average", "optimizer"):
+        assert same(getattr(plain, part).state_dict(), getattr(fast, part).state_dict())
+    assert not same(net.state_dict(), fast.net.state_dict()) and fast.step == 4
+
+
+def test_a_batch_in_parts_gives_the_step_of_the_whole_batch(monkeypatch):
+    times = itertools.chain.from_iterable(itertools.repeat(torch.linspace(0.1, 0.9, 8)))
+    monkeypatch.setattr(dansm, "draw_times", lambda count, *_: torch.stack(list(itertools.islice(times, count))))
+    net, pairs = network(**STEADY), batches(3)
+    whole, parts = started(net), started(net, accumulate=4)
+    torch.testing.assert_close(train(whole, pairs), train(parts, pairs))
+    for a, b in zip(whole.net.parameters(), parts.net.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)  # Adam divides small gradients by small ones
+
+
+def test_the_learning_rate_rises_from_the_first_step():
+    run, rates = started(network(**STEADY), warmup=4), []
+    for _ in dansm.train(run, dansm.RectifiedFlow(), batches(6)):
+        rates.append(run.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01], rel=1e-12)
+
+
+def test_each_average_follows_its_own_decay():
+    decays = (0.9999, 0.3, 0.0)
+    run = started(network(**STEADY), ema_decay=decays)
+    expected = [[weight.detach().double().clone() for weight in run.net.parameters()] for _ in decays]
+    for n, _ in enumerate(dansm.train(run, dansm.RectifiedFlow(), batches(6)), 1):
+        for decay, average in zip(decays, expected, strict=True):
+            kept = min(decay, (1 + n) / (10 + n))
+            for mean, weight in zip(average, run.net.parameters(), strict=True):
+                mean.mul_(kept).add_(weight.detach().double(), alpha=1 - kept)
+    assert run.average is run.averages[0]
+    for means, average in zip(expected, run.averages, strict=True):
+        for mean, weight in zip(means, average.parameters(), strict=True):
+            torch.testing.assert_close(mean.float(), weight)
+    assert same(run.averages[2].state_dict(), run.net.state_dict())
+
+
+def test_a_state_gives_back_every_part():
+    settings = dict(ema_decay=[0.9, 0.3], warmup=3)
+    run, other = (started(network(**STEADY), **settings) for _ in range(2))
+    train(run, batches(5))
+    other.load_state_dict(copy.deepcopy(run.state_dict()))
+    assert same(run.state_dict(), other.state_dict())
+    pairs = batches(2)
+    assert torch.equal(train(run, pairs), train(other, pairs)) and same(run.state_dict(), other.state_dict())
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_the_gradient_is_clipped_over_all_parts_of_a_batch(accumulate):
+    class Steep(dansm.RectifiedFlow):
+        def loss(self, *arguments):
+            return 1e4 * super().loss(*arguments)
+
+    run = started(network(**STEADY), clip=0.25, accumulate=accumulate)
+    train(run, batches(1), Steep())
+    norm = torch.cat([weight.grad.flatten() for weight in run.net.parameters()]).norm().item()
+    assert norm == pytest.approx(0.25, rel=1e-4)
+
+
+def test_bf16_trains_weights_of_float32():
+    net, pairs = network(**STEADY), batches(1) * 40
+    half, full = started(net, precision="bf16"), started(net, precision="fp32")
+    losses, exact = train(half, pairs), train(full, pairs)
+    assert all(weight.dtype == torch.float32 for weight in half.net.parameters())
+    assert not torch.equal(losses, exact) and losses[0].item() == pytest.approx(exact[0].item(), rel=0.05)
+    assert losses[-10:].mean() < 0.9 * losses[:3].mean()
+
+
+def test_a_step_through_copies_of_the_weights_is_autocasts_to_the_bit():
+    """One process on a GPU takes it: all weights to bf16 at once, and all gradients back."""
+    net = dansm.UNet(2, 8, width=8, multipliers=(1, 2), blocks=1, attention_at=(4,))
+    pairs = [tuple(pair) for pair in torch.randn(4, 2, 4, 2, 8, 8)]
+    through, plain = started(net, precision="bf16", batch=4), started(net, precision="bf16", batch=4)
+    through.compiled = True
+    through.copies, through.compiled = through._copies_of_weights(), False
+    assert len(through.copies) > 20 and not plain.copies
+    assert torch.equal(train(through, pairs), train(plain, pairs))
+    assert same(through.state_dict(), plain.state_dict())
