@@ -7,7 +7,12 @@ from typing import Annotated
 
 import typer
 
-from ..base.machine import pick_device
+from ..base.files import make_folder, write_json
+from ..base.machine import hardware, pick_device
+from ..base.text import say_files
+from ..data.pixels import from_uint8
+from ..model.recipe import parse_counts
+from ..studies.pairs import load_models, own_pairs
 from .options import Batch, DecodeMemory, DecodeWith, Device, Labels, Models, Out, Precision, Seed, command_app
 
 app = command_app()
@@ -20,15 +25,29 @@ def grid(
     side: Annotated[int, typer.Option(min=1, max=16, help="samples on each side of a cell")] = 3,
     autoencoder: DecodeWith = None,
     memory: DecodeMemory = None,
-    label: Labels = None,
+    labels: Labels = None,
     batch: Batch = 64,
     precision: Precision = "auto",
     seed: Seed = 0,
     device: Device = "auto",
     out: Out = Path("runs/grid"),
 ) -> None:
-    """Samples by counts of steps (rows) and models (columns), all from the same noise."""
-    from ..studies.foundations import grid
+    """Draw samples by counts of steps (rows) and models (columns), all from the same noises."""
+    counts = parse_counts("--steps", steps)
+    device = pick_device(device)
+    loaded = [model.with_decoder(autoencoder, device, precision, memory)
+              for model in load_models(models, device, steps=counts, labels=labels, precision=precision)]
+    make_folder(out)
 
-    grid(models, step_counts=steps, side=side, labels=label, batch=batch, precision=precision, seed=seed,
-         device=pick_device(device), out=out, autoencoder=autoencoder, memory=memory)
+    def images(model, count):
+        x, *_ = own_pairs(model, range(side * side), count, seed=seed, batch=batch, device=device)
+        return from_uint8(model.decode(x)) if model.decode else x
+
+    cells = [[images(model, count) for model in loaded] for count in counts]
+    write_json(out / "grid.json", {
+        "models": [model.described() for model in loaded], "steps": counts, "side": side, "seed": seed,
+        "precision": precision, "autoencoder": str(autoencoder) if autoencoder else None,
+        "hardware": hardware(device)})
+    from ..studies.figures import draw_grid
+
+    say_files(out, "grid.json", *draw_grid(cells, [model.label for model in loaded], counts, side, out / "grid"))

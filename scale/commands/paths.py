@@ -6,9 +6,23 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from torch import Tensor
 
-from ..base.machine import pick_device
+import dansm
+
+from ..base.files import make_folder, write_csv, write_json
+from ..base.machine import hardware, pick_device
+from ..base.statistics import inter_path_distance, mean_and_std
+from ..base.text import console, say, say_files, shorten, table
+from ..studies.pairs import data_pairs, load_models, load_pools, own_pairs, summarize
 from .options import Batch, Data, Device, Labels, Out, Precision, SampleSteps, Seed, Size, command_app
+
+COLUMNS = {"path_length": ("length", ".2f"), "own_noise_nearest": ("own is\nnearest", ".1%"),
+           "inter_path_mean": ("apart,\nall", ".2f"), "inter_path_mean_t": ("at t*", ".3f"),
+           "inter_path_minimum": ("apart,\nnearest", ".2f"), "inter_path_minimum_t": ("at t*", ".3f"),
+           "straightness": ("bend", ".3f")}
+CAPTION = ("Apart: the least distance of two paths at equal times t*, mean over all pairs of paths, and mean of each "
+           "path to its nearest. Bend: of the learned paths, 0 is straight.")
 
 app = command_app()
 
@@ -24,15 +38,72 @@ def paths(
     count: Annotated[int, typer.Option(min=2, help="number of paths to measure")] = 1000,
     steps: SampleSteps = 50,
     seeds: Annotated[int, typer.Option(min=1, help="how often to measure, for the spread")] = 3,
-    label: Labels = None,
+    labels: Labels = None,
     batch: Batch = 64,
     precision: Precision = "auto",
     seed: Seed = 0,
     device: Device = "auto",
     out: Out = Path("runs/paths"),
 ) -> None:
-    """How long paths are and how near they come to each other: random, matched, and models' own pairs."""
-    from ..studies.paths import paths
+    """Measure how long paths are and how near they come to each other: random, matched, and models' own pairs."""
+    device = pick_device(device)
+    loaded = load_models(models or [], device, steps=[steps], labels=labels, precision=precision)
+    images, match_sizes, served = load_pools(data, loaded, match_size, size=size, count=count)
+    make_folder(out)
+    rows = []
+    for one in range(seed, seed + seeds):
+        for pool in (0, *match_sizes):
+            x, z = data_pairs(images, pool, count, served, seed=one, device=device)
+            name = f"matched, {pool:,}" if pool else "random"
+            rows.append({"pairs": name, "match_size": pool, "seed": one, **measure_paths(x, z)})
+        for model in loaded:
+            x, z, bend = own_pairs(model, range(count), steps, seed=one, batch=batch, device=device)
+            rows.append({"pairs": f"own, {model.label}", "seed": one, **measure_paths(x, z), "straightness": bend})
+    summary = summarize(rows, "pairs")
+    for row in summary:
+        if row["pairs"].startswith("matched"):
+            row["over_random"] = growth_over_random(rows, row["pairs"])
+    write_json(out / "paths.json", {
+        "models": [model.described() for model in loaded], "data": data or loaded[0].about["data"],
+        "shape": list(images.shape[1:]), "count": count, "match_sizes": match_sizes, "steps": steps, "seed": seed,
+        "seeds": seeds, "summary": summary, "rows": rows, "hardware": hardware(device)})
+    write_csv(out / "paths.csv", rows)
+    print_paths(summary, count)
+    from ..studies.figures import draw_paths
 
-    paths(models or [], source=data, size=size, match_size=match_size, count=count, steps=steps, seeds=seeds,
-          labels=label, batch=batch, precision=precision, seed=seed, device=pick_device(device), out=out)
+    say_files(out, "paths.json", "paths.csv", *draw_paths(summary, seeds, out / "paths"))
+
+
+def measure_paths(x: Tensor, z: Tensor) -> dict[str, float]:
+    """Measures of the straight paths z_i → x_i, (N, C, H, W) each, N ≥ 2. The minimum of the distances and the share
+    of own noises that are nearest depend on N: among more paths neighbours are nearer."""
+    distance = inter_path_distance(x, z)
+    return {"path_length": dansm.path_length(x, z), "own_noise_nearest": dansm.own_noise_nearest(x, z),
+            "inter_path_mean": distance.mean, "inter_path_mean_t": distance.mean_t,
+            "inter_path_minimum": distance.minimum, "inter_path_minimum_t": distance.minimum_t}
+
+
+def growth_over_random(rows: list[dict], pairs: str) -> dict[str, dict]:
+    """By what share three measures of these matched pairs exceed those of random pairs of the same samples: mean and
+    standard deviation over the seeds, which is far less than that of the measures."""
+    random = {row["seed"]: row for row in rows if row["pairs"] == "random"}
+    matched = [row for row in rows if row["pairs"] == pairs]
+    return {name: mean_and_std([row[name] / random[row["seed"]][name] - 1 for row in matched])
+            for name in ("path_length", "inter_path_mean", "inter_path_minimum")}
+
+
+def print_paths(summary: list[dict], count: int) -> None:
+    rows = []
+    for row in summary:
+        cells = [format(row[name]["mean"], form) if name in row else "" for name, (_, form) in COLUMNS.items()]
+        rows.append([shorten(row["pairs"], 18), *cells])
+    titles = ["", *(title for title, _ in COLUMNS.values())]
+    console.print(table(f"Straight paths from noise to data, {count:,} of each kind", titles, rows, CAPTION))
+    for row in summary:
+        if "over_random" in row:
+            length, mean, minimum = (percent(**growth) for growth in row["over_random"].values())
+            say(f"{row['pairs']} compared with random: length {length}, apart {mean}, nearest {minimum}")
+
+
+def percent(mean: float, std: float) -> str:
+    return f"{mean:+.2%} ± {std:.2%}" if std else f"{mean:+.2%}"  # a single draw has no spread

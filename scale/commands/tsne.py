@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
+import torch
 import typer
+from torch import Tensor
 
-from ..base.machine import pick_device
-from .options import Batch, Device, Out, Precision, SampleSteps, Seed, Size, command_app
+from dansm import BadInput
+
+from ..base.files import make_folder, write_json
+from ..base.machine import hardware, pick_device
+from ..base.statistics import crossing_lines, mean_and_std
+from ..base.text import counted, say, say_files
+from ..studies.pairs import data_pairs, load_data, load_models, load_pools, own_pairs, with_bar
+from .options import Batch, Device, Labels, Out, Precision, SampleSteps, Seed, Size, command_app
+
+SHUFFLES = 1000  # random pairings of a picture's points, to know how many crossings are usual
 
 app = command_app()
 
@@ -17,22 +29,98 @@ app = command_app()
 def tsne(
     model: Annotated[Path | None, typer.Argument(
         help="folder of a dansm train, one of its checkpoints, or an export [none: matched pairs]")] = None,
-    data: Annotated[str | None, typer.Option(help="images or latents for the random pairs [the model's samples]")] = None,
+    data: Annotated[str | None, typer.Option(
+        help="images or latents for the random pairs [the model's samples]")] = None,
     size: Size = None,
     pairs: Annotated[int, typer.Option(min=2, help="pairs of noise and sample; the paper shows 20 to 23")] = 23,
     draws: Annotated[int, typer.Option(min=1, help="pictures; crossings are counted in all, the median is kept")] = 10,
     perplexity: Annotated[float, typer.Option(help="of t-SNE, less than twice the pairs; the paper's 22 to 30")] = 22,
     match_size: Annotated[int, typer.Option(min=2, help="noises in the pool, where no model is given")] = 1000,
     steps: SampleSteps = 50,
-    label: Annotated[str | None, typer.Option(help="name of the model in the figure")] = None,
+    labels: Labels = None,
     batch: Batch = 64,
     precision: Precision = "auto",
     seed: Seed = 0,
     device: Device = "auto",
     out: Out = Path("runs/tsne"),
 ) -> None:
-    """Noises and samples in the plane, random pairs above, the model's own below (the paper's second foundation)."""
-    from ..studies.foundations import tsne
+    """Draw noises and samples in the plane: random pairs above, a model's own or matched ones below (the paper's second
+    foundation).
 
-    tsne(model, source=data, size=size, pairs=pairs, draws=draws, perplexity=perplexity, match_size=match_size,
-         steps=steps, label=label, batch=batch, precision=precision, seed=seed, device=pick_device(device), out=out)
+    Crossings of lines are counted in several such pictures. The one with the median count below is kept, as a single
+    t-SNE may be a tangle. With a model and no --data both halves show the model's samples, so that they differ by the
+    lines alone.
+    """
+    if not 0 < perplexity < 2 * pairs:
+        raise BadInput(f"--perplexity is {perplexity:g} for {counted(pairs, 'pair')}, {2 * pairs} points: expected "
+                       f"more than 0 and less than {2 * pairs}")
+    device = pick_device(device)
+    loaded = load_models([model] if model else [], device, steps=[steps], labels=labels, precision=precision)
+    options = {"size": size, "count": pairs, "option": "--pairs"}
+    if loaded:
+        name = f"own pairs of {loaded[0].label}"
+        images = load_data(data, loaded, **options) if data else None
+    else:
+        name = f"matched, match size {match_size:,}"
+        images, _, served = load_pools(data, [], str(match_size), **options)
+    make_folder(out)
+    drawn = []
+    for number in range(draws):
+        if loaded:
+            numbers = range(number * pairs, (number + 1) * pairs)
+            below = own_pairs(loaded[0], numbers, steps, seed=seed, batch=batch, device=device)[:2]
+        else:
+            below = data_pairs(images, match_size, pairs, served, seed=seed + number, device=device)
+        above = below
+        if loaded and data:
+            above = data_pairs(images, 0, pairs, pairs, seed=seed + number, device=device)
+        drawn.append(two_panels(above, below, name, perplexity, seed + number))
+    panels = sorted(drawn, key=lambda panels: panels[1]["crossings"])[(draws - 1) // 2]
+    for kept, *of_draws in zip(panels, *drawn, strict=True):
+        kept["over_draws"] = mean_and_std([other["crossings"] for other in of_draws])
+        kept["by_chance"] = crossings_by_chance(np.array(kept["samples"]), np.array(kept["noises"]), seed)
+        say(f"{kept['name']}: {kept['crossings']} of {math.comb(pairs, 2)} pairs of lines cross;",
+            "by chance {mean:.1f} ± {std:.1f};".format(**kept["by_chance"]),
+            f"in {counted(draws, 'draw')}", "{mean:.2f} ± {std:.2f}".format(**kept["over_draws"]))
+    write_json(out / "tsne.json", {
+        "models": [model.described() for model in loaded], "data": data, "pairs": pairs, "draws": draws,
+        "perplexity": perplexity, "steps": steps, "seed": seed, "shuffles": SHUFFLES, "panels": panels,
+        "hardware": hardware(device)})
+    from ..studies.figures import draw_tsne
+
+    say_files(out, "tsne.json", *draw_tsne(panels, draws, out / "tsne"))
+
+
+def two_panels(above: tuple[Tensor, Tensor], below: tuple[Tensor, Tensor], name: str, perplexity: float,
+               seed: int) -> list[dict]:
+    """The pairs (x, z) of both halves in the plane, those above shuffled, with their crossings."""
+    own_x, own_z = embed(*below, perplexity, seed)
+    x, z = (own_x, own_z) if above is below else embed(*above, perplexity, seed)
+    shuffled = z[np.random.default_rng([seed, 0]).permutation(len(z))]
+    return [panel("random pairs", x, shuffled), panel(name, own_x, own_z)]
+
+
+def panel(name: str, x: np.ndarray, z: np.ndarray) -> dict:
+    return {"name": name, "crossings": count_crossings(x, z), "samples": x.tolist(), "noises": z.tolist()}
+
+
+def embed(x: Tensor, z: Tensor, perplexity: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Samples and noises, (N, ...) each, in one t-SNE: (N, 2) and (N, 2)."""
+    from sklearn.manifold import TSNE
+
+    both = torch.cat([x.flatten(1), z.flatten(1)]).cpu().float().numpy()
+    places = TSNE(2, perplexity=perplexity, random_state=seed, init="pca").fit_transform(both)
+    return places[: len(x)], places[len(x) :]
+
+
+def crossings_by_chance(a: np.ndarray, b: np.ndarray, seed: int) -> dict[str, float]:
+    """Mean and standard deviation of the count of crossings over random pairings of the points a with b, (N, 2)."""
+    numbers = np.random.default_rng([seed, 1])
+    return mean_and_std([count_crossings(a, b[numbers.permutation(len(b))])
+                         for _ in with_bar(range(SHUFFLES), "shuffling pairs")])
+
+
+def count_crossings(a: np.ndarray, b: np.ndarray) -> int:
+    """How many pairs of the segments a_i → b_i in the plane, (N, 2) each, cross."""
+    a, b = torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64)
+    return int(crossing_lines(a, b).sum()) // 2

@@ -1,0 +1,151 @@
+"""Pairs of noise and sample that studies measure: a model's own, and those of data, matched or random."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import track
+from torch import Tensor
+
+import dansm
+from dansm import BadInput
+
+from ..base.noise import path_noise
+from ..base.statistics import mean_and_std
+from ..base.text import console, counted
+from ..data import loader
+from ..model import load
+from ..model.load import Model
+from ..model.recipe import parse_counts
+
+MATCH_SIZES = (100, 1000, 10_000)  # the paper's
+SERVED_AT_ONCE = 250  # samples, the paper's batch
+
+
+def with_bar(work: Iterable, text: str, total: float | None = None) -> Iterable:
+    """The items of `work`, under a progress bar. On a terminal the bar disappears when it is full."""
+    return track(work, text, total=total, console=console, transient=console.is_terminal)
+
+
+def dimensions(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape))
+
+
+def load_models(paths: list[Path], device: torch.device, *, steps: list[int], labels: list[str] | None = None,
+                precision: str = "auto") -> list[Model]:
+    """Models on the device, to be given the same noises: see `load.load_models`. BadInput for unequal shapes."""
+    models = [model.on(device, precision) for model in load.load_models(paths, steps, labels=labels)]
+    for model in models:
+        if model.shape != models[0].shape:
+            raise BadInput(f"{model.path} makes samples of {dimensions(model.shape)}, {models[0].path} of "
+                           f"{dimensions(models[0].shape)}: expected models of one shape, as they get the same noise")
+    return models
+
+
+@torch.no_grad()
+def own_pairs(model: Model, numbers: range, steps: int, *, seed: int, batch: int,
+              device: torch.device | str) -> tuple[Tensor, Tensor, float]:
+    """A model's samples x from the noises z of these numbers (see `path_noise`), (N, C, H, W) each, and how far the
+    paths between them bend. Images are cut to [−1, 1], as image files would cut them."""
+    x, z, bend = [], [], 0.0
+    for start in with_bar(range(0, len(numbers), batch), f"sampling from {model.label}"):
+        noise = path_noise(numbers[start : start + batch], model.shape, seed, device)
+        path = torch.stack(list(model.flow.path(model.net, noise, steps)))
+        x.append(path[-1].clamp(-1, 1) if model.draws_images else path[-1])
+        z.append(noise)
+        bend += dansm.straightness(path) * len(noise)
+    return torch.cat(x), torch.cat(z), bend / len(numbers)
+
+
+def load_data(source: str | None, models: list[Model], *, size: int | None = None, count: int,
+              option: str = "--count"):
+    """The images or latents of `source`, or those that the first model was trained on: (N, C, H, W), see
+    `loader.load_images`.
+
+    size   make images squares of this many pixels; None: of as many as the model's
+    count  least number of samples, which `option` asks for
+    Raises BadInput for too few samples, and for samples of another shape than the model's.
+    """
+    recipe = models[0].about["recipe"] if models else {}
+    settings = {}
+    if source is None:
+        if not models:
+            raise BadInput("--data is not given, nor a model that was trained on some: expected a folder of images, an "
+                           "archive of them, an LSUN lmdb, latents (.npy), or cifar10")
+        source = models[0].about["data"]
+        settings = {"skip_unreadable": recipe.get("skip_unreadable", False),
+                    "cache": Path(recipe["cache"]) if recipe.get("cache") else None}
+    images = loader.load_images(source, size=size or recipe.get("size") or None, **settings,
+                                track=lambda parts, total: with_bar(parts, "reading images", total))
+    if models and tuple(images.shape[1:]) != models[0].shape:
+        raise BadInput(f"{source} holds samples of {dimensions(images.shape[1:])}, {models[0].about['file']} makes "
+                       f"{dimensions(models[0].shape)}: expected the same; --size N makes images N pixels square")
+    if len(images) < count:
+        raise BadInput(f"{option} is {count:,}, and {source} holds {counted(len(images), 'sample')}: expected at most "
+                       f"{len(images):,}")
+    return images
+
+
+def load_pools(source: str | None, models: list[Model], match_size: str | None, *, size: int | None = None, count: int,
+               option: str = "--count",
+               default: tuple[int, ...] = MATCH_SIZES) -> tuple[Tensor | np.ndarray, list[int], int]:
+    """The data (see `load_data`), the match sizes, and how many samples to serve: the least number, at least `count`,
+    that empties whole pools of every size.
+
+    match_size  of the command line, as in "100,1000"; None: those of `default` that the data fills
+    Raises BadInput if one pass over the data does not empty such pools.
+    """
+    sizes = None
+    if match_size is not None:
+        sizes = parse_counts("--match-size", match_size, at_least=2)  # before minutes of reading
+    images = load_data(source, models, size=size, count=count, option=option)
+    sizes = sizes or [size for size in default if size <= len(images)] or [len(images)]
+    multiple = math.lcm(*sizes)
+    served = math.ceil(count / multiple) * multiple
+    if served > len(images):
+        raise BadInput(f"--match-size is {','.join(map(str, sizes))}: whole pools of each, for {count:,} samples, take "
+                       f"{served:,}, and there are {len(images):,}; expected smaller sizes, which divide one another, "
+                       f"or a smaller {option}")
+    return images, sizes, served
+
+
+def data_pairs(images, match_size: int, count: int, served: int, *, seed: int,
+               device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """`count` pairs (x, z) of data and noise, (count, C, H, W) each, drawn evenly from `served` that a pool hands out.
+
+    match_size  of the pool; 0: random pairs
+    served      a multiple of match_size: a pool's first samples find nearer noises than its last, and training gets
+                whole pools
+    The samples depend on the seed alone, so they are the same for every match_size.
+    """
+    batch = min(SERVED_AT_ONCE, served)
+    total = math.ceil(served / batch)
+    kept = np.zeros(total * batch, bool)
+    kept[np.random.default_rng([seed, served]).permutation(served)[:count]] = True
+    kept = torch.from_numpy(kept).to(device).split(batch)
+    x, z = [], []
+    with closing(loader.batches(images, batch, seed=seed, flip=False, device=device)) as batches:
+        pairs = dansm.pairs(batches, "greedy" if match_size else "random", match_size, seed=seed)
+        for rows in with_bar(kept, f"matching, {match_size:,}" if match_size else "random pairs", total):
+            samples, noises = next(pairs)
+            x.append(samples[rows])
+            z.append(noises[rows])
+    return torch.cat(x), torch.cat(z)
+
+
+def summarize(rows: list[dict], *by: str) -> list[dict]:
+    """Mean and standard deviation of every measure (a float), for each group of rows that agree in the columns `by`."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in by), []).append(row)
+    summary = []
+    for key, group in groups.items():
+        measures = [name for name, value in group[0].items() if isinstance(value, float)]
+        spreads = {name: mean_and_std([row[name] for row in group]) for name in measures}
+        summary.append(dict(zip(by, key, strict=True)) | spreads)
+    return summary
