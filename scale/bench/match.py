@@ -1,306 +1,175 @@
-"""What matching costs, in one run on one machine: ours, what others do, and what stands between us and the machine.
+"""What matching costs, in one run on one machine: this project, other libraries, and the machine's own limits.
 
-Every way is timed for one batch against a pool of match_size noises. Ours is timed over a pool's whole life, from one
-refill to the next, its draw and its nearly empty end included; linear assignment, which matches match_size samples at
-once, counts with the share of one batch.
+Every way is timed for one batch against a pool of match_size noises. A pool of ours is timed over its whole life, from
+one refill to the next: the draw of its noises and its nearly empty end are included. A linear assignment matches
+match_size samples at once, and is counted with the share of one batch.
 """
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import importlib
+import math
 import os
-import resource
 import statistics
-import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as group
-from rich import box
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 
 import dansm
+from dansm import BadInput
 
-from ..base.files import write_csv, write_json
-from ..base.machine import free_memory, hardware
-from ..base.processes import processes
+from ..base.machine import free_memory
+from ..base.processes import processes, quiet
 from ..base.statistics import squared_distances
 from ..base.text import say_files
 from ..matching import gpu
 from ..matching.products import products
+from . import clock
+from .clock import image_like, milliseconds, spread, timed
 
-PATIENCE = 20.0  # seconds: a way that would take longer for one call is left out from there on
-LOOP, PRODUCT = "paper's loop", "bare product"
+LOOP = "paper's loop"
 
 
-def bench_match(match_sizes: list[int], batch: int, shape, *, seed: int, device: torch.device, out: Path,
-                console: Console) -> list[dict]:
-    """Time one batch for each way and match_size; prints a table, writes match.json, match.csv and match.png."""
-    for match_size in match_sizes:  # what does not fit is said before anything is measured
+def bench_match(match_sizes: list[int], batch: int, shape: tuple[int, ...], seed: int, device: torch.device,
+                out: Path) -> None:
+    """Time one batch by each way at each match_size. Prints a table, writes match.json, match.csv and match.png."""
+    for match_size in match_sizes:  # refuse what does not fit before anything is measured
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         dansm.NoisePool(match_size, shape, device=device, dtype=dtype)
     x = image_like(batch, shape, seed, device)
-    bench = {"batch": batch, "shape": list(shape), "hardware": hardware(device), "rates": rates(device),
-             "train_step": train_step(batch, shape, device), "rows": []}
-    gone = {}  # by way: the match_size and the seconds of its last call
-    for match_size in track(sorted(match_sizes), "measuring", console=console):
-        for way, power, measure in ways(x, match_size, seed):
-            size, seconds = gone.get(way, (match_size, 0.0))
-            if seconds * (match_size / size) ** power > PATIENCE:
-                continue
-            row = {"match_size": match_size, "way": way, **measure()}
-            gone[way] = match_size, row.pop("seconds", row["median_ms"] / 1000)
-            bench["rows"].append(row)
-            write_json(out / "match.json", bench)
-        compare(bench, match_size)
-    write_json(out / "match.json", bench)
-    write_csv(out / "match.csv", bench["rows"])
-    print_table(bench, console)
+    machine = rates(device)
+    bench = clock.run("match", device, {"batch": batch, "shape": list(shape), "rates": machine},
+                      parts_of(x, match_sizes, seed, machine), out)
+    print_table(bench)
     draw(bench, out / "match.png")
     say_files(out, "match.png", "match.csv", "match.json")
-    return bench["rows"]
 
 
-def bench_spread(match_sizes: list[int], batch: int, shape, *, seed: int, device: torch.device, out: Path,
-                 console: Console) -> list[dict]:
-    """Under torchrun: one pool spread over all ranks, `batch` samples on each, against one process with the joined
-    batch. Rank 0 prints and writes spread.json."""
-    if "RANK" not in os.environ:
-        raise dansm.BadInput("bench is spread: expected several processes, as in torchrun --nproc-per-node 2 dansm.py "
-                             "bench spread")
-    with processes(device) as device:
-        return _bench_spread(match_sizes, batch, shape, seed, device, out, console)
+class Way(NamedTuple):
+    """A way of matching: `bytes` it needs, and the power of match_size with which the time of a call grows."""
+
+    name: str
+    bytes: int
+    power: float
+    measure: Callable[[], dict]
 
 
-def _bench_spread(match_sizes, batch, shape, seed, device, out, console):
-    rows = []
-    for match_size in match_sizes:
-        settings = dict(match_size=match_size, shape=shape, device=device, seed=seed)
-        rows.append({"match_size": match_size, "ranks": group.get_world_size(), "batch_a_rank": batch,
-                     **spread_life(batch, **settings), **unlike_one_process(batch, **settings)})
-        if group.get_rank() == 0:
-            console.print(rows[-1])
-            write_json(out / "spread.json", {"shape": list(shape), "hardware": hardware(device),
-                                                   "rows": rows})
-    if group.get_rank() == 0:
-        say_files(out, "spread.json")
-    return rows
+def parts_of(x: Tensor, match_sizes: list[int], seed: int, rates: dict) -> Iterator[tuple[str, Iterator[dict]]]:
+    last = {}  # way → match_size and milliseconds of its last call there
+    for match_size in sorted(match_sizes):
+        for way in ways(x, match_size, seed):
+            yield f"{way.name} at {match_size:,}", row_of(way, x, match_size, last, rates)
 
 
-def spread_life(batch: int, **settings) -> dict:
-    """A spread pool's life, after one that is not counted: times of a batch and megabytes that one rank receives."""
-    pool = dansm.NoisePool(match_scope="global", **settings)
-    x = torch.randn(batch, *pool.shape, device=pool.noise.device)
-    times, received = [], []
-    for _ in range(2 * -(-pool.match_size // (batch * pool.ranks))):
-        before = pool.received
-        group.barrier()
-        times.append(milliseconds(lambda: pool(x), x.device))
-        received.append((pool.received - before) / 1e6)
-    half = len(times) // 2
-    return {**spread(times[half:]), "received_mb_median": round(statistics.median(received[half:]), 3)}
+def row_of(way: Way, x: Tensor, match_size: int, last: dict, rates: dict) -> Iterator[dict]:
+    """The row of one way; none where memory does not suffice, or one call would take longer than PATIENCE. A pool of
+    ours gets the machine's floor, and how many times quicker it is than the paper's loop, both on a full pool."""
+    size, ms = last.get(way.name, (match_size, 0.0))
+    if 1.1 * way.bytes > free_memory(x.device) or ms * (match_size / size) ** way.power > 1000 * clock.PATIENCE:
+        return
+    row = {"match_size": match_size, "way": way.name, **way.measure()}
+    last[way.name] = match_size, row.get("whole_ms", row["median_ms"])
+    if "full_ms" in row:
+        row["floor_ms"] = round(floor_ms(rates, row, len(x), x[0].numel()), 4)
+        loop_size, loop_ms = last.get(LOOP, (0, 0.0))
+        if loop_size == match_size:
+            row["times_faster_than_the_paper"] = round(loop_ms / row["full_ms"], 1)
+    yield row
 
 
-def unlike_one_process(batch: int, **settings) -> dict:
-    """How many samples of one pool get another noise than in one process that has the joined batch."""
-    pool, alone = dansm.NoisePool(match_scope="global", **settings), dansm.NoisePool(**settings)
-    alone.stream = ()  # it stands for one process, with the noises that one process has
-    generator = torch.Generator(alone.noise.device).manual_seed(0)
-    other, batches = 0, -(-pool.match_size // (batch * pool.ranks))
-    for _ in range(batches):
-        x = torch.randn(pool.ranks, batch, *pool.shape, device=alone.noise.device, generator=generator)
-        z = pool(x[pool.rank])
-        other += (z != alone(x.flatten(0, 1)).unflatten(0, (pool.ranks, batch))[pool.rank]).flatten(1).any(1).sum()
-    group.all_reduce(other)
-    return {"samples_compared": batches * batch * pool.ranks, "other_than_one_process": other.item()}
+def ways(x: Tensor, match_size: int, seed: int) -> Iterator[Way]:
+    """What this machine has."""
+    device = x.device
+    pool = 4 * match_size * x[0].numel()
+    yield Way(LOOP, 2 * pool, 1, partial(timed_on_full_pool, x, match_size, 3, paper_loop))
+    for cost in dansm.COSTS:
+        yield Way(f"ours, {cost}", pool, 1.5, partial(life_of_a_pool, x, match_size, seed, cost=cost))
+    if device.type == "cuda":
+        yield Way("ours, tf32", pool, 1.5, partial(life_of_a_pool, x, match_size, seed, tf32=True))
+        yield Way("ours, bf16", pool // 2, 1.5, partial(life_of_a_pool, x, match_size, seed, dtype=torch.bfloat16))
+    yield Way("bare product", 2 * pool, 1, partial(timed_on_full_pool, x, match_size, 15, bare_product))
+    yield Way("nearest of k", 3 * pool, 1, partial(timed, device, 5, dansm.nearest_of_k, x, match_size))
+    for name, solve in assignments(device).items():
+        yield Way(name, 12 * match_size**2, 3, partial(assignment, x, match_size, solve, seed))
 
 
-# ---------------------------------------------------------------------------------------------------
-# The ways
-# ---------------------------------------------------------------------------------------------------
+def bare_product(x: Tensor, noise: Tensor) -> Tensor:
+    return products(x.flatten(1), noise.flatten(1))
 
 
-def ways(x: Tensor, match_size: int, seed: int) -> Iterator[tuple[str, float, Callable[[], dict]]]:
-    """(name, the power of match_size by which it grows, what measures it) for what this machine has."""
-    device, gpu = x.device, x.device.type == "cuda"
+def paper_loop(x: Tensor, noise: Tensor, cost: str = "squared") -> Tensor:
+    """The matching of the paper's code, whose cost is "squared": one sample after the other against the whole pool.
 
-    def fits(numbers, dtype=torch.float32):
-        return 1.1 * numbers * dtype.itemsize < free_memory(device)
-
-    whole = match_size * x[0].numel()
-    if fits(whole):
-        for cost in dansm.COSTS:
-            yield f"ours, {cost}", 1.5, lambda cost=cost: exact_life(x, match_size, seed, cost)
-    if gpu and fits(whole):
-        yield "ours, tf32", 1.5, lambda: fast_life(x, match_size, seed, tf32=True)
-    if gpu and fits(whole, torch.bfloat16):
-        yield "ours, bf16", 1.5, lambda: fast_life(x, match_size, seed, dtype=torch.bfloat16)
-    if fits(2 * whole):
-        yield PRODUCT, 1, lambda: timed_on_noise(x, match_size, lambda x, noise: products(x.flatten(1), noise.flatten(1)), 15)
-        yield LOOP, 1, lambda: timed_on_noise(x, match_size, lambda x, noise: paper_loop(x[: len(noise)], noise), 3)
-    if fits(3 * whole):
-        yield "nearest of k", 1, lambda: timed(lambda: dansm.nearest_of_k(x, match_size), device, 5)
-    if fits(3 * match_size**2):
-        for name, solve in assignments(device).items():
-            yield name, 3, lambda solve=solve: assignment(x, match_size, solve, seed)
-
-
-def image_like(count: int, shape, seed: int, device) -> Tensor:
-    """Samples in [−1, 1] that are smooth and of unequal contrast and brightness, as photographs are: they like the same
-    noises, which is harder to match than random numbers."""
-    generator = torch.Generator().manual_seed(seed)
-    if len(shape) != 3:
-        return 0.5 * torch.randn(count, *shape, generator=generator).to(device)
-    coarse = torch.randn(count, shape[0], 4, 4, generator=generator)
-    contrast = torch.rand(count, 1, 1, 1, generator=generator)
-    brightness = 0.4 * torch.randn(count, 1, 1, 1, generator=generator)
-    samples = torch.empty(count, *shape, device=device)
-    for some in torch.arange(count).split(256):
-        smooth = (contrast[some] * coarse[some] + brightness[some]).to(device)
-        samples[some] = torch.nn.functional.interpolate(smooth, size=tuple(shape[1:]), mode="bilinear")
-    return samples.clamp_(-1, 1)
-
-
-def paper_loop(x: Tensor, noises: Tensor, cost: str = "squared") -> Tensor:
-    """The matching as the paper's code does it: one sample after the other against the whole pool.
-
-    x: (B, ...), noises: (M, ...), B ≤ M → picks (B,). The paper's cost is "squared". As quick as such a loop gets: the
-    differences go to one buffer again and again (on a CPU that alone makes it about three times quicker), and what is
-    taken is only marked.
+    x: (B, ...), noise: (M, ...) → picks (min(B, M),). It is made as quick as such a loop gets: differences go to one
+    buffer again and again, which alone makes it three times quicker on a CPU, and what is taken is only marked.
     """
-    taken = torch.zeros(len(noises), device=x.device, dtype=x.dtype)
-    difference = torch.empty_like(noises)
+    taken = torch.zeros(len(noise), device=x.device, dtype=x.dtype)
+    difference = torch.empty_like(noise)
     picks = []
-    for sample in x:
+    for sample in x[: len(noise)]:
         if cost == "squared":
-            distances = torch.sub(noises, sample, out=difference).square_().flatten(1).mean(1)
+            distances = torch.sub(noise, sample, out=difference).square_().flatten(1).mean(1)
         else:
-            distances = -torch.mul(noises, sample, out=difference).flatten(1).sum(1)
+            distances = -torch.mul(noise, sample, out=difference).flatten(1).sum(1)
         picks.append((distances + taken).argmin())
         taken[picks[-1]] = torch.inf
     return torch.stack(picks)
 
 
-def timed_on_noise(x: Tensor, match_size: int, work, repeats: int) -> dict:
-    """`work` on a full pool."""
-    noise = torch.randn(match_size, *x.shape[1:], device=x.device)
-    return timed(lambda: work(x, noise), x.device, repeats)
+def timed_on_full_pool(x: Tensor, match_size: int, repeats: int, work: Callable[[Tensor, Tensor], Tensor]) -> dict:
+    return timed(x.device, repeats, work, x, torch.randn(match_size, *x.shape[1:], device=x.device))
 
 
 def life_of_a_pool(x: Tensor, match_size: int, seed: int, **settings) -> dict:
-    """Every batch of a pool's whole life, from one refill to the next, after one life that is not counted; the first
-    batch of a full pool by itself, several times; and the most memory used beyond the noises."""
+    """Time every batch of a pool's whole life, after one life that is not counted.
+
+    full_ms    of the first batch of a full pool
+    beyond_mb  most memory used on a GPU besides the noises
+    """
     device = x.device
-    reset_peak(device)
-    before = peak_mb(device)
+    clock.reset_peak(device)
+    before = clock.peak_mb(device)
     pool = dansm.NoisePool(match_size, x.shape[1:], device=device, seed=seed, **settings)
     pool(x)
     full = []
     for _ in range(15 if pool.noise.nbytes < 1e9 else 5):
         pool._begin()  # full again, with the noises that it has, whatever moved
-        full.append(milliseconds(lambda: pool(x), device))
+        full.append(milliseconds(device, pool, x))
     batches = max(5, -(-match_size // len(x)))
-    several = [image_like(len(x), x.shape[1:], seed + number, device) for number in range(min(batches, 16))]
+    samples = [image_like(len(x), x.shape[1:], seed + number, device) for number in range(min(batches, 16))]
     for _ in range(batches if device.type == "cuda" else 0):  # there the first calls compile and load kernels
         pool(x)
     while pool.left:
         pool(x[: pool.left])
-    start = time.perf_counter()
-    times = [milliseconds(lambda n=n: pool(several[n % len(several)]), device) for n in range(batches)]
-    seconds = time.perf_counter() - start
-    beyond = max(0.0, peak_mb(device) - before - pool.noise.nbytes / 1e6)  # memory used before may serve again
+    times = [milliseconds(device, pool, samples[number % len(samples)]) for number in range(batches)]
+    pool_mb = pool.noise.nbytes / 1e6
+    beyond = None if before is None else round(clock.peak_mb(device) - before - pool_mb, 1)
     often = sorted(times)[int(0.99 * (len(times) - 1))]  # the most holds the machine's own hiccups too
     return {**spread(times), "p99_ms": round(often, 4), "full_ms": round(statistics.median(full), 3),
-            "dtype": str(pool.noise.dtype)[6:], "tf32": pool.tf32, "pool_mb": round(pool.noise.nbytes / 1e6, 1),
-            "beyond_mb": round(beyond, 1), "seconds": seconds}
+            "dtype": str(pool.noise.dtype)[6:], "tf32": pool.tf32, "pool_mb": round(pool_mb, 1), "beyond_mb": beyond}
 
 
-def exact_life(x: Tensor, match_size: int, seed: int, cost: str) -> dict:
-    row = life_of_a_pool(x, match_size, seed, cost=cost)
-    if x.device.type == "cuda" and match_size <= 10_000:  # elsewhere the loop is slow, and the tests compare
-        row |= unlike_float64(x, match_size, seed, cost)
-    return row
-
-
-def fast_life(x: Tensor, match_size: int, seed: int, **settings) -> dict:
-    """A pool's life, and what the quicker product changes: how many samples get another noise than from an exact pool
-    of the same draw, and by how much the mean path of that whole pool grows."""
-    row = life_of_a_pool(x, match_size, seed, **settings)
-    if 8 * match_size * x[0].numel() < free_memory(x.device) and match_size <= 100_000:
-        exact = dansm.NoisePool(match_size, x.shape[1:], device=x.device, seed=seed)
-        quick = dansm.NoisePool(match_size, x.shape[1:], device=x.device, seed=seed, **settings)
-        lengths, other = torch.zeros(2, dtype=torch.float64), 0
-        for start in range(0, match_size, len(x)):
-            samples = image_like(len(x), x.shape[1:], seed + start, x.device)[: match_size - start]
-            z = exact(samples), quick(samples)
-            lengths += torch.tensor([dansm.path_length(samples, z_) * len(samples) for z_ in z])
-            other += ((z[0] - z[1]).flatten(1).norm(dim=1) > 0.1 * z[0].flatten(1).norm(dim=1)).sum().item()
-        row |= {"path_growth": float(f"{lengths[1] / lengths[0] - 1:.2e}"), "other_noise": round(other / match_size, 4)}
-    return row
-
-
-def unlike_float64(x: Tensor, match_size: int, seed: int, cost: str) -> dict:
-    """The share of samples that get another noise than from the paper's loop in float64, over eight batches."""
-    pool = dansm.NoisePool(match_size, x.shape[1:], device=x.device, seed=seed, cost=cost)
-    pool._refill()
-    noise, other, samples = pool.noise[:match_size].double(), 0, 0
-    for number in range(min(8, match_size // len(x))):
-        batch = image_like(len(x), x.shape[1:], seed + number, x.device)
-        picks = paper_loop(batch.flatten(1).double(), noise, cost)
-        other += (pool(batch).flatten(1) != noise[picks].float()).any(1).sum().item()
-        samples += len(batch)
-        kept = torch.ones(len(noise), dtype=torch.bool, device=x.device)
-        kept[picks] = False
-        noise = noise[kept]
-    return {"other_than_float64": other, "compared_with_float64": samples}
-
-
-def assignments(device) -> dict:
-    """Solvers of linear assignment, cost matrix → anything, by name; those of others where they are installed."""
+def assignments(device: torch.device) -> dict[str, Callable[[Tensor], object]]:
+    """Solvers of linear assignment by name, cost matrix → anything; those of other libraries where installed."""
     from scipy.optimize import linear_sum_assignment
 
     solvers = {"scipy, assignment": lambda cost: linear_sum_assignment(cost.cpu().numpy())}
     if gpu.working("auction", device):
         solvers["ours, assignment"] = dansm.optimal
     if pot := _installed("ot"):
-        import numpy as np
-
-        solvers["POT emd"] = lambda cost: pot.emd(np.empty(0), np.empty(0), cost.double().cpu().numpy(),
-                                                  numItermax=10**8)
+        solvers["POT emd"] = lambda cost: pot.emd([], [], cost.double().cpu().numpy(), numItermax=10**8)
     if (theirs := _installed("torch_linear_assignment")) and device.type == "cuda":
         solvers["torch-linear-assignment"] = lambda cost: theirs.batch_linear_assignment(cost[None])
     return solvers
 
 
-def assignment(x: Tensor, match_size: int, solve, seed: int) -> dict:
-    """match_size samples to as many noises, the costs known already; the time of a batch is its share of the whole."""
-    samples = image_like(match_size, x.shape[1:], seed, x.device)
-    noise = torch.randn(samples.shape, device=x.device, generator=torch.Generator(x.device).manual_seed(seed))
-    cost = squared_distances(samples, noise)
-    del samples, noise
-    answer = solve(cost)
-    times = [milliseconds(lambda: solve(cost), x.device)]
-    times += [milliseconds(lambda: solve(cost), x.device) for _ in range(4 if times[0] < 1000 else 0)]
-    share = len(x) / match_size
-    row = {**spread([share * t for t in times]), "whole_ms": round(statistics.median(times), 3),
-           "seconds": min(times) / 1000}
-    if isinstance(answer, tuple):  # of a random pairing's cost, the share that the assignment saves, and is proven to
-        random = cost.mean(dtype=torch.float64).item() * match_size
-        ours = isinstance(answer, dansm.Assignment)
-        total = answer.total if ours else cost.double().cpu().numpy()[answer].sum()
-        row["saved"] = round(1 - total / random, 7)
-        row |= {"gap": float(f"{(total - answer.bound) / (random - total):.2e}")} if ours else {}
-    return row
-
-
-def _installed(module):
+def _installed(module: str):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -309,189 +178,129 @@ def _installed(module):
         return None
 
 
-# ---------------------------------------------------------------------------------------------------
-# What the machine can do
-# ---------------------------------------------------------------------------------------------------
+def assignment(x: Tensor, match_size: int, solve: Callable[[Tensor], object], seed: int) -> dict:
+    """Assign match_size noises to as many samples, with the costs known already. A batch counts with its share.
+
+    saved  of a random pairing's cost, the share that the assignment saves
+    gap    the share of that which is not proven
+    """
+    samples = image_like(match_size, x.shape[1:], seed, x.device)
+    noise = torch.randn(samples.shape, device=x.device, generator=torch.Generator(x.device).manual_seed(seed))
+    cost = squared_distances(samples, noise)
+    del samples, noise
+    answer = solve(cost)
+    times = [milliseconds(x.device, solve, cost)]
+    times += [milliseconds(x.device, solve, cost) for _ in range(4 if times[0] < 1000 else 0)]
+    row = {**spread([len(x) / match_size * whole for whole in times]), "whole_ms": round(statistics.median(times), 3)}
+    random = cost.mean(dtype=torch.float64).item() * match_size
+    if isinstance(answer, dansm.Assignment):
+        row["gap"] = float(f"{(answer.total - answer.bound) / (random - answer.total):.2e}")
+        answer = torch.arange(match_size), answer.picks.cpu()
+    if isinstance(answer, tuple):  # rows and columns
+        row["saved"] = round(1 - cost.double().cpu().numpy()[answer].sum() / random, 7)
+    return row
 
 
-def rates(device: torch.device) -> dict:
+def rates(device: torch.device) -> dict[str, float]:
     """Measured: bytes a second in a copy, read and written, and operations a second in a matrix product."""
     gpu = device.type == "cuda"
     source = torch.empty(2**30 if gpu else 2**26, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    seconds = timed(lambda: target.copy_(source), device, 5)["median_ms"] / 1000
-    found = {"bytes_per_second": 2 * source.numel() / seconds}
+    measured = {"bytes_per_second": 2 * source.numel() / timed(device, 5, target.copy_, source)["median_ms"]}
     size = 8192 if gpu else 2048
-    for name, dtype, fast in ("float32", torch.float32, False), ("tf32", torch.float32, True), (
-            "bfloat16", torch.bfloat16, False):
-        if name == "float32" or gpu:
-            a = torch.randn(size, size, device=device).to(dtype)
-            seconds = timed(lambda a=a, fast=fast: products(a, a, fast), device, 5)["median_ms"] / 1000
-            found[f"{name}_operations_per_second"] = 2 * size**3 / seconds
-    return {name: float(f"{rate:.3g}") for name, rate in found.items()}
+    types = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16}
+    for name in types if gpu else ["float32"]:
+        a = torch.randn(size, size, device=device).to(types[name])
+        times = timed(device, 5, products, a, a, name == "tf32")
+        measured[f"{name}_operations_per_second"] = 2 * size**3 / times["median_ms"]
+    return {name: float(f"{1000 * number:.3g}") for name, number in measured.items()}
 
 
 def floor_ms(rates: dict, row: dict, batch: int, numbers: int) -> float:
-    """Less than this the median batch of a pool's life cannot take: half of the noises are left, each has to be read
+    """The least time of the median batch of a pool's life: half of the noises are left, and each of them has to be read
     once, and multiplied with each sample."""
-    left, dtype = row["match_size"] / 2, row["dtype"]
-    name = "tf32" if row["tf32"] else dtype
+    left = row["match_size"] / 2
+    name = "tf32" if row["tf32"] else row["dtype"]
     operations = rates.get(f"{name}_operations_per_second", rates["float32_operations_per_second"])
-    reading = left * numbers * getattr(torch, dtype).itemsize / rates["bytes_per_second"]
+    reading = left * numbers * getattr(torch, row["dtype"]).itemsize / rates["bytes_per_second"]
     return 1000 * max(reading, 2 * batch * left * numbers / operations)
 
 
-def train_step(batch: int, shape, device: torch.device) -> dict | None:
-    """Milliseconds of one step of the plain loop with the paper's NCSN++, which matching must not be seen beside."""
-    if len(shape) != 3 or shape[1] != shape[2] or shape[1] % 8:
-        return None
-    samples = batch if device.type == "cuda" else 1  # on a CPU the step of one sample, times the batch
-    flow, run = dansm.RectifiedFlow(), dansm.Training(dansm.UNet(shape[0], shape[1]).to(device))
-    x, z = torch.randn(2, samples, *shape, device=device)
-    steps = dansm.train(run, flow, iter(lambda: (x, z), None))
-    try:
-        spread = timed(lambda: next(steps), device, 5 if device.type == "cuda" else 2)
-    except torch.OutOfMemoryError:
-        return None
-    return {**{name: round(value * batch / samples, 3) for name, value in spread.items() if name.endswith("_ms")},
-            "samples_measured": samples, "network": "ncsnpp", "precision": "float32"}
+def title_of(bench: dict) -> str:
+    shape = "×".join(map(str, bench["shape"]))
+    return f"Matching a batch of {bench['batch']} samples of {shape}, {clock.hardware_of(bench)}"
 
 
-# ---------------------------------------------------------------------------------------------------
-# The clock
-# ---------------------------------------------------------------------------------------------------
-
-
-def timed(work, device: torch.device, repeats: int) -> dict:
-    """Milliseconds of `work` over `repeats` calls, or fewer if they take long, after one that is not counted."""
-    first = milliseconds(work, device) / 1000
-    repeats = max(1, min(repeats, int(PATIENCE / max(first, 1e-9))))
-    return spread([milliseconds(work, device) for _ in range(repeats)])
-
-
-def milliseconds(work, device):
-    wait(device)
-    start = time.perf_counter()
-    work()
-    wait(device)
-    return 1000 * (time.perf_counter() - start)
-
-
-def spread(times):
-    return {"median_ms": round(statistics.median(times), 4), "mean_ms": round(statistics.fmean(times), 4),
-            "least_ms": round(min(times), 4), "most_ms": round(max(times), 4), "calls": len(times)}
-
-
-def wait(device):
-    if device.type in ("cuda", "mps"):
-        getattr(torch, device.type).synchronize()
-
-
-def reset_peak(device):
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-    elif Path("/proc/self/clear_refs").exists():  # Linux
-        gc.collect()
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc: give back what is free, lest it serve again
-        if trim:
-            trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak of this process
-
-
-def peak_mb(device):
-    """Most memory since the reset; elsewhere than on Linux since the process began, which can only overstate it."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    status = Path("/proc/self/status")
-    if status.exists():
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1e3
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-
-
-# ---------------------------------------------------------------------------------------------------
-# What is shown
-# ---------------------------------------------------------------------------------------------------
-
-
-def compare(bench: dict, match_size: int) -> None:
-    """Beside ours: how many times quicker than the paper's loop, both on a full pool, and how far from the floor."""
-    rows = {row["way"]: row for row in bench["rows"] if row["match_size"] == match_size}
-    numbers = torch.Size(bench["shape"]).numel()
-    for row in rows.values():
-        if "full_ms" in row:
-            row["floor_ms"] = round(floor_ms(bench["rates"], row, bench["batch"], numbers), 4)
-            if LOOP in rows:
-                row["times_faster_than_the_paper"] = round(rows[LOOP]["median_ms"] / row["full_ms"], 1)
-
-
-def _title(bench):
-    return f"Matching a batch of {bench['batch']} samples of {'×'.join(map(str, bench['shape']))}"
-
-
-def hardware_of(bench):
-    known = bench["hardware"]
-    return known["gpu"] or f"{known['cpu']}, {known['threads']} threads"
-
-
-def print_table(bench: dict, console: Console) -> None:
-    step = bench["train_step"]
-    words = ("ours: over the pool's whole life, draw included.  faster: than the paper's loop, both on a full pool "
-             "(full_ms of match.csv).  nearest of k: k is match_size.  floor: reading or multiplying half a pool, "
-             "whichever takes longer.")
-    words += f"  {_step_in_words(step)}, NCSN++ in float32: {step['median_ms']:,.0f} ms" if step else ""
-    table = Table(title=f"{_title(bench)}, {hardware_of(bench)}", caption=words, box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in "match_size", "way", "median ms", "least", "most", "faster", "floor":
-        table.add_column(name, justify="left" if name == "way" else "right", no_wrap=True)
-    for row in bench["rows"]:
-        times = (number(row[key]) for key in ("median_ms", "least_ms", "most_ms"))
-        faster = row.get("times_faster_than_the_paper")
-        table.add_row(f"{row['match_size']:,}", row["way"], *times, f"{number(faster)}×" if faster else "",
-                      number(row.get("floor_ms")))
-    console.print(table)
-
-
-def _step_in_words(step: dict) -> str:
-    """On a CPU one sample stands for the batch, which would be quicker together: that is to be seen."""
-    return "A training step" if step["samples_measured"] > 1 else "A training step, as one sample times the batch"
-
-
-def number(value):
-    return "" if value is None else f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 3}f}"
-
-
-STYLES = {
-    LOOP: ("#c44e52", "o-"), PRODUCT: ("#888888", "s:"), "ours, squared": ("#1f5fa8", "o-"),
-    "ours, inner": ("#55a3d9", "^-"), "ours, tf32": ("#2a9d6f", "o-"), "ours, bf16": ("#8cc63f", "o-"),
-    "nearest of k": ("#b07aa1", "d-"), "ours, assignment": ("#1f5fa8", "P--"), "scipy, assignment": ("#dd8452", "P--"),
-    "POT emd": ("#937860", "X--"), "torch-linear-assignment": ("#da8bc3", "v--"),
-}
+def print_table(bench: dict) -> None:
+    caption = ("ours: over the pool's whole life, draw included.  faster: than the paper's loop, both on a full pool "
+               "(full_ms of match.csv).  nearest of k: k is match_size.  floor: the time to read or to multiply half a "
+               "pool, whichever is longer.")
+    clock.show(title_of(bench), bench["rows"], {
+        "way": "way", "match_size": "match_size", "median ms": "median_ms", "least": "least_ms", "most": "most_ms",
+        "× faster": "times_faster_than_the_paper", "floor": "floor_ms"}, caption=caption)
 
 
 def draw(bench: dict, path: Path) -> None:
+    """Milliseconds a batch against match_size: a line for each way, from its least to its most."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8.4, 5.0), layout="constrained")
-    for way, (color, style) in STYLES.items():
+    for way in dict.fromkeys(row["way"] for row in bench["rows"]):
         rows = [row for row in bench["rows"] if row["way"] == way]
-        if rows:
-            sizes = [row["match_size"] for row in rows]
-            axes.plot(sizes, [row["median_ms"] for row in rows], style, color=color, label=way, markersize=5)
-            axes.fill_between(sizes, [row["least_ms"] for row in rows], [row["most_ms"] for row in rows], color=color,
-                              alpha=0.12, linewidth=0)
+        sizes, median, least, most = ([row[name] for row in rows]
+                                      for name in ("match_size", "median_ms", "least_ms", "most_ms"))
+        line, = axes.plot(sizes, median, "--s" if "assign" in way else "-o", markersize=4, label=way)
+        axes.fill_between(sizes, least, most, color=line.get_color(), alpha=0.12, linewidth=0)
     floors = {}
     for row in bench["rows"]:
         if "floor_ms" in row:
-            floors[row["match_size"]] = min(row["floor_ms"], floors.get(row["match_size"], float("inf")))
-    axes.plot(list(floors), list(floors.values()), "k--", linewidth=1, label="floor of the quickest of ours")
-    if step := bench["train_step"]:
-        axes.axhline(step["median_ms"], color="black", linewidth=1)
-        words = f"{_step_in_words(step)}, NCSN++ in float32: {step['median_ms']:,.0f} ms"
-        axes.annotate(words, (0.99, step["median_ms"]), xycoords=("axes fraction", "data"), fontsize=8, va="bottom",
-                      ha="right")
+            floors[row["match_size"]] = min(row["floor_ms"], floors.get(row["match_size"], math.inf))
+    axes.plot(list(floors), list(floors.values()), "k:", label="the machine's floor for the quickest of ours")
     axes.set(xscale="log", yscale="log", xlabel="match_size (noises in the pool)", ylabel="milliseconds a batch")
-    axes.set_title(f"{_title(bench)}: median, least to most\n{hardware_of(bench)}", fontsize=10)
-    axes.grid(True, which="major", alpha=0.3)
+    axes.set_title(title_of(bench), fontsize=9)
+    axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def bench_spread(match_sizes: list[int], batch: int, shape: tuple[int, ...], seed: int, device: torch.device,
+                 out: Path) -> None:
+    """Under torchrun: time one pool spread over all ranks, with `batch` samples on each. Rank 0 prints a table, and
+    writes spread.json and spread.csv."""
+    if "RANK" not in os.environ:
+        raise BadInput("bench is spread: expected several processes, as in torchrun --nproc-per-node 2 dansm.py bench "
+                       "spread")
+    with processes(device) as device, quiet(group.get_rank() > 0):
+        parts = [(f"{match_size:,}", spread_life(batch, match_size=match_size, shape=shape, device=device, seed=seed))
+                 for match_size in match_sizes]
+        bench = clock.run("spread", device, {"shape": list(shape)}, parts, out)
+        clock.show(f"One pool over {group.get_world_size()} processes, {clock.hardware_of(bench)}", bench["rows"], {
+            "match_size": "match_size", "batch a rank": "batch_a_rank", "median ms": "median_ms", "least": "least_ms",
+            "most": "most_ms", "MB received": "received_mb_median", "other noise": "other_than_one_process"}, texts=0)
+        say_files(out, "spread.csv", "spread.json")
+
+
+def spread_life(batch: int, **settings) -> Iterator[dict]:
+    """The row of a pool's life, after one that is not counted: times, megabytes that one rank receives for a batch, and
+    how many samples get another noise than in one process that has the joined batch."""
+    pool = dansm.NoisePool(match_scope="global", **settings)
+    alone = dansm.NoisePool(**settings)
+    alone.stream = ()  # it stands for one process, with the noises that one process has
+    device = alone.noise.device
+    generator = torch.Generator(device).manual_seed(0)
+    batches = -(-pool.match_size // (batch * pool.ranks))
+    times, received, noises = [], [], []
+    other = torch.zeros((), dtype=torch.int64, device=device)
+    for _ in range(2 * batches):
+        x = torch.randn(pool.ranks, batch, *pool.shape, device=device, generator=generator)
+        before = pool.received
+        group.barrier()
+        times.append(milliseconds(device, lambda samples: noises.append(pool(samples)), x[pool.rank]))
+        received.append((pool.received - before) / 1e6)
+        expected = alone(x.flatten(0, 1)).unflatten(0, (pool.ranks, batch))[pool.rank]
+        other += (noises.pop() != expected).flatten(1).any(1).sum()
+    group.all_reduce(other)
+    yield {"match_size": pool.match_size, "ranks": pool.ranks, "batch_a_rank": batch, **spread(times[batches:]),
+           "received_mb_median": round(statistics.median(received[batches:]), 3),
+           "samples_compared": 2 * batches * batch * pool.ranks, "other_than_one_process": other.item()}

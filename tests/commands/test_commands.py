@@ -32,64 +32,7 @@ def start(*arguments):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-# ------------------------------------------------------------------------------- bench, toy, digits
-
-
-def test_bench_measures_each_way_at_each_match_size(run, tmp_path):
-    command = ["bench", "match", "--batch", 8, "--match-size", "16,40", "--shape", "1x4x4"]
-    code, said, err = run(*command, "--out", tmp_path / "out")
-    assert (code, err) == (0, "")
-    assert files_of(tmp_path / "out") == ["match.csv", "match.json", "match.png"]
-    assert all(str(tmp_path / "out" / name) in said for name in files_of(tmp_path / "out"))
-    described = json.loads((tmp_path / "out" / "match.json").read_text())
-    assert (described["batch"], described["shape"]) == (8, [1, 4, 4]) and described["hardware"]["device"] == "cpu"
-    assert described["train_step"] is None  # the paper's network halves its images three times
-    ways = ["ours, squared", "ours, inner", "bare product", "paper's loop", "nearest of k", "scipy, assignment"]
-    found = {(row["match_size"], row["way"]): row for row in described["rows"]}
-    assert {(match_size, way) for match_size in (16, 40) for way in ways} <= found.keys()  # POT, where it is installed
-    for row in described["rows"]:
-        assert 0 < row["least_ms"] <= row["median_ms"] <= row["most_ms"] and row["calls"] >= 1
-    ours, loop = found[40, "ours, squared"], found[40, "paper's loop"]
-    assert ours["calls"] == 5 and ours["pool_mb"] == round(48 * 16 * 4 / 1e6, 1)
-    faster = loop["median_ms"] / ours["full_ms"]
-    assert ours["times_faster_than_the_paper"] == pytest.approx(faster, rel=0.01, abs=0.051)
-    lines = (tmp_path / "out" / "match.csv").read_text().splitlines()
-    assert len(lines) == 1 + len(described["rows"]) and lines[0].startswith("match_size,way,median_ms")
-    assert Image.open(tmp_path / "out" / "match.png").width > 100
-
-
-def test_bench_leaves_out_what_would_take_too_long(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("scale.bench.PATIENCE", 1e-9)
-    command = ["bench", "match", "--batch", 8, "--match-size", 16, "--match-size", 40, "--shape", "1x4x4"]
-    run(*command, "--out", tmp_path)
-    rows = json.loads((tmp_path / "match.json").read_text())["rows"]
-    assert {row["match_size"] for row in rows} == {16}
-
-
-def test_bench_refuses_a_pool_that_does_not_fit_before_it_measures(run, tmp_path):
-    code, _, err = run("bench", "match", "--match-size", 10**10, "--shape", "4x8x8", "--out", tmp_path)
-    assert code == 2 and "match_size is 10,000,000,000: the pool needs" in err and files_of(tmp_path) == []
-
-
-def test_bench_of_a_spread_pool(run, tmp_path, monkeypatch):
-    """A group of one: the whole way, which several ranks take in tests/test_spread.py."""
-    command = ["bench", "spread", "--batch", 8, "--match-size", 16, "--shape", "1x4x4", "--out", tmp_path]
-    code, _, err = run(*command)
-    assert code == 2 and "torchrun" in err
-    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}.items():
-        monkeypatch.setenv(name, str(value))
-    code, said, err = run(*command)
-    assert (code, err) == (0, "") and "spread.json" in said
-    (row,) = json.loads((tmp_path / "spread.json").read_text())["rows"]
-    assert row["other_than_one_process"] == 0 and row["samples_compared"] == 16
-
-
-def test_the_loop_of_the_bench_is_the_papers():
-    from dansm.scale.bench.match import paper_loop
-
-    x, z = torch.randn(6, 1, 3), torch.randn(20, 1, 3)
-    for cost in dansm.COSTS:
-        assert torch.equal(paper_loop(x, z, cost), dansm.greedy(dansm.cost_matrix(x, z, cost)))
+# ------------------------------------------------------------------------------- toy, digits
 
 
 def test_toy_runs(run, tmp_path, monkeypatch):

@@ -1,0 +1,76 @@
+"""The clock of the benches: what it writes, and what it does with a part that fails."""
+
+import csv
+import json
+
+import pytest
+import torch
+from dansm.scale.bench import clock
+from support import CPU
+
+
+def rows_then(error=None):
+    yield {"way": "a", "median_ms": 1.0}
+    if error:
+        raise error
+    yield {"way": "b", "more": 2}
+
+
+def written(folder, name="some"):
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def test_a_bench_is_written_as_json_and_as_csv(tmp_path):
+    bench = clock.run("some", CPU, {"batch": 3}, [("part", rows_then())], tmp_path)
+    assert bench == written(tmp_path) and bench["batch"] == 3 and bench["left_out"] == {}
+    assert bench["hardware"]["device"] == "cpu"
+    with open(tmp_path / "some.csv", newline="") as file:
+        assert list(csv.DictReader(file)) == [{"way": "a", "median_ms": "1.0", "more": ""},
+                                              {"way": "b", "median_ms": "", "more": "2"}]
+
+
+def test_a_part_that_fails_is_left_out_and_the_others_are_measured(tmp_path, capsys):
+    memory = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …")
+    parts = [("one", rows_then(memory)), ("two", rows_then(RuntimeError("no disk\nand more"))), ("three", rows_then())]
+    bench = clock.run("some", CPU, {}, parts, tmp_path)
+    assert [row["way"] for row in bench["rows"]] == ["a", "a", "a", "b"]
+    assert bench["left_out"] == written(tmp_path)["left_out"] == {"one": "not enough memory", "two": "no disk"}
+    said = capsys.readouterr().out
+    assert "one: not enough memory" in said and "two: no disk" in said
+
+
+def test_one_of_several_processes_does_not_go_on_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(clock, "ranks", lambda: (1, 2))
+    with pytest.raises(RuntimeError, match="no disk"):
+        clock.run("some", CPU, {}, [("one", rows_then(RuntimeError("no disk")))], tmp_path)
+    assert list(tmp_path.iterdir()) == []  # and only the first of them writes
+
+
+def test_what_was_measured_is_on_the_disk_when_the_call_is_stopped(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        clock.run("some", CPU, {}, [("one", rows_then(KeyboardInterrupt()))], tmp_path)
+    assert [row["way"] for row in written(tmp_path)["rows"]] == ["a"]
+
+
+def test_slow_work_is_timed_fewer_times(monkeypatch):
+    """Synthetic times: seven seconds a call; twenty may pass."""
+    calls = []
+    monkeypatch.setattr(clock, "milliseconds", lambda device, work, *arguments: calls.append(arguments) or 7000.0)
+    assert clock.timed(CPU, 15, print, 1, 2) == {
+        "median_ms": 7000, "mean_ms": 7000, "least_ms": 7000, "most_ms": 7000, "calls": 2}
+    assert calls == [(1, 2)] * 3  # the first is not counted
+
+
+def test_figures_are_shown_with_as_many_digits_as_they_need():
+    cells = {1234.5: "1,234", 12.34: "12.3", 0.1234: "0.123", 1234: "1,234", None: "", "ours": "ours"}
+    assert {value: clock.cell(value) for value in cells} == cells
+    assert clock.cell(0.2512, "mfu") == clock.cell(0.2512, "matching_share") == "25.1 %"
+
+
+def test_samples_are_like_photographs():
+    x = clock.image_like(300, (3, 16, 16), 0, CPU)
+    assert x.shape == (300, 3, 16, 16) and x.min() >= -1 and x.max() <= 1
+    assert (x[..., 1:] - x[..., :-1]).abs().mean() < 0.2 * x.std()  # smooth
+    assert x.flatten(1).mean(1).std() > 0.2  # of unequal brightness
+    assert torch.equal(clock.image_like(300, (3, 16, 16), 0, CPU), x)
+    assert clock.image_like(5, (7,), 0, CPU).shape == (5, 7)
