@@ -80,8 +80,8 @@ def check_same(rows: list[dict], out: Path, **now: str) -> None:
     """BadInput for a table with other features or other images."""
     for name, value in now.items():
         if other := [row[name] for row in rows if row[name] != value]:
-            raise BadInput(f"the {name} of the tables in {out} is {other[0]}, of this call {value}: expected the same, or "
-                           "another --out")
+            raise BadInput(f"the {name} of the tables in {out} is {other[0]}, of this call {value}: expected the same, "
+                           "or another --out")
 
 
 def in_order(rows: Iterable[dict], *keys: str) -> list[dict]:
