@@ -13,7 +13,6 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import count, takewhile
 from pathlib import Path
@@ -39,13 +38,20 @@ BATCH = {"cuda": 64, "cpu": 8}  # images encoded or decoded together, by device;
 LOG_VARIANCES = -30.0, 20.0  # AutoencoderKL itself cuts them to these
 
 
-@dataclass(frozen=True)
 class Autoencoder:
-    """Weights in the memory of the CPU, by diffusers' names, and what it takes to make a network of them."""
+    """Weights in the memory of the CPU, by diffusers' names, and the settings of an AutoencoderKL to use them in.
 
-    path: Path
-    settings: dict  # of AutoencoderKL
-    weights: dict[str, Tensor]
+    factor, shift  latents are trained on as (encoded − shift) · factor
+    channels       of a latent
+    shrinks        pixels of an image, in width and in height, for each number of a latent
+    """
+
+    def __init__(self, path: Path, settings: dict, weights: dict[str, Tensor]):
+        self.path, self.settings, self.weights = path, settings, weights
+        self.factor = settings.get("scaling_factor") or SETTINGS["scaling_factor"]
+        self.shift = settings.get("shift_factor") or 0.0
+        self.channels = settings["latent_channels"]
+        self.shrinks = 2 ** (len(settings["block_out_channels"]) - 1)
 
     @cached_property
     def digest(self) -> str:
@@ -60,24 +66,6 @@ class Autoencoder:
     def identity(self) -> dict:
         """What the index of latents says of the autoencoder that made them."""
         return {"autoencoder": self.digest, "factor": self.factor, "shift": self.shift}
-
-    @property
-    def factor(self) -> float:
-        return self.settings.get("scaling_factor") or SETTINGS["scaling_factor"]
-
-    @property
-    def shift(self) -> float:
-        return self.settings.get("shift_factor") or 0.0
-
-    @property
-    def channels(self) -> int:
-        """Channels of a latent."""
-        return self.settings["latent_channels"]
-
-    @property
-    def shrinks(self) -> int:
-        """How many pixels of an image a latent has one for, in width and in height."""
-        return 2 ** (len(self.settings["block_out_channels"]) - 1)
 
     def check(self, known: dict, whose: str) -> None:
         """BadInput if latents of which this is known, see `latents.known_of`, are those of another autoencoder.

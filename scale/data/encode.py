@@ -43,32 +43,24 @@ class Settings:
     skip_unreadable: bool = False
 
 
-@dataclass(frozen=True)
 class Job:
-    source: Source
-    encoder: Encoder
-    out: Path
-    settings: Settings
+    """One call of dansm encode.
 
-    @property
-    def batch(self) -> int:
-        """Latents made at a time: the same whatever the memory, as another count may give other last bits."""
-        return self.settings.batch or self.encoder.batch
+    batch      latents made at a time: the same whatever the memory, as another count may give other last bits
+    shape      of one latent as it is stored
+    described  all that the latents depend on, for their index
+    """
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of one latent as it is stored."""
-        side = self.settings.size // self.encoder.autoencoder.shrinks
-        return self.encoder.autoencoder.channels * (1 + self.settings.moments), side, side
-
-    @property
-    def described(self) -> dict:
-        """All that the latents depend on, for their index."""
-        settings = self.settings
-        return {"dansm_latents": latents.VERSION, "source": str(self.source.path), "source_digest": self.source.digest,
-                "size": settings.size, "flips": settings.flips, "moments": settings.moments,
-                **self.encoder.autoencoder.identity, "precision": self.encoder.precision, "batch": self.batch,
-                "shard": settings.shard}
+    def __init__(self, source: Source, encoder: Encoder, out: Path, settings: Settings):
+        self.source, self.encoder, self.out, self.settings = source, encoder, out, settings
+        self.batch = settings.batch or encoder.batch
+        side = settings.size // encoder.autoencoder.shrinks
+        self.shape = encoder.autoencoder.channels * (1 + settings.moments), side, side
+        self.described = {
+            "dansm_latents": latents.VERSION, "source": str(source.path), "source_digest": source.digest,
+            "size": settings.size, "flips": settings.flips, "moments": settings.moments,
+            **encoder.autoencoder.identity, "precision": encoder.precision, "batch": self.batch,
+            "shard": settings.shard}
 
 
 def encode(source: Path, autoencoder: Autoencoder, device: torch.device, out: Path, settings: Settings) -> None:

@@ -78,13 +78,6 @@ def test_a_source_named_otherwise_is_found_too(folder, tmp_path, decodes):
     assert not decodes
 
 
-def test_another_size_is_kept_next_to_it(folder, cache, decodes):
-    whole, small = load_images(str(folder), cache=cache), load_images(str(folder), cache=cache, size=2)
-    del decodes[:]
-    assert (load_images(str(folder), cache=cache) == whole).all() and small.shape == (8, 3, 2, 2)
-    assert (load_images(str(folder), cache=cache, size=2) == small).all() and not decodes
-
-
 def test_a_changed_source_is_decoded_again(folder, cache, decodes):
     load_images(str(folder), cache=cache)
     for _ in changes(folder):

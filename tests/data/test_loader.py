@@ -54,14 +54,6 @@ def test_an_epoch_depends_on_its_seed_and_its_number_alone():
     assert len(orders) == 5 and len(epochs) == 20  # no two epochs, of no two seeds, are alike
 
 
-@pytest.mark.parametrize(("start", "batch"), [(0, 4), (1, 3), (2, 10), (3, 23), (4, 4), (9, 3)])
-def test_a_stream_begun_at_a_batch_is_the_stream_that_was_not_stopped(start, batch):
-    images = numbered(10)
-    whole = list(islice(batches(images, batch, seed=1), start + 5))
-    later = list(islice(batches(images, batch, seed=1, start=start), 5))
-    assert all(torch.equal(a, b) for a, b in zip(whole[start:], later, strict=True))
-
-
 def test_half_of_the_images_are_mirrored_differently_each_epoch():
     images = torch.randint(0, 256, (100, 3, 4, 5), dtype=torch.uint8)
     images[:, 0, 0, 0], images[:, 0, 0, -1] = torch.arange(100), torch.arange(100) + 100
@@ -74,22 +66,11 @@ def test_half_of_the_images_are_mirrored_differently_each_epoch():
     assert 0 < (first != second).sum() < 100
 
 
-def test_without_flips_no_image_is_mirrored_and_the_order_is_the_same():
-    flipped, plain = (which(stream(numbered(20), 8, 10, flip=flip)) for flip in (True, False))
-    assert flipped[1].any() and not plain[1].any()
-    assert torch.equal(flipped[0], plain[0])
-
-
 def test_black_is_minus_1_and_white_is_1_exactly_and_the_levels_come_back():
     images = torch.arange(256, dtype=torch.uint8).view(256, 1, 1, 1)
     x = stream(images, 256, 1, flip=False)
     assert (x.dtype, x.min().item(), x.max().item()) == (torch.float32, -1.0, 1.0)
     assert torch.equal(to_uint8(x).flatten().sort().values, images.flatten())
-
-
-def test_a_batch_larger_than_the_data_shows_each_image_as_often():
-    (x,) = islice(batches(numbered(4), 12), 1)
-    assert which(x)[0].bincount().tolist() == [3, 3, 3, 3]
 
 
 def test_batches_leave_the_images_as_they_are():
@@ -140,17 +121,6 @@ def test_images_on_the_disk_give_the_batches_of_those_in_memory(tmp_path, reside
         for disk in mapped:
             assert torch.equal(stream(disk, 12, 20, resident=resident), expected)
     assert (mapped[1] == images).all()
-
-
-def test_latents_are_served_as_they_are_and_mirrored():
-    latents = torch.randn(40, 4, 3, 5).half()
-    x = stream(latents, 40, 1)
-    assert x.dtype == torch.float32
-    known = {tuple(latent.flatten().tolist()) for latent in latents.float()}
-    turned = {tuple(latent.flatten().tolist()) for latent in latents.float().flip(3)}
-    shown = [tuple(latent.flatten().tolist()) for latent in x]
-    assert set(shown) <= known | turned and 8 < sum(latent in turned for latent in shown) < 32
-    assert {tuple(latent.flatten().tolist()) for latent in stream(latents, 40, 1, flip=False)} == known
 
 
 @pytest.mark.parametrize("settings", [{"ranks": 3}, {"ranks": 2, "rank": 2}, {"rank": -1}, {"ranks": 0}, {"start": -1}])
