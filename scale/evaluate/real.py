@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dansm import BadInput
 
-from ..base.files import make_folder, replacing
+from ..base.files import replacing
 from ..base.locks import alone
 from ..base.text import counted, say
 from ..data.loader import Stream
@@ -68,17 +68,13 @@ def real_features(images: Stream | Tensor | np.ndarray, extractor: Extractor, de
     """
     stream = images if isinstance(images, Stream) else _stream_of(images)
     read = partial(_read, stream, extractor, batch or feature_batch(device), track, check)
-    measure = partial(_measure, read, extractor, device)
     if cache is None:
-        return measure()
+        return _measure(read, extractor, device)
     link = cache / f"files-{digest_of(stream.key, extractor.key)}.npz"
     with ExitStack() as held:
-        try:
-            make_folder(cache, "--cache")
+        with suppress(OSError):  # nothing can be written there, which `_keep` reports
+            cache.mkdir(parents=True, exist_ok=True)
             held.enter_context(alone(link.with_suffix(".lock")))  # calls for the same files wait for what one keeps
-        except (OSError, BadInput) as error:
-            say(f"the features of the real images are not kept: {error}")
-            return measure()
         real = _find(link)
         if real:
             check(real.shape)
@@ -86,7 +82,7 @@ def real_features(images: Stream | Tensor | np.ndarray, extractor: Extractor, de
         path = _look(cache, stream, extractor, read)
         real = path and _find(path)
         if real is None:
-            real = measure()
+            real = _measure(read, extractor, device)
             path = _keep(cache, real, extractor)
         with suppress(OSError, BadInput):  # a file is gone, or the disk is full
             if stream.key_now() == stream.key:  # else a file has changed, and may have been read before that or after
@@ -203,7 +199,7 @@ def _keep(cache: Path, real: Real, extractor: Extractor) -> Path:
     """Keep features for later calls. A full disk costs them time, not this call its result."""
     path = cache / _name(extractor, real.count, real.digest)
     try:
-        with alone(path.with_suffix(".lock")), replacing(path) as partial_path, open(partial_path, "wb") as file:
+        with replacing(path) as partial_path, open(partial_path, "wb") as file:
             np.savez(file, **real._replace(features=real.features.numpy())._asdict())
     except (OSError, BadInput) as error:
         say(f"the features of the real images are not kept: {error}; --cache names another folder")
