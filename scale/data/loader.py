@@ -164,13 +164,11 @@ class Stream(NamedTuple):
     key      names the files, their state, and how they are read
     key_now  returns the key of the files as they are now
     opened   returns a context with the `Opened` source
-    skip_unreadable  whether images that cannot be read are left out
     """
 
     key: str
     key_now: Callable[[], str]
     opened: Callable[[], AbstractContextManager[Opened]]
-    skip_unreadable: bool
 
 
 def stream_images(source: str, *, size: int | None = None, skip_unreadable: bool = False,
@@ -181,7 +179,7 @@ def stream_images(source: str, *, size: int | None = None, skip_unreadable: bool
     images = find()
     if images.array is not None:
         key = f"cifar10 {size} {hashlib.blake2b(images.array, digest_size=16).hexdigest()}"
-        return Stream(key, lambda: key, images.open, False)
+        return Stream(key, lambda: key, images.open)
     if images.holds_latents:
         raise BadInput(f"{source} holds latents: expected images")
     key = images.key  # of the files before a cache is asked for them
@@ -193,7 +191,7 @@ def stream_images(source: str, *, size: int | None = None, skip_unreadable: bool
                 _say_shared(found[0])
             images.array = np.asarray(found[0])
             break
-    return Stream(key, lambda: find().key, images.open, skip_unreadable)
+    return Stream(key, lambda: find().key, images.open)
 
 
 def look(images: Tensor | np.ndarray | Shards) -> list[float]:

@@ -113,7 +113,7 @@ def _stream_of(images: Tensor | np.ndarray) -> Stream:
     """Images that are decoded already. They get no link, as their key now is never the key before."""
     check_real(images)
     array = np.asarray(images)
-    return Stream(str(array.shape), lambda: "", Source(Path(), [], array=array).open, False)
+    return Stream(str(array.shape), lambda: "", Source(Path(), [], array=array).open)
 
 
 def _read(stream: Stream, extractor: Extractor, batch: int, track: Callable, check: Callable,
