@@ -289,18 +289,18 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
 def _settings_by_shapes(weights: dict[str, Tensor], file: Path) -> dict:
     """SETTINGS with the sizes of the larger half, so that the other is refused for what it lacks."""
     if any(name.startswith(("encoder.down_blocks", "decoder.up_blocks")) for name in weights):
-        raise BadInput(f"{file} has diffusers' names, and no config.json beside it: expected its folder")
+        raise BadInput(f"{file} has diffusers' names, and no config.json next to it: expected its folder")
 
     def widths(key: str) -> list[int]:
-        """Lengths of the weights key 0, key 1 and so on, as far as there are any."""
+        """Sizes of the biases key 0, key 1 and so on, as far as there are any."""
         names = takewhile(weights.__contains__, map(key.format, count()))
-        return [len(weights[name]) for name in names]
+        return [weights[name].numel() for name in names]
 
     levels = max(widths("encoder.down.{}.block.0.conv1.bias"), widths("decoder.up.{}.block.0.conv1.bias"), key=len)
     layers = len(widths("encoder.down.0.block.{}.conv1.bias"))
     layers = max(layers, len(widths("decoder.up.0.block.{}.conv1.bias")) - 1)  # the decoder has one more
     bias = weights.get("post_quant_conv.bias")
-    channels = SETTINGS["latent_channels"] if bias is None else len(bias)
+    channels = SETTINGS["latent_channels"] if bias is None else bias.numel()
     if not levels:
         return SETTINGS
     return {**SETTINGS, "block_out_channels": tuple(levels), "layers_per_block": layers, "latent_channels": channels}
@@ -314,15 +314,15 @@ def _by_diffusers_names(found: dict[str, Tensor], settings: dict, file: Path) ->
 
     def refuse(what: str, wrong: list[str]) -> None:
         if wrong:
-            raise BadInput(f"{file} {what} the autoencoder's {len(expected):,} keys, {len(wrong):,} of them "
-                           f"({shorten(', '.join(wrong), 200)}): expected a whole autoencoder of Stable Diffusion")
+            raise BadInput(f"{file} {what}, {len(wrong):,} where an autoencoder of this size has {len(expected):,} "
+                           f"({shorten(', '.join(wrong), 200)}): expected Stable Diffusion's, whole")
 
-    refuse("lacks", [key for key in keys.values() if key not in found])
+    refuse("lacks weights", [key for key in keys.values() if key not in found])
     weights = {name: _flat(found[key], expected[name]) for name, key in keys.items()}
-    refuse("holds other shapes in", [
+    refuse("holds weights of other shapes", [
         f"{keys[name]} {tuple(found[keys[name]].shape)}, not {tuple(expected[name].shape)}"
         for name, weight in weights.items() if weight.shape != expected[name].shape])
-    refuse("has more than", sorted(found.keys() - keys.values()))
+    refuse("holds other weights too", sorted(found.keys() - keys.values()))
     for name, weight in weights.items():
         if not torch.isfinite(weight.float().sum()):
             raise BadInput(f"{file} holds NaN or infinite numbers in {keys[name]}: expected finite weights")

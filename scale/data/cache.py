@@ -45,7 +45,10 @@ def cached(cache: Path, source: Source, decode: Callable[[Callable], Decoded]) -
 
 def find_cached(cache: Path, source: Source) -> Decoded | None:
     """What an earlier call of `cached` has kept, None if it is of other files or not whole. Nothing is written."""
-    kept, digest = _place(cache, source), source.digest
+    kept = _place(cache, source)
+    if not kept.with_suffix(".json").exists():  # without a look at each of a million files
+        return None
+    digest = source.digest
     try:
         index = json.loads(kept.with_suffix(".json").read_text())
         array = np.load(kept, mmap_mode="c", allow_pickle=False)
@@ -66,13 +69,14 @@ def _place(cache: Path, source: Source) -> Path:
 
 def _decode_into(kept: Path, source: Source, decode: Callable[[Callable], Decoded]) -> None:
     """Write the array, then its index. A kill in between leaves no index of another array."""
+    digest = source.digest  # of the files as they are before they are decoded
     with replacing(kept) as part:
         array, left_out = decode(partial(_make_on_disk, part, source))
         array.flush()
         whole = np.load(part, mmap_mode="r")
         kept.with_suffix(".json").unlink(missing_ok=True)
     write_json(kept.with_suffix(".json"), {
-        "digest": source.digest, "source": str(source.path), "size": source.size, "files": len(source.files),
+        "digest": digest, "source": str(source.path), "size": source.size, "files": len(source.files),
         "count": len(array), "shape": whole.shape, "dtype": str(whole.dtype),
         "left_out": [str(path) for path in left_out]})
 

@@ -99,6 +99,17 @@ def test_what_was_left_out_is_told_again_and_refused_where_nothing_may_be(folder
     assert torch.equal(torch.from_numpy(load_images(str(folder), skip_unreadable=True, cache=cache)), expected)
 
 
+def test_a_file_that_changes_while_it_is_decoded_is_decoded_again(folder, cache, decodes):
+    def changing(parts, total):
+        (folder / "b.png").write_bytes(picture(99))
+        return parts
+
+    load_images(str(folder), cache=cache, track=changing)
+    expected = load_images(str(folder))
+    del decodes[:]
+    assert (load_images(str(folder), cache=cache) == expected.numpy()).all() and decodes
+
+
 @pytest.mark.parametrize("damage", ["cut.npy", "gone.npy", "text.npy", "cut.json", "gone.json", "other.json",
                                     "list.json"])
 def test_a_damaged_cache_is_decoded_again(folder, cache, damage):
