@@ -29,7 +29,7 @@ def loss(
     data: Data = None,
     size: Size = None,
     match_size: Annotated[str | None, typer.Option(
-        help="comma-separated pool sizes, a curve each [10000, or as many as there are data]")] = None,
+        help="comma-separated pool sizes, a curve each", show_default="10000, or as many as there are data")] = None,
     count: Annotated[int, typer.Option(min=2, help="pairs of each kind")] = 512,
     steps: SampleSteps = 50,
     labels: Labels = None,
@@ -41,27 +41,27 @@ def loss(
 ) -> None:
     """Measure a model's loss by time t under random, matched and its own pairs."""
     device = pick_device(device)
-    loaded = load_models([model], device, steps=[steps], labels=labels, precision=precision)
-    images, match_sizes, served = load_pools(data, loaded, match_size, default=MATCH_SIZES[-1:], size=size, count=count)
+    (loaded,) = load_models([model], device, steps=[steps], labels=labels, precision=precision)
+    images, match_sizes, served = load_pools(data, [loaded], match_size, size=size, count=count,
+                                             default=MATCH_SIZES[-1:])
     make_folder(out)
     curves = {}
     for pool in (0, *match_sizes):
         x, z = data_pairs(images, pool, count, served, seed=seed, device=device)
-        curves[f"matched, {pool:,}" if pool else "random"] = loss_by_time(loaded[0], x, z, TIMES, batch)
-    x, z, _ = own_pairs(loaded[0], range(count), steps, seed=seed, batch=batch, device=device)
-    curves["own"] = loss_by_time(loaded[0], x, z, TIMES, batch)
-    about = loaded[0].about
+        curves[f"matched, {pool:,}" if pool else "random"] = loss_by_time(loaded, x, z, TIMES, batch)
+    x, z, _ = own_pairs(loaded, range(count), steps, seed=seed, batch=batch, device=device)
+    curves["own"] = loss_by_time(loaded, x, z, TIMES, batch)
     write_json(out / "loss.json", {
-        "models": [loaded[0].described()], "data": data or about["data"], "count": count, "steps": steps, "seed": seed,
-        "times": TIMES, "curves": curves, "hardware": hardware(device)})
+        "models": [loaded.described()], "data": data or loaded.about["data"], "count": count, "steps": steps,
+        "seed": seed, "times": TIMES, "curves": curves, "hardware": hardware(device)})
     thirds = [[i for i, t in enumerate(TIMES) if low <= 3 * t < low + 1] for low in range(3)]
     rows = [[name, *(f"{fmean(curve['mean'][i] for i in part):.4f}" for part in (*thirds, range(len(TIMES))))]
             for name, curve in curves.items()]
-    console.print(table(f"Loss of {loaded[0].label}, {counted(count, 'pair')} each",
+    console.print(table(f"Loss of {loaded.label}, {counted(count, 'pair')} each",
                         ["", "t < 1/3", "1/3 ≤ t < 2/3", "2/3 ≤ t", "mean"], rows))
     from ..studies.figures import draw_loss
 
-    say_files(out, "loss.json", *draw_loss(TIMES, curves, about["flow"], out / "loss"))
+    say_files(out, "loss.json", *draw_loss(TIMES, curves, loaded.about["flow"], out / "loss"))
 
 
 @torch.no_grad()

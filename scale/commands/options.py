@@ -23,8 +23,10 @@ Out = Annotated[Path, typer.Option(help="folder for the results, made if missing
 Model = Annotated[Path, typer.Argument(help="folder of a dansm train, one of its checkpoints, or an export")]
 Models = Annotated[list[Path], typer.Argument(help="folders of dansm train, their checkpoints, or exports")]
 Labels = Annotated[list[str] | None, typer.Option(
-    "--label", help="name of a model in the figure: once for each, in their order [their folders' names]")]
-Data = Annotated[str | None, typer.Option(help="images or latents, as for dansm train [those of the model's training]")]
+    "--label", help="name of a model in the figure: once for each, in their order",
+    show_default="their folders' names")]
+Data = Annotated[str | None, typer.Option(
+    help="images or latents, as for dansm train", show_default="those of the model's training")]
 Size = Annotated[int | None, typer.Option(min=1, help="make images squares of this many pixels")]
 SampleSteps = Annotated[int, typer.Option(min=1, help="steps from a noise to the model's sample")]
 Batch = Annotated[int, typer.Option(min=1, help="samples drawn together")]
@@ -39,7 +41,7 @@ Autoencoder = Annotated[Path, typer.Option(
 DecodeWith = Annotated[Path | None, typer.Option(
     "--autoencoder", help="decodes what a network of latents draws; as for dansm encode")]
 DecodeMemory = Annotated[float | None, typer.Option(
-    "--memory", min=0.0, help="gigabytes to decode latents in [a quarter of what is free]")]
+    "--memory", min=0.0, help="gigabytes to decode latents in", show_default="a quarter of what is free")]
 SkipUnreadable = Annotated[bool, typer.Option("--skip-unreadable", help="leave out images that cannot be read")]
 InceptionWeights = Annotated[Path | None, typer.Option(help="file with them, where nothing can be downloaded")]
 

@@ -34,7 +34,8 @@ def paths(
     data: Data = None,
     size: Size = None,
     match_size: Annotated[str | None, typer.Option(
-        help="comma-separated pool sizes, a row each [100,1000,10000 where there are enough data]")] = None,
+        help="comma-separated pool sizes, a row each",
+        show_default="100,1000,10000 where there are enough data")] = None,
     count: Annotated[int, typer.Option(min=2, help="number of paths to measure")] = 1000,
     steps: SampleSteps = 50,
     seeds: Annotated[int, typer.Option(min=1, help="how often to measure, for the spread")] = 3,
@@ -51,14 +52,14 @@ def paths(
     images, match_sizes, served = load_pools(data, loaded, match_size, size=size, count=count)
     make_folder(out)
     rows = []
-    for one in range(seed, seed + seeds):
+    for draw in range(seed, seed + seeds):
         for pool in (0, *match_sizes):
-            x, z = data_pairs(images, pool, count, served, seed=one, device=device)
+            x, z = data_pairs(images, pool, count, served, seed=draw, device=device)
             name = f"matched, {pool:,}" if pool else "random"
-            rows.append({"pairs": name, "match_size": pool, "seed": one, **measure_paths(x, z)})
+            rows.append({"pairs": name, "match_size": pool, "seed": draw, **measure_paths(x, z)})
         for model in loaded:
-            x, z, bend = own_pairs(model, range(count), steps, seed=one, batch=batch, device=device)
-            rows.append({"pairs": f"own, {model.label}", "seed": one, **measure_paths(x, z), "straightness": bend})
+            x, z, bend = own_pairs(model, range(count), steps, seed=draw, batch=batch, device=device)
+            rows.append({"pairs": f"own, {model.label}", "seed": draw, **measure_paths(x, z), "straightness": bend})
     summary = summarize(rows, "pairs")
     for row in summary:
         if row["pairs"].startswith("matched"):

@@ -28,9 +28,9 @@ app = command_app()
 @app.command()
 def tsne(
     model: Annotated[Path | None, typer.Argument(
-        help="folder of a dansm train, one of its checkpoints, or an export [none: matched pairs]")] = None,
+        help="folder of a dansm train, one of its checkpoints, or an export", show_default="matched pairs")] = None,
     data: Annotated[str | None, typer.Option(
-        help="images or latents for the random pairs [the model's samples]")] = None,
+        help="images or latents for the random pairs", show_default="the model's samples")] = None,
     size: Size = None,
     pairs: Annotated[int, typer.Option(min=2, help="pairs of noise and sample; the paper shows 20 to 23")] = 23,
     draws: Annotated[int, typer.Option(min=1, help="pictures; crossings are counted in all, the median is kept")] = 10,
@@ -44,12 +44,11 @@ def tsne(
     device: Device = "auto",
     out: Out = Path("runs/tsne"),
 ) -> None:
-    """Draw noises and samples in the plane: random pairs above, a model's own or matched ones below (the paper's second
-    foundation).
+    """Draw noises and samples in the plane: random pairs above, a model's own below (the paper's second foundation).
 
-    Crossings of lines are counted in several such pictures. The one with the median count below is kept, as a single
-    t-SNE may be a tangle. With a model and no --data both halves show the model's samples, so that they differ by the
-    lines alone.
+    The picture kept has the median count of crossing lines, as a single t-SNE
+    may be a tangle. With a model and without --data both halves show the
+    model's samples, so that they differ by the lines alone.
     """
     if not 0 < perplexity < 2 * pairs:
         raise BadInput(f"--perplexity is {perplexity:g} for {counted(pairs, 'pair')}, {2 * pairs} points: expected "
