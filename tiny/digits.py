@@ -136,22 +136,23 @@ def draw_samples(net: nn.Module, noise: Tensor, steps: int) -> Tensor:
 
 def draw_picture(result: dict, settings: Settings, samples: dict[str, dict[int, Tensor]], path: Path) -> None:
     """Left samples of two ways from the same noises, two rows for each step count; right the distances."""
-    from .pictures import name_axes, plt, save, show_images
+    from .pictures import name_axes, plt, show_images
 
     figure, (*pair, panel) = plt.subplots(1, 3, figsize=(11, 4.1), layout="constrained")
     for tiles, way in zip(pair, ("random", "greedy"), strict=True):
         show_images(tiles, torch.cat([samples[way][count][:20] for count in STEP_COUNTS]), rows=2 * len(STEP_COUNTS))
         tiles.set_title(settings.name(way))
-        for i, count in enumerate(STEP_COUNTS):
-            tiles.text(-2, 20 * i + 10, counted(count, "step"), ha="right", va="center")
+    for i, count in enumerate(STEP_COUNTS):
+        pair[0].text(-2, 20 * i + 10, counted(count, "step"), ha="right", va="center")  # a row is 10 pixels high
     draw_distances(panel, result, settings, STEP_COUNTS, [(settings.steps, count) for count in STEP_COUNTS])
     name_axes(panel, "steps from noise to image", "Fréchet distance in 64 pixels")
-    save(figure, path, dpi=120)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def draw_curve(result: dict, settings: Settings, path: Path) -> None:
     """Distance against images trained on, a panel for each count of sampling steps."""
-    from .pictures import name_axes, plt, save
+    from .pictures import name_axes, plt
 
     figure, panels = plt.subplots(1, len(CURVES), figsize=(11, 3.1), layout="constrained")
     thousands = [settings.batch * mark / 1000 for mark in settings.marks]
@@ -163,7 +164,8 @@ def draw_curve(result: dict, settings: Settings, path: Path) -> None:
     panels[0].set_ylabel("Fréchet distance in 64 pixels")
     figure.supxlabel("images trained on, thousands", fontsize=10)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
-    save(figure, path, dpi=120)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def draw_distances(panel, result: dict, settings: Settings, across: Sequence[float], cells: list[tuple]) -> None:

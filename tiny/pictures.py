@@ -345,5 +345,5 @@ def log_axis(panel, which: str, ticks: Iterable[float]) -> None:
     """Make axis "x" or "y" logarithmic, its ticks plain numbers: 1,000 and not 10³."""
     panel.set(**{f"{which}scale": "log"})
     axis = {"x": panel.xaxis, "y": panel.yaxis}[which]
-    axis.set_ticks(list(ticks), [f"{tick:,}" for tick in ticks])
+    axis.set_ticks(list(ticks), [f"{tick:,g}" for tick in ticks])
     axis.set_ticks([], minor=True)

@@ -1,4 +1,4 @@
-"""The page to play with: what the file holds, and in a headless browser that it matches as dansm.py does and obeys.
+"""The page to play with: what the file holds, and in a headless browser that it matches as dansm.py does.
 
 The browser is Debian's (`apt-get install chromium chromium-driver`) or another Chrome with its chromedriver on the
 PATH; without one these tests skip. Nothing is downloaded.
@@ -22,6 +22,7 @@ import dansm
 
 PAGE = Path(__file__).parents[2] / "tiny" / "play.html"
 SOURCE = PAGE.read_text()
+pytestmark = pytest.mark.slow  # needs a browser
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--window-size=1280,960")
 
@@ -29,17 +30,18 @@ FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--dis
 # The file
 
 
-@pytest.mark.parametrize("loads", [r"https?:", r"<script[^>]", r"<link", r"@import", r"\bimport\b", r"\burl\(", r"src=",
-                                   r"fetch\(", r"XMLHttpRequest", r"WebSocket", r"sendBeacon", r"EventSource"])
-def test_the_file_loads_nothing(loads):
+def test_the_file_loads_nothing():
+    loads = (r"https?:|<script[^>]|<link|@import|\bimport\b|\burl\(|src=|fetch\(|XMLHttpRequest|WebSocket|sendBeacon|"
+             r"EventSource")
     assert not re.findall(loads, SOURCE)
 
 
-def test_the_file_is_small_and_its_links_lead_somewhere():
-    assert 10_000 < PAGE.stat().st_size < 100_000
-    links = re.findall(r'href="([^"]+)"', SOURCE)
-    assert "../dansm.py" in links
-    assert all((PAGE.parent / link).exists() for link in links)
+def test_the_files_it_names_are_there():
+    """As code: a link would show a source as text."""
+    assert "href" not in SOURCE
+    names = re.findall(r"<code>([\w/]+\.\w+)</code>", SOURCE)
+    assert {"dansm.py", "tiny/lesson.ipynb"} <= set(names)
+    assert all((PAGE.parents[1] / name).exists() for name in names)
 
 
 # The browser
@@ -137,8 +139,8 @@ def float64(points):
 # Matching
 
 
-@pytest.mark.parametrize("samples, noises", [(1, 1), (1, 300), (7, 7), (7, 40), (64, 64), (64, 200), (100, 401)])
-@pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
+@pytest.mark.parametrize("samples, noises, ties", [(1, 1, False), (1, 300, True), (7, 7, True), (64, 64, False),
+                                                   (64, 200, True), (100, 401, False)])
 def test_greedy_picks_what_dansm_picks(console, samples, noises, ties):
     cost = torch.rand(samples, noises, dtype=torch.float64)
     if ties:
@@ -154,13 +156,13 @@ def test_costs_are_those_of_dansm(console, cost):
 
 
 @pytest.mark.parametrize("cost", ["[[1], [2]]", "[[1, NaN]]", "[[Infinity, Infinity]]", "[[Infinity, 1], [0, 1]]"])
-def test_greedy_refuses_what_dansm_refuses_in_the_same_words(console, cost):
-    refused = run(console, f"try {{ return d.greedy({cost}) }} catch (error) {{ return error.message }}")
+def test_greedy_refuses_what_dansm_refuses(console, cost):
+    result = run(console, f"try {{ return d.greedy({cost}) }} catch (error) {{ return error.message }}")
     try:
         expected = dansm.greedy(torch.tensor(json.loads(cost), dtype=torch.float64)).tolist()
     except dansm.BadInput as error:
         expected = str(error)
-    assert refused == expected
+    assert result == expected
 
 
 class GivenPool(dansm.NoisePool):
@@ -170,8 +172,8 @@ class GivenPool(dansm.NoisePool):
         super().__init__(match_size, (2,), cost=cost, dtype=torch.float64)
         self.given = given.split(match_size)
 
-    def _draw(self, number, chunk, ours):
-        return ours.copy_(self.given[number - 1])
+    def _drawn(self, number):
+        return self.given[number - 1]
 
 
 def one_by_one(x, given, match_size, cost):
@@ -198,11 +200,11 @@ SERVE = """
 """
 
 
-@pytest.mark.parametrize("cost", dansm.COSTS)
-@pytest.mark.parametrize("batch_size", [1, 7, 64])
-@pytest.mark.parametrize("match_size", [2, 10, 50])
-@pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
-def test_the_pool_serves_what_dansm_serves(console, cost, batch_size, match_size, ties):
+@pytest.mark.parametrize("batch_size, match_size, cost, ties", [
+    (1, 2, "squared", False), (1, 10, "inner", True), (1, 50, "squared", True),
+    (7, 2, "inner", True), (7, 10, "squared", False), (7, 50, "inner", False),
+    (64, 2, "squared", True), (64, 10, "inner", False), (64, 50, "squared", True)])
+def test_the_pool_serves_what_dansm_serves(console, batch_size, match_size, cost, ties):
     """Through several pools; batches of 7 and 64 end in the middle of them, and batches of 64 take more than one."""
     count = max(3 * match_size + 5, 2 * batch_size)
     x, given = torch.randn(count, 2, dtype=torch.float64), torch.randn(count + 2 * match_size, 2, dtype=torch.float64)
@@ -212,7 +214,7 @@ def test_the_pool_serves_what_dansm_serves(console, cost, batch_size, match_size
     found = run(console, SERVE, [batch.tolist() for batch in x.split(batch_size)], given, match_size, cost)
 
     pool = GivenPool(match_size, cost, given)
-    expected = [[pool(batch).tolist(), pool.number, pool.left] for batch in x.split(batch_size)]
+    expected = [[pool(batch).tolist(), pool.number, len(pool.noise)] for batch in x.split(batch_size)]
     assert found["served"] == expected
     assert pool.number > 3
     picks = one_by_one(x, given, match_size, cost)
@@ -233,7 +235,7 @@ def test_a_match_size_of_0_or_1_is_a_random_noise(console, match_size):
 # Measuring, and drawing lots
 
 
-@pytest.mark.parametrize("count", [2, 3, 40, 256])
+@pytest.mark.parametrize("count", [2, 3, 256])
 def test_crossings_and_lengths_are_those_of_the_toy(console, count):
     x, z = torch.randn(2, count, 2, dtype=torch.float64)
     crossings, length = run(console, "return [d.crossings(...arguments).length, d.pathLength(...arguments)]", x, z)
@@ -291,8 +293,7 @@ def test_the_page_asks_for_nothing_else(page):
     assert asked == [PAGE.as_uri()]
 
 
-@pytest.mark.parametrize("cost", dansm.COSTS)
-@pytest.mark.parametrize("shape", ["two-moons", "checkerboard"])
+@pytest.mark.parametrize("cost, shape", [("squared", "two-moons"), ("inner", "checkerboard")])
 def test_what_is_shown_is_the_matching_of_dansm(page, cost, shape):
     choose(page, "shape", shape), choose(page, "cost", cost)
     fill(page, "batch-size", "64")
@@ -330,15 +331,7 @@ def test_an_empty_pool_is_seen_empty_and_the_next_sample_draws_another(page):
     shown = state(page)
     assert (shown["batch"], len(shown["z"]), shown["pool"]["number"], shown["pool"]["left"]) == (2, 1, 2, 39)
 
-
-def test_late_samples_of_a_pool_have_long_paths(page):
-    page.find_elements("css selector", ".tries button")[3].click()  # 400 noises, all of them taken
-    shown = state(page)
-    assert (shown["pool"]["left"], len(shown["life"])) == (0, 400)
-    assert sum(shown["life"][-80:]) > 3 * sum(shown["life"][:80])
-
-
-def test_redrawn_noises_match_the_same_samples_anew(page):
+def test_redrawn_noises_are_matched_to_the_same_samples(page):
     before = state(page)
     click(page, "redraw")
     after = state(page)
@@ -369,15 +362,6 @@ def test_random_pairing_has_no_pool(page):
     choose(page, "method", "greedy")
     assert says(page, "pool-says") == "no. 1: 60 of 100 left" and says(page, "remark") == ""
 
-
-def test_larger_pools_cross_less(page):
-    crossings = {}
-    for match_size in ("1", "30", "2000"):
-        fill(page, "match-size", match_size)
-        crossings[match_size] = int(says(page, "crossings").split()[0])
-    assert crossings["2000"] < crossings["30"] / 2 < crossings["1"] / 4
-
-
 @pytest.mark.parametrize("name, setting", [("match-size", "matchSize"), ("batch-size", "batchSize")])
 def test_a_slider_and_its_field_move_together(page, name, setting):
     slider, field = (page.find_element("id", name + end) for end in ("-slider", ""))
@@ -402,7 +386,7 @@ def test_a_slider_and_its_field_move_together(page, name, setting):
      {"0": "batch size is 0", "2.5": "batch size is 2.5", "1e2": "batch size is 1e2"}),
     ("seed", "a whole number from 0 to 999999", {"<b>": "seed is <b>"}),
 ])
-def test_what_cannot_be_used_is_named_beside_its_field_and_the_page_goes_on(page, name, expected, wrong):
+def test_what_cannot_be_used_is_named_at_its_field_and_the_page_works_on(page, name, expected, wrong):
     before, field = state(page), page.find_element("id", name)
     assert field.get_attribute("aria-describedby") == f"{name}-wrong"
     for given, line in wrong.items():
@@ -499,29 +483,6 @@ def test_pictures_are_drawn_in_the_colours_of_the_scheme(page, scheme, panel):
     counts = {colour: count for count, colour in picture(page, "pairs").getcolors(2**20)}
     assert counts[noise] > 500 and counts[data] > 500
 
-
-def test_every_dot_is_where_its_point_is_in_its_colour(page):
-    click(page, "reach")
-    click(page, "one-sample")
-    drawn(page)
-    run_until(page, "d.view.grown === 1")
-    shown, image = state(page), picture(page, "pairs")
-    free = run(page, "const {pool} = d.run(); return pool.free.map(j => pool.noise[j])")
-    radius = round(0.78 * image.width / 170)
-    noise, data, panel = (143, 168, 196), (200, 68, 27), (246, 247, 249)
-
-    def share(points, colour, aside=0):
-        """Of the points those with almost this colour at their place; others may lie upon them."""
-        places = [(image.width / 2 * (1 + h / 3.1) + aside, image.width / 2 * (1 - v / 3.1)) for h, v in points]
-        seen = [image.getpixel(place) for place in places if 0 <= min(place) <= max(place) < image.width - 1]
-        return sum(max(abs(a - b) for a, b in zip(one, colour, strict=True)) < 40 for one in seen) / len(seen)
-
-    assert len(free) == 59 and share(free, noise, radius) > 0.6 > 0.3 > share(free, noise)
-    assert share(shown["z"], noise) == 1
-    assert share(shown["x"][:1], data) == 1
-    assert len(shown["x"]) == 40 and share(shown["x"][1:], panel) > 0.6
-
-
 def test_an_address_may_name_a_suggestion(page):
     page.get("about:blank")
     page.get(PAGE.as_uri() + "#3")
@@ -531,7 +492,7 @@ def test_an_address_may_name_a_suggestion(page):
     assert state(page)["batch"] == 1
 
 
-@pytest.mark.parametrize("width", [320, 360, 900, 1280])
+@pytest.mark.parametrize("width", [320, 900])
 def test_nothing_sticks_out_at_the_side(page, width):
     look(page, width)
     fill(page, "match-size", "-" + 20 * "9")
@@ -543,14 +504,6 @@ def test_nothing_sticks_out_at_the_side(page, width):
     assert right <= width
     canvas = page.find_element("id", "pairs").size
     assert canvas["width"] == canvas["height"] >= 0.85 * min(width, 490)
-
-
-def test_a_fine_screen_gets_fine_pictures(page):
-    look(page, pixels=2)
-    run_until(page, "document.getElementById('pairs').width > 900")
-    shown = page.find_element("id", "pairs")
-    assert int(shown.get_attribute("width")) == round(2 * shown.rect["width"])
-
 
 def test_every_control_has_a_name_and_is_reached_by_the_keyboard(page):
     controls = page.find_elements("css selector", "button, input, select")
