@@ -1,6 +1,5 @@
 """Every command run for real, on images so small that it takes no time; and what each says of bad input."""
 
-import json
 import os
 import re
 import subprocess
@@ -10,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from dansm.scale.commands.main import main
-from PIL import Image
 from support import files_of
 
 import dansm
@@ -32,128 +30,12 @@ def start(*arguments):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-# ------------------------------------------------------------------------------- toy, digits
-
-
-def test_toy_runs(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("tiny.toy.POINTS", 200)  # W2² between a thousand takes seconds
-    out = tmp_path / "out"
-    code, said, err = run("toy", "--shape", "two-moons", "--steps", 2, "--seeds", 1, "--match-size", 8, "--out", out)
-    assert (code, err) == (0, "")
-    assert files_of(out) == ["flow.gif", "pairs.png", "paths.png", "results.csv", "samples.png", "toy.json"]
-    assert all(name in said for name in files_of(out)) and str(out) in said.replace("\n", "")
-    assert json.loads((out / "toy.json").read_text())["shape"] == "two-moons"
-    assert all(Image.open(out / name).width > 100 for name in files_of(out) if name.endswith(("png", "gif")))
-
-
-def test_digits_runs(run, tmp_path, monkeypatch):
-    from dansm.tiny import digits
-
-    few = digits.load_digits()[:100]
-    monkeypatch.setattr(digits, "load_digits", lambda: few)
-    out = tmp_path / "out"
-    code, said, err = run("digits", "--steps", 2, "--seeds", 1, "--match-size", 70, "--device", "cpu", "--out", out)
-    assert (code, err) == (0, "")
-    assert files_of(out) == ["digits.json", "digits.png"]
-    assert all(str(out / name) in said for name in files_of(out))
-    described = json.loads((out / "digits.json").read_text())
-    assert (described["steps"], described["match_size"]) == (2, 70)
-    assert [run["method"] for run in described["runs"]] == ["random", "greedy"]
-    assert described["runs"][1]["path_length"] < described["runs"][0]["path_length"]
-    assert all(value > described["real_half_against_half"] for run in described["runs"]
-               for value in run["distance"].values())
-    assert Image.open(out / "digits.png").width > 500
-
-
-def test_digits_judged_on_the_way_are_trained_alike(run, refused, tmp_path, monkeypatch):
-    from dansm.tiny import digits
-
-    few = digits.load_digits()[:100]
-    monkeypatch.setattr(digits, "load_digits", lambda: few)
-    options = "digits", "--seeds", 1, "--match-size", 70, "--device", "cpu"
-    found = {}
-    for name, more in (("whole", (4, "--judge-at", "2,4,1")), ("two", (2,)), ("four", (4,))):
-        assert run(*options, "--steps", *more, "--out", tmp_path / name)[0] == 0
-        runs = json.loads((tmp_path / name / "digits.json").read_text())["runs"]
-        found[name] = {(run["method"], run["trained_steps"]): run["distance"] for run in runs}
-    assert found["whole"].keys() == {(way, step) for way in ("random", "greedy") for step in (1, 2, 4)}
-    assert found["two"].items() <= found["whole"].items() and found["four"].items() <= found["whole"].items()
-    assert files_of(tmp_path / "whole") == ["curve.png", "digits.json", "digits.png"]
-    assert "--judge-at is '2,x'" in refused(*options, "--judge-at", "2,x")
-    assert "--judge-at is 9: expected at most --steps, 4" in refused(*options, "--steps", 4, "--judge-at", "9,1")
-    assert "'--match-size': expected greater than or equal to 2" in refused(*options[:-4], "--match-size", 1)
-    assert run(*options, "--steps", 4, "--out", tmp_path / "whole")[0] == 0
-    assert files_of(tmp_path / "whole") == ["digits.json", "digits.png"]  # the curve was of the call before
-
-
-def test_digits_that_are_stopped_say_what_is_kept(run, tmp_path, monkeypatch):
-    from dansm.tiny import digits
-
-    few, draw = digits.load_digits()[:100], digits.draw_samples
-    monkeypatch.setattr(digits, "load_digits", lambda: few)
-
-    def stopped(net, count, steps, seed, device):
-        if seed == stop_at:
-            raise KeyboardInterrupt
-        return draw(net, count, steps, seed, device)
-
-    monkeypatch.setattr(digits, "draw_samples", stopped)
-    options = "digits", "--steps", 1, "--seeds", 2, "--match-size", 70, "--device", "cpu", "--out", tmp_path / "out"
-    stop_at = 0
-    code, said, err = run(*options)
-    assert (code, err) == (130, "dansm: stopped before the first seed was done, nothing is kept\n")
-    stop_at = 1
-    code, said, err = run(*options)
-    assert (code, err) == (130, f"dansm: stopped: 1 of 2 seeds in {tmp_path / 'out' / 'digits.json'}\n")
-    assert "random, seed 0: trained\ngreedy, seed 0: trained\n" in said
-    assert len(json.loads((tmp_path / "out" / "digits.json").read_text())["runs"]) == 2
-
-
-def test_digits_in_batches_of_one_and_assigned_within_batches(run, tmp_path, monkeypatch):
-    """In a batch of one nothing can be assigned: the paths are those of random pairs, where the pool's are shorter."""
-    from dansm.tiny import digits
-
-    few = digits.load_digits()[:100]
-    monkeypatch.setattr(digits, "load_digits", lambda: few)
-    options = "digits", "--assigned", "--seeds", 1, "--match-size", 70, "--device", "cpu", "--steps", 40
-    lengths = {}
-    for batch in (1, 16):
-        assert run(*options, "--batch", batch, "--judge-at", 20, "--out", tmp_path / f"{batch}")[0] == 0
-        described = json.loads((tmp_path / f"{batch}" / "digits.json").read_text())
-        assert (described["batch"], described["ways"]) == (batch, ["random", "optimal", "greedy"])
-        lengths[batch] = {run["method"]: run["path_length"] for run in described["runs"] if run["trained_steps"] == 40}
-    assert lengths[1]["optimal"] == pytest.approx(lengths[1]["random"], rel=0.03)
-    assert lengths[1]["greedy"] < 0.98 * lengths[1]["random"]
-    assert max(lengths[16]["optimal"], lengths[16]["greedy"]) < 0.97 * lengths[16]["random"]
-
-
-def test_digits_of_pools_side_by_side(run, refused, tmp_path, monkeypatch):
-    from dansm.tiny import digits
-
-    few = digits.load_digits()[:100]
-    monkeypatch.setattr(digits, "load_digits", lambda: few)
-    options = "digits", "--seeds", 1, "--match-size", 70, "--device", "cpu", "--steps", 30, "--judge-at", 10
-    out = tmp_path / "out"
-    assert run(*options, "--ages", 3, "--out", out)[0] == 0
-    assert files_of(out) == ["curve.png", "digits.json", "digits.png"]
-    described = json.loads((out / "digits.json").read_text())
-    assert (described["ages"], described["ways"]) == (3, ["random", "greedy", "ages"])
-    one, side = ([run for run in described["runs"] if run["method"] == way and run["trained_steps"] == 30]
-                 for way in ("greedy", "ages"))
-    assert side[0]["distance"] != one[0]["distance"]
-    assert side[0]["path_length"] == pytest.approx(one[0]["path_length"], rel=0.02)
-    z = next(iter(digits.paired(few, "ages", 70, 64, 3, 5)))[1]
-    pool = SideBySide(3, 70, (1, 8, 8), seed=5)
-    assert torch.equal(z, pool(next(digits.batches(few, 64, 5))))
-    assert "--ages is 71: expected at most --match-size, 70" in refused(*options, "--ages", 71, "--out", out)
-
-
 # ------------------------------------------------------------------------------- help, and as a script
 
 OPTIONS = {
     "toy": ["--shape", "--match-size", "--steps", "--seeds", "--seed", "--device", "--out"],
-    "digits": ["--match-size", "--steps", "--batch", "--assigned", "--ages", "--judge-at", "--seeds", "--seed",
-               "--device", "--out"],
+    "digits": ["--match-size", "--steps", "--batch", "--optimal", "--evaluate-at", "--seeds", "--seed", "--device",
+               "--out"],
     "train": ["--network", "--flow", "--method", "--match-size", "--cost", "--batch", "--steps", "--minutes",
               "--save-minutes", "--lr", "--decay", "--no-flip", "--size", "--skip-unreadable", "--fresh", "--seed",
               "--device", "--out"],
@@ -315,25 +197,6 @@ def test_a_gpu_that_is_not_there_is_refused_naming_what_is(refused, tmp_path, mo
     said = refused(*command, "--device", "cuda", "--out", tmp_path / "out")
     assert "--device is cuda" in said and re.search(r"expected one of auto, cpu\b", said)
     assert files_of(tmp_path) == []
-
-
-@pytest.mark.parametrize("shape", ["circle", "two moons", ""])
-def test_a_shape_of_toy_that_is_not_there_lists_those_that_are(refused, tmp_path, shape):
-    said = refused("toy", "--shape", shape, "--out", tmp_path / "out")
-    assert f"shape is {shape!r}" in said and "eight-gaussians, two-moons" in said and "all" in said
-    assert files_of(tmp_path / "out") == []
-
-
-def test_a_shape_of_toy_is_named_as_the_option_it_is(refused, tmp_path):
-    assert "--shape is" in refused("toy", "--shape", "circle", "--out", tmp_path / "out")
-
-
-def test_toy_takes_the_match_size_0_that_its_help_offers(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("tiny.toy.POINTS", 50)
-    monkeypatch.setattr("tiny.toy.draw", lambda *_: None)  # pictures take seconds and are tested above
-    code, _, _ = run("toy", "--match-size", 0, "--steps", 1, "--seeds", 1, "--out", tmp_path / "out")
-    trainings = json.loads((tmp_path / "out" / "toy.json").read_text())["trainings"]
-    assert code == 0 and [training["match_size"] for training in trainings] == [1] * len(dansm.METHODS)
 
 
 OUTS = [("toy", "--steps", 1), ("digits", "--steps", 1), ("train", "images"), ("bench", "match")]
