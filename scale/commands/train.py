@@ -20,7 +20,7 @@ from dansm import BadInput
 from ..base.files import make_folder, write_json
 from ..base.locks import owning
 from ..base.machine import hardware, pick_device
-from ..base.processes import processes, quiet, ranks, wait_for_all
+from ..base.processes import processes, quiet, ranks
 from ..base.text import Stopped, console, counted, say, say_files
 from ..data import loader
 from ..data.latents import known_of
@@ -28,6 +28,7 @@ from ..model import checkpoint
 from ..model.recipe import REMOVED, RENAMED, SETTINGS, Recipe, kind_of, load, names, shown
 from ..model.sampling import check_steps
 from ..train import run as training
+from ..train.data import read
 from .options import Device
 from .sample import check_foreign_samples
 
@@ -223,34 +224,6 @@ def advise(recipe: Recipe, device: torch.device) -> None:
     if recipe.method == "greedy" and recipe.match_size > samples:
         say(f"the pool of {counted(recipe.match_size, 'noise')} outlasts the {counted(samples, 'image')} of all steps:",
             "those trained on are not N(0, I); a smaller --match-size, emptied several times, is safer")
-
-
-def read(recipe: Recipe) -> tuple:
-    """The recipe's data, and how many files were left out. CIFAR-10 is downloaded by the first of several processes."""
-    rank, count = ranks()
-    left_out = []
-    waits = recipe.data == "cifar10" and rank > 0
-    if waits:
-        wait_for_all()
-    images = loader.load_images(recipe.data, size=recipe.size or None, skip_unreadable=recipe.skip_unreadable,
-                                cache=Path(recipe.cache) if recipe.cache else None, share=count > 1,
-                                left_out=left_out, track=track_reading)
-    if recipe.data == "cifar10" and not waits:
-        wait_for_all()
-    if left_out:
-        more = ", …" if len(left_out) > 3 else ""
-        say(f"left out {len(left_out):,} of {counted(len(images) + len(left_out), 'image')}, not readable:",
-            ", ".join(map(str, left_out[:3])) + more)
-    kind = "image" if known_of(images) is None else "latent"
-    say(f"{counted(len(images), kind)} of {'×'.join(map(str, images.shape[1:]))}")
-    if kind == "latent" and recipe.flip:
-        say("half of the latents are mirrored: these are not the latents of the mirrored images, which dansm encode",
-            "--flips makes")
-    return images, len(left_out)
-
-
-def track_reading(parts, total: int):
-    return track(parts, "reading images", total=total, console=console)
 
 
 def track_sampling(draws):

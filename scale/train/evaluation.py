@@ -13,7 +13,7 @@ from rich.progress import track
 import dansm
 from dansm import BadInput
 
-from ..base.processes import ranks, wait_for_all
+from ..base.processes import ranks
 from ..base.text import console, counted, say
 from ..data.latents import known_of
 from ..evaluate.extractors import check_installed, draw_features, load_extractor
@@ -23,7 +23,7 @@ from ..model.recipe import Recipe
 from ..model.sampling import at_once, check_steps, sampler
 from .step import FastTraining
 from .stop import Interrupt
-from .together import everyones
+from .together import everyones, first_before_others
 
 SEED = 0  # of the noises, as for dansm evaluate by default: runs compare pair by pair
 CACHE = Path("~/.cache/dansm")  # of the features of real images, as for dansm evaluate
@@ -69,15 +69,13 @@ class Evaluation:
             raise BadInput("--evaluate-every and --evaluate-at need images, and these are latents: expected neither; "
                            "dansm evaluate --autoencoder evaluates checkpoints, of which --keep N keeps more")
         check_real(images)
-        if self.rank:
-            wait_for_all()  # the first process downloads
         weights = Path(recipe.inception_weights) if recipe.inception_weights else None
-        self.extractor = load_extractor(recipe.evaluate_features, device, weights, "--evaluate-features")
+        with first_before_others():  # it may download them
+            self.extractor = load_extractor(recipe.evaluate_features, device, weights, "--evaluate-features")
         if self.rank == 0:
             self.real = real_features(images, self.extractor, device, cache=CACHE.expanduser(), track=track_features)
             self.floor = floor(self.real, recipe.evaluate_count, self.extractor, seed=SEED, device=device,
                                measures=recipe.evaluate_measures)
-            wait_for_all()
 
     def __call__(self, seconds: float, show: Callable[[str], None], interrupt: Interrupt) -> dict:
         """A line of the log: "frechet_distance/5" is of images drawn in 5 steps, "…/real" of real images. Empty on all

@@ -36,13 +36,12 @@ class RunFolder:
         self.pool = pool
         self.data = {"data": run.recipe.data, "images": len(images), "look": loader.look(images),
                      "latents": known_of(images)}
-        self.rank, self.processes = ranks()
+        self.rank = ranks()[0]
         self.metrics = out / "metrics.jsonl"
         self.new_metrics = out / "metrics.partial"  # of a fresh run, until it first saves
         # torchrun restarts processes by the same command: what is saved by then is this run's. Each node counts alone.
         if fresh and any(everyones(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))):
             fresh = self.new_metrics.exists()
-        self.fresh = fresh
         self.others = checkpoint.checkpoints(out) if fresh else []  # of no use to this run: they go when it first saves
         self.replaces_run = bool(self.others)
         self.saved_step = None
@@ -50,7 +49,7 @@ class RunFolder:
 
     def resume(self) -> float:
         """Load the newest checkpoint that can be read, unless the run is fresh. Returns the seconds trained before."""
-        newest = None if self.fresh else checkpoint.load_newest(self.out)
+        newest = None if self.replaces_run else checkpoint.load_newest(self.out)
         self._check_processes_agree(newest[0].name if newest else "nothing")
         seconds = self._load(*newest) if newest else 0.0
         if self.rank == 0:
