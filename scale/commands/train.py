@@ -28,7 +28,7 @@ from ..model import checkpoint
 from ..model.recipe import REMOVED, RENAMED, SETTINGS, Recipe, kind_of, load, names, shown
 from ..model.sampling import check_steps
 from ..train import run as training
-from ..train.data import read
+from ..train.data import read_data
 from .options import Device
 from .sample import check_foreign_samples
 
@@ -182,7 +182,7 @@ def remove_empty(out: Path) -> None:
 
 def read_and_train(recipe: Recipe, out: Path, device: torch.device, fresh: bool) -> bool:
     training.check(recipe, device)
-    images, left_out = read(recipe)
+    images, left_out = read_data(recipe)
     advise(recipe, device)
     summary, net, flow = training.fit(images, recipe, out=out, fresh=fresh, device=device)
     finished = summary["steps"] >= recipe.steps

@@ -16,7 +16,7 @@ from ..model.recipe import Recipe
 from .together import first_before_others
 
 
-def read(recipe: Recipe) -> tuple:
+def read_data(recipe: Recipe) -> tuple:
     """The recipe's data as `loader.load_images` gives it, and how many files were left out."""
     left_out = []
     downloads = recipe.data == "cifar10"
