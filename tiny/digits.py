@@ -6,6 +6,7 @@ distance is Fréchet's in the space of the 64 pixels: no feature network is need
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -80,7 +81,7 @@ def run(settings: Settings, device: torch.device, out: Path) -> None:
     floor = result["real_half_against_half"]
     print_table(rows, f"Digits, {settings.steps:,} steps of {settings.batch}",
                 f"Steps: Fréchet distance in 64 pixels; real digits, half against half: {floor:.2f}.")
-    say_files(out, *sorted(file.name for file in out.glob("*.png")), "digits.json")
+    say_files(out, *(name for name in ("digits.png", "curve.png", "digits.json") if (out / name).exists()))
 
 
 def train_and_evaluate(images: Tensor, settings: Settings, way: str, seed: int) -> tuple[list[dict], dict[int, Tensor]]:
@@ -116,14 +117,10 @@ def train(images: Tensor, way: str, settings: Settings, seed: int) -> Iterator[t
 
 def paired(images: Tensor, way: str, settings: Settings, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless pairs (x, z), both (batch, 1, 8, 8); the same images for every way."""
-    match_size = settings.batch if way == "optimal" else settings.match_size
-    return dansm.pairs(batches(images, settings.batch, seed), way, match_size, seed=seed)
-
-
-def batches(images: Tensor, batch: int, seed: int) -> Iterator[Tensor]:
     draw = np.random.default_rng(seed)
-    while True:
-        yield images[torch.from_numpy(draw.integers(len(images), size=batch)).to(images.device)]
+    picks = (torch.from_numpy(draw.integers(len(images), size=settings.batch)) for _ in itertools.count())
+    match_size = settings.batch if way == "optimal" else settings.match_size
+    return dansm.pairs((images[pick.to(images.device)] for pick in picks), way, match_size, seed=seed)
 
 
 def draw_samples(net: nn.Module, noise: Tensor, steps: int) -> Tensor:
