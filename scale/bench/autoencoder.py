@@ -10,7 +10,6 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import nn
@@ -22,8 +21,9 @@ from ..base.processes import quiet
 from ..base.text import say_files
 from ..data import decode, encode
 from ..data.autoencoder import Autoencoder, Decoder, Encoder, random_autoencoder
+from ..data.pixels import to_uint8
 from . import clock
-from .clock import milliseconds, spread, timed
+from .clock import image_like, milliseconds, spread, timed
 
 BATCHES = {"cuda": (16, 64), "cpu": (1, 4)}
 FILES = {"cuda": 8192, "cpu": 8}  # images that go through the commands
@@ -106,14 +106,11 @@ def command_rows(autoencoder: Autoencoder, size: int, count: int, device: torch.
 
 def zip_of_photographs(path: Path, size: int, count: int) -> Path:
     """JPEG images about as LSUN has them: shorter side as asked for, 4:3, smooth with some grain."""
-    numbers = np.random.default_rng(0)
+    images = image_like(min(count, DIFFERENT), (3, size, size * 4 // 3), 0, torch.device("cpu"))
     files = []
-    for _ in range(min(count, DIFFERENT)):
-        coarse = Image.fromarray(numbers.integers(0, 256, (max(2, size // 16), max(2, size // 12), 3), np.uint8))
-        smooth = np.asarray(coarse.resize((size * 4 // 3, size), Image.Resampling.BICUBIC), np.int16)
-        grain = numbers.integers(-12, 13, smooth.shape)
+    for image in to_uint8(images + 0.1 * torch.rand_like(images)).permute(0, 2, 3, 1).numpy():
         file = io.BytesIO()
-        Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=75)
+        Image.fromarray(image).save(file, "JPEG", quality=75)
         files.append(file.getvalue())
     with zipfile.ZipFile(path, "w") as archive:
         for number in range(count):

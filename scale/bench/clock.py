@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -12,6 +13,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
+from ..base.colours import INK, RANDOM
 from ..base.files import write_csv, write_json
 from ..base.machine import hardware, lacks_memory
 from ..base.processes import ranks
@@ -135,3 +137,33 @@ def cell(value: str | float | None, name: str = "") -> str:
 def hardware_of(bench: dict) -> str:
     machine = bench["hardware"]
     return machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+
+
+def draw(rows: list[dict], labels: list[str], title: str, path: Path, parts: dict[str, dict[str, float]] | None = None,
+         scale: str = "linear") -> None:
+    """A bar for each row, as long as its median, with a line from its least to its most and a mark at its floor.
+
+    parts  label → the milliseconds that its bar is cut into, by name
+    """
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9.0, 2.0 + 0.32 * len(rows)), layout="constrained")
+    names = list(dict.fromkeys(name for part in (parts or {}).values() for name in part))
+    bars = {}
+    for place, (row, label) in enumerate(zip(reversed(rows), reversed(labels), strict=True)):
+        axes.barh(place, row["median_ms"], color=RANDOM)
+        end = 0.0
+        for name, ms in (parts or {}).get(label, {}).items():
+            bars[name] = axes.barh(place, ms, left=end, color=plt.get_cmap("tab20")(names.index(name)))
+            end += ms
+        axes.plot([row["least_ms"], row["most_ms"]], [place, place], color=INK)
+        axes.plot(row.get("floor_ms", math.nan), place, "k|", markersize=14)
+        axes.annotate(f"{cell(row['median_ms'])} ms", (row["most_ms"], place), (4, 0), textcoords="offset points",
+                      fontsize=7, va="center")
+    axes.set_yticks(range(len(rows)), reversed(labels), fontsize=7)
+    axes.set(xscale=scale, xlabel="milliseconds: median, least to most; | the machine's floor")
+    axes.margins(x=0.15, y=0.01)
+    figure.legend(bars.values(), bars, fontsize=7, ncols=4, loc="outside lower center", frameon=False)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

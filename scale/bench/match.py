@@ -8,7 +8,6 @@ match_size samples at once, and is counted with the share of one batch.
 from __future__ import annotations
 
 import importlib
-import math
 import os
 import statistics
 import warnings
@@ -34,6 +33,9 @@ from . import clock
 from .clock import image_like, milliseconds, spread, timed
 
 LOOP = "paper's loop"
+LEGEND = """\
+ours: over the pool's whole life, draw included.  faster: than the paper's loop, both on a full pool (full_ms).
+nearest of k: k is match_size.  floor: reading or multiplying half a pool, whichever is longer."""
 
 
 def bench_match(match_sizes: list[int], batch: int, shape: tuple[int, ...], seed: int, device: torch.device,
@@ -46,8 +48,13 @@ def bench_match(match_sizes: list[int], batch: int, shape: tuple[int, ...], seed
     machine = rates(device)
     bench = clock.run("match", device, {"batch": batch, "shape": list(shape), "rates": machine},
                       parts_of(x, match_sizes, seed, machine), out)
-    print_table(bench)
-    draw(bench, out / "match.png")
+    samples = f"{batch} samples of {'×'.join(map(str, shape))}"
+    title = f"Matching a batch of {samples}, {clock.hardware_of(bench)}"
+    clock.show(title, bench["rows"], {
+        "way": "way", "match_size": "match_size", "median ms": "median_ms", "least": "least_ms", "most": "most_ms",
+        "× faster": "times_faster_than_the_paper", "floor": "floor_ms"}, caption=LEGEND)
+    clock.draw(bench["rows"], [f"{row['way']}, {row['match_size']:,}" for row in bench["rows"]], title,
+               out / "match.png", scale="log")
     say_files(out, "match.png", "match.csv", "match.json")
 
 
@@ -61,7 +68,7 @@ class Way(NamedTuple):
 
 
 def parts_of(x: Tensor, match_sizes: list[int], seed: int, rates: dict) -> Iterator[tuple[str, Iterator[dict]]]:
-    last = {}  # way → match_size and milliseconds of its last call there
+    last = {}  # way → match_size, and milliseconds that the way took there
     for match_size in sorted(match_sizes):
         for way in ways(x, match_size, seed):
             yield f"{way.name} at {match_size:,}", row_of(way, x, match_size, last, rates)
@@ -76,6 +83,7 @@ def row_of(way: Way, x: Tensor, match_size: int, last: dict, rates: dict) -> Ite
     row = {"match_size": match_size, "way": way.name, **way.measure()}
     last[way.name] = match_size, row.get("whole_ms", row["median_ms"])
     if "full_ms" in row:
+        last[way.name] = match_size, row["calls"] * row["mean_ms"]  # a pool's whole life is measured
         row["floor_ms"] = round(floor_ms(rates, row, len(x), x[0].numel()), 4)
         loop_size, loop_ms = last.get(LOOP, (0, 0.0))
         if loop_size == match_size:
@@ -224,44 +232,6 @@ def floor_ms(rates: dict, row: dict, batch: int, numbers: int) -> float:
     operations = rates.get(f"{name}_operations_per_second", rates["float32_operations_per_second"])
     reading = left * numbers * getattr(torch, row["dtype"]).itemsize / rates["bytes_per_second"]
     return 1000 * max(reading, 2 * batch * left * numbers / operations)
-
-
-def title_of(bench: dict) -> str:
-    shape = "×".join(map(str, bench["shape"]))
-    return f"Matching a batch of {bench['batch']} samples of {shape}, {clock.hardware_of(bench)}"
-
-
-def print_table(bench: dict) -> None:
-    caption = ("ours: over the pool's whole life, draw included.  faster: than the paper's loop, both on a full pool "
-               "(full_ms of match.csv).  nearest of k: k is match_size.  floor: the time to read or to multiply half a "
-               "pool, whichever is longer.")
-    clock.show(title_of(bench), bench["rows"], {
-        "way": "way", "match_size": "match_size", "median ms": "median_ms", "least": "least_ms", "most": "most_ms",
-        "× faster": "times_faster_than_the_paper", "floor": "floor_ms"}, caption=caption)
-
-
-def draw(bench: dict, path: Path) -> None:
-    """Milliseconds a batch against match_size: a line for each way, from its least to its most."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8.4, 5.0), layout="constrained")
-    for way in dict.fromkeys(row["way"] for row in bench["rows"]):
-        rows = [row for row in bench["rows"] if row["way"] == way]
-        sizes, median, least, most = ([row[name] for row in rows]
-                                      for name in ("match_size", "median_ms", "least_ms", "most_ms"))
-        line, = axes.plot(sizes, median, "--s" if "assign" in way else "-o", markersize=4, label=way)
-        axes.fill_between(sizes, least, most, color=line.get_color(), alpha=0.12, linewidth=0)
-    floors = {}
-    for row in bench["rows"]:
-        if "floor_ms" in row:
-            floors[row["match_size"]] = min(row["floor_ms"], floors.get(row["match_size"], math.inf))
-    axes.plot(list(floors), list(floors.values()), "k:", label="the machine's floor for the quickest of ours")
-    axes.set(xscale="log", yscale="log", xlabel="match_size (noises in the pool)", ylabel="milliseconds a batch")
-    axes.set_title(title_of(bench), fontsize=9)
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def bench_spread(match_sizes: list[int], batch: int, shape: tuple[int, ...], seed: int, device: torch.device,

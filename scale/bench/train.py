@@ -7,7 +7,6 @@ its noises and its nearly empty end are included.
 
 from __future__ import annotations
 
-import math
 import os
 import subprocess
 import sys
@@ -27,7 +26,6 @@ from torch import Tensor
 import dansm
 from dansm import BadInput
 
-from ..base.colours import INK, RANDOM
 from ..base.machine import peak
 from ..base.text import console, say_files
 from ..data import loader
@@ -87,8 +85,12 @@ def bench_train(cases: list[Case], match_size: int, samples: int | None, first_s
     samples = samples or (10_000 if device.type == "cuda" else 4)
     parts = parts_of(cases, match_size, samples, first_step, seed, device)
     bench = clock.run("train", device, {"match_size": match_size}, parts, out)
-    print_tables(bench)
-    draw(bench, out / "train.png")
+    title = f"Training with matching at {match_size:,}, {clock.hardware_of(bench)}"
+    console.print(title)
+    for case in cases:
+        print_tables(case.name, [row for row in bench["rows"] if row["case"] == case.name])
+    steps = [row for row in bench["rows"] if row["part"] == "steps"]
+    clock.draw(steps, [label_of(row) for row in steps], title, out / "train.png", kinds_of(bench["rows"]))
     say_files(out, "train.png", "train.csv", "train.json")
 
 
@@ -292,43 +294,20 @@ TABLES = {  # part → title, columns
 LEGEND = "MFU: of the peak in bf16.  first: seconds to the end of the first step.  match: its share of the step."
 
 
-def title_of(bench: dict) -> str:
-    return f"Training with matching at {bench['match_size']:,}, {clock.hardware_of(bench)}"
+def print_tables(case: str, rows: list[dict]) -> None:
+    for part, (title, columns) in TABLES.items():
+        caption = LEGEND if part == "steps" else ""
+        clock.show(f"{case}: {title}", [row for row in rows if row["part"] == part], columns, caption=caption)
 
 
-def print_tables(bench: dict) -> None:
-    console.print(title_of(bench))
-    for case in dict.fromkeys(row["case"] for row in bench["rows"]):
-        for part, (title, columns) in TABLES.items():
-            rows = [row for row in bench["rows"] if (row["part"], row["case"]) == (part, case)]
-            clock.show(f"{case}: {title}", rows, columns, caption=LEGEND if part == "steps" else "")
+def label_of(row: dict) -> str:
+    return f"{row['way']}\n{row['case']}"
 
 
-def draw(bench: dict, path: Path) -> None:
-    """A bar for each way of training, as long as its step; on a GPU that of ours is cut into kinds of kernels."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(9.0, 5.2), layout="constrained")
-    rows = [row for row in reversed(bench["rows"]) if row["part"] == "steps"]
-    kernels = [row for row in bench["rows"] if row["part"] == "profile"]
-    kinds = list(dict.fromkeys(row["kind"] for row in kernels))
-    bars = {}
-    for place, row in enumerate(rows):
-        axes.barh(place, row["median_ms"], color=RANDOM)
-        end = 0.0
-        for kernel in kernels:
-            if kernel["case"] == row["case"] and row["way"] == OURS:
-                color = plt.get_cmap("tab20")(kinds.index(kernel["kind"]))
-                bars[kernel["kind"]] = axes.barh(place, kernel["ms"], left=end, color=color)
-                end += kernel["ms"]
-        axes.plot([row["least_ms"], row["most_ms"]], [place, place], color=INK)
-        axes.plot(row.get("floor_ms", math.nan), place, "k|", markersize=22)
-        axes.annotate(f"{row['images_per_second']:,.0f} images/s", (row["most_ms"], place), (4, 0),
-                      textcoords="offset points", fontsize=8, va="center")
-    axes.set_yticks(range(len(rows)), [f"{row['way']}\n{row['case']}" for row in rows], fontsize=7)
-    axes.set_xlabel("milliseconds a step: median, least to most; | floor: its operations at the GPU's peak")
-    axes.margins(x=0.2)
-    figure.legend(bars.values(), bars, fontsize=8, ncols=4, loc="outside lower center", frameon=False)
-    figure.suptitle(title_of(bench), fontsize=11)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+def kinds_of(rows: list[dict]) -> dict[str, dict[str, float]]:
+    """The label of our way on each network → milliseconds of each kind of kernel."""
+    kinds = {}
+    for row in rows:
+        if row["part"] == "profile":
+            kinds.setdefault(label_of({**row, "way": OURS}), {})[row["kind"]] = row["ms"]
+    return kinds

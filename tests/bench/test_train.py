@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from dansm.scale.base.text import console
-from dansm.scale.bench import profile, train
+from dansm.scale.bench import clock, profile, train
 from dansm.scale.bench.profile import REST, by_kind, kind_of
 from dansm.scale.bench.train import EAGER, OURS, PAPER, PLAIN, UNMATCHED, Case, cases_of
 from PIL import Image
@@ -229,20 +229,25 @@ def on_a_gpu():
                          "images_per_second": 1000 * case.batch / ms, "peak_gib": 9.5, "first_step_s": 20.0,
                          "matching_share": 0.012})
         rows += by_kind(case.name, [("_forward", 20.0), ("sm90_xmma_wgrad_implicit_gemm", 15.0), ("_sum", 10.0)])
-    return {"hardware": {"gpu": "NVIDIA H100 80GB HBM3"}, "match_size": 10_000, "rows": rows}
+    return rows
 
 
 def test_the_tables_fit_a_terminal_and_show_each_network(monkeypatch):
     shown = io.StringIO()
     monkeypatch.setattr(console, "file", shown)
-    train.print_tables(on_a_gpu())
+    for case in PAPER:
+        train.print_tables(case.name, [row for row in on_a_gpu() if row["case"] == case.name])
     said = shown.getvalue()
     for words in (PAPER[0].name, PAPER[1].name, "4,167", "60.0", "25.0 %", "9.500", "20.0", "1.2 %",
-                  "convolution, weight gradient", "NVIDIA H100 80GB HBM3"):
+                  "convolution, weight gradient"):
         assert words in said
     assert "…" not in said and max(map(len, said.splitlines())) <= 80
 
 
-def test_the_figure_shows_a_gpus_kinds_of_kernels(tmp_path):
-    train.draw(on_a_gpu(), tmp_path / "train.png")
+def test_the_figure_cuts_our_steps_into_kinds_of_kernels(tmp_path):
+    kinds = train.kinds_of(on_a_gpu())
+    rows = [row for row in on_a_gpu() if row["part"] == "steps"]
+    assert list(kinds) == [train.label_of(row) for row in rows if row["way"] == OURS]
+    assert all(list(ms.values()) == [20, 15, 10] for ms in kinds.values())
+    clock.draw(rows, [train.label_of(row) for row in rows], "some", tmp_path / "train.png", kinds)
     assert Image.open(tmp_path / "train.png").width > 1000
