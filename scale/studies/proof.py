@@ -30,56 +30,51 @@ from ..base.files import make_folder, read_csv, write_csv
 from ..base.locks import InUse, alone, owning
 from ..base.machine import hardware
 from ..base.text import console, counted, say, say_files
-from ..commands import train
 from ..data.pixels import from_uint8
 from ..evaluate.extractors import load_extractor
 from ..evaluate.real import check_real, digest_of_images
 from ..model.recipe import Recipe
 from ..train import run as training
+from ..train.data import read_data
 from .prior import ON_A_GPU, WAYS, prior
 from .proof_plan import RANDOM, RUNS, Run, command_of, recipe_of, runs_left, timed
 from .proof_summary import summarize
 
 PRIOR = 10_000  # the largest pool whose noises are tested
+TABLES = {  # name → the columns that tell rows apart, and the types of columns that are no text
+    "distances.csv": (("run", "seed", "images", "steps"), {"seed": int, "images": int, "seconds": float, "steps": int,
+                                                           "distance": float, "real": float}),
+    "speed.csv": (("run", "gpu"), {"images_per_second": float, "matching": float}),
+    "prior.csv": (("way", "data"), {"noises": int})}
 
 
-def read_rows(out: Path) -> list[dict]:
-    return read_table(out / "distances.csv", ("run", "seed", "images", "steps"), seed=int, images=int, seconds=float,
-                      steps=int, distance=float, real=float, features=str, data=str, gpu=str)
-
-
-def read_speeds(out: Path) -> list[dict]:
-    return read_table(out / "speed.csv", ("run", "gpu"), images_per_second=float, matching=float)
-
-
-def read_prior(out: Path) -> list[dict]:
-    return read_table(out / "prior.csv", ("way",), noises=int, data=str)
-
-
-def read_table(path: Path, keys: tuple[str, ...], **types: type) -> list[dict]:
-    """The rows of a table, with columns of these types. BadInput for a damaged table."""
-    rows = []
+def read(out: Path, name: str = "distances.csv") -> list[dict]:
+    """The rows of a table. BadInput for a damaged table."""
+    keys, types = TABLES[name]
+    rows = {}
     try:
-        for line in read_csv(path):
+        for line in read_csv(out / name):
             if None in line or None in line.values():
                 raise ValueError(f"{line} has not as many values as there are columns")
-            row = line | {name: kind(line[name]) for name, kind in types.items()}
-            if wrong := [name for name, kind in types.items() if kind is not str and not 0 <= row[name] < math.inf]:
-                raise ValueError(f"{wrong[0]} is {row[wrong[0]]}")
+            row = line | {column: kind(line[column]) for column, kind in types.items()}
+            if not all(0 <= row[column] < math.inf for column in types):
+                raise ValueError(f"{line} has a number that is negative or not finite")
             if row.get("run", RANDOM) not in RUNS:
                 raise ValueError(f"it holds a run {row['run']!r}, expected one of {', '.join(RUNS)}")
-            rows.append(row)
-        if len({tuple(row[key] for key in keys) for row in rows}) < len(rows):
-            raise ValueError(f"it has two rows of equal {', '.join(keys)}")
+            key = tuple(row[column] for column in keys)
+            if key in rows:
+                raise ValueError(f"it has two rows of {', '.join(map(str, key))}")
+            rows[key] = row
     except (KeyError, ValueError, OSError, csv.Error) as error:
-        raise BadInput(f"{path} cannot be read ({error}): expected what dansm proof wrote, or another --out") from error
-    return rows
+        raise BadInput(f"{out / name} cannot be read ({error}): expected what dansm proof wrote, or another --out"
+                       ) from error
+    return list(rows.values())
 
 
 def check_same(rows: list[dict], out: Path, **now: str) -> None:
     """BadInput for a table with other features or other images."""
     for name, value in now.items():
-        if other := [row[name] for row in rows if row[name] != value]:
+        if other := [row.get(name) for row in rows if row.get(name) != value]:
             raise BadInput(f"the {name} of the tables in {out} is {other[0]}, of this call {value}: expected the same, "
                            "or another --out")
 
@@ -94,7 +89,7 @@ def in_order(rows: Iterable[dict], *keys: str) -> list[dict]:
 def add(new: list[dict], out: Path) -> None:
     """Put the evaluations of a run of one seed into the table, to which other calls may have added."""
     with alone(out / ".lock"):
-        rows = read_rows(out)
+        rows = read(out)
         if new:  # another call may have written the first row since this one began
             check_same(rows, out, features=new[0]["features"], data=new[0]["data"])
             write_csv(out / "distances.csv", joined(rows, new))
@@ -161,9 +156,9 @@ class Call:
     def recipe(self, run: Run, seed: int = 0, **more) -> Recipe:
         return recipe_of(run, seed, self.data, **self.settings, **more)
 
-    def read(self) -> None:
+    def read_images(self) -> None:
         """Read the images. The name is how the tables call them."""
-        self.images, _ = train.read(self.recipe(RUNS[RANDOM]))
+        self.images, _ = read_data(self.recipe(RUNS[RANDOM]))
         check_real(self.images)
         self.images_name = f"{len(self.images):,} images, {digest_of_images(np.asarray(self.images))[:8]}"
 
@@ -175,9 +170,9 @@ def prove(call: Call, names: list[str], minutes: float) -> None:
     """
     end = time.monotonic() + 60 * minutes if minutes else math.inf
     out, features = call.out, call.settings["evaluate_features"]
-    rows, runs = read_rows(out), [name for name in names if name in RUNS]
-    read_speeds(out)  # a damaged table must be refused before hours of work
-    read_prior(out)
+    rows, runs = read(out), [name for name in names if name in RUNS]
+    read(out, "speed.csv")  # a damaged table must be refused before hours of work
+    read(out, "prior.csv")
     check_same(rows, out, features=features)
     left = runs_left(runs, rows)
     tests_prior = names == ["prior"] or ("prior" in names and not minutes)
@@ -185,7 +180,7 @@ def prove(call: Call, names: list[str], minutes: float) -> None:
         weights = call.settings["inception_weights"]
         load_extractor(features, call.device, Path(weights) if weights else None, "--features")
     if left or tests_prior or "rates" in names:
-        call.read()
+        call.read_images()
         check_same(rows, out, data=call.images_name)
     if names == ["prior"] and len(call.images) < PRIOR:
         raise BadInput(f"--only is prior, and there are {len(call.images):,} images: expected at least {PRIOR:,}")
@@ -196,9 +191,9 @@ def prove(call: Call, names: list[str], minutes: float) -> None:
             (out / "commands.txt").write_text("".join(f"{command}\n" for command in commands))
     stopped = train_all(call, left, end) or ("rates" in names and measure_rates(call))
     with alone(out / ".lock"):
-        rows = read_rows(out)
+        rows = read(out)
         if rows:
-            finish(rows, read_speeds(out), out)
+            finish(rows, read(out, "speed.csv"), out)
     if left:
         remaining = len(runs_left(runs, rows))
         say(f"{counted(remaining, 'run')} to go: the same command resumes" if remaining else "all runs are done")
@@ -218,7 +213,7 @@ def train_all(call: Call, left: list[tuple[Run, int]], end: float) -> bool:
         recipe = call.recipe(run, seed, minutes=0.0 if end == math.inf else minutes)
         try:
             with owning(folder):
-                if (run, seed) not in runs_left([run.name], read_rows(call.out)):
+                if (run, seed) not in runs_left([run.name], read(call.out)):
                     continue  # another call has ended it
                 say(f"{run.name}, seed {seed}: {command_of(run, seed, call.data, **call.settings)}")
                 summary = fit(call, recipe, folder)
@@ -246,7 +241,7 @@ def measure_rates(call: Call) -> bool:
     say("rates are measured: nothing else may run on this device meanwhile")
     make_folder(call.work, "--work")
     for run in RUNS.values():
-        if (run.name, call.gpu) in {(row["run"], row["gpu"]) for row in read_speeds(call.out)}:
+        if (run.name, call.gpu) in {(row["run"], row["gpu"]) for row in read(call.out, "speed.csv")}:
             continue
         say(f"{run.name}: how fast it trains")
         with tempfile.TemporaryDirectory(dir=call.work, prefix="rate-") as folder:
@@ -255,7 +250,7 @@ def measure_rates(call: Call) -> bool:
                 return True
             speed = speed_of(run, Path(folder) / "metrics.jsonl", call.gpu)
         with alone(call.out / ".lock"):
-            write_csv(call.out / "speed.csv", in_order([*read_speeds(call.out), speed], "gpu"))
+            write_csv(call.out / "speed.csv", in_order([*read(call.out, "speed.csv"), speed], "gpu"))
     return False
 
 
@@ -265,7 +260,7 @@ def test_prior(call: Call) -> None:
     if not count:
         say(f"the prior is not tested: that takes {PRIOR:,} images, and there are {len(call.images):,}")
         return
-    rows = read_prior(call.out)
+    rows = read(call.out, "prior.csv")
     check_same(rows, call.out, data=call.images_name)
     known = [row["way"] for row in rows]
     ways = [way for way in WAYS + (ON_A_GPU if call.device.type == "cuda" else []) if way.name not in known]

@@ -272,7 +272,7 @@ def test_a_damaged_table_is_refused_before_anything_is_trained(refused, three, t
 def test_a_number_that_nothing_measured_can_be_is_refused(tmp_path, change):
     write_csv(tmp_path / "distances.csv", [ROW, {**ROW, "images": 64, **change}])
     with pytest.raises(dansm.BadInput, match=r"distances\.csv"):
-        proof.read_rows(tmp_path)
+        proof.read(tmp_path)
 
 
 def test_a_call_that_began_with_other_features_adds_nothing(tmp_path):
@@ -280,7 +280,7 @@ def test_a_call_that_began_with_other_features_adds_nothing(tmp_path):
     for other in (dict(features="b"), dict(data="others")):
         with pytest.raises(dansm.BadInput, match="expected the same"):
             proof.add([{**ROW, "seed": 1, **other}], tmp_path)
-    assert len(proof.read_rows(tmp_path)) == 1
+    assert len(proof.read(tmp_path)) == 1
 
 
 def test_a_curve_is_of_one_training():
