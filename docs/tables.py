@@ -98,7 +98,7 @@ def proof_images(*names):
 
 def proof_short(*names):
     _, needed = proof_images("greedy-10000@5120000")
-    return [*proof(*names), ["thousand images that the pool of 10,000 needs for the first row", *needed[1:]]]
+    return [*proof(*names), ["images, thousands, with which the pool of 10,000 reaches the first row", *needed[1:]]]
 
 
 def proof_speed():
