@@ -81,8 +81,9 @@ def draw_flow(target: Tensor, movies: dict[str, dict[int, tuple[Tensor, str]]], 
             images.append(to_image(figure, dpi=100))
     plt.close(figure)
     durations = [700, *[70] * (frames - 1), 2600] * len(movie)  # milliseconds
-    colours = Image.fromarray(np.vstack([np.asarray(image) for image in images[::4]])).quantize(64)
-    images = [image.quantize(palette=colours, dither=Image.Dither.NONE) for image in images]  # or it would flicker
+    some = Image.fromarray(np.vstack([np.asarray(image) for image in images[::4]]))
+    colours = some.quantize(64, Image.Quantize.MAXCOVERAGE)  # one palette for all frames, or the ground would flicker
+    images = [image.quantize(palette=colours, dither=Image.Dither.NONE) for image in images]
     images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0, optimize=True)
 
 
