@@ -74,7 +74,7 @@ def auction(cost: Tensor, gap: float) -> tuple[Tensor, float, float]:
 
 def _auction(cost, gap):
     samples, noises = cost.shape
-    # Subtracting a number for each sample, or for each noise where all are given out, changes no pairing but saves digits.
+    # Subtracting a number for each sample, or for each noise where all are given out, changes no pairing; it saves digits.
     shifted = cost - cost.amin(1, keepdim=True)
     cheapest = shifted.amin(0) if samples == noises else torch.zeros_like(shifted[0])
     shifted = shifted.sub_(cheapest).float().contiguous()
@@ -100,7 +100,7 @@ def _auction(cost, gap):
 
 
 def _bound(cost, prices):
-    bound = (len(prices) - len(cost)) * prices.min() - prices.sum()  # the first part: samples that cost nothing anywhere
+    bound = (len(prices) - len(cost)) * prices.min() - prices.sum()  # samples that cost nothing take the cheapest
     for rows in cost.split(1024):
         bound += (rows + prices).amin(1).sum()
     return bound.item()

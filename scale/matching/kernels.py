@@ -27,8 +27,8 @@ from ..base.launch import compiling_ahead, launch, on
 from .pool import DataCheck, FastPool
 from .products import products
 
-# Noises on a short list, and on one of a pool of more than MANY. Photographs like the same noises, and where a list ends
-# a whole row is read, which takes about a millisecond for a million noises.
+# Noises on a short list, and on one of a pool of more than MANY. Photographs like the same noises, and where a list
+# ends a whole row is read, which takes about a millisecond for a million noises.
 KEEP, MANY = (64, 128), 2**16
 LANES = 1024  # noises looked at together
 SAMPLES = FastPool.served_at_once

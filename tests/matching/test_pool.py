@@ -62,8 +62,15 @@ def test_a_pool_is_the_papers_loop_through_several_refills(pool_class, cost):
 def test_where_scale_is_there_a_pool_is_a_fast_one_and_elsewhere_the_plain_one(monkeypatch):
     assert type(NoisePool(10, (2,), seed=0)) is FastPool
     assert isinstance(NoisePool(10, (2,), seed=0), NoisePool)
-    monkeypatch.setattr(dansm, "scaled", lambda module: None)
+    monkeypatch.setattr(dansm, "scaled", lambda room: None)
     assert type(NoisePool(10, (2,), seed=0)) is NoisePool
+
+
+def test_alone_the_plain_pool_hands_out_the_same_noises(monkeypatch):
+    x = torch.randn(40, 6).split(7)
+    expected = [NoisePool(15, (6,), seed=0)(part) for part in x]
+    monkeypatch.setattr(dansm, "scaled", lambda room: None)
+    assert all(torch.equal(NoisePool(15, (6,), seed=0)(part), z) for part, z in zip(x, expected, strict=True))
 
 
 @either_pool
