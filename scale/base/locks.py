@@ -44,7 +44,7 @@ def owning(folder: Path, purpose: str = "trained") -> Iterator[None]:
 
 
 def try_alone(file: IO) -> bool:
-    """Lock an open file, unless another process has it. A file system without locks lets everyone in, with a warning."""
+    """Lock an open file unless another process has it. Without locks in the file system, warn and let everyone in."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

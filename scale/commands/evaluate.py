@@ -50,8 +50,8 @@ class Settings(NamedTuple):
 def evaluate(
     models: options.Models,
     data: Annotated[str | None, typer.Option(
-        help="the real images: a folder, an archive, cifar10 [those of the models' training, or of their latents]"
-    )] = None,
+        help="the real images: a folder, an archive, cifar10",
+        show_default="those of the models' training, or of their latents")] = None,
     steps: Annotated[str, typer.Option(help="comma-separated counts of steps from noise to image")] = "3,4,5,10",
     count: Annotated[int, typer.Option(min=2, help="images drawn for each row of the table")] = 10_000,
     size: Annotated[int | None, typer.Option(min=1, help="make the real images squares of this many pixels")] = None,

@@ -17,7 +17,8 @@ app = command_app()
 def export(
     run: Annotated[Path, typer.Argument(help="folder of a dansm train, or one of its checkpoints")],
     average: Annotated[int, typer.Option(min=0, help="which moving average, if the run keeps several")] = 0,
-    out: Annotated[Path | None, typer.Option(help="file to write [weights.safetensors in the run's folder]")] = None,
+    out: Annotated[Path | None, typer.Option(
+        help="file to write", show_default="weights.safetensors in the run's folder")] = None,
 ) -> None:
     """Write the averaged weights alone, as safetensors, with what it takes to sample from them."""
     from ..model.export import export

@@ -21,9 +21,9 @@ def proof(
     data: Annotated[str, typer.Option(help="images, as for dansm train")] = "cifar10",
     only: Annotated[str | None, typer.Option(
         help="comma-separated run names, prior (tests the noises) or rates (times each run, with nothing else on the "
-             "device); an unknown name prints the list [all but rates]")] = None,
+             "device); an unknown name prints the list", show_default="all but rates")] = None,
     minutes: Annotated[float, typer.Option(min=0, help="end this call after so many; 0: when all is done")] = 0.0,
-    work: Annotated[Path | None, typer.Option(help="folder of the runs themselves [runs in --out]")] = None,
+    work: Annotated[Path | None, typer.Option(help="folder of the runs", show_default="runs in --out")] = None,
     cache: Annotated[Path | None, typer.Option(help="folder that keeps the decoded images")] = None,
     features: Annotated[str, typer.Option(help="inception makes the distances standard FIDs")] = "efficientnet-lite0",
     inception_weights: InceptionWeights = None,

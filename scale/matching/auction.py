@@ -74,7 +74,7 @@ def auction(cost: Tensor, gap: float) -> tuple[Tensor, float, float]:
 
 def _auction(cost, gap):
     samples, noises = cost.shape
-    # Subtracting a number for each sample, or for each noise where all are given out, changes no pairing; it saves digits.
+    # For digits: subtracting a number for each sample, or for each noise where all are given out, changes no pairing.
     shifted = cost - cost.amin(1, keepdim=True)
     cheapest = shifted.amin(0) if samples == noises else torch.zeros_like(shifted[0])
     shifted = shifted.sub_(cheapest).float().contiguous()
