@@ -78,6 +78,40 @@ def test_training_by_every_way_to_call_the_command(site, project, how):
     assert (project / "out" / "checkpoint-00000002.pt").exists() and "8 images in 2 steps" in said
 
 
+BARE = """
+import sys
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition(".")[0] in {names} else self.finder.find_spec(name, path, target)
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path if hasattr(finder, "find_spec")]
+import dansm
+dansm.main(sys.argv[1:])
+"""
+EXTRAS = {"matplotlib", "sklearn", "safetensors", "diffusers", "lmdb", "torch_fidelity", "efficientnet_lite_pytorch"}
+
+
+@pytest.mark.slow
+def test_without_the_extras_a_command_works_or_names_the_one_it_needs(project):
+    (project / "store").mkdir()
+    (project / "store" / "data.mdb").write_bytes(b"")
+    (project / "weights.safetensors").write_bytes(b"")
+    script = BARE.format(names=EXTRAS)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    train = ["train", "images", *OPTIONS, "--out", "run"]
+    for command, extra in [
+            (["--help"], None), (train, None), (["toy"], "toy"), (["export", "run"], "train"),
+            (["sample", "weights.safetensors"], "train"),
+            (["train", "store", *OPTIONS], "lsun"), (["evaluate", "run", "--count", "4"], "eval")]:
+        done = ended([sys.executable, "-c", script, *command], project, environment)
+        if extra is None:
+            assert done.returncode == 0, (command, done.stderr)
+        else:
+            assert done.returncode == 2 and f"dansm[{extra}]" in done.stderr, (command, done.stderr)
+            assert done.stderr.count("\n") == 1, (command, done.stderr)
+
+
 ALONE = """
 import torch, dansm
 torch.manual_seed(0)

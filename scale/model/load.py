@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dansm import BadInput, Diffusion, RectifiedFlow, UNet
@@ -182,6 +181,8 @@ def read_average(path: Path, average: int = 0) -> tuple[dict[str, Tensor], dict]
 
 def _read_export(path: Path) -> tuple[dict[str, Tensor], dict]:
     """The weights in a .safetensors file, and what `export` wrote next to them."""
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

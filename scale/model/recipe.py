@@ -7,6 +7,7 @@ import difflib
 import json
 import math
 import re
+import tomllib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,11 +18,6 @@ from dansm import BadInput
 
 from ..base.files import replacing
 from ..base.text import shorten
-
-try:
-    import tomllib
-except ModuleNotFoundError:  # Python 3.10
-    import tomli as tomllib
 
 RECIPES = Path(__file__).with_name("recipes")
 RENAMED = {"pool": "pool_dtype", "fast": "tf32", "decay": "ema_decay", "resident": "data_on_gpu"}
