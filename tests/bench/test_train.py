@@ -3,7 +3,6 @@ synthetic names and times."""
 
 import contextlib
 import csv
-import io
 import json
 from types import SimpleNamespace
 
@@ -232,12 +231,11 @@ def on_a_gpu():
     return rows
 
 
-def test_the_tables_fit_a_terminal_and_show_each_network(monkeypatch):
-    shown = io.StringIO()
-    monkeypatch.setattr(console, "file", shown)
-    for case in PAPER:
-        train.print_tables(case.name, [row for row in on_a_gpu() if row["case"] == case.name])
-    said = shown.getvalue()
+def test_the_tables_fit_a_terminal_and_show_each_network():
+    with console.capture() as captured:
+        for case in PAPER:
+            train.print_tables(case.name, [row for row in on_a_gpu() if row["case"] == case.name])
+    said = captured.get()
     for words in (PAPER[0].name, PAPER[1].name, "4,167", "60.0", "25.0 %", "9.500", "20.0", "1.2 %",
                   "convolution, weight gradient"):
         assert words in said
