@@ -13,11 +13,11 @@ from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
-from dansm.tiny.comparison import MatchSize, Seeds, Steps, compare, run
-from dansm.tiny.digits import load_digits
 from torch import Tensor, nn
 
 from dansm import NoisePool, path_length
+from dansm.tiny.comparison import MatchSize, Seeds, Steps, compare, run
+from dansm.tiny.digits import load_digits
 
 BATCH = 64
 

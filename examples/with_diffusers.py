@@ -21,12 +21,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
-from dansm.tiny.comparison import MatchSize, Seeds, Steps, compare, run
-from dansm.tiny.digits import load_digits
 from diffusers import DDIMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from torch import Tensor
 
 from dansm import NoisePool, path_length
+from dansm.tiny.comparison import MatchSize, Seeds, Steps, compare, run
+from dansm.tiny.digits import load_digits
 
 BATCH = 32
 

@@ -16,13 +16,13 @@ from statistics import fmean
 
 import numpy as np
 import torch
-from dansm.tiny.comparison import MatchSize, Seeds, Steps, compare, run
-from dansm.tiny.digits import load_digits
 from torch import Tensor
 from torchcfm.conditional_flow_matching import ConditionalFlowMatcher, ExactOptimalTransportConditionalFlowMatcher
 from torchcfm.models import MLP
 
 from dansm import NoisePool
+from dansm.tiny.comparison import MatchSize, Seeds, Steps, compare, run
+from dansm.tiny.digits import load_digits
 
 BATCH = 64
 

@@ -3,8 +3,9 @@
 import json
 
 import torch
-from dansm.scale.data.autoencoder import FILES, original_name, random_autoencoder
 from safetensors.torch import save_file
+
+from dansm.scale.data.autoencoder import FILES, original_name, random_autoencoder
 
 SMALL = {"block_out_channels": (32, 32, 64), "layers_per_block": 1, "sample_size": 16}
 

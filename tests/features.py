@@ -3,8 +3,9 @@
 import numpy as np
 import torch
 import torch.nn.functional as F
-from dansm.scale.evaluate.extractors import Extractor
 from sklearn.datasets import load_digits
+
+from dansm.scale.evaluate.extractors import Extractor
 
 
 def seen(images):

@@ -5,9 +5,9 @@ import math
 
 import numpy as np
 import torch
-from dansm.scale.matching.pool import FastPool
 
 from dansm import NoisePool, noise_generator
+from dansm.scale.matching.pool import FastPool
 
 COSTS = ["squared", "inner"]
 KINDS = ["random", "whole numbers", "one cluster", "the same"]

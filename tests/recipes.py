@@ -1,7 +1,8 @@
 """All that the settings of a recipe may be, for hypothesis."""
 
-from dansm.scale.model.recipe import SETTINGS, Recipe, kind_of
 from hypothesis import strategies as st
+
+from dansm.scale.model.recipe import SETTINGS, Recipe, kind_of
 
 
 def values_of(name):

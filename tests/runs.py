@@ -6,14 +6,14 @@ import os
 
 import pytest
 import torch
+from support import files_of, log_of, same, state_of
+
+import dansm
 from dansm.scale.data import read
 from dansm.scale.evaluate import measures
 from dansm.scale.train import evaluation
 from dansm.scale.train import run as training
 from dansm.scale.train.watch import Watch
-from support import files_of, log_of, same, state_of
-
-import dansm
 
 
 def at_step(number, act, monkeypatch):

@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as group
-from dansm.scale.model import checkpoint
 from PIL import Image
 
 import dansm
+from dansm.scale.model import checkpoint
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")

@@ -5,8 +5,9 @@ import re
 
 import pytest
 import typer
-from dansm.scale.commands.main import app
 from support import ROOT
+
+from dansm.scale.commands.main import app
 
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("results/**/*.md")),
          ROOT / "findings" / "README.md", ROOT / "CHANGELOG.md"]

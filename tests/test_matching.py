@@ -6,9 +6,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from dansm.scale.base.statistics import squared_distances
-from dansm.scale.matching.pool import greedy_by_rounds
-from dansm.scale.matching.products import products
 from hypothesis import given
 from hypothesis import strategies as st
 from pools import (
@@ -35,6 +32,9 @@ from dansm import (
     optimal,
     pairs,
 )
+from dansm.scale.base.statistics import squared_distances
+from dansm.scale.matching.pool import greedy_by_rounds
+from dansm.scale.matching.products import products
 
 GREEDY = [greedy, greedy_by_rounds]
 

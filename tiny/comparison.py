@@ -10,12 +10,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from dansm.scale.base.statistics import frechet_distance, mean_and_std
-from dansm.scale.base.text import Stopped, console, counted, table
 from rich.progress import track
 from torch import Tensor
 
 import dansm
+from dansm.scale.base.statistics import frechet_distance, mean_and_std
+from dansm.scale.base.text import Stopped, console, counted, table
 
 SAMPLES = 500
 

@@ -15,15 +15,15 @@ from statistics import fmean
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+
+import dansm
 from dansm.scale.base.colours import INK, MATCHED, OPTIMAL, RANDOM
 from dansm.scale.base.files import make_folder, write_json
 from dansm.scale.base.machine import hardware
 from dansm.scale.base.noise import path_noise
 from dansm.scale.base.statistics import frechet_distance
 from dansm.scale.base.text import counted, say_files
-from torch import Tensor, nn
-
-import dansm
 
 from .comparison import bar, each_seed, print_table
 

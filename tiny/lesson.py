@@ -15,11 +15,11 @@ import os
 from pathlib import Path
 
 import torch
-from dansm.scale.base.statistics import squared_distances
-from dansm.tiny import digits, pictures, toy
 from scipy import stats
 
 import dansm
+from dansm.scale.base.statistics import squared_distances
+from dansm.tiny import digits, pictures, toy
 
 SHAPE, SEED = "two-moons", 2
 OUT = Path(os.environ.get("LESSON_OUT", "runs/lesson"))

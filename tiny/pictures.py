@@ -15,13 +15,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from dansm.scale.base.colours import DATA, INK, NOISE, NOTE, PALE
 from einops import rearrange
 from matplotlib.collections import LineCollection
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.patheffects import withStroke
 from PIL import Image
 from torch import Tensor
+
+from dansm.scale.base.colours import DATA, INK, NOISE, NOTE, PALE
 
 FROM_NOISE_TO_DATA = LinearSegmentedColormap.from_list("flow", [NOISE, "#d98e6a", DATA])
 

@@ -19,12 +19,12 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from dansm.scale.base.files import write_csv, write_json
-from dansm.scale.base.statistics import crossing_lines, inter_path_distance, mean_and_std, squared_distances
-from dansm.scale.base.text import counted, say_files
 from torch import Tensor, nn
 
 import dansm
+from dansm.scale.base.files import write_csv, write_json
+from dansm.scale.base.statistics import crossing_lines, inter_path_distance, mean_and_std, squared_distances
+from dansm.scale.base.text import counted, say_files
 
 from .comparison import bar, each_seed, print_table
 from .shapes import SHAPES

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from dansm.scale.base.noise import path_noise
 from PIL import Image
+
+from dansm.scale.base.noise import path_noise
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt

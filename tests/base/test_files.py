@@ -6,11 +6,11 @@ import subprocess
 import sys
 
 import pytest
-from dansm.scale.base import files
-from dansm.scale.base.files import make_folder, read_csv, replacing, write_csv, write_json
 from support import ROOT
 
 from dansm import BadInput
+from dansm.scale.base import files
+from dansm.scale.base.files import make_folder, read_csv, replacing, write_csv, write_json
 
 
 def test_a_block_that_ends_puts_the_new_file_in_place(tmp_path):

@@ -5,8 +5,9 @@ import subprocess
 import sys
 
 import pytest
-from dansm.scale.base.locks import InUse, alone, owning, share, try_alone
 from support import ROOT
+
+from dansm.scale.base.locks import InUse, alone, owning, share, try_alone
 
 HOLDER = """
 import sys
@@ -42,9 +43,8 @@ def test_a_folder_in_use_is_refused_naming_who_uses_it_until_that_process_ends(t
 
 def test_a_lock_ends_with_its_block(tmp_path):
     for _ in range(2):
-        with owning(tmp_path):
-            with pytest.raises(InUse), owning(tmp_path):
-                pass
+        with owning(tmp_path), pytest.raises(InUse), owning(tmp_path):
+            pass
         with alone(tmp_path / "other.lock"):
             pass
 

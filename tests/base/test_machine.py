@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+
+from dansm import BadInput
 from dansm.scale.base.machine import (
     check_memory,
     free_memory,
@@ -12,8 +14,6 @@ from dansm.scale.base.machine import (
     peak,
     pick_device,
 )
-
-from dansm import BadInput
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -72,7 +72,7 @@ def test_auto_is_bf16_where_the_gpu_has_it_and_fp16_on_older_ones(monkeypatch):
 
 
 def test_fp16_on_a_cpu_is_refused():
-    with pytest.raises(BadInput, match="fp16.*cpu"):
+    with pytest.raises(BadInput, match=r"fp16.*cpu"):
         number_type("fp16", CPU)
 
 

@@ -3,6 +3,7 @@
 import math
 
 import torch
+
 from dansm.scale.base.noise import path_noise
 
 

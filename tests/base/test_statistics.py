@@ -5,6 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.linalg import sqrtm
+
+from dansm import BadInput
 from dansm.scale.base.statistics import (
     crossing_lines,
     frechet_distance,
@@ -12,9 +15,6 @@ from dansm.scale.base.statistics import (
     mean_and_std,
     squared_distances,
 )
-from scipy.linalg import sqrtm
-
-from dansm import BadInput
 
 # ------------------------------------------------------------------------------- spreads and crossings
 

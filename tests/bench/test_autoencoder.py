@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from dansm.scale.bench import autoencoder as bench
 from dansm.scale.data import autoencoder
 

@@ -5,8 +5,9 @@ import json
 
 import pytest
 import torch
-from dansm.scale.bench import clock
 from support import CPU
+
+from dansm.scale.bench import clock
 
 
 def rows_then(error=None):

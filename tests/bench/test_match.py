@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from dansm.scale.bench import clock, match
 from PIL import Image
 from support import CPU, files_of
 
 import dansm
+from dansm.scale.bench import clock, match
 
 SMALL = ("bench", "match", "--batch", 8, "--shape", "1x4x4", "--device", "cpu")
 

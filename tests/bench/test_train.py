@@ -8,14 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from dansm.scale.base.text import console
-from dansm.scale.bench import clock, profile, train
-from dansm.scale.bench.profile import REST, by_kind, kind_of
-from dansm.scale.bench.train import EAGER, OURS, PAPER, PLAIN, UNMATCHED, Case, cases_of
 from PIL import Image
 from support import CPU, files_of
 
 import dansm
+from dansm.scale.base.text import console
+from dansm.scale.bench import clock, profile, train
+from dansm.scale.bench.profile import REST, by_kind, kind_of
+from dansm.scale.bench.train import EAGER, OURS, PAPER, PLAIN, UNMATCHED, Case, cases_of
 
 CASE = Case("small", (3, 8, 8), 4)
 NAME = "small 3×8×8, batch 4"

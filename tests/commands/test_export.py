@@ -1,9 +1,10 @@
 """dansm export: the averaged weights next to their run, or where --out says."""
 
 import pytest
+from models import state_to_save
+
 from dansm.scale.model import checkpoint
 from dansm.scale.model.load import load_model
-from models import state_to_save
 
 
 @pytest.fixture

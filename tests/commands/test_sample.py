@@ -5,15 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch
-from dansm.scale.base.noise import path_noise
-from dansm.scale.data.pixels import to_uint8
-from dansm.scale.model import checkpoint, sampling
-from dansm.scale.model.export import export
 from models import awake, state_to_save
 from PIL import Image
 from support import FAST, TINY, files_of
 
 import dansm
+from dansm.scale.base.noise import path_noise
+from dansm.scale.data.pixels import to_uint8
+from dansm.scale.model import checkpoint, sampling
+from dansm.scale.model.export import export
 
 
 @pytest.fixture(scope="module")

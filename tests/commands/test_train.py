@@ -10,12 +10,12 @@ import urllib.error
 from pathlib import Path
 
 import pytest
-from dansm.scale.model import checkpoint, sampling
-from dansm.scale.model.recipe import Recipe, load
 from PIL import Image
 from support import FAST, ROOT, TINY, files_of, log_of, make_images, noise_image, state_of, wait_for
 
 import dansm
+from dansm.scale.model import checkpoint, sampling
+from dansm.scale.model.recipe import Recipe, load
 
 
 @pytest.mark.parametrize(("method", "flow"), [("random", "rectified"), ("greedy", "diffusion"),

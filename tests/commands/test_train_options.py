@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from dansm.scale.commands import train as command
-from dansm.scale.commands.main import run as run_command
-from dansm.scale.model.recipe import RENAMED, SETTINGS, Recipe, kind_of, load, names, write
 from hypothesis import given, settings
 from recipes import recipes
 from support import make_images
+
+from dansm.scale.commands import train as command
+from dansm.scale.commands.main import run as run_command
+from dansm.scale.model.recipe import RENAMED, SETTINGS, Recipe, kind_of, load, names, write
 
 
 @pytest.fixture

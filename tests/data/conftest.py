@@ -5,10 +5,10 @@ import signal
 
 import pytest
 import torch
-from dansm.scale.data import read
 from support import lsun, picture
 
 from dansm import BadInput
+from dansm.scale.data import read
 
 IN_LMDB = {f"{seed * 7919 % 2**20:05x}": picture(seed, [".jpg", ".webp"][seed % 2], (24 + seed, 20))
            for seed in range(9)}
@@ -81,6 +81,7 @@ def weights(tmp_path_factory):
     """A small autoencoder as Stable Diffusion comes: one .ckpt."""
     pytest.importorskip("diffusers")
     from autoencoders import SMALL, as_ckpt
+
     from dansm.scale.data.autoencoder import random_autoencoder
 
     return as_ckpt(tmp_path_factory.mktemp("weights") / "sd.ckpt", random_autoencoder(SMALL, 3).weights)
@@ -89,6 +90,7 @@ def weights(tmp_path_factory):
 @pytest.fixture
 def other_weights(tmp_path):
     from autoencoders import SMALL, as_ckpt
+
     from dansm.scale.data.autoencoder import random_autoencoder
 
     return as_ckpt(tmp_path / "other.ckpt", random_autoencoder(SMALL, 4).weights)

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from autoencoders import SMALL, as_ckpt, as_safetensors, original
-from dansm.scale.data import autoencoder
-from dansm.scale.data.autoencoder import Decoder, Encoder, original_name, random_autoencoder, read_autoencoder
 from safetensors.torch import save_file
 from support import CPU
 
 from dansm import BadInput
+from dansm.scale.data import autoencoder
+from dansm.scale.data.autoencoder import Decoder, Encoder, original_name, random_autoencoder, read_autoencoder
 
 diffusers = pytest.importorskip("diffusers")
 

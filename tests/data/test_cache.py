@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dansm.scale.data import loader
-from dansm.scale.data.loader import load_images, stream_images
 from support import PICTURES, as_folder, lsun, packed, picture
 
 from dansm import BadInput
+from dansm.scale.data import loader
+from dansm.scale.data.loader import load_images, stream_images
 
 SOURCES = {"folder": lambda at: as_folder(at / "folder", PICTURES),
            "zip": lambda at: packed(at / "a.zip", PICTURES),

@@ -6,14 +6,16 @@ import os
 import numpy as np
 import pytest
 import torch
-from dansm.scale.data import decode
-from dansm.scale.data.loader import load_images
 from PIL import Image
 from support import CPU, as_folder, picture
+
+from dansm.scale.data import decode
+from dansm.scale.data.loader import load_images
 
 pytest.importorskip("diffusers")
 
 from autoencoders import as_folder_of_diffusers
+
 from dansm.scale.data.autoencoder import Decoder, read_autoencoder
 
 

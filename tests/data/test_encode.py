@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dansm.scale.data import encode, latents
-from dansm.scale.data.loader import batches, load_images
-from dansm.scale.data.read import read_image
 from support import CPU, as_folder, in_processes, limited_files, lsun, needs_gloo, packed
 
 from dansm import BadInput
+from dansm.scale.data import encode, latents
+from dansm.scale.data.loader import batches, load_images
+from dansm.scale.data.read import read_image
 
 pytest.importorskip("diffusers")
 

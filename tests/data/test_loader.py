@@ -7,13 +7,13 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from dansm.scale.data import loader
-from dansm.scale.data.loader import batches
-from dansm.scale.data.pixels import to_uint8
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dansm import BadInput
+from dansm.scale.data import loader
+from dansm.scale.data.loader import batches
+from dansm.scale.data.pixels import to_uint8
 
 
 def numbered(count, width=3):

@@ -10,15 +10,15 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from dansm.scale.data import read
-from dansm.scale.data.loader import load_images, stream_images
-from dansm.scale.data.read import find_files
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from support import PACKINGS, PICTURES, as_folder, lsun, noise_image, packed, picture
 
 from dansm import BadInput
+from dansm.scale.data import read
+from dansm.scale.data.loader import load_images, stream_images
+from dansm.scale.data.read import find_files
 
 COMMON = [".zip", ".tar", ".tar.gz"]
 NAMES = ["Z.PNG", "a10.png", "a9.png", "b.png", "sub/c.png", "sub/deeper/0.bmp"]  # in the order in which they are read

@@ -8,17 +8,18 @@ import sys
 
 import numpy as np
 import pytest
-from dansm.scale.data import loader
-from dansm.scale.data.loader import load_images
-from dansm.scale.model import checkpoint
 from PIL import Image
 from support import ROOT, as_folder, picture, state_of
 
 import dansm
+from dansm.scale.data import loader
+from dansm.scale.data.loader import load_images
+from dansm.scale.model import checkpoint
 
 pytest.importorskip("diffusers")
 
 from autoencoders import SMALL, as_ckpt, as_folder_of_diffusers
+
 from dansm.scale.data.autoencoder import Decoder, random_autoencoder, read_autoencoder
 
 

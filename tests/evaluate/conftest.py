@@ -1,6 +1,7 @@
 """What the tests of this room share."""
 
 import pytest
+
 from dansm.scale.evaluate import measures
 
 pytest.importorskip("torch_fidelity")

@@ -6,17 +6,17 @@ import json
 import numpy as np
 import pytest
 import torch
+from features import seen
+from PIL import Image
+from support import files_of, make_images, noise_image, packed
+
+import dansm
 from dansm.scale.base.statistics import frechet_distance
 from dansm.scale.commands import evaluate
 from dansm.scale.data import loader, read
 from dansm.scale.data.loader import load_images
 from dansm.scale.evaluate import real as room
 from dansm.scale.model import checkpoint, load
-from features import seen
-from PIL import Image
-from support import files_of, make_images, noise_image, packed
-
-import dansm
 
 NETWORK = dict(width=4, multipliers=[1], blocks=1, attention_at=[], dropout=0.0)
 

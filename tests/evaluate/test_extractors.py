@@ -8,12 +8,12 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from dansm.scale.bench.evaluate import untrained_inception
-from dansm.scale.evaluate import extractors
-from dansm.scale.evaluate.extractors import INCEPTION, LITE0, Extractor, draw_features, features_of, load_extractor
 from features import digits
 
 from dansm import BadInput
+from dansm.scale.bench.evaluate import untrained_inception
+from dansm.scale.evaluate import extractors
+from dansm.scale.evaluate.extractors import INCEPTION, LITE0, Extractor, draw_features, features_of, load_extractor
 
 CPU = torch.device("cpu")
 

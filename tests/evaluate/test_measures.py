@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from features import PIXELS, SEEN, digits, seen
+
 from dansm.scale.base.statistics import frechet_distance
 from dansm.scale.evaluate import measures
 from dansm.scale.evaluate.extractors import Extractor
 from dansm.scale.evaluate.real import Real, real_features
-from features import PIXELS, SEEN, digits, seen
 
 
 def real_of(features):

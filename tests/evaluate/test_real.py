@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from features import PIXELS, SEEN, digits, seen
+from support import PICTURES, as_folder, lsun, packed, picture
+
+from dansm import BadInput
 from dansm.scale.data import loader, read
 from dansm.scale.data.loader import load_images, stream_images
 from dansm.scale.evaluate import real as room
 from dansm.scale.evaluate.extractors import Extractor
 from dansm.scale.evaluate.real import real_features
-from features import PIXELS, SEEN, digits, seen
-from support import PICTURES, as_folder, lsun, packed, picture
-
-from dansm import BadInput
 
 STREAMED = {"folder": lambda at: as_folder(at / "folder", PICTURES), "zip": lambda at: packed(at / "a.zip", PICTURES),
             "tar": lambda at: packed(at / "a.tar", dict(reversed(PICTURES.items()))),

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from dansm.scale.base.statistics import squared_distances
 from pools import total
 from scipy.optimize import linear_sum_assignment
 
 from dansm import BadInput
+from dansm.scale.base.statistics import squared_distances
 
 pytest.importorskip("triton")
 from dansm.scale.matching import auction as kernels

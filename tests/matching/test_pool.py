@@ -8,13 +8,13 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from dansm.scale.matching.pool import FastPool
 from hypothesis import example, given
 from hypothesis import strategies as st
 from pools import CHANGES, COSTS, KINDS, POOLS, NaivePool, PlainPool, data, drawn_for, rows_in_order, saved_and_loaded
 
 import dansm
 from dansm import BadInput, NoisePool, noise_generator
+from dansm.scale.matching.pool import FastPool
 
 either_pool = pytest.mark.parametrize("pool_class", POOLS)
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from dansm.scale.model import checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import state_to_save
 from support import limited_files, same
 
 from dansm import BadInput
+from dansm.scale.model import checkpoint
 
 
 def names_of(folder):

@@ -15,6 +15,7 @@ import dansm
 pytest.importorskip("triton")
 import triton
 import triton.language as tl
+
 from dansm.scale.model import fused
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -4,9 +4,6 @@ import json
 
 import pytest
 import torch
-from dansm.scale.model import checkpoint
-from dansm.scale.model.export import export
-from dansm.scale.model.load import DESCRIBED, labels_by_path, load_model, load_models
 from models import state_to_save
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -14,6 +11,9 @@ from support import CPU, limited_files, same
 
 import dansm
 from dansm import BadInput
+from dansm.scale.model import checkpoint
+from dansm.scale.model.export import export
+from dansm.scale.model.load import DESCRIBED, labels_by_path, load_model, load_models
 
 
 @pytest.fixture

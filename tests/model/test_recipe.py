@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from dansm.scale.model import recipe
-from dansm.scale.model.recipe import RECIPES, REMOVED, RENAMED, SETTINGS, Recipe, changed, load, make_flow, names, write
 from hypothesis import given
 from recipes import recipes
 
 import dansm
 from dansm import BadInput
+from dansm.scale.model import recipe
+from dansm.scale.model.recipe import RECIPES, REMOVED, RENAMED, SETTINGS, Recipe, changed, load, make_flow, names, write
 
 FREE = {"cache", "data_on_gpu", "steps", "minutes", "save_minutes", "keep", "log_steps", "sample_steps", "compile",
         "evaluate_every", "evaluate_at", "evaluate_steps", "evaluate_measures", "evaluate_count", "evaluate_features",

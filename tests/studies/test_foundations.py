@@ -9,6 +9,12 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
+from models import awake, state_to_save
+from PIL import Image
+from support import CPU, make_images
+
+import dansm
 from dansm.scale.base.noise import path_noise
 from dansm.scale.base.statistics import inter_path_distance
 from dansm.scale.commands import loss, tsne
@@ -21,12 +27,6 @@ from dansm.scale.model import checkpoint
 from dansm.scale.model.load import Model
 from dansm.scale.model.sampling import sample_images
 from dansm.scale.studies import figures, pairs, style
-from matplotlib.figure import Figure
-from models import awake, state_to_save
-from PIL import Image
-from support import CPU, make_images
-
-import dansm
 
 NETWORK = dict(channels=3, size=8, width=8, multipliers=(1,), blocks=1, attention_at=(), dropout=0.0)
 FAST = ("--device", "cpu", "--batch", 16)

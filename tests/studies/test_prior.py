@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from dansm.scale.studies import prior
 
 import dansm
+from dansm.scale.studies import prior
 
 TESTS = ("size_p", "mean_p", "variance_p", "covariance_p")
 

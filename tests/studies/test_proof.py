@@ -6,6 +6,9 @@ import shlex
 import shutil
 
 import pytest
+from support import TINY, make_images
+
+import dansm
 from dansm.scale.base.files import write_csv
 from dansm.scale.base.locks import owning
 from dansm.scale.base.machine import hardware
@@ -17,9 +20,6 @@ from dansm.scale.studies import prior, proof, proof_plan
 from dansm.scale.studies.proof_plan import RUNS, Run
 from dansm.scale.studies.proof_summary import base_of
 from dansm.scale.train import evaluation, stop
-from support import TINY, make_images
-
-import dansm
 
 SMALL = dict(width=8, multipliers=(1,), blocks=1, attention_at=(), batch=8, warmup=0, ema_decay=(0.9,),
              evaluate_count=20, evaluate_steps=(2, 3), match_size=16)

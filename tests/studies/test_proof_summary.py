@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+
 from dansm.scale.studies import proof_figures
 from dansm.scale.studies.proof_plan import MATCHED
 from dansm.scale.studies.proof_summary import images_to, summarize

@@ -6,15 +6,15 @@ import json
 import numpy as np
 import pytest
 import torch
-from dansm.scale.base.statistics import inter_path_distance
-from dansm.scale.commands import theory as command
-from dansm.scale.studies import theory
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from support import ROOT, make_images
 
 import dansm
+from dansm.scale.base.statistics import inter_path_distance
+from dansm.scale.commands import theory as command
+from dansm.scale.studies import theory
 
 SIZES = (4, 40, 200)
 

@@ -6,11 +6,11 @@ from statistics import fmean
 
 import pytest
 import torch
-from dansm.tiny import digits
 from PIL import Image
 from support import files_of
 
 import dansm
+from dansm.tiny import digits
 
 
 @pytest.fixture

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from dansm.tiny import toy
-from dansm.tiny.shapes import SHAPES
 from PIL import Image
 from scipy import stats
 
 import dansm
+from dansm.tiny import toy
+from dansm.tiny.shapes import SHAPES
 
 PAGE = Path(__file__).parents[2] / "tiny" / "play.html"
 SOURCE = PAGE.read_text()

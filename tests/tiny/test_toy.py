@@ -6,15 +6,15 @@ from itertools import islice
 
 import pytest
 import torch
+from PIL import Image
+from support import files_of
+
+import dansm
 from dansm.scale.base.files import read_csv
 from dansm.scale.base.statistics import inter_path_distance
 from dansm.scale.base.text import Stopped
 from dansm.tiny import pictures, toy
 from dansm.tiny.shapes import SHAPES
-from PIL import Image
-from support import files_of
-
-import dansm
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -16,11 +16,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from support import make_images, same
+
 from dansm.scale.base.files import make_folder, write_json
 from dansm.scale.base.machine import hardware
 from dansm.scale.base.text import say_files
 from dansm.scale.model import checkpoint
-from support import make_images, same
 
 ROOT = Path(__file__).parents[2]
 KILLS, IN_SAVES, SEED = 50, 10, 0

@@ -7,12 +7,13 @@ import types
 import numpy as np
 import pytest
 import torch
-from dansm.scale.evaluate import measures
-from dansm.scale.model import checkpoint
-from dansm.scale.train import evaluation, watch
 from PIL import Image
 from runs import losses_of, with_own_cache
 from support import FAST, in_processes, log_of, make_images, needs_gloo, same, state_of
+
+from dansm.scale.evaluate import measures
+from dansm.scale.model import checkpoint
+from dansm.scale.train import evaluation, watch
 
 pytest.importorskip("torch_fidelity")
 

@@ -5,13 +5,13 @@ import os
 
 import pytest
 import torch
-from dansm.scale.base.locks import owning
-from dansm.scale.model import checkpoint
 from PIL import Image
 from runs import at_step, contents_of, same_run
 from support import FAST, TINY, files_of, log_of, make_images, same, state_of
 
 import dansm
+from dansm.scale.base.locks import owning
+from dansm.scale.model import checkpoint
 
 
 @pytest.fixture

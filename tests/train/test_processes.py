@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from dansm.scale.base.locks import owning
-from dansm.scale.model import checkpoint
 from runs import count_decoded, keep_pairs, nan_in_the_second_process, restarted_on_the_second_node, same_run
 from support import (
     FAST,
@@ -29,6 +27,9 @@ from support import (
     state_of,
     wait_for,
 )
+
+from dansm.scale.base.locks import owning
+from dansm.scale.model import checkpoint
 
 pytestmark = [needs_gloo, pytest.mark.slow]
 

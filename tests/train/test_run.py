@@ -10,14 +10,14 @@ import types
 import numpy as np
 import pytest
 import torch
-from dansm.scale.model import checkpoint, sampling
-from dansm.scale.train import run as training
-from dansm.scale.train import watch
-from dansm.scale.train.stop import Interrupt
 from runs import at_step, contents_of, losses_of, same_run
 from support import FAST, files_of, log_of, same, state_of
 
 import dansm
+from dansm.scale.model import checkpoint, sampling
+from dansm.scale.train import run as training
+from dansm.scale.train import watch
+from dansm.scale.train.stop import Interrupt
 
 OFTEN = ("--save-minutes", 1e-9)  # after each step, but not at once
 

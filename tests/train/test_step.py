@@ -5,11 +5,11 @@ import itertools
 
 import pytest
 import torch
-from dansm.scale.model.recipe import Recipe
-from dansm.scale.train.step import FastTraining
 from support import CPU, TINY, same
 
 import dansm
+from dansm.scale.model.recipe import Recipe
+from dansm.scale.train.step import FastTraining
 
 STEADY = TINY | dict(dropout=0.0)
 
