@@ -27,8 +27,7 @@ help:  ## this list
 toy: $(READY)  ## what matching does, in 2D: pictures and a table in runs/toy (about a minute)
 	$(DANSM) toy
 
-lesson: $(READY)  ## what matching does, step by step: runs tiny/lesson.py into tiny/lesson.ipynb (half a minute)
-	$(PYTHON) -m jupytext --quiet --update --to ipynb --set-kernel python3 tiny/lesson.py
+lesson: $(READY)  ## what matching does, step by step: runs tiny/lesson.ipynb anew, in place (half a minute)
 	PYTHONPATH="$(CURDIR)" LESSON_OUT="$(CURDIR)/runs/lesson" $(NBCONVERT) --execute --ExecutePreprocessor.record_timing=False
 	$(NBCONVERT) --coalesce-streams
 

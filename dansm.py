@@ -17,8 +17,6 @@ Names: x is data, z is noise, both (B, C, H, W) or any other (B, ...); t runs fr
 size, M the pool's match_size, D the count of numbers in one sample.
 """
 
-from __future__ import annotations
-
 import copy
 import importlib
 import math
@@ -210,7 +208,7 @@ class NoisePool:
     dtypes = (torch.float32, torch.float64, torch.bfloat16)  # float16 overflows in the products of long samples
     numbers_per_chunk = 2**23  # each chunk of a pool has a random stream of its own and can be drawn by itself
 
-    def __new__(cls, *args, **settings) -> NoisePool:
+    def __new__(cls, *args, **settings):
         if cls is NoisePool and (fast := fast_matching()):
             cls = fast.pool_class(*args, **settings)
         return super().__new__(cls)

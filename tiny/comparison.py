@@ -1,7 +1,5 @@
 """Trainings that differ only in their pairs: what the toy, the digits and the examples share."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice

@@ -4,8 +4,6 @@ The trainings of a seed differ only in their pairs; their networks draw from the
 distance is Fréchet's in the space of the 64 pixels: no feature network is needed, and it compares with no FID.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass

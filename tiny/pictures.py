@@ -1,8 +1,6 @@
 """The pictures of the toy, the digits and the lesson: noise is soft blue, data a warm red, and a line goes from one to
 the other."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path

@@ -7,8 +7,6 @@ Network, data, steps, seeds and learning rate are equal for every way of pairing
                         target, W2², in 1, 2, 4, 8 and 50 sampling steps
 """
 
-from __future__ import annotations
-
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator

@@ -1,7 +1,5 @@
 """Files that are written whole or not at all, and the folders they go into."""
 
-from __future__ import annotations
-
 import csv
 import json
 import os

@@ -1,7 +1,5 @@
 """Launching Triton kernels, and compiling many of them at once: each takes about a second."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor

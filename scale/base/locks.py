@@ -1,7 +1,5 @@
 """Locks on files. They belong to the process: however it ends, the lock ends with it."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 import socket

@@ -1,7 +1,5 @@
 """What the machine has: its devices, their memory, their speed."""
 
-from __future__ import annotations
-
 import os
 import platform
 import re

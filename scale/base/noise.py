@@ -1,7 +1,5 @@
 """The noises that samples start from."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import numpy as np

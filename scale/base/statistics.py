@@ -1,7 +1,5 @@
 """Statistics that several rooms report: spreads, crossings of lines, the Fréchet distance."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

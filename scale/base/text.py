@@ -1,7 +1,5 @@
 """Messages and tables on the console."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Work that threads do ahead of whoever needs it."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor

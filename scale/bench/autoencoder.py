@@ -2,8 +2,6 @@
 each half alone, and the commands from JPEG files to latents and from latents to PNG files.
 """
 
-from __future__ import annotations
-
 import io
 import tempfile
 import zipfile

@@ -1,7 +1,5 @@
 """The clock of every bench: how long work takes, the memory it takes, and how figures are kept and printed."""
 
-from __future__ import annotations
-
 import gc
 import math
 import statistics

@@ -1,7 +1,5 @@
 """What evaluating costs, without sampling: the features of many images and each measure on them, in one run."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path

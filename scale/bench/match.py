@@ -5,8 +5,6 @@ one refill to the next: the draw of its noises and its nearly empty end are incl
 match_size samples at once, and is counted with the share of one batch.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 import statistics

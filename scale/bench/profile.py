@@ -1,7 +1,5 @@
 """What a training step is made of: the milliseconds of its GPU kernels, by kind of work."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections import Counter, deque

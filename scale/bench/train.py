@@ -5,8 +5,6 @@ Its time is the GPU's own, from the beginning of one step to that of the next, o
 its noises and its nearly empty end are included.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

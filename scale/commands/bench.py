@@ -1,7 +1,5 @@
 """dansm bench: what matching, training and evaluating cost here."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

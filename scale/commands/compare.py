@@ -1,7 +1,5 @@
 """dansm compare: what several models make of the same noise."""
 
-from __future__ import annotations
-
 import math
 from itertools import combinations
 from pathlib import Path

@@ -1,7 +1,5 @@
 """dansm decode: latents to images."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """dansm digits: first images, handwritten digits of 8×8 pixels."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """dansm encode: images to latents."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

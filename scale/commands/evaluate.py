@@ -1,7 +1,5 @@
 """dansm evaluate: how close samples are to real images."""
 
-from __future__ import annotations
-
 import json
 import os
 import time

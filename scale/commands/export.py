@@ -1,7 +1,5 @@
 """dansm export: averaged weights as safetensors."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """dansm grid: samples by models and counts of steps."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """dansm loss: the loss of a model by time."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from statistics import fmean

@@ -1,7 +1,5 @@
 """The `dansm` command: which commands there are, and how each of them ends."""
 
-from __future__ import annotations
-
 import importlib
 import re
 import sys

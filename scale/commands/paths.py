@@ -1,7 +1,5 @@
 """dansm paths: lengths and distances of paths."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """dansm proof: does matching pay?"""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """dansm sample: images from a trained network."""
 
-from __future__ import annotations
-
 import json
 import math
 import time

@@ -1,7 +1,5 @@
 """dansm theory: what matching changes, measured without a model."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,5 @@
 """dansm toy: 2D flows with every way of pairing."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

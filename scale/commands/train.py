@@ -1,7 +1,5 @@
 """dansm train: train a network on images or latents by a recipe."""
 
-from __future__ import annotations
-
 import inspect
 import shlex
 from collections.abc import Callable

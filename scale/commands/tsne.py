@@ -1,7 +1,5 @@
 """dansm tsne: noises and samples in the plane."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Annotated

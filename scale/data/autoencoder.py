@@ -4,8 +4,6 @@ The network is diffusers' AutoencoderKL; its weights are read here, from a diffu
 names that Stable Diffusion's authors gave them, with no network connection and without running code in a pickle.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import pickle

@@ -1,7 +1,5 @@
 """Decoded images kept on the disk: a memory-mapped array, next to an index of what it was made from."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

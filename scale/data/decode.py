@@ -1,7 +1,5 @@
 """Latents through the autoencoder's decoder to PNG files."""
 
-from __future__ import annotations
-
 import json
 import os
 import time

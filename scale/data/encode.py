@@ -1,7 +1,5 @@
 """Images through the autoencoder's encoder to shards of latents, on as many processes as torchrun started."""
 
-from __future__ import annotations
-
 import math
 import os
 import shutil

@@ -4,8 +4,6 @@ While it encodes, unfinished.json says by which settings, and each shard has a n
 has both is finished, and can be read. At the end the notes are joined in index.json, which is written last.
 """
 
-from __future__ import annotations
-
 import io
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Images from files to the device: decoded once, kept as one array, shuffled and flipped there."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator

@@ -1,7 +1,5 @@
 """Pixels as files have them, 0 … 255, and as networks do, −1 … 1."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 

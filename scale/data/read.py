@@ -1,7 +1,5 @@
 """Sources of images and latents: folders, archives, LSUN's lmdb and .npy files, read file by file without unpacking."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import tarfile

@@ -1,7 +1,5 @@
 """Networks that turn images into features, by name: inception, efficientnet-lite0, or any module:callable."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import io

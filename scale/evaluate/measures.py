@@ -4,8 +4,6 @@ The measures are torch-fidelity's: Fréchet distance, kernel distance, Inception
 features of the standard Inception network are the first two called FID and KID.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor

@@ -5,8 +5,6 @@ other files are not measured again, unchanged files are not even decoded again, 
 features of what it held before.
 """
 
-from __future__ import annotations
-
 import hashlib
 import heapq
 import json

@@ -1,7 +1,5 @@
 """Linear assignment on a GPU: an auction in Triton, with a bound that proves how good its pairing is."""
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -1,7 +1,5 @@
 """Whether the Triton kernels work on a GPU: tried once, and where they do not, matching goes the plain way."""
 
-from __future__ import annotations
-
 import importlib
 import warnings
 from functools import cache

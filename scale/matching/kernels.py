@@ -12,8 +12,6 @@ plain path and of the paper's loop, whatever has moved since. pool.index is the 
 of a label, or −1 once it is taken.
 """
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import torch

@@ -1,7 +1,5 @@
 """The noise pool at full speed: `dansm.NoisePool` returns one of these classes wherever scale/ is installed."""
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_left
 

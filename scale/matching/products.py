@@ -1,7 +1,5 @@
 """Inner products of samples and noises, as fast as each device computes them."""
 
-from __future__ import annotations
-
 from contextlib import contextmanager, nullcontext
 
 import torch

@@ -13,8 +13,6 @@ and, when fewer than four noises a sample are left in all, the costs of these in
 the bytes.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.distributed as group
 from torch import Tensor

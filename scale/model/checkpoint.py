@@ -1,8 +1,6 @@
 """Checkpoints: a run's folder keeps the last few. Each is written whole or not at all. Reading one runs no code from it
 and refuses a changed bit."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import pickle

@@ -1,7 +1,5 @@
 """Exports: the averaged weights alone, as safetensors, with what it takes to sample from them."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

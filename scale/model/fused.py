@@ -6,8 +6,6 @@ registers and writes the result once. Backward it reads the input and the gradie
 input and two numbers for each group are saved for the backward pass: the dropout's mask is drawn again.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 import triton

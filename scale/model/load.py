@@ -1,11 +1,9 @@
 """Trained models, read from the folder of a run, a checkpoint or an export."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -62,12 +60,12 @@ class Model(NamedTuple):
         """What `sample_images` decodes its samples with."""
         return self.decoder.decode if self.decoder else None
 
-    def on(self, device: torch.device, precision: str = "auto") -> Model:
+    def on(self, device: torch.device, precision: str = "auto") -> Self:
         """This model with its network on the device, in that precision, through the kernels if there are any."""
         return self._replace(net=sampler(self.net.to(device), device, precision))
 
     def with_decoder(self, file: Path | None, device: torch.device, precision: str,
-                     memory: float | None = None) -> Model:
+                     memory: float | None = None) -> Self:
         """This model with what decodes its latents on the device, in `memory` gigabytes; a model of images as it is.
 
         file  of --autoencoder

@@ -1,7 +1,5 @@
 """Recipes: the settings of a training run, checked, read from TOML files and written next to the run."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import json
@@ -155,7 +153,7 @@ class Kind(NamedTuple):
 
 
 def kind_of(name: str) -> Kind:
-    hint = SETTINGS[name].type  # a text: "tuple[int, ...] | None"
+    hint = str(SETTINGS[name].type)  # such as "tuple[int, ...] | None"
     types = {"bool": bool, "int": int, "float": float, "str": str}
     return Kind(types[re.search("|".join(types), hint)[0]], "tuple" in hint, "None" in hint)
 

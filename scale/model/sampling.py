@@ -1,7 +1,5 @@
 """From a trained network to images: drawn by their numbers, as bytes, as PNG files."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """The figures of dansm compare, grid, tsne, paths and loss."""
 
-from __future__ import annotations
-
 import textwrap
 from pathlib import Path
 

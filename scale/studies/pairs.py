@@ -1,7 +1,5 @@
 """Pairs of noise and sample that studies measure: a model's own, and those of data, matched or random."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from contextlib import closing

@@ -1,7 +1,5 @@
 """Whether the noises that a way of pairing hands to training still are N(0, I), which sampling starts from."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple

@@ -6,8 +6,6 @@ whatever ends them, and several calls share the runs, one on each GPU. How fast 
 device that has nothing else to do (speed.csv). `proof_summary` and `proof_figures` show what the tables mean.
 """
 
-from __future__ import annotations
-
 import csv
 import gc
 import json

@@ -1,8 +1,6 @@
 """The figures of `proof`: distance against images and minutes, what share of the images matching needs, and all ways of
 pairing side by side."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from statistics import fmean
 

@@ -1,7 +1,5 @@
 """The runs that `proof` compares, and the settings of each."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import shlex

@@ -1,7 +1,5 @@
 """What the distances of `proof` mean: how many images a way of pairing needs for the quality of random pairs."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """One style for all figures: a column of a paper wide, clear in grey too, saved as PNG and SVG."""
 
-from __future__ import annotations
-
 import io
 import re
 from pathlib import Path

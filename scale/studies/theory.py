@@ -1,8 +1,6 @@
 """What matching changes, measured without a model: how near greedy comes to the optimum, where along the images'
 principal directions the gain lies, and which noises a training sees."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

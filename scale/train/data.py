@@ -1,7 +1,5 @@
 """The data that a recipe names."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path

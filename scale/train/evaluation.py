@@ -1,7 +1,5 @@
 """A run evaluated while it trains: its log gets the measures that `dansm evaluate` takes of its checkpoints."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """The folder of a run: its checkpoints, its log, its recipe, and how a run is resumed from it."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

@@ -1,7 +1,5 @@
 """A training run: the loop of `dansm.train` with a log, checkpoints and evaluations, resumed where it stopped."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator

@@ -4,8 +4,6 @@ The loop is `dansm.train`; this is its step. Forward and backward of a network o
 launches, which take Python 120 ms and the GPU 50: so they are captured once as a CUDA graph and launched as one.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext

@@ -1,10 +1,9 @@
 """When a run stops or saves: steps, minutes, Ctrl-C, SIGTERM."""
 
-from __future__ import annotations
-
 import signal
 import time
 from collections.abc import Callable
+from typing import Self
 
 from ..base.processes import ranks
 from .step import FastTraining
@@ -27,7 +26,7 @@ class Interrupt:
     def __bool__(self) -> bool:
         return self.pressed
 
-    def __enter__(self) -> Interrupt:
+    def __enter__(self) -> Self:
         self.before = {number: signal.signal(number, self._press) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 

@@ -1,7 +1,5 @@
 """What several processes do together."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

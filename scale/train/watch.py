@@ -1,7 +1,5 @@
 """What is seen of a run while it trains: lines of its log, and a live line on the console."""
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
