@@ -28,6 +28,24 @@ def wait_for_all() -> None:
         group.barrier()
 
 
+def everyones(value) -> list:
+    """The value of every process, by rank. Every process must call it."""
+    values = [value] * ranks()[1]
+    if len(values) > 1:
+        group.all_gather_object(values, value)
+    return values
+
+
+@contextmanager
+def first_before_others() -> Iterator[None]:
+    """Let the first process pass the block before the others, which find what it has downloaded."""
+    if ranks()[0] > 0:
+        wait_for_all()
+    yield
+    if ranks()[0] == 0:
+        wait_for_all()
+
+
 @contextmanager
 def quiet(on: bool) -> Iterator[None]:
     """Keep the console silent, as all processes but the first do."""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich import box
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 console = Console()
@@ -21,6 +22,11 @@ def say(*words: str) -> None:
 
 def say_files(out: Path, *names: str) -> None:
     say("written:", ", ".join(str(out / name) for name in names))
+
+
+def with_bar(work: Iterable, text: str, total: float | None = None) -> Iterable:
+    """The items of `work`, under a progress bar. On a terminal the bar disappears when it is full."""
+    return track(work, text, total=total, console=console, transient=console.is_terminal)
 
 
 def counted(count: int, noun: str) -> str:

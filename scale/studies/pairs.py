@@ -1,13 +1,11 @@
 """Pairs of noise and sample that studies measure: a model's own, and those of data, matched or random."""
 
 import math
-from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import torch
-from rich.progress import track
 from torch import Tensor
 
 import dansm
@@ -15,7 +13,7 @@ from dansm import BadInput
 
 from ..base.noise import path_noise
 from ..base.statistics import mean_and_std
-from ..base.text import console, counted
+from ..base.text import counted, with_bar
 from ..data import loader
 from ..model import load
 from ..model.load import Model
@@ -23,11 +21,6 @@ from ..model.recipe import parse_counts
 
 MATCH_SIZES = (100, 1000, 10_000)  # the paper's
 SERVED_AT_ONCE = 250  # samples, the paper's batch
-
-
-def with_bar(work: Iterable, text: str, total: float | None = None) -> Iterable:
-    """The items of `work`, under a progress bar. On a terminal the bar disappears when it is full."""
-    return track(work, text, total=total, console=console, transient=console.is_terminal)
 
 
 def dimensions(shape: tuple[int, ...]) -> str:
