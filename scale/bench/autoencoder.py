@@ -37,7 +37,7 @@ def bench_autoencoder(shape: tuple[int, ...], samples: int | None, seed: int, de
     autoencoder = random_autoencoder({"latent_channels": shape[0]}, seed)
     size = shape[1] * autoencoder.shrinks
     files = samples or FILES.get(device.type, 8)
-    parameters = sum(weight.numel() for weight in autoencoder.weights.values())
+    parameters = sum(weight.numel() for weight in autoencoder.network.parameters())
     parts = [("encode", half_rows(autoencoder, Encoder, (3, size, size), device)),
              ("decode", half_rows(autoencoder, Decoder, shape, device)),
              ("the commands", command_rows(autoencoder, size, files, device))]

@@ -80,20 +80,16 @@ def killed():
 def weights(tmp_path_factory):
     """A small autoencoder as Stable Diffusion comes: one .ckpt."""
     pytest.importorskip("diffusers")
-    from autoencoders import SMALL, as_ckpt
+    from autoencoders import random_ckpt
 
-    from dansm.scale.data.autoencoder import random_autoencoder
-
-    return as_ckpt(tmp_path_factory.mktemp("weights") / "sd.ckpt", random_autoencoder(SMALL, 3).weights)
+    return random_ckpt(tmp_path_factory.mktemp("weights") / "sd.ckpt", 3)
 
 
 @pytest.fixture
 def other_weights(tmp_path):
-    from autoencoders import SMALL, as_ckpt
+    from autoencoders import random_ckpt
 
-    from dansm.scale.data.autoencoder import random_autoencoder
-
-    return as_ckpt(tmp_path / "other.ckpt", random_autoencoder(SMALL, 4).weights)
+    return random_ckpt(tmp_path / "other.ckpt", 4)
 
 
 @pytest.fixture

@@ -8,13 +8,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from autoencoders import SMALL, as_ckpt, as_safetensors, original
+from autoencoders import SMALL, as_ckpt, as_safetensors, original, original_name, write_settings
 from safetensors.torch import save_file
 from support import CPU
 
 from dansm import BadInput
 from dansm.scale.data import autoencoder
-from dansm.scale.data.autoencoder import Decoder, Encoder, original_name, random_autoencoder, read_autoencoder
+from dansm.scale.data.autoencoder import Decoder, Encoder, random_autoencoder, read_autoencoder
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -40,6 +40,13 @@ def folder(network, tmp_path):
     return tmp_path / "model" / "vae"
 
 
+def digest_of(weights):
+    """The digest of a network of these weights, which diffusers itself loads."""
+    made = random_autoencoder(SMALL)
+    made.network.load_state_dict(weights)
+    return made.digest
+
+
 def images(count=2, size=16):
     return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (count, 3, size, size), np.uint8))
 
@@ -54,7 +61,7 @@ def test_the_names_are_those_that_diffusers_reads(network, whole):
 
 def test_the_full_size_network_has_the_names_of_stable_diffusion():
     with torch.device("meta"):
-        names = {original_name(name, 4) for name in autoencoder._new_network(autoencoder.SETTINGS).state_dict()}
+        names = {original_name(name, 4) for name in autoencoder._new_network({}).state_dict()}
     assert len(names) == 248
     assert {"encoder.down.3.block.1.conv2.weight", "encoder.down.1.block.0.nin_shortcut.bias", "quant_conv.bias",
             "encoder.mid.attn_1.q.weight", "decoder.mid.attn_1.proj_out.weight", "decoder.norm_out.weight",
@@ -71,12 +78,14 @@ def test_every_form_gives_the_same_network(kind, whole, folder, tmp_path):
         path = as_safetensors(tmp_path / "sd.safetensors", whole, "first_stage_model." if kind[0] == "." else "")
     elif kind in ("old", "fp16"):
         path = folder
-        weights = {autoencoder.older_name(name): weight for name, weight in whole.items()}
+        weights = dict(whole)
+        for older, newer in autoencoder.OLDER_NAMES.items():
+            weights = {name.replace(newer, older): weight for name, weight in weights.items()}
         (folder / autoencoder.FILES[0]).unlink()
         save_file(weights, folder / (autoencoder.FILES[0] if kind == "old" else autoencoder.FILES[1]))
     read = read_autoencoder(path)
-    assert [*read.settings["block_out_channels"]] == [*SMALL["block_out_channels"]]
-    assert all(torch.equal(read.weights[name], weight) for name, weight in whole.items())
+    assert [*read.network.config.block_out_channels] == [*SMALL["block_out_channels"]]
+    assert all(torch.equal(read.network.state_dict()[name], weight) for name, weight in whole.items())
     assert read.digest == read_autoencoder(folder).digest and len(read.digest) == 64
 
 
@@ -95,10 +104,10 @@ def test_both_halves_compute_what_the_whole_does(network, folder):
     assert (scaled - unscaled).abs().max() > 5  # the factor is seen
 
 
-def test_a_half_holds_the_weights_of_no_other(folder):
+def test_a_half_holds_the_weights_of_no_other(folder, whole):
     read = read_autoencoder(folder)
     names = [name for name, _ in Encoder(read, CPU).net.named_parameters()]
-    assert len(names) == sum(name.startswith(("encoder", "quant_conv")) for name in read.weights)
+    assert len(names) == sum(name.startswith(("encoder", "quant_conv")) for name in whole)
 
 
 def test_factor_and_shift_are_the_folders_own_both_ways(folder):
@@ -136,8 +145,9 @@ def refused(path, *told):
         assert words in message, message
 
 
-def changed(path, weights, lacking="no weight at all", more=()):
+def changed(path, weights, lacking="no weight at all", more=(), **settings):
     """A .ckpt without the weights whose name matches, and with others."""
+    write_settings(path.parent, **settings)
     kept = {name: weight for name, weight in weights.items() if not re.search(lacking, name)}
     torch.save({"state_dict": {**kept, **dict(more)}}, path)
     return path
@@ -146,37 +156,35 @@ def changed(path, weights, lacking="no weight at all", more=()):
 def test_missing_keys_are_named_and_counted(whole, tmp_path):
     weights = original(whole)
     path = changed(tmp_path / "a.ckpt", weights, "decoder")
-    refused(path, str(path), "lacks", "152", "86", "decoder.conv_in.weight", "…")
+    refused(path, str(path), "Missing key", "decoder.conv_in.weight", "…")
     path = changed(tmp_path / "b.ckpt", weights, r"quant_conv\.bias$")
-    refused(path, "152", "quant_conv.bias, post_quant_conv.bias")
+    refused(path, '"quant_conv.bias", "post_quant_conv.bias"')
 
 
 @pytest.mark.parametrize(("lacking", "named"), [
-    (r"down\.2\.|up\.2\.", "encoder.down.1.downsample"),  # the deepest level, in both halves
-    (r"down\.2\.", "encoder.down.2.block.0.norm1.weight"),
-    (r"up\.2\.", "decoder.up.2.block.0.norm1.weight"),
-    (r"down\.\d\.block\.1", "encoder.down.0.block.1.norm1.weight"),
-    (r"up\.\d\.block\.2", "decoder.up.2.block.2.norm1.weight"),
-    (r"up\.0\.|up\.1\.", "decoder.up.1.block.0.norm1.weight"),
+    (r"down\.2\.", "encoder.down_blocks.2.resnets.0.norm1.weight"),
+    (r"up\.2\.", "decoder.up_blocks.0.resnets.0.norm1.weight"),
+    (r"up\.\d\.block\.2", "decoder.up_blocks.0.resnets.2.norm1.weight"),
+    (r"up\.0\.|up\.1\.", "decoder.up_blocks.1.resnets.0.norm1.weight"),
 ])
-def test_a_file_without_a_level_or_a_layer_is_no_smaller_autoencoder(lacking, named, tmp_path):
+def test_a_file_with_fewer_or_more_levels_is_no_other_autoencoder(lacking, named, tmp_path):
     like_sd = {"block_out_channels": (32, 64, 64), "layers_per_block": 2, "sample_size": 16}  # the last two are equal
-    weights = original(random_autoencoder(like_sd, 3).weights)
-    whole = read_autoencoder(changed(tmp_path / "whole.ckpt", weights))
-    assert whole.settings["layers_per_block"] == 2 and len(whole.weights) == 200
-    refused(changed(tmp_path / "partial.ckpt", weights, lacking), named)
+    weights = original(random_autoencoder(like_sd, 3).network.state_dict())
+    assert len(read_autoencoder(changed(tmp_path / "whole.ckpt", weights, **like_sd)).network.state_dict()) == 200
+    refused(changed(tmp_path / "partial.ckpt", weights, lacking, **like_sd), named)
+    refused(changed(tmp_path / "larger.ckpt", weights, **{**like_sd, "block_out_channels": (32, 64)}), "2 levels")
 
 
 def test_keys_that_are_not_of_the_network_are_named(whole, tmp_path):
     more = {f"first_stage_model.encoder.down.2.attn.0.{name}": torch.zeros(2) for name in ("norm.bias", "q.bias")}
     path = changed(tmp_path / "a.ckpt", original(whole), more=more)
-    refused(path, "152", *(name.removeprefix("first_stage_model.") for name in more))
+    refused(path, "Unexpected key", *(name.removeprefix("first_stage_model.") for name in more))
 
 
 def test_a_weight_of_another_shape_or_not_finite_is_named(whole, tmp_path):
     key = "first_stage_model.encoder.conv_in.bias"
     refused(changed(tmp_path / "a.ckpt", original(whole), more={key: torch.zeros(7)}),
-            "encoder.conv_in.bias (7,), not (32,)")
+            "encoder.conv_in.bias", "[7]", "[32]")
     refused(changed(tmp_path / "b.ckpt", original(whole), more={key: torch.full((32,), torch.nan)}),
             "NaN", "encoder.conv_in.bias")
 
@@ -204,14 +212,15 @@ def test_notes_of_a_trainer_that_is_not_installed_do_no_harm(whole, tmp_path, mo
     for name in ("pytorch_lightning", "pytorch_lightning.callbacks", kind.__module__):
         monkeypatch.setitem(sys.modules, name, type(sys)(name))
     sys.modules[kind.__module__].ModelCheckpoint = kind
-    path = as_ckpt(tmp_path / "sd.ckpt", whole, callbacks={kind: {"monitor": "val"}})
+    path = as_ckpt(tmp_path / "sd.ckpt", whole, {"callbacks": {kind: {"monitor": "val"}}})
     monkeypatch.undo()
-    assert len(read_autoencoder(path).weights) == 152
+    assert read_autoencoder(path).digest == digest_of(whole)
 
 
 def test_a_ckpt_of_an_old_torch_is_read(whole, tmp_path):
+    write_settings(tmp_path)
     torch.save({"state_dict": original(whole)}, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
-    assert len(read_autoencoder(tmp_path / "old.ckpt").weights) == 152
+    assert read_autoencoder(tmp_path / "old.ckpt").digest == digest_of(whole)
 
 
 @pytest.mark.parametrize("name", ["a.ckpt", "a.safetensors"])
@@ -222,30 +231,35 @@ def test_files_that_are_none_or_cut_off(name, content, whole, tmp_path):
     refused(path, str(path))
 
 
-def test_what_holds_no_autoencoder_is_refused(whole, folder, tmp_path):
+def test_what_holds_no_autoencoder_is_refused(folder, tmp_path):
     refused(tmp_path / "nowhere", "nowhere")
     save_file({"x": torch.zeros(2)}, tmp_path / "x.safetensors")
     refused(tmp_path / "x.safetensors", "x.safetensors", "first_stage_model.")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "config.json")
-    save_file(whole, tmp_path / "alone.safetensors")
-    refused(tmp_path / "alone.safetensors", "config.json")
     settings = folder / "config.json"
     before = settings.read_text()
     settings.write_text(before.replace("AutoencoderKL", "UNet2DModel"))
     refused(folder, "UNet2DModel")
     settings.write_text("[]")
-    refused(folder, "config.json")
+    refused(folder, str(folder))
     settings.write_text(json.dumps({**json.loads(before), "block_out_channels": [32, 33]}))
     refused(folder, str(folder))
     settings.write_text(before)
     (folder / autoencoder.FILES[0]).unlink()
-    refused(folder, autoencoder.FILES[0])
+    refused(folder, ".safetensors")
 
 
-def test_a_missing_diffusers_is_named(folder, monkeypatch):
-    monkeypatch.setitem(sys.modules, "diffusers", None)
-    refused(folder, "pip install 'dansm[latent]'")
+def test_settings_are_stable_diffusions_where_none_lie_beside(monkeypatch, whole, tmp_path):
+    monkeypatch.setattr(autoencoder, "SETTINGS", {**autoencoder.SETTINGS, **SMALL})
+    torch.save(original(whole), tmp_path / "sd.ckpt")
+    assert read_autoencoder(tmp_path / "sd.ckpt").digest == digest_of(whole)
+
+
+def test_a_missing_diffusers_is_named(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers.loaders.single_file_utils", None)
+    code, _, err = run("decode", "latents.npy", "--autoencoder", "vae", "--device", "cpu")
+    assert code == 2 and err.count("\n") == 1 and "pip install 'dansm[latent]'" in err
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])

@@ -18,9 +18,9 @@ from dansm.scale.model import checkpoint
 
 pytest.importorskip("diffusers")
 
-from autoencoders import SMALL, as_ckpt, as_folder_of_diffusers
+from autoencoders import as_folder_of_diffusers, random_ckpt
 
-from dansm.scale.data.autoencoder import Decoder, random_autoencoder, read_autoencoder
+from dansm.scale.data.autoencoder import Decoder, read_autoencoder
 
 
 def drawing(model, *options):
@@ -37,8 +37,7 @@ def test_the_whole_chain_from_an_lmdb_to_pictures(kind, encoded, trained, run, r
     assert Image.open(tmp_path / "samples" / "000004.png").size == (16, 16)
     assert json.loads((tmp_path / "samples" / "sample.json").read_text())["autoencoder"] == str(weights)
     assert "--autoencoder" in refused(*drawing(tmp_path / "run"))
-    eight = random_autoencoder({**SMALL, "latent_channels": 8}, 4)
-    for other in (other_weights, as_ckpt(tmp_path / "eight.ckpt", eight.weights)):
+    for other in (other_weights, random_ckpt(tmp_path / "eight.ckpt", 4, latent_channels=8)):
         assert str(other) in refused(*drawing(tmp_path / "run", "--autoencoder", other))
 
 
@@ -84,7 +83,7 @@ def test_latents_of_another_factor_are_told_by_the_run_itself(name, setting, run
 
 
 def test_latents_of_three_channels_are_no_pictures(run, refused, encoded, trained, tmp_path):
-    weights = as_ckpt(tmp_path / "3.ckpt", random_autoencoder({**SMALL, "latent_channels": 3}, 3).weights)
+    weights = random_ckpt(tmp_path / "3.ckpt", 3, latent_channels=3)
     code, said, err = trained(encoded("three", weights=weights), 1, "--flow", "diffusion")
     assert code == 0 and "9 latents of 3×4×4" in said and not list((tmp_path / "run").glob("*.png")), err
     assert "3 channels" in refused(*drawing(tmp_path / "run"))
