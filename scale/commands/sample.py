@@ -8,13 +8,15 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.progress import track
 
 from dansm import BadInput
 
 from ..base.files import make_folder, write_json
 from ..base.machine import hardware, pick_device
-from ..base.text import Stopped, console, counted, say, say_files
+from ..base.text import Stopped, counted, say, say_files, with_bar
+from ..model import sampling
+from ..model.checkpoint import newest
+from ..model.load import load_model
 from .options import DecodeMemory, DecodeWith, Device, Model, Out, Precision, SampleBatch, Seed, Solver, command_app
 
 SHOWN = 400  # images in samples.png at most
@@ -38,9 +40,6 @@ def sample(
     out: Out = Path("runs/sample"),
 ) -> None:
     """Draw images from a trained network. Image 17 of a seed is the same for any --count and --batch."""
-    from ..model import sampling
-    from ..model.load import load_model
-
     device = pick_device(device)
     trained = load_model(model, solver)
     sampling.check_steps("--steps", steps, type(trained.flow))
@@ -49,7 +48,7 @@ def sample(
     made_from = {"checkpoint": str(trained.about["file"]), "trained_steps": trained.about["step"], "steps": steps,
                  "solver": solver, "precision": precision, "seed": seed,
                  "autoencoder": autoencoder and str(autoencoder)}
-    _check_folder(out, made_from, count)
+    check_folder(out, made_from, count)
     if files:
         write_json(out / "sample.json", {**made_from, "count": 0})  # so that after a kill the same call may repeat
     begin = time.perf_counter()
@@ -60,7 +59,7 @@ def sample(
     done = 0
     shown = []
     try:
-        for images in track(draws, "sampling", total=math.ceil(count / batch), console=console):
+        for images in with_bar(draws, "sampling", math.ceil(count / batch)):
             if files:
                 for number, image in enumerate(images, done):
                     sampling.save_grid(image[None], out / f"{number:06d}.png", enlarge=1)
@@ -79,34 +78,19 @@ def sample(
         raise Stopped(f"stopped after {done:,} of {counted(count, 'image')}")
 
 
-def _check_folder(out: Path, made_from: dict, count: int) -> None:
-    """BadInput if `out` holds anything that this call would overwrite or mix with its own images."""
-    from ..model.checkpoint import newest
-
+def check_folder(out: Path, made_from: dict, count: int) -> None:
+    """BadInput if `out` holds a run, or images that this call would mix with its own."""
     if newest(out):
-        raise BadInput(f"--out is {out}, which holds a run, whose samples.png this would overwrite: expected another "
-                       "folder")
-    check_foreign_samples(out, (out / "sample.json").exists())
-    there = len(list(out.glob("[0-9]*.png")))
-    differences = _differences(out / "sample.json", made_from)
-    if there > count:
-        differences.append(f"count {there} → {count}")
-    if there and differences:  # whoever evaluates the folder would take them for images of one model
-        raise BadInput(f"--out is {out}, which holds {counted(there, 'image')} of another call "
+        raise BadInput(f"--out is {out}, which holds a run with its own samples.png: expected another folder")
+    held = len(list(out.glob("[0-9]*.png")))
+    if not held:
+        return
+    description = out / "sample.json"
+    before = json.loads(description.read_text()) if description.exists() else {}
+    differences = [f"{name} {before.get(name)} → {value}" for name, value in made_from.items()
+                   if before.get(name) != value]
+    if held > count:
+        differences.append(f"count {held} → {count}")
+    if differences:  # whoever evaluates the folder would take them for images of one model
+        raise BadInput(f"--out is {out}, which holds {counted(held, 'image')} of another call "
                        f"({', '.join(differences)}): expected another folder, or the same call with at least as many")
-
-
-def _differences(description: Path, made_from: dict) -> list[str]:
-    """What another call than this one made the images from, which `description` describes, as "steps 2 → 3"."""
-    try:
-        before = json.loads(description.read_text())
-    except (OSError, ValueError):
-        before = {}
-    return [f"{name} {before.get(name)} → {value}" for name, value in made_from.items() if before.get(name) != value]
-
-
-def check_foreign_samples(out: Path, ours: bool) -> None:
-    """BadInput if `out` holds a samples.png, and no file next to it shows that a call of `dansm` wrote it."""
-    if not ours and (out / "samples.png").exists():
-        raise BadInput(f"--out is {out}, which holds a samples.png that no dansm wrote, as it seems: expected another "
-                       "folder, or to move that file away")

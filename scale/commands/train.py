@@ -5,30 +5,26 @@ import shlex
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated
 
 import torch
 import typer
 from rich.markup import escape
-from rich.progress import track
 
-import dansm
 from dansm import BadInput
 
 from ..base.files import make_folder, write_json
 from ..base.locks import owning
 from ..base.machine import hardware, pick_device
 from ..base.processes import processes, quiet, ranks
-from ..base.text import Stopped, console, counted, say, say_files
+from ..base.text import Stopped, counted, say, say_files, with_bar
 from ..data import loader
 from ..data.latents import known_of
 from ..model import checkpoint
-from ..model.recipe import REMOVED, RENAMED, SETTINGS, Recipe, kind_of, load, names, shown
-from ..model.sampling import check_steps
+from ..model.recipe import RENAMED, SETTINGS, Recipe, load, names, shown
 from ..train import run as training
-from ..train.data import read_data
 from .options import Device
-from .sample import check_foreign_samples
 
 VALUES = {int: "N", float: "X", str: "NAME"}  # in the help
 
@@ -37,9 +33,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 def describe() -> str:
     """The help of the command, with a line for each recipe."""
-    recipes = names()
-    width = max(map(len, recipes))
-    lines = "\n".join(f"  {name:{width}}  {what}" for name, what in recipes.items())
+    lines = "\n".join(f"  {name:17}  {what}" for name, what in names().items())
     return ("Train on images by a recipe. Ctrl-C saves; the same command resumes.\n\n"
             "Writes checkpoint-00001200.pt (of its step; the last few), metrics.jsonl, train.json, recipe.toml and "
             "samples.png into --out.\n\n"
@@ -51,38 +45,29 @@ def describe() -> str:
 def with_settings(command: Callable) -> Callable:
     """Give the command an option for each setting of a recipe, None where it is not given. Options of earlier versions
     are hidden: `load` refuses them and names the new one."""
-    own, *others = [parameter for parameter in inspect.signature(command, eval_str=True).parameters.values()
-                    if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
-    options = {name: option_of(name, name) for name in SETTINGS}
-    options |= {old: option_of(old, new, hidden=True) for old, new in RENAMED.items()}
-    options |= {old: Annotated[str | None, typer.Option(hidden=True)] for old in REMOVED}
-    settings = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-                for name, annotation in options.items()]
-    command.__signature__ = inspect.Signature([own, *settings, *others])
+    options = {name: option_of(name, rules) for name, rules in SETTINGS.items()}
+    options |= {old: option_of(old, SETTINGS[new], hidden=True) for old, new in RENAMED.items()}
+    signature = inspect.signature(command)
+    parameters = [parameter for name, parameter in signature.parameters.items() if name != "given"]
+    parameters += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+                   for name, annotation in options.items()]
+    command.__signature__ = signature.replace(parameters=parameters)
     return command
 
 
-def option_of(name: str, setting: str, hidden: bool = False):
+def option_of(name: str, rules: SimpleNamespace, hidden: bool = False):
     """The option called `name` of a setting. Values are taken as text, which the recipe checks as it checks files."""
-    field, kind = SETTINGS[setting], kind_of(setting)
-    rules = field.metadata
     option = name.replace("_", "-")
-    text = rules["text"]
-    if rules["choices"]:
-        text += ": " + ", ".join(rules["choices"])
-    if not kind.optional and name != "data":
-        text += f" [{in_words(field.default)}]"
-    about = dict(help=escape(text), rich_help_panel=rules["part"], hidden=hidden)
-    if kind.type is bool:
+    text = rules.text
+    if rules.choices:
+        text += ": " + ", ".join(rules.choices)
+    if not rules.optional and name != "data":
+        text += f" [{shown(rules.default).lower() or 'none'}]"
+    about = dict(help=escape(text), rich_help_panel=rules.part, hidden=hidden)
+    if rules.kind is bool:
         return Annotated[bool | None, typer.Option(f"--{option}/--no-{option}", **about)]
-    value = VALUES[kind.type] + (",…" if kind.several else "")
+    value = VALUES[rules.kind] + (",…" if rules.several else "")
     return Annotated[str | None, typer.Option(f"--{option}", metavar=value, **about)]
-
-
-def in_words(default) -> str:
-    if isinstance(default, bool):
-        return "yes" if default else "no"
-    return shown(default) or "none"
 
 
 @app.command(help=describe())
@@ -104,43 +89,17 @@ def train(
         "--all-steps", help="exit with 130 unless all --steps are done, for scripts")] = False,
     **given,
 ) -> None:
-    overrides = {name: parse(name, value) for name, value in given.items() if value is not None}
     device = pick_device(device)
     path = Path(recipe)
     if path.is_dir() and recipe not in names() and checkpoint.newest(path):
         raise BadInput(f"{recipe} is a run, not data: expected its recipe, {path / 'recipe.toml'}, to resume it")
-    settings = load(recipe, overrides)
-    if recipe in names() and recipe.startswith("latent"):
-        check_latents(settings.data)
+    settings = load(recipe, {name: value for name, value in given.items() if value is not None})
     try:
         finished = run(settings, out or folder_of_run(recipe), device, fresh)
     except KeyboardInterrupt as stop:
         raise Stopped("stopped at once; what was saved before is kept") from stop
     if all_steps and not finished:
         raise Stopped("not all steps are done, as --all-steps requires")
-
-
-def parse(name: str, text: str | bool):
-    """The value of a setting from text, or the text itself if it has none, which the recipe then refuses."""
-    if name not in SETTINGS:
-        return text
-    kind = kind_of(name)
-    if kind.type in (str, bool):
-        return text
-    parts = text.split(",") if text else []
-    try:
-        return [kind.type(part) for part in parts] if kind.several else kind.type(text)
-    except ValueError:
-        return text
-
-
-def check_latents(source: str) -> None:
-    """BadInput if the data of a recipe for latents is missing, or is images."""
-    path = Path(source)
-    if not path.exists() or loader.files_of(path)[0].suffix.lower() != ".npy":
-        problem = "holds images" if path.exists() else "does not exist"
-        raise BadInput(f"{source} {problem}: expected latents, which dansm encode makes of images, there or in the "
-                       "folder that --data names")
 
 
 def folder_of_run(source: str) -> Path:
@@ -155,32 +114,24 @@ def folder_of_run(source: str) -> Path:
 def run(recipe: Recipe, out: Path, device: torch.device, fresh: bool) -> bool:
     """Read the data, train, and write what the run was with a grid of samples. Returns whether all steps are done.
     Under torchrun every process does so, and the first one prints and writes."""
-    check_steps("--sample-steps", recipe.sample_steps, dansm.FLOWS[recipe.flow])
     loader.check_out(recipe.data, out)
     is_new = not out.exists()
     make_folder(out)
-    check_foreign_samples(out, bool(checkpoint.newest(out)) or (out / "metrics.jsonl").exists())
     with processes(device) as device:
         first = ranks()[0] == 0
         try:
             with owning(out) if first else nullcontext(), quiet(not first):
                 return read_and_train(recipe, out, device, fresh)
         except BadInput:
-            if is_new and first:
-                remove_empty(out)
+            if is_new and first and [path.name for path in out.iterdir()] == [".lock"]:  # nothing was written
+                (out / ".lock").unlink()
+                out.rmdir()
             raise
-
-
-def remove_empty(out: Path) -> None:
-    """Remove the folder of a run that was refused before it wrote anything."""
-    if [path.name for path in out.iterdir()] in ([], [".lock"]):
-        (out / ".lock").unlink(missing_ok=True)
-        out.rmdir()
 
 
 def read_and_train(recipe: Recipe, out: Path, device: torch.device, fresh: bool) -> bool:
     training.check(recipe, device)
-    images, left_out = read_data(recipe)
+    images, left_out = training.read_data(recipe)
     advise(recipe, device)
     summary, net, flow = training.fit(images, recipe, out=out, fresh=fresh, device=device)
     finished = summary["steps"] >= recipe.steps
@@ -197,13 +148,14 @@ def read_and_train(recipe: Recipe, out: Path, device: torch.device, fresh: bool)
     elif finished:
         say(f"already at step {summary['steps']:,} of --steps {recipe.steps:,}: nothing to do; more --steps resume it")
     if not finished:
-        command = "the same command without --fresh" if fresh else "the same command"
-        say(f"stopped at step {summary['steps']:,} of {recipe.steps:,}, saved; {command} resumes")
+        say(f"stopped at step {summary['steps']:,} of {recipe.steps:,}, saved;",
+            "the same command without --fresh resumes")
     pictures = known_of(images) is None
     drawn = grid.exists() and grid.stat().st_mtime >= saved.stat().st_mtime  # from this checkpoint
     if pictures and not drawn and not summary["interrupted"]:
         try:
-            training.draw_grid(net, flow, recipe, device, grid, batch=8, track=track_sampling)  # 8: shows the time left
+            training.draw_grid(net, flow, recipe, device, grid, batch=8,  # so that the bar shows the time left
+                               track=lambda draws: with_bar(draws, "sampling", total=8))
         except KeyboardInterrupt as stop:
             raise Stopped(f"stopped; the run is saved in {saved}") from stop
         written.insert(0, "samples.png")
@@ -222,7 +174,3 @@ def advise(recipe: Recipe, device: torch.device) -> None:
     if recipe.method == "greedy" and recipe.match_size > samples:
         say(f"the pool of {counted(recipe.match_size, 'noise')} outlasts the {counted(samples, 'image')} of all steps:",
             "those trained on are not N(0, I); a smaller --match-size, emptied several times, is safer")
-
-
-def track_sampling(draws):
-    return track(draws, "sampling", total=8, console=console)

@@ -16,7 +16,7 @@ from dansm import BadInput
 
 from ..base.files import replacing
 from ..base.machine import lacks_memory
-from ..base.text import say
+from ..base.text import say, shorten
 from .recipe import with_new_names
 
 VERSION = 2
@@ -24,7 +24,7 @@ NAME = re.compile(r"checkpoint-(\d{8,})\.pt")
 MARK = b"sha256:"  # the file ends in this and 64 hexadecimal digits, the checksum of all bytes before the digits
 DIGITS = 64
 BLOCK = 2**22  # bytes that are hashed at a time
-EXPECTED = "expected a checkpoint that dansm train wrote"
+EXPECTED = "expected what dansm train or dansm export wrote"
 
 
 # ------------ Writing -------------------------------------------------------------------------------------------------
@@ -40,19 +40,18 @@ def save(out: Path, state: dict, keep: int = 3, *, drop: Collection[Path] = ()) 
     keep    how many checkpoints to keep, this one included; at least 1
     drop    checkpoints that do not lead to this one: those of another run, or damaged ones
 
-    The older checkpoints stay whole if the process is killed at any moment: this one is written under another name,
-    flushed to the disk and renamed. Only then the oldest are removed, with those to drop and those of later steps.
-    Raises BadInput for a full or failing disk, which leaves the older checkpoints untouched.
+    The older checkpoints stay whole if the process is killed at any moment, and if BadInput is raised for a full or
+    failing disk. Once this one is on the disk, the oldest are removed, with those to drop and those of later steps.
     """
     path = out / f"checkpoint-{state['training']['step']:08d}.pt"
     for unfinished in out.glob("checkpoint-*.partial"):  # of a process that was killed
         unfinished.unlink(missing_ok=True)
     write(path, state)
-    others = [other for other in checkpoints(out) if other != path]
-    stale = [other for other in others if other in drop or _step_of(other) > _step_of(path)]
-    earlier = [other for other in others if other not in stale]
-    for other in stale + earlier[max(keep, 1) - 1 :]:
-        other.unlink(missing_ok=True)
+    newest_first = checkpoints(out)
+    earlier = [other for other in newest_first[newest_first.index(path) + 1 :] if other not in drop]
+    for other in newest_first:
+        if other not in (path, *earlier[: keep - 1]):
+            other.unlink(missing_ok=True)
     return path
 
 
@@ -71,7 +70,7 @@ def write(path: Path, state: dict) -> None:
 
 
 def _digest(file: IO[bytes], size: int) -> bytes:
-    """The SHA-256 of the first `size` bytes of an open file, in hexadecimal. The file is left at their end."""
+    """The SHA-256 of the first `size` bytes of a file, in hexadecimal. The file is left at their end."""
     digest = hashlib.sha256()
     file.seek(0)
     for start in range(0, size, BLOCK):
@@ -84,8 +83,8 @@ def _digest(file: IO[bytes], size: int) -> bytes:
 
 def checkpoints(out: Path) -> list[Path]:
     """The checkpoints in the folder `out`, newest first."""
-    return sorted((path for path in out.glob("checkpoint-*.pt") if NAME.fullmatch(path.name)), key=_step_of,
-                  reverse=True)
+    paths = [path for path in out.glob("checkpoint-*.pt") if NAME.fullmatch(path.name)]
+    return sorted(paths, key=lambda path: int(NAME.fullmatch(path.name)[1]), reverse=True)
 
 
 def newest(out: Path) -> Path | None:
@@ -93,27 +92,19 @@ def newest(out: Path) -> Path | None:
     return next(iter(checkpoints(out)), None)
 
 
-def _step_of(path: Path) -> int:
-    return int(NAME.fullmatch(path.name)[1])
-
-
 def load_newest(out: Path) -> tuple[Path, dict] | None:
     """The newest readable checkpoint in the folder `out`: its path and its state. None where there is no checkpoint.
 
     Newer checkpoints that cannot be read are named on the console. Raises BadInput if none can be read.
     """
-    errors = []
-    for path in checkpoints(out):
+    paths = checkpoints(out)
+    for path in paths:
         try:
-            state = load(path)
+            return path, load(path)
         except BadInput as error:
-            errors.append(error)
-        else:
-            for error in errors:
-                say(f"{error}; {path.name} is used instead")
-            return path, state
-    if errors:
-        raise BadInput(f"{out} holds no checkpoint that can be read: {errors[0]}")
+            say(f"{error}; the checkpoint before it is tried")
+    if paths:
+        raise BadInput(f"{paths[0]} cannot be used, nor any checkpoint before it: {EXPECTED}")
     return None
 
 
@@ -122,29 +113,15 @@ def load(path: Path) -> dict:
 
     Raises BadInput for anything but a checkpoint that is to the last bit as it was written.
     """
-    _check_bits(path)
     with reading(path):
+        with open(path, "rb") as file:
+            size = max(0, file.seek(0, os.SEEK_END) - DIGITS)
+            if _digest(file, size) != file.read():
+                raise BadInput("its checksum is wrong or missing")
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["dansm"] != VERSION:
-            raise BadInput(f"{path} is of version {state['dansm']!r:.20}: expected one of version {VERSION}")
+            raise BadInput(f"it is of version {state['dansm']!r:.20}, not {VERSION}")
         return state | {"recipe": with_new_names(state["recipe"])}
-
-
-def _check_bits(path: Path) -> None:
-    """BadInput unless the file is to the last bit as `write` left it."""
-    problem = ""
-    try:
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END) - DIGITS
-            file.seek(max(size - len(MARK), 0))
-            if size < 0 or file.read(len(MARK)) != MARK:
-                problem = "it does not end in a checksum, so it was cut short or another program wrote it"
-            elif _digest(file, size) != file.read(DIGITS):
-                problem = "its checksum is another, so it was changed after it was written"
-    except OSError as error:
-        problem = error.strerror or str(error)
-    if problem:
-        raise BadInput(f"{path} cannot be used: {problem}; {EXPECTED}")
 
 
 @contextmanager
@@ -153,11 +130,8 @@ def reading(path: Path) -> Iterator[None]:
     A lack of memory is not the file's fault and stays the error it is."""
     try:
         yield
-    except BadInput as error:
-        if str(path) in str(error):
+    except (OSError, LookupError, TypeError, ValueError, AttributeError, RuntimeError, pickle.UnpicklingError) as error:
+        if lacks_memory(error) or (isinstance(error, BadInput) and str(path) in str(error)):
             raise
-        raise BadInput(f"{path}: {error}") from error
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, pickle.UnpicklingError) as error:
-        if lacks_memory(error):
-            raise
-        raise BadInput(f"{path} has other content than a checkpoint of version {VERSION}: {EXPECTED}") from error
+        reason = getattr(error, "strerror", None) or shorten(" ".join(str(error).split()), 200)
+        raise BadInput(f"{path} cannot be used ({reason}): {EXPECTED}") from error

@@ -10,14 +10,13 @@ from torch import Tensor
 
 from dansm import BadInput, Diffusion, RectifiedFlow, UNet
 
-from ..base.text import counted, shorten
+from ..base.text import counted
 from ..data.autoencoder import Decoder, read_autoencoder
 from . import checkpoint
-from .recipe import make_flow, with_new_names
+from .recipe import make_flow
 from .sampling import check_steps, sampler
 
 DESCRIBED = ("dansm", "network", "flow", "times", "step", "decay", "data", "recipe", "latents", "images")
-EXPORT = "expected a file that dansm export wrote"
 
 
 class Model(NamedTuple):
@@ -114,15 +113,11 @@ def load_models(paths: list[Path], steps: list[int], *, solver: str = "euler",
 
 
 def labels_by_path(paths: Iterable[Path]) -> list[str]:
-    """A name for each path, all different: a run's folder's, a checkpoint's folder's or an export's. Several
-    checkpoints of one run are told apart by their files' names, other equal names by a number."""
-    paths = [Path(path).resolve() for path in paths]
-    names = [path.parent.name if checkpoint.NAME.fullmatch(path.name) else path.stem for path in paths]
-    if len(set(names)) < len(names):
-        names = [f"{name} {path.stem}" if checkpoint.NAME.fullmatch(path.name) else name
-                 for name, path in zip(names, paths, strict=True)]
-    before = [names[:i].count(name) for i, name in enumerate(names)]
-    return [f"{name} ({count + 1})" if count else name for name, count in zip(names, before, strict=True)]
+    """A name for each path: a run's folder's, a checkpoint's folder's or an export's. Where several would have the same
+    name, the paths themselves."""
+    resolved = [Path(path).resolve() for path in paths]
+    names = [path.parent.name if checkpoint.NAME.fullmatch(path.name) else path.stem for path in resolved]
+    return [str(path) if names.count(name) > 1 else name for path, name in zip(paths, names, strict=True)]
 
 
 def load_model(path: Path, solver: str = "euler", label: str | None = None) -> Model:
@@ -140,16 +135,10 @@ def load_model(path: Path, solver: str = "euler", label: str | None = None) -> M
 
 def build(weights: dict[str, Tensor], about: dict, solver: str = "euler") -> tuple[UNet, RectifiedFlow | Diffusion]:
     """The network with these weights, and its flow. Raises BadInput for weights that are not that network's."""
-    path, recipe = about["file"], about["recipe"]
-    with checkpoint.reading(path):
+    with checkpoint.reading(about["file"]):
         net = UNet(**about["network"])
-        flow = make_flow(recipe, about["latents"] is None, solver)
-        try:
-            net.load_state_dict(weights)
-        except RuntimeError as error:  # it names the weights, in several lines
-            reason = " ".join(str(error).split())
-            raise BadInput(f"{path} has other weights than the network it names: {shorten(reason, 200)}") from error
-    return net, flow
+        net.load_state_dict(weights)
+        return net, make_flow(about["recipe"], about["latents"] is None, solver)
 
 
 def read_average(path: Path, average: int = 0) -> tuple[dict[str, Tensor], dict]:
@@ -159,38 +148,34 @@ def read_average(path: Path, average: int = 0) -> tuple[dict[str, Tensor], dict]
     """
     if path.suffix == ".safetensors" and not path.is_dir():
         return _read_export(path)
-    if path.is_dir():
-        newest = checkpoint.load_newest(path)
-        if newest is None:
-            raise BadInput(f"{path} holds no checkpoint: expected the folder that a dansm train wrote into")
+    if not path.is_dir():
+        state = checkpoint.load(path)
+    elif newest := checkpoint.load_newest(path):
         path, state = newest
     else:
-        state = checkpoint.load(path)
+        raise BadInput(f"{path} holds no checkpoint: expected the folder that a dansm train wrote into")
     with checkpoint.reading(path):
         averages, recipe = state["training"]["averages"], state["recipe"]
         if average >= len(averages):
-            held = ", ".join(f"{number}: decay {one['decay']}" for number, one in enumerate(averages))
-            raise BadInput(f"--average is {average}: {path} holds {held}; expected one of these numbers")
-        about = {"file": path, "dansm": checkpoint.VERSION, "network": state["network"], "flow": recipe["flow"],
-                 "times": recipe["times"], "step": state["training"]["step"], "decay": averages[average]["decay"],
-                 "data": state["data"], "recipe": recipe, "latents": state["latents"], "images": state["images"]}
+            decays = ", ".join(f"{number}: decay {other['decay']}" for number, other in enumerate(averages))
+            raise BadInput(f"--average is {average}: {path} holds {decays}; expected one of these numbers")
+        about = {name: state[name] for name in ("dansm", "network", "data", "recipe", "latents", "images")}
+        about |= {"file": path, "flow": recipe["flow"], "times": recipe["times"], "step": state["training"]["step"],
+                  "decay": averages[average]["decay"]}
         return averages[average]["weights"], about
 
 
 def _read_export(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """The weights in a .safetensors file, and what `export` wrote next to them."""
     from safetensors import SafetensorError, safe_open
 
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-        about = {name: json.loads(metadata[name]) for name in DESCRIBED}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise BadInput(f"{path} cannot be read ({error}): {EXPORT}") from error
-    except KeyError as error:
-        raise BadInput(f"{path} does not say what its weights are, its metadata lacks {error}: {EXPORT}") from error
-    if about["dansm"] != checkpoint.VERSION:
-        raise BadInput(f"{path} is of version {about['dansm']!r:.20}: {EXPORT}, of version {checkpoint.VERSION}")
     with checkpoint.reading(path):
-        return weights, {"file": path, **about, "recipe": with_new_names(about["recipe"])}
+        try:
+            file = safe_open(path, "pt")
+        except SafetensorError as error:
+            raise BadInput(str(error)) from error
+        with file:
+            about = {name: json.loads(file.metadata()[name]) for name in DESCRIBED}
+            if about["dansm"] != checkpoint.VERSION:
+                raise BadInput(f"it is of version {about['dansm']!r:.20}, not {checkpoint.VERSION}")
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+    return weights, {"file": path, **about}

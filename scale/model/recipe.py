@@ -4,12 +4,14 @@ import dataclasses
 import difflib
 import json
 import math
-import re
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
+from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import dansm
 from dansm import BadInput
@@ -19,21 +21,14 @@ from ..base.text import shorten
 
 RECIPES = Path(__file__).with_name("recipes")
 RENAMED = {"pool": "pool_dtype", "fast": "tf32", "decay": "ema_decay", "resident": "data_on_gpu"}
-REMOVED = {"ages": "on CIFAR-10 several pools were level with one, at four times the memory"}
 
 
-def setting(part: str, text: str, default: Any = dataclasses.MISSING, *, least: float | None = None,
-            most: float | None = None, choices=(), empty: bool = False, free: bool = False):
-    """A field of `Recipe`.
-
-    part, text   its heading and its help
-    least, most  bounds of a number, or of each of several numbers
-    choices      the words that are allowed
-    empty        a list of numbers may be empty
-    free         may change when a run resumes
-    """
-    return dataclasses.field(default=default, metadata=dict(
-        part=part, text=text, least=least, most=most, choices=tuple(choices), empty=empty, free=free))
+def setting(part: str, text: str, default: Any = dataclasses.MISSING, *, least: float = 0, most: float = math.inf,
+            choices: Iterable[str] = (), empty: bool = False, free: bool = False):
+    """A field of `Recipe` with its heading, its help and what it may be: a number from least to most, one of the
+    choices, an empty list. What is free may change when a run resumes."""
+    rules = dict(part=part, text=text, least=least, most=most, choices=tuple(choices), empty=empty, free=free)
+    return dataclasses.field(default=default, metadata=rules)
 
 
 in_data = partial(setting, "Data")
@@ -50,7 +45,7 @@ class Recipe:
     whole number as a float where the setting has these."""
 
     data: str = in_data("cifar10, or the path of a folder or archive of images, an lmdb, or latents")
-    size: int = in_data("resize images to squares of this many pixels; 0: as they are", 0, least=0, most=4096)
+    size: int = in_data("resize images to squares of this many pixels; 0: as they are", 0, most=4096)
     flip: bool | None = in_data("mirror a random half of the images in each epoch [images yes, latents no]", None)
     skip_unreadable: bool = in_data("leave out images that cannot be read", False)
     cache: str = in_data("folder that keeps the decoded images; several processes share them in any case, in "
@@ -63,14 +58,14 @@ class Recipe:
     multipliers: tuple[int, ...] | None = in_network("of the width, one for each level", None, least=1)
     blocks: int | None = in_network("residual blocks at each level", None, least=1)
     attention_at: tuple[int, ...] | None = in_network("image sizes with attention", None, least=1, empty=True)
-    dropout: float | None = in_network("share of activations dropped", None, least=0, most=1)
+    dropout: float | None = in_network("share of activations dropped", None, most=1)
 
     flow: str = in_flow("what the network learns", "rectified", choices=dansm.FLOWS)
     times: str = in_flow("distribution of the training times t", "uniform", choices=dansm.TIMES)
     target: str = in_flow("what a diffusion's network predicts", "noise", choices=dansm.TARGETS)
     method: str = in_flow("how noises are paired with samples; the paper's is greedy", "greedy", choices=dansm.METHODS)
     match_size: int = in_flow("greedy: noises in the pool, 0 or 1 gives random pairs; optimal: samples assigned "
-                              "together; nearest: noises drawn for each sample", 10_000, least=0)
+                              "together; nearest: noises drawn for each sample", 10_000)
     cost: str = in_flow("what near means: squared distance, as in the paper, or −⟨x, z⟩", "squared",
                         choices=dansm.COSTS)
     match_scope: str = in_flow("a pool for each process, or one over all", "rank", choices=("rank", "global"))
@@ -80,25 +75,24 @@ class Recipe:
     batch: int = in_steps("samples in a step, over all processes together", 128, least=1)
     accumulate: int = in_steps("parts into which a process cuts its share of the batch", 1, least=1)
     lr: float = in_steps("learning rate of Adam", 2e-4, least=1e-9, most=1e30)
-    warmup: int = in_steps("steps over which the learning rate rises", 0, least=0)
+    warmup: int = in_steps("steps over which the learning rate rises", 0)
     clip: float = in_steps("largest norm of the gradient", 1.0, least=1e-9, most=1e30)
-    ema_decay: tuple[float, ...] = in_steps("of each moving average; samples come from the first", (0.9999,), least=0,
-                                            most=1)
+    ema_decay: tuple[float, ...] = in_steps("of each moving average; samples come from the first", (0.9999,), most=1)
     precision: str = in_steps("auto: bf16, on older GPUs fp16, on the CPU fp32", "auto",
                               choices=("auto", "bf16", "fp16", "fp32"))
     compile: bool = in_steps("on a GPU, compile kernels: a later start, then faster steps", True, free=True)
     deterministic: bool = in_steps("same result to the last bit, slower", False)
 
     steps: int = in_run("training steps in all", 100_000, least=1, free=True)
-    minutes: float = in_run("stop this call after this many minutes; 0: no limit", 0.0, least=0, free=True)
-    save_minutes: float = in_run("minutes between two checkpoints", 5.0, least=0, free=True)
+    minutes: float = in_run("stop this call after this many minutes; 0: no limit", 0.0, most=10**9, free=True)
+    save_minutes: float = in_run("minutes between two checkpoints", 5.0, most=10**9, free=True)
     keep: int = in_run("checkpoints kept", 3, least=1, free=True)
     log_steps: int = in_run("steps between two lines of the log", 50, least=1, free=True)
     sample_steps: int = in_run("steps from noise to image for the grids of samples", 20, least=1, free=True)
-    seed: int = in_run("same seed, same result on the same machine", 0, least=0, most=2**32 - 1)
+    seed: int = in_run("same seed, same result on the same machine", 0, most=2**32 - 1)
 
     evaluate_every: int = in_evaluation("training steps between two evaluations; 0: none. Latents are evaluated after "
-                                        "training, by dansm evaluate --autoencoder", 0, least=0)
+                                        "training, by dansm evaluate --autoencoder", 0)
     evaluate_at: tuple[int, ...] = in_evaluation("further steps after which to evaluate", (), least=1, empty=True)
     evaluate_steps: tuple[int, ...] = in_evaluation("counts of steps from noise to image, a row for each", (3, 5, 10),
                                                     least=1, most=10_000)
@@ -123,16 +117,6 @@ class Recipe:
         given = {name: value for name, value in given.items() if value is not None}
         return dict(channels=channels, size=size) | dansm.NETWORKS[self.network] | given
 
-    def check_attention(self, net: dansm.UNet) -> None:
-        """BadInput for attention at a size that no level of the network has: it would have no effect."""
-        levels = [net.settings["size"] >> level for level in range(len(net.settings["multipliers"]))]
-        if strange := set(self.attention_at or ()) - set(levels):
-            raise BadInput(f"--attention-at has {min(strange)}: expected sizes that a level of the network has, of "
-                           f"{', '.join(map(str, levels))}")
-
-
-SETTINGS = {field.name: field for field in dataclasses.fields(Recipe)}
-
 
 def make_flow(recipe: dict, of_images: bool, solver: str = "euler") -> dansm.RectifiedFlow | dansm.Diffusion:
     """The flow of a recipe, for images or for latents. A diffusion of images knows that pixels are bounded."""
@@ -144,73 +128,65 @@ def make_flow(recipe: dict, of_images: bool, solver: str = "euler") -> dansm.Rec
 # ------------ Values --------------------------------------------------------------------------------------------------
 
 
-class Kind(NamedTuple):
-    """What a setting's values are."""
+def _rules(field: dataclasses.Field) -> SimpleNamespace:
+    """What `setting` was given, and by the field's type: kind (bool, int, float or str), several (a tuple of these),
+    optional (or None, which leaves it to the network or the data)."""
+    hint = str(field.type)  # such as "tuple[int, ...] | None"
+    kind = next(kind for kind in (bool, int, float, str) if kind.__name__ in hint)
+    return SimpleNamespace(kind=kind, several="tuple" in hint, optional="None" in hint, default=field.default,
+                           **field.metadata)
 
-    type: type  # bool, int, float or str
-    several: bool  # a tuple of these
-    optional: bool  # or None, which leaves it to the network or the data
 
-
-def kind_of(name: str) -> Kind:
-    hint = str(SETTINGS[name].type)  # such as "tuple[int, ...] | None"
-    types = {"bool": bool, "int": int, "float": float, "str": str}
-    return Kind(types[re.search("|".join(types), hint)[0]], "tuple" in hint, "None" in hint)
+SETTINGS = {field.name: _rules(field) for field in dataclasses.fields(Recipe)}
 
 
 def checked(name: str, value, called: str | None = None):
-    """`value` as the setting `name` keeps it. BadInput, by the name `called`, if the setting cannot have it."""
-    kind = kind_of(name)
-    rules = SETTINGS[name].metadata
-    if value is None and kind.optional:
+    """`value` as the setting `name` keeps it; numbers may be text, as on the command line, with commas between several.
+    BadInput, by the name `called`, if the setting cannot have it."""
+    rules = SETTINGS[name]
+    if value is None and rules.optional:
         return None
-    if kind.several and isinstance(value, list | tuple):
-        values = tuple(_converted(kind.type, rules, part) for part in value)
-        if None not in values and (values or rules["empty"]):
-            return values
-    elif not kind.several and (converted := _converted(kind.type, rules, value)) is not None:
-        return converted
+    if isinstance(value, str) and rules.kind in (int, float):
+        parts = value.split(",") if value else []
+        with suppress(ValueError):
+            value = list(map(rules.kind, parts)) if rules.several else rules.kind(value)
+    is_list = isinstance(value, list | tuple)
+    values = value if is_list else [value]
+    if is_list == rules.several and (values or rules.empty) and all(_is_allowed(part, rules) for part in values):
+        return tuple(map(rules.kind, values)) if rules.several else rules.kind(value)
     given = repr(value) if isinstance(value, str) else shown(value) or "empty"
-    raise BadInput(f"{called or name} is {shorten(given, 80)}: expected {_expected(kind, rules)}")
+    raise BadInput(f"{called or name} is {shorten(given, 80)}: expected {_expected(rules)}")
 
 
-def _converted(wanted: type, rules, value):
-    """`value` as the type wanted, or None if it is of another type or out of range."""
-    if wanted is float and type(value) is int and abs(value) < 2**1023:
-        value = float(value)
-    if type(value) is not wanted:
-        return None
-    if wanted is str:
-        return value if value in (rules["choices"] or [value]) else None
-    least = -math.inf if rules["least"] is None else rules["least"]
-    most = math.inf if rules["most"] is None else rules["most"]
-    return value if math.isfinite(value) and least <= value <= most else None
+def _is_allowed(value, rules: SimpleNamespace) -> bool:
+    if type(value) is not rules.kind and not (rules.kind is float and type(value) is int):
+        return False
+    if rules.kind is str:
+        return not rules.choices or value in rules.choices
+    return rules.least <= value <= rules.most
 
 
-def _expected(kind: Kind, rules) -> str:
-    """The values that a setting may have, in words."""
-    if rules["choices"]:
-        return f"one of {', '.join(rules['choices'])}"
-    words = {str: "a text", bool: "true or false", float: "a number", int: "a whole number"}[kind.type]
-    if rules["most"] is not None:
-        words += f" from {rules['least']} to {rules['most']}"
-    elif rules["least"] is not None:
-        words += f" of at least {rules['least']}"
-    return f"one or more, each {words}" if kind.several else words
-
-
-def parse_counts(option: str, text: str, at_least: int = 1, at_most: int = 2**63 - 1) -> list[int]:
-    """The numbers of an option that is no setting, each once and in their order: 3,5,10 → [3, 5, 10]."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and at_least <= int(part) <= at_most for part in parts):
-        within = f"of at least {at_least}" if at_most == 2**63 - 1 else f"from {at_least} to {at_most:,}"
-        raise BadInput(f"{option} is {text!r}: expected comma-separated whole numbers {within}, as in 10,50")
-    return list(dict.fromkeys(map(int, parts)))
+def _expected(rules: SimpleNamespace) -> str:
+    if rules.choices:
+        return f"one of {', '.join(rules.choices)}"
+    words = {str: "a text", bool: "true or false", float: "a number", int: "a whole number"}[rules.kind]
+    if rules.kind in (int, float):
+        words += f" of at least {rules.least}" if rules.most == math.inf else f" from {rules.least} to {rules.most}"
+    return f"one or more, each {words}" if rules.several else words
 
 
 def shown(value) -> str:
     """A value as it is given on the command line."""
     return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def parse_counts(option: str, text: str, at_least: int = 1, at_most: int = 10**9) -> list[int]:
+    """The numbers of an option that is no setting, each once and in their order: 3,5,10 → [3, 5, 10]."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and at_least <= int(part) <= at_most for part in parts):
+        raise BadInput(f"{option} is {text!r}: expected comma-separated whole numbers from {at_least} to {at_most:,}, "
+                       "as in 10,50")
+    return list(dict.fromkeys(map(int, parts)))
 
 
 # ------------ Files ---------------------------------------------------------------------------------------------------
@@ -224,16 +200,9 @@ def names() -> dict[str, str]:
 
 def load(source: str, overrides: dict[str, object] | None = None) -> Recipe:
     """The recipe that comes with DANSM under the name `source` or lies in the TOML file `source`, or, where `source` is
-    data, the default settings for it.
-
-    source     a folder that is called like a recipe is meant by ./name
-    overrides  settings that replace those
-    Raises BadInput for a file that cannot be read, an unknown setting, a value of the wrong type or range, and for a
-    source that does not exist.
-    """
-    overrides = overrides or {}
-    _check_names("", overrides, _option)
-    overrides = {name: checked(name, value, _option(name)) for name, value in overrides.items()}
+    data, the default settings for it. A folder that is called like a recipe is meant by ./name. `overrides` replaces
+    settings. BadInput for a source that does not exist or cannot be read, an unknown setting, a wrong value."""
+    overrides = _checked_all(overrides or {}, lambda name: "--" + name.replace("_", "-"))
     if source in names():
         settings = read(RECIPES / f"{source}.toml")
     elif Path(source).suffix == ".toml":
@@ -259,27 +228,21 @@ def read(path: Path) -> dict:
         raise BadInput(f"{path} is not TOML: {error}; expected lines like lr = 0.0002") from error
     except OSError as error:
         raise BadInput(f"{path} cannot be read ({error.strerror}): expected a recipe, a .toml file") from error
-    _check_names(f"{path}: ", settings, str)
-    return {name: checked(name, value, f"{path}: {name}") for name, value in settings.items()}
+    return _checked_all(settings, lambda name: f"{path}: {name}")
 
 
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _check_names(where: str, settings: dict, called: Callable[[str], str]) -> None:
-    """BadInput for names that are no settings, or no longer. All old names are told at once."""
-    old = [f"{called(name)} is {called(RENAMED[name])} now" for name in settings if name in RENAMED]
-    old += [f"{called(name)} was removed: {REMOVED[name]}" for name in settings if name in REMOVED]
-    if old:
-        raise BadInput(where + "; ".join(old))
+def _checked_all(settings: dict, called: Callable[[str], str]) -> dict:
+    """The settings as a recipe keeps them. BadInput for a name that is no setting, or no longer, and for a value."""
     for name in settings:
+        if name in RENAMED:
+            raise BadInput(f"{called(name)} has a new name: expected {RENAMED[name]}")
         if name not in SETTINGS:
-            raise BadInput(f"{where}{called(name)} is not a setting{_nearest(name, SETTINGS)}: expected one that dansm "
-                           "train --help lists")
+            raise BadInput(f"{called(name)} is not a setting{_nearest(name, SETTINGS)}: expected one that dansm train "
+                           "--help lists")
+    return {name: checked(name, value, called(name)) for name, value in settings.items()}
 
 
-def _nearest(name: str, names) -> str:
+def _nearest(name: str, names: Iterable[str]) -> str:
     near = difflib.get_close_matches(name.lower(), names, 1, cutoff=0.5)
     return f" (the nearest is {near[0]})" if near else ""
 
@@ -287,15 +250,13 @@ def _nearest(name: str, names) -> str:
 def write(recipe: Recipe, path: Path) -> None:
     """Write all settings as a TOML file that `load` reads back equal."""
     lines = ["# All settings of this run"]
-    part = ""
-    for name, field in SETTINGS.items():
-        if field.metadata["part"] != part:
-            part = field.metadata["part"]
-            lines += ["", f"# {part}"]
-        value = getattr(recipe, name)
-        if value is not None:  # which TOML cannot express
-            text = json.dumps(value, ensure_ascii=False).replace("\x7f", r"\u007f")  # else JSON's texts are TOML's
-            lines.append(f"{name} = {text}")
+    for part, settings in groupby(SETTINGS, lambda name: SETTINGS[name].part):
+        lines += ["", f"# {part}"]
+        for name in settings:
+            value = getattr(recipe, name)
+            if value is not None:  # which TOML cannot express
+                text = json.dumps(value, ensure_ascii=False).replace("\x7f", r"\u007f")  # else JSON's texts are TOML's
+                lines.append(f"{name} = {text}")
     with replacing(path) as partial:
         partial.write_bytes("\n".join([*lines, ""]).encode("utf-8", "surrogateescape"))
 
@@ -309,21 +270,11 @@ def with_new_names(settings: dict) -> dict:
 
 
 def changed(old: dict, new: Recipe) -> list[str]:
-    """What keeps a run of the settings `old` from resuming with `new`, as "lr 0.0002 → 0.1".
-
-    A setting that `old` lacks had its default value: there was no other when the run began.
-    Raises BadInput if `old` has a value of a removed setting that cannot be had any more.
-    """
-    if old.get("ages", 1) != 1:
-        raise BadInput(f"the run has ages {old['ages']}, which was removed: {REMOVED['ages']}; expected another --out, "
-                       "or --fresh")
+    """What keeps a run of the settings `old` from resuming with `new`, as "lr 0.0002 → 0.1". A setting that `old` lacks
+    had its default value: there was no other when the run began."""
     differences = []
-    for name, field in SETTINGS.items():
-        if field.metadata["free"]:
-            continue
-        before, now = old.get(name, field.default), getattr(new, name)
-        if isinstance(before, list):
-            before = tuple(before)
-        if before != now:
-            differences.append(f"{name} {shown(before)} → {shown(now)}")
+    for name, rules in SETTINGS.items():
+        before, now = shown(old.get(name, rules.default)), shown(getattr(new, name))
+        if before != now and not rules.free:
+            differences.append(f"{name} {before} → {now}")
     return differences

@@ -37,17 +37,14 @@ def sample_images(net, flow, images: range, shape, steps: int, *, seed: int = 0,
     A GPU draws one batch while the caller uses the one before and a thread draws the noises of the next.
     """
     parts = [images[start : start + batch] for start in range(0, len(images), batch)]
-    noises = ahead(lambda part: path_noise(part, shape, seed), parts, threads=1, depth=1)
-    before = None
-    with closing(noises):
+    waiting = []
+    with closing(ahead(lambda part: path_noise(part, shape, seed), parts, threads=1, depth=1)) as noises:
         for part, z in zip(parts, noises, strict=True):
             x = flow.sample(net, z.to(device), steps)
-            drawn = decode(x, part[0]) if decode else to_uint8(x)
-            if before is not None:
-                yield before.cpu()
-            before = drawn
-    if before is not None:
-        yield before.cpu()
+            waiting.append(decode(x, part[0]) if decode else to_uint8(x))
+            if len(waiting) > 1:
+                yield waiting.pop(0).cpu()
+    yield from (drawn.cpu() for drawn in waiting)
 
 
 def save_grid(images: Tensor, path: Path, enlarge: int = 2) -> None:

@@ -33,7 +33,6 @@ from ..evaluate.extractors import load_extractor
 from ..evaluate.real import check_real, digest_of_images
 from ..model.recipe import Recipe
 from ..train import run as training
-from ..train.data import read_data
 from .prior import ON_A_GPU, WAYS, prior
 from .proof_plan import RANDOM, RUNS, Run, command_of, recipe_of, runs_left, timed
 from .proof_summary import summarize
@@ -156,7 +155,7 @@ class Call:
 
     def read_images(self) -> None:
         """Read the images. The name is how the tables call them."""
-        self.images, _ = read_data(self.recipe(RUNS[RANDOM]))
+        self.images, _ = training.read_data(self.recipe(RUNS[RANDOM]))
         check_real(self.images)
         self.images_name = f"{len(self.images):,} images, {digest_of_images(np.asarray(self.images))[:8]}"
 

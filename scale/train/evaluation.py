@@ -1,18 +1,17 @@
 """A run evaluated while it trains: its log gets the measures that `dansm evaluate` takes of its checkpoints."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from rich.progress import track
 
 import dansm
 from dansm import BadInput
 
-from ..base.processes import ranks
-from ..base.text import console, counted, say
+from ..base.processes import everyones, first_before_others, ranks
+from ..base.text import counted, say, with_bar
 from ..data.latents import known_of
 from ..evaluate.extractors import check_installed, draw_features, load_extractor
 from ..evaluate.measures import floor, score
@@ -20,8 +19,7 @@ from ..evaluate.real import check_real, real_features
 from ..model.recipe import Recipe
 from ..model.sampling import at_once, check_steps, sampler
 from .step import FastTraining
-from .stop import Interrupt
-from .together import everyones, first_before_others
+from .stop import Decide
 
 SEED = 0  # of the noises, as for dansm evaluate by default: runs compare pair by pair
 CACHE = Path("~/.cache/dansm")  # of the features of real images, as for dansm evaluate
@@ -31,10 +29,6 @@ class GivenUp(Exception):
     """Ctrl-C ended an evaluation. The checkpoint is kept, and the run evaluates it when it is resumed."""
 
 
-def is_evaluated(recipe: Recipe) -> bool:
-    return bool(recipe.evaluate_every or recipe.evaluate_at)
-
-
 def due(recipe: Recipe, step: int) -> bool:
     """Whether the run is to be evaluated after this step."""
     every = recipe.evaluate_every
@@ -42,13 +36,11 @@ def due(recipe: Recipe, step: int) -> bool:
 
 
 def check_evaluation(recipe: Recipe) -> None:
-    """BadInput for evaluations that cannot be made, as far as the recipe tells: before any data is read."""
-    if not is_evaluated(recipe):
+    """BadInput for evaluations that cannot be made, as far as the recipe tells."""
+    if not (recipe.evaluate_every or recipe.evaluate_at):
         return
-    processes = ranks()[1]
-    if recipe.evaluate_count < processes:
-        raise BadInput(f"--evaluate-count is {recipe.evaluate_count}: expected at least {processes}, an image for each "
-                       "process")
+    if recipe.evaluate_count < ranks()[1]:
+        raise BadInput(f"--evaluate-count is {recipe.evaluate_count}: expected at least an image for each process")
     for steps in recipe.evaluate_steps:
         check_steps("--evaluate-steps", steps, dansm.FLOWS[recipe.flow])
     check_installed()
@@ -71,35 +63,36 @@ class Evaluation:
         with first_before_others():  # it may download them
             self.extractor = load_extractor(recipe.evaluate_features, device, weights, "--evaluate-features")
         if self.rank == 0:
-            self.real = real_features(images, self.extractor, device, cache=CACHE.expanduser(), track=track_features)
+            self.real = real_features(images, self.extractor, device, cache=CACHE.expanduser(),
+                                      track=lambda parts, total: with_bar(parts, "features of the real images", total))
             self.floor = floor(self.real, recipe.evaluate_count, self.extractor, seed=SEED, device=device,
                                measures=recipe.evaluate_measures)
 
-    def __call__(self, seconds: float, show: Callable[[str], None], interrupt: Interrupt) -> dict:
+    def __call__(self, seconds: float, show: Callable[[str], None], decide: Decide) -> dict:
         """A line of the log: "frechet_distance/5" is of images drawn in 5 steps, "…/real" of real images. Empty on all
         processes but the first.
 
-        seconds    that the run has trained
-        show       takes the text of the live line
-        interrupt  if it gets true, GivenUp is raised where there is one process; several finish the evaluation
+        seconds  that the run has trained
+        show     takes the text of the live line
+        decide   if interrupted, GivenUp is raised where there is one process; several finish the evaluation
         """
         run, recipe = self.run, self.run.recipe
         begin = time.monotonic()
         net = sampler(run.average, run.device, recipe.precision, recipe.compile)
-        line = {"step": run.step, "images": run.step * recipe.batch, "seconds": round(seconds, 2)}
         scores = {}
         with ThreadPoolExecutor(1) as scorer:  # the CPU scores these images while the GPU draws the next
             for steps in recipe.evaluate_steps:
-                features, logits = self._draw(net, steps, show, interrupt)
+                features, logits = self._draw(net, steps, show, decide)
                 if self.rank == 0:
                     scores[steps] = scorer.submit(
                         score, features, self.real, self.extractor, logits=logits, seed=SEED,
                         device=run.device, measures=recipe.evaluate_measures)
         if self.rank:
             return {}
-        for steps, measured in scores.items():
-            line |= named(measured.result(), steps)
-        line |= named(self.floor, "real")
+        rows = {steps: measured.result() for steps, measured in scores.items()} | {"real": self.floor}
+        line = {"step": run.step, "images": run.step * recipe.batch, "seconds": round(seconds, 2)}
+        for steps, row in rows.items():
+            line |= {f"{name}/{steps}": round(float(value), 6) for name, value in row.items() if name != "count"}
         line["evaluation_seconds"] = round(time.monotonic() - begin, 2)
         name = self.extractor.distances[0]
         label = "FID" if name == "fid" else f"Fréchet distance ({self.extractor.name})"
@@ -107,7 +100,7 @@ class Evaluation:
         say(f"step {run.step:,}: {label} {values} steps; real images {line[f'{name}/real']:.2f}")
         return line
 
-    def _draw(self, net, steps: int, show: Callable[[str], None], interrupt: Interrupt) -> tuple:
+    def _draw(self, net, steps: int, show: Callable[[str], None], decide: Decide) -> tuple:
         """Features and logits of all images."""
         count = self.run.recipe.evaluate_count
         done = 0
@@ -116,7 +109,7 @@ class Evaluation:
             nonlocal done
             done += images * self.processes
             show(f"evaluating: {min(done, count):,} of {count:,} images in {counted(steps, 'step')}")
-            if interrupt and self.processes == 1:
+            if decide.interrupted and self.processes == 1:
                 raise GivenUp
 
         share = range(count * self.rank // self.processes, count * (self.rank + 1) // self.processes)
@@ -124,12 +117,3 @@ class Evaluation:
                               seed=SEED, advance=advance, batch=at_once(self.run.average, self.run.device))
         features, logits = zip(*everyones(drawn), strict=True)
         return torch.cat(features), None if logits[0] is None else torch.cat(logits)
-
-
-def named(row: dict, images: int | str) -> dict:
-    """Measures as fields of the log: {"fid": …} → {"fid/5": …}."""
-    return {f"{name}/{images}": round(float(value), 6) for name, value in row.items() if name != "count"}
-
-
-def track_features(parts: Iterable, total: int) -> Iterable:
-    return track(parts, "features of the real images", total=total, console=console, transient=True)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -12,14 +13,13 @@ import dansm
 from dansm import BadInput
 
 from ..base.files import replacing
-from ..base.processes import ranks, wait_for_all
+from ..base.processes import everyones, ranks, wait_for_all
 from ..base.text import say
 from ..data import loader
 from ..data.latents import known_of
 from ..model import checkpoint
 from ..model.recipe import Recipe, changed, write
 from .step import FastTraining
-from .together import everyones
 
 
 class RunFolder:
@@ -41,32 +41,31 @@ class RunFolder:
         if fresh and any(everyones(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))):
             fresh = self.new_metrics.exists()
         self.others = checkpoint.checkpoints(out) if fresh else []  # of no use to this run: they go when it first saves
-        self.replaces_run = bool(self.others)
+        self.log_file = self.new_metrics if self.others else self.metrics
         self.saved_step = None
         self.board = None
 
     def resume(self) -> float:
         """Load the newest checkpoint that can be read, unless the run is fresh. Returns the seconds trained before."""
-        newest = None if self.replaces_run else checkpoint.load_newest(self.out)
-        self._check_processes_agree(newest[0].name if newest else "nothing")
-        seconds = self._load(*newest) if newest else 0.0
-        if self.rank == 0:
-            self.new_metrics.unlink(missing_ok=True)  # of a fresh run that was killed, which nothing resumes
-            if self.replaces_run:
-                self.new_metrics.touch()
-            else:
-                cut_back(self.metrics, self.run.step)
-            self.board = tensorboard(self.out / "tensorboard", self.run.step)
-        return seconds
-
-    def _check_processes_agree(self, newest: str) -> None:
-        """BadInput on all processes if they see different checkpoints, and would train different weights, or different
-        counts of images, as where these are still being encoded. After it, the first may write into the folder."""
-        checkpoints, counts = zip(*everyones((newest, f"{self.data['images']:,}")), strict=True)
+        newest = None if self.others else checkpoint.load_newest(self.out)
+        # The processes could see different folders. Once they have compared them the first may write into its own.
+        checkpoints, counts = zip(*everyones((newest[0].name if newest else "nothing", f"{self.data['images']:,}")),
+                                  strict=True)
         for option, place, seen in (("--out", self.out, checkpoints), ("--data", self.data["data"], counts)):
             if len(set(seen)) > 1:
                 raise BadInput(f"{option} is {place}: the processes find {', '.join(seen)} there, expected one folder "
                                "that all of them see, and that does not change")
+        seconds = self._load(*newest) if newest else 0.0
+        if self.rank == 0:
+            self.new_metrics.unlink(missing_ok=True)  # of a fresh run that was killed, which nothing resumes
+            if self.others:
+                self.new_metrics.touch()
+            cut_back(self.log_file, self.run.step)
+            with suppress(ImportError):  # TensorBoard drops what a killed run wrote after this step, too
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.board = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.run.step + 1)
+        return seconds
 
     def _load(self, path: Path, state: dict) -> float:
         with checkpoint.reading(path):
@@ -103,17 +102,12 @@ class RunFolder:
         if self.rank == 0:
             checkpoint.save(self.out, state, recipe.keep, drop=self.others)
             self.log_file.touch()  # no line may be due yet
-            if self.replaces_run:
-                os.replace(self.new_metrics, self.metrics)
+            os.replace(self.log_file, self.metrics)
             write(dataclasses.replace(recipe, minutes=0.0), self.out / "recipe.toml")  # minutes are of one call
         self.others = []
-        self.replaces_run = False
+        self.log_file = self.metrics
         self.saved_step = step
         wait_for_all()
-
-    @property
-    def log_file(self) -> Path:
-        return self.new_metrics if self.replaces_run else self.metrics
 
     def log(self, line: dict) -> None:
         """Add a line to metrics.jsonl, and to TensorBoard if that is installed."""
@@ -183,15 +177,6 @@ def cut_back(log: Path, step: int) -> None:
 def step_of(line: str) -> float:
     """The step of a line of the log; infinite if it is not a whole line."""
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError):
+        return json.loads(line)["step"]
+    except ValueError:
         return math.inf
-
-
-def tensorboard(folder: Path, step: int):
-    """TensorBoard's writer, None if it is not installed. It drops lines after `step`, which a killed run wrote."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder), purge_step=step + 1)

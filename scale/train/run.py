@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,19 +14,38 @@ import dansm
 from dansm import BadInput
 
 from ..base.machine import check_memory, make_deterministic, number_type
-from ..base.processes import ranks
-from ..base.text import counted
+from ..base.processes import first_before_others, ranks
+from ..base.text import counted, say, with_bar
 from ..data import loader
 from ..data.latents import known_of
 from ..model import sampling
 from ..model.recipe import Recipe, make_flow
-from .evaluation import Evaluation, GivenUp, check_evaluation, due, is_evaluated
+from .evaluation import Evaluation, GivenUp, check_evaluation, due
 from .folder import RunFolder
 from .step import FastTraining
-from .stop import Decide, Interrupt
+from .stop import Decide
 from .watch import Watch, in_words, progress
 
 GRID_DEVICES = "cuda", "mps"  # a CPU would draw for minutes: there only the end of a run gets a grid of samples
+
+
+def read_data(recipe: Recipe) -> tuple:
+    """The recipe's data as `loader.load_images` gives it, and how many files were left out."""
+    left_out = []
+    with first_before_others() if recipe.data == "cifar10" else nullcontext():  # it is downloaded
+        images = loader.load_images(recipe.data, size=recipe.size or None, skip_unreadable=recipe.skip_unreadable,
+                                    cache=Path(recipe.cache) if recipe.cache else None, share=ranks()[1] > 1,
+                                    left_out=left_out,
+                                    track=lambda parts, total: with_bar(parts, "reading images", total))
+    if left_out:
+        say(f"left out {len(left_out):,} of {counted(len(images) + len(left_out), 'image')}, not readable, such as",
+            ", ".join(map(str, left_out[:3])))
+    kind = "image" if known_of(images) is None else "latent"
+    say(f"{counted(len(images), kind)} of {'×'.join(map(str, images.shape[1:]))}")
+    if kind == "latent" and recipe.flip:
+        say("half of the latents are mirrored: these are not the latents of the mirrored images, which dansm encode",
+            "--flips makes")
+    return images, len(left_out)
 
 
 def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, device: torch.device) -> tuple:
@@ -34,11 +53,8 @@ def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, 
 
     Writes checkpoints, metrics.jsonl, recipe.toml and, on a GPU, a grid of samples with each timed checkpoint to `out`.
     A run that `out` holds is resumed with the same noises and the same order of images, as if it had never stopped
-    (but method "optimal" begins a new group of samples).
-
-    Stops after the recipe's steps in all, after its minutes of this call if not 0, at Ctrl-C or SIGTERM; each saves
-    first. Under torchrun every process calls it, and the first writes. BadInput for a run of other settings, a loss
-    that is not finite, a full disk, a batch that cannot be shared.
+    (but method "optimal" begins a new group of samples). See `Decide` for when it stops; it saves first. Under torchrun
+    every process calls it. BadInput for a run of other settings, a loss that is not finite, a full disk.
     """
     pictures = known_of(images) is None
     if recipe.flip is None:  # a mirrored latent is not the latent of the mirrored image
@@ -48,20 +64,19 @@ def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, 
     folder = RunFolder(out, run, pool, images, fresh)
     seconds = folder.resume()
     overdue = due(recipe, run.step) and not folder.has_evaluation(run.step)  # it was cut off after its checkpoint
-    needed = is_evaluated(recipe) and (run.step < recipe.steps or overdue)
-    evaluation = Evaluation(images, run, flow) if needed else None
+    evaluated = recipe.evaluate_every or recipe.evaluate_at
+    evaluation = Evaluation(images, run, flow) if overdue or (evaluated and run.step < recipe.steps) else None
     batches = loader.batches(images, recipe.batch, seed=recipe.seed, flip=recipe.flip, start=run.step, rank=rank,
                              ranks=processes, device=device,
                              resident=None if recipe.data_on_gpu == "auto" else recipe.data_on_gpu == "yes")
     watch = Watch(run, seconds)
     pairs = watch.pairs(batches, pool)
     with closing(batches), closing(folder), blamed_on_data(images), progress(run) as show, \
-            Interrupt(lambda: show("stopping after this step")) as interrupt, suppress(GivenUp):
-        decide = Decide(run, interrupt)
+            Decide(run, lambda: show("stopping after this step")) as decide, suppress(GivenUp):
 
         def evaluate() -> None:
             with watch.paused():
-                folder.log(evaluation(watch.seconds, show, interrupt))
+                folder.log(evaluation(watch.seconds, show, decide))
 
         if overdue:
             evaluate()
@@ -82,22 +97,19 @@ def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, 
                 evaluate()
             if stop:
                 break
-    return watch.summary(bool(interrupt)), run.average, flow
+    return watch.summary(decide.interrupted), run.average, flow
 
 
 def begin(images, recipe: Recipe, device: torch.device) -> tuple:
     """What trains (`FastTraining`), the flow and the pool, as they are before the first step."""
     rank, processes = ranks()
-    check(recipe, device)
     share = recipe.batch // processes * math.prod(images.shape[1:]) * 4  # bytes
     check_memory(f"--batch is {recipe.batch:,}", share, device)
     if recipe.deterministic:
         make_deterministic()
     torch.backends.cudnn.benchmark = recipe.compile and not recipe.deterministic  # trying takes longer than compiling
     torch.manual_seed(recipe.seed)  # the same weights on all processes
-    net = new_network(images, recipe)
-    recipe.check_attention(net)
-    run = FastTraining(net, recipe, device)
+    run = FastTraining(new_network(images, recipe), recipe, device)
     own_seed = np.random.SeedSequence([recipe.seed, rank]).generate_state(1, np.uint64)[0] >> 1
     torch.manual_seed(int(own_seed) if rank else recipe.seed)
     flow = make_flow(dataclasses.asdict(recipe), known_of(images) is None)
@@ -109,8 +121,9 @@ def begin(images, recipe: Recipe, device: torch.device) -> tuple:
 
 
 def check(recipe: Recipe, device: torch.device) -> None:
-    """BadInput for what this device or this number of processes cannot do."""
+    """BadInput for what this device or this number of processes cannot do, before any data is read."""
     number_type(recipe.precision, device)
+    sampling.check_steps("--sample-steps", recipe.sample_steps, dansm.FLOWS[recipe.flow])
     if recipe.match_scope == "global" and not torch.distributed.is_initialized():
         raise BadInput("--match-scope is global, for several processes: expected the command under torchrun, or rank")
     processes = ranks()[1]
@@ -122,25 +135,29 @@ def check(recipe: Recipe, device: torch.device) -> None:
 
 
 def new_network(images, recipe: Recipe) -> dansm.UNet:
-    """A network by the recipe for such images. BadInput, naming --size, if there is none."""
+    """A network by the recipe for such images. BadInput for images that it cannot take, and for attention without
+    effect, at a size that no level has."""
     channels, height, width = images.shape[1:]
-    fits = "--size N makes them N pixels square"
-    if height != width:
-        raise BadInput(f"the images are {width}×{height} pixels: expected squares; {fits}")
     try:
-        return dansm.UNet(**recipe.network_settings(channels, height))
+        if height != width:
+            raise BadInput(f"the images are {width}×{height} pixels: expected squares")
+        net = dansm.UNet(**recipe.network_settings(channels, height))
     except BadInput as error:
-        raise BadInput(f"{error}; {fits}") from error
+        raise BadInput(f"{error}; --size N makes them N pixels square") from error
+    levels = [height >> level for level in range(len(net.settings["multipliers"]))]
+    if strange := set(recipe.attention_at or ()) - set(levels):
+        raise BadInput(f"--attention-at has {min(strange)}: expected sizes of the network's levels, "
+                       f"{', '.join(map(str, levels))}")
+    return net
 
 
 @contextmanager
 def blamed_on_data(images) -> Iterator[None]:
-    """Where training fails, name the latents that are not finite, if there are any. To look for them beforehand would
-    take reading all data twice."""
+    """Where training fails, name latents that are not finite. To look beforehand would take reading all data twice."""
     try:
         yield
-    except BadInput as error:
-        if isinstance(images, loader.Shards) and not isinstance(error.__cause__, OSError):  # the disk is not full
+    except BadInput:
+        if isinstance(images, loader.Shards):
             images.check_finite()
         raise
 

@@ -52,9 +52,8 @@ class Watch:
 
     def pairs(self, batches: Iterator[Tensor], pool: dansm.NoisePool) -> Iterator[tuple[Tensor, Tensor]]:
         """Match the batches by the recipe, and note when each matching begins and ends."""
-        matched = dansm.pairs(self._arriving(batches), self.recipe.method, self.recipe.match_size,
-                              cost=self.recipe.cost, pool=pool)
-        for x, z in matched:
+        for x, z in dansm.pairs(self._arriving(batches), self.recipe.method, self.recipe.match_size,
+                                cost=self.recipe.cost, pool=pool):
             if self.arrived is not None:  # else "optimal" matched it together with batches before
                 self.matchings.append((self.arrived, self._now()))
                 self.arrived = None
@@ -74,6 +73,11 @@ class Watch:
         event.record()
         return event
 
+    def _seconds_of_matching(self) -> float:
+        if self.run.device.type == "cuda":
+            return sum(before.elapsed_time(after) for before, after in self.matchings) / 1000
+        return sum(after - before for before, after in self.matchings)
+
     def line(self) -> dict:
         """The line of the log for the steps since the last one. Every process must call it.
 
@@ -82,7 +86,7 @@ class Watch:
         images_per_second   of all processes together
         matching            share of the time
         distance            mean ‖x − z‖ of the pairs of this process
-        distance_random     the same, but each x with its neighbour's z
+        distance_random     the same, but each x with its neighbour's z; in batches of one, with the z before
         mfu                 share of the GPU's peak that the network uses, on GPUs whose peak is known
 
         Raises BadInput on all processes, with the step, if a loss of any process is not finite.
@@ -91,11 +95,12 @@ class Watch:
         step, seconds = self.run.step, self.seconds
         duration = max(seconds - self.line_began[1], 1e-9)
         rate = (step - self.line_began[0]) * self.recipe.batch / duration
+        other_z = self.z.roll(1, 0) if len(self.z) > 1 or self.z_before is None else self.z_before
         line = {"step": step, "images": step * self.recipe.batch, "seconds": round(seconds, 2),
                 "loss": round(losses[-1].item(), 5), "loss_mean": round(losses.mean().item(), 5),
                 "images_per_second": round(rate, 1), "matching": round(self._seconds_of_matching() / duration, 4),
                 "distance": round(dansm.path_length(self.x, self.z), 4),
-                "distance_random": round(dansm.path_length(self.x, self._other_noises()), 4)}
+                "distance_random": round(dansm.path_length(self.x, other_z), 4)}
         if self.peak:
             line["mfu"] = round(rate / self.peak, 4)
         self.losses.clear()
@@ -115,15 +120,6 @@ class Watch:
                                  f"{self.run.step - len(losses) + 1 + bad}, expected a smaller one; what was saved "
                                  "before is untouched")
         return losses
-
-    def _seconds_of_matching(self) -> float:
-        if self.run.device.type == "cuda":
-            return sum(before.elapsed_time(after) for before, after in self.matchings) / 1000
-        return sum(after - before for before, after in self.matchings)
-
-    def _other_noises(self) -> Tensor:
-        """For each sample its neighbour's noise; in batches of one, the noise of the batch before."""
-        return self.z_before if len(self.z) == 1 and self.z_before is not None else self.z.roll(1, 0)
 
     def summary(self, interrupted: bool) -> dict:
         """What train.json keeps of the run, and of this call, which may be on another machine than earlier ones."""

@@ -12,7 +12,6 @@ import dansm
 from dansm.scale.base.files import write_csv
 from dansm.scale.base.locks import owning
 from dansm.scale.base.machine import hardware
-from dansm.scale.commands.train import parse
 from dansm.scale.data.loader import load_images
 from dansm.scale.evaluate.real import digest_of_images
 from dansm.scale.model.recipe import load
@@ -39,7 +38,7 @@ def test_every_run_is_the_command_that_stands_in_commands_txt(run):
         words = shlex.split(proof_plan.command_of(run, seed))
         assert words[:3] == ["dansm", "train", "proof"]
         given = {option[2:].replace("-", "_"): value for option, value in zip(words[3::2], words[4::2], strict=True)}
-        recipe = load("proof", {option: parse(option, value) for option, value in given.items()})
+        recipe = load("proof", given)
         assert recipe == proof_plan.recipe_of(run, seed, "cifar10")
         assert recipe.steps * recipe.batch == run.images and max(recipe.evaluate_at) == recipe.steps
 

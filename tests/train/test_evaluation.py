@@ -95,9 +95,9 @@ def test_ctrl_c_in_an_evaluation_gives_it_up_and_the_same_command_makes_up_for_i
     command = ["train", images, "--steps", 7, *FAST, *SEEN, "--evaluate-every", 3]
     draw = evaluation.Evaluation._draw
 
-    def pressed(self, net, steps, show, interrupt):
-        interrupt._press()
-        return draw(self, net, steps, show, interrupt)
+    def pressed(self, net, steps, show, decide):
+        decide._press()
+        return draw(self, net, steps, show, decide)
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluation.Evaluation, "_draw", pressed)

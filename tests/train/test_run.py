@@ -17,7 +17,7 @@ import dansm
 from dansm.scale.model import checkpoint, sampling
 from dansm.scale.train import run as training
 from dansm.scale.train import watch
-from dansm.scale.train.stop import Interrupt
+from dansm.scale.train.stop import Decide
 
 OFTEN = ("--save-minutes", 1e-9)  # after each step, but not at once
 
@@ -133,10 +133,11 @@ def test_sigterm_saves_once_and_for_all_and_the_same_command_resumes(run, images
 
 def test_ctrl_c_is_answered_before_the_step_ends_and_a_second_one_stops_at_once():
     said = []
-    with pytest.raises(KeyboardInterrupt), Interrupt(lambda: said.append("stopping")) as interrupt:
-        assert not interrupt
+    run = types.SimpleNamespace(step=0)
+    with pytest.raises(KeyboardInterrupt), Decide(run, lambda: said.append("stopping")) as decide:
+        assert not decide.interrupted
         signal.raise_signal(signal.SIGTERM)
-        assert interrupt and said == ["stopping"]
+        assert decide.interrupted and said == ["stopping"]
         signal.raise_signal(signal.SIGINT)
 
 
