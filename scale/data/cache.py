@@ -1,10 +1,8 @@
 """Decoded images kept on the disk: a memory-mapped array, next to an index of what it was made from."""
 
-import errno
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -44,15 +42,10 @@ def cached(cache: Path, source: Source, decode: Callable[[Callable], Decoded]) -
 def find_cached(cache: Path, source: Source) -> Decoded | None:
     """What an earlier call of `cached` has kept, None if it is of other files or not whole. Nothing is written."""
     kept = _place(cache, source)
-    if not kept.with_suffix(".json").exists():  # without a look at each of a million files
-        return None
-    digest = source.digest
     try:
         index = json.loads(kept.with_suffix(".json").read_text())
         array = np.load(kept, mmap_mode="c", allow_pickle=False)
-        if index["digest"] != digest or (index["left_out"] and not source.skip_unreadable):
-            return None
-        if [*array.shape] != index["shape"] or str(array.dtype) != index["dtype"]:
+        if index["digest"] != source.digest or (index["left_out"] and not source.skip_unreadable):
             return None
         return array[: index["count"]], [Path(path) for path in index["left_out"]]
     except (OSError, ValueError, LookupError, TypeError):
@@ -71,24 +64,19 @@ def _decode_into(kept: Path, source: Source, decode: Callable[[Callable], Decode
     with replacing(kept) as part:
         array, left_out = decode(partial(_make_on_disk, part, source))
         array.flush()
-        whole = np.load(part, mmap_mode="r")
         kept.with_suffix(".json").unlink(missing_ok=True)
     write_json(kept.with_suffix(".json"), {
-        "digest": digest, "source": str(source.path), "size": source.size, "files": len(source.files),
-        "count": len(array), "shape": whole.shape, "dtype": str(whole.dtype),
+        "digest": digest, "source": str(source.path), "size": source.size, "count": len(array),
         "left_out": [str(path) for path in left_out]})
 
 
 def _make_on_disk(path: Path, source: Source, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:
     """A memory-mapped array with all its room taken at once: a disk that fills up under a map ends the process."""
-    needed, free = int(np.prod(shape)) * dtype.itemsize, shutil.disk_usage(path.parent).free
+    array = np.lib.format.open_memmap(path, "w+", dtype, shape=shape)
     try:
-        if needed > free:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        array = np.lib.format.open_memmap(path, "w+", dtype, shape=shape)
         with open(path, "r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-        return array
     except OSError as error:
-        raise BadInput(f"{source.path} takes {needed / 1e9:,.1f} GB decoded, {path.parent} has {free / 1e9:,.1f} GB "
+        raise BadInput(f"{source.path} takes {array.nbytes / 1e9:,.1f} GB decoded, for which {path.parent} has no room "
                        f"({error.strerror}): expected another folder ({OPTION}), or smaller images (--size)") from error
+    return array

@@ -11,18 +11,17 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from rich.progress import track
 from torch import Tensor
 
 from dansm import BadInput
 
 from ..base.files import make_folder, replacing, write_json
-from ..base.text import console, counted, say, say_files
+from ..base.text import counted, say, say_files, with_bar
 from ..base.threads import ahead
 from . import latents
 from .autoencoder import Autoencoder, Decoder
 from .loader import check_out, load_images
-from .read import Source, check_finite, files_of, open_npy
+from .read import Source, files_of
 
 
 def decode(source: Path, decoder: Decoder, out: Path, count: int | None = None, batch: int = 0) -> None:
@@ -45,7 +44,7 @@ def decode(source: Path, decoder: Decoder, out: Path, count: int | None = None, 
     try:
         images = _decoded(found, decoder, missing, batch)
         with closing(ahead(partial(_save, out), images, threads=os.cpu_count(), depth=batch)) as writing:
-            for _ in track(writing, "decoding", total=len(missing), console=console):
+            for _ in with_bar(writing, "decoding", len(missing)):
                 done += 1
     except (BadInput, KeyboardInterrupt):
         say(f"{done:,} of {counted(count, 'image')} are done and kept; the same command resumes")
@@ -55,17 +54,12 @@ def decode(source: Path, decoder: Decoder, out: Path, count: int | None = None, 
 
 
 def read_latents(source: Path, autoencoder: Autoencoder):
-    """Latents (N, C, h, w) of an encode's folder, of a .npy file, (N, C, h, w) or (C, h, w), or of a folder of these;
-    BadInput for those of another autoencoder."""
+    """Latents (N, C, h, w), see `load_images`; BadInput for images, and for latents of another autoencoder."""
     first = files_of(source)[0]
     if first.suffix.lower() != ".npy":
         raise BadInput(f"{source} holds images ({first}): expected latents, which are .npy files")
     autoencoder.check(latents.known_on_disk(source), f"{source} holds")
-    if first == source and open_npy(source, (3, 4)).ndim == 3:
-        found = open_npy(source, (3,))[None]
-        check_finite(source, found)
-    else:
-        found = load_images(str(source))
+    found = load_images(str(source))
     if found.shape[1] != autoencoder.channels:
         raise BadInput(f"{source} holds latents of {found.shape[1]} channels, {autoencoder.path} decodes "
                        f"{autoencoder.channels}: expected the same")

@@ -2,7 +2,6 @@
 
 import math
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
@@ -12,19 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.progress import track
 from torch import Tensor
 
 from dansm import BadInput
 
-from ..base.files import make_folder
+from ..base.files import make_folder, write_json
 from ..base.locks import owning
 from ..base.processes import processes, quiet, ranks, wait_for_all
-from ..base.text import console, counted, say, say_files, shorten
+from ..base.text import counted, say, say_files, shorten, with_bar
 from . import latents
 from .autoencoder import Autoencoder, Encoder
 from .loader import check_out
-from .read import Opened, Source, files_of
+from .read import Entries, Source, files_of
 
 
 @dataclass(frozen=True)
@@ -62,8 +60,8 @@ class Job:
 
 
 def encode(source: Path, autoencoder: Autoencoder, device: torch.device, out: Path, settings: Settings) -> None:
-    """Encode all images of `source` into `out`. The same call resumes one that was stopped, and does nothing where one
-    came to its end."""
+    """Encode all images of `source` into `out`. The same call resumes one that was stopped, makes lost shards again,
+    and does nothing where all are there."""
     check_out(str(source), out)
     images = Source(source, files_of(source), settings.size, settings.skip_unreadable)
     if images.holds_latents:
@@ -72,89 +70,77 @@ def encode(source: Path, autoencoder: Autoencoder, device: torch.device, out: Pa
         raise BadInput(f"--size is {settings.size}: expected a multiple of {autoencoder.shrinks}, as it gets divided")
     make_folder(out)
     with processes(device) as device:
-        job = Job(images, Encoder(autoencoder, device, settings.precision), out, settings)
         first = ranks()[0] == 0
         with owning(out, "encoded") if first else nullcontext(), quiet(not first):
+            job = Job(images, Encoder(autoencoder, device, settings.precision), out, settings)
             index = _read_earlier(job)
+            lost = [note["file"] for note in index["shards"] if not latents.is_as_noted(out, note)] if index else []
             wait_for_all()  # to have read it before it is changed
             if first and index:
-                _check_shards(job, index)
+                _note_shards(job, index, lost)
             wait_for_all()
-            if latents.read_index(out) is None:
-                _encode(job, first)
+            if lost or not index:
+                _encode(job)
 
 
 def _read_earlier(job: Job) -> dict | None:
     """The index of an encode that came to its end in `out`, None where none did; BadInput if it is of other latents."""
-    out = job.out
-    finished = latents.read_index(out)
-    before = finished or latents.read_index(out, latents.UNFINISHED)
-    if before is None:
-        strange = min(out.glob("*.npy"), default=None)
-        if strange:
-            raise BadInput(f"--out is {out}, which holds {strange.name} of another origin, or of an encode whose "
-                           f"{latents.INDEX} is gone: expected another --out, or one without .npy files")
-        return None
-    latents.check_same(out, before, job.described)
-    return finished
+    before = latents.known_on_disk(job.out)
+    strange = min(job.out.glob("*.npy"), default=None)
+    if strange and not before:
+        raise BadInput(f"--out is {job.out}, which holds {strange.name} of another origin, or of an encode whose "
+                       f"{latents.INDEX} is gone: expected another --out, or one without .npy files")
+    if before:
+        latents.check_same(job.out, before, job.described)
+    return latents.read_index(job.out)
 
 
-def _check_shards(job: Job, index: dict) -> None:
-    """Say that all latents are there; or make of the encode an unfinished one, if a shard is missing or cut off."""
-    damaged = [note["file"] for note in index["shards"] if not latents.is_as_noted(job.out, note)]
-    if damaged:
-        say(f"{job.out} has lost {counted(len(damaged), 'shard')} of {len(index['shards']):,}, made again:",
-            shorten(", ".join(damaged), 100))
-        latents.reopen(job.out, index, job.described)
+def _note_shards(job: Job, index: dict, lost: list[str]) -> None:
+    """Say that all latents are there; or note again which shards are, if a shard is missing or cut off."""
+    if not lost:
+        latents.remove_notes(job.out)  # of an encode that was killed after its last shard
+        say(f"{job.out} holds all {counted(index['count'], 'latent')} already: nothing to do")
         return
-    latents.remove_notes(job.out)  # of an encode that was killed after its last shard
-    say(f"{job.out} holds all {counted(index['count'], 'latent')} already: nothing to do")
+    say(f"{job.out} has lost {counted(len(lost), 'shard')} of {len(index['shards']):,}, made again:",
+        shorten(", ".join(lost), 100))
+    for note in index["shards"]:
+        if note["file"] not in lost:
+            write_json((job.out / note["file"]).with_suffix(".json"), note)
 
 
-def _encode(job: Job, first: bool) -> None:
+def _encode(job: Job) -> None:
+    """Encode the shards that are missing, on each process its part of them, and write the index."""
     start, shard = time.perf_counter(), job.settings.shard
-    with job.source.open() as opened:
-        shards = math.ceil(opened.count / shard)
+    rank, process_count = ranks()
+    with job.source.open() as (count, entries):
+        shards = math.ceil(count / shard)
         missing = [number for number in range(shards) if not latents.read_note(latents.shard_path(job.out, number))]
-        left = min(opened.count, len(missing) * shard)
-        if first:
-            _begin(job, opened.count, left)
+        left = min(count, len(missing) * shard)
+        if rank == 0:
+            write_json(job.out / latents.UNFINISHED, {**job.described, "images": count})
+            (job.out / latents.INDEX).unlink(missing_ok=True)
+        say(f"{counted(count, 'image')}, {left:,} of them to encode")
         wait_for_all()  # all have the same list, and the settings are there, before the first shard is
-        rank, count = ranks()
-        _encode_shards(job, opened, missing[rank::count])
+        _encode_shards(job, count, entries, missing[rank::process_count])
     wait_for_all()
-    if first:
-        _end(job, shards, left, time.perf_counter() - start)
+    if rank == 0:
+        index = latents.write_index(job.out, job.described, shards)
+        if index["left_out"]:
+            names = shorten(", ".join(index["left_out"]), 200)
+            say(f"left out {counted(len(index['left_out']), 'image')}, not readable: {names}")
+        seconds = time.perf_counter() - start
+        say(f"{counted(index['count'], 'latent')} of {'×'.join(map(str, index['shape']))};",
+            f"this time {counted(left, 'image')} in {seconds:.1f} s, {left / seconds:,.1f} a second")
+        say_files(job.out, latents.INDEX, *(note["file"] for note in index["shards"][:1]))
 
 
-def _begin(job: Job, count: int, left: int) -> None:
-    latents.begin(job.out, job.described, count)
-    needed, free = left * (1 + job.settings.flips) * 2 * math.prod(job.shape), shutil.disk_usage(job.out).free
-    if needed > free:
-        raise BadInput(f"--out is {job.out}: the latents of {counted(left, 'image')} take {needed / 1e9:,.1f} GB, its "
-                       f"disk has {free / 1e9:,.1f} GB free; expected room for them")
-    still = f", {left:,} of them still to encode" if left < count else ""
-    say(f"{counted(count, 'image')}{still}")
-
-
-def _end(job: Job, shards: int, images: int, seconds: float) -> None:
-    index = latents.write_index(job.out, job.described, shards)
-    if index["left_out"]:
-        names = shorten(", ".join(index["left_out"]), 200)
-        say(f"left out {counted(len(index['left_out']), 'image')}, not readable: {names}")
-    say(f"{counted(index['count'], 'latent')} of {'×'.join(map(str, index['shape']))};",
-        f"this time {counted(images, 'image')} in {seconds:.1f} s, {images / max(seconds, 1e-9):,.1f} a second")
-    say_files(job.out, latents.INDEX, *(shard["file"] for shard in index["shards"][:1]))
-
-
-def _encode_shards(job: Job, opened: Opened, numbers: list[int]) -> None:
+def _encode_shards(job: Job, count: int, entries: Entries, numbers: list[int]) -> None:
     """Encode the shards of these numbers, each written as soon as it is whole."""
-    shard, written = job.settings.shard, 0
-    wanted, total = set(numbers), sum(min(shard, opened.count - number * shard) for number in numbers)
-    entries = ((number, path, payload) for number, (_, path, payload) in enumerate(opened.entries)
-               if number // shard in wanted)
-    images = opened._replace(entries=entries).decoded(threads=job.settings.workers or cores(), depth=job.batch)
-    with closing(images), closing(track(images, "encoding", total=total, console=console)) as tracked:
+    shard, written, wanted = job.settings.shard, 0, set(numbers)
+    total = sum(min(shard, count - number * shard) for number in numbers)
+    entries = ((number, path, read) for number, (_, path, read) in enumerate(entries) if number // shard in wanted)
+    images = job.source.decoded(entries, threads=job.settings.workers or cores(), depth=job.batch)
+    with closing(images), closing(with_bar(images, "encoding", total)) as tracked:
         try:
             for number, of_shard in groupby(tracked, lambda image: image[0] // shard):
                 made, left_out = _encode_shard(job, of_shard)
@@ -173,7 +159,7 @@ def cores() -> int:
 def _encode_shard(job: Job, images: Iterator[tuple]) -> tuple[np.ndarray, list[Path]]:
     """Latents (n, C or 2C, h, w) float16 of one shard's images, and the paths of those that could not be read."""
     made = [torch.empty(0, *job.shape, dtype=torch.float16, device=job.encoder.device)]
-    names, left_out = [], []
+    sides, names, left_out = 1 + job.settings.flips, [], []
 
     def readable() -> Iterator[np.ndarray]:
         for _, path, image, _ in images:
@@ -182,14 +168,13 @@ def _encode_shard(job: Job, images: Iterator[tuple]) -> tuple[np.ndarray, list[P
                 yield image
 
     parts = readable()
-    while part := list(islice(parts, max(1, job.batch // (1 + job.settings.flips)))):
+    while part := list(islice(parts, max(1, job.batch // sides))):
         made.append(_encode_batch(job, np.concatenate(part)))
     result = torch.cat(made).cpu()
     finite = result.isfinite().flatten(1).all(1)
     if not finite.all():
-        name = names[int((~finite).nonzero()[0]) // (1 + job.settings.flips)]
-        raise BadInput(f"{name} encodes to NaN or infinite numbers in {job.encoder.precision}: expected finite ones, "
-                       "which --precision fp32 may give")
+        raise BadInput(f"{names[finite.int().argmin() // sides]} encodes to NaN or infinite numbers in "
+                       f"{job.encoder.precision}: expected finite ones, which --precision fp32 may give")
     return result.numpy(), left_out
 
 
@@ -200,5 +185,4 @@ def _encode_batch(job: Job, images: np.ndarray) -> Tensor:
     x = (x.pin_memory() if job.encoder.device.type == "cuda" else x).to(job.encoder.device, non_blocking=True)
     if job.settings.flips:
         x = torch.stack([x, x.flip(3)], 1).flatten(0, 1)
-    moments = job.encoder.moments(x)
-    return (moments if job.settings.moments else moments[:, : job.encoder.autoencoder.channels]).half()
+    return job.encoder.moments(x)[:, : job.shape[0]].half()

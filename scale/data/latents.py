@@ -70,10 +70,7 @@ class Shards:
     def check_finite(self) -> None:
         """BadInput naming the file where a number is not finite. They were when they were written."""
         for path, part in zip(self.files, self.parts, strict=True):
-            try:
-                check_finite(path, part)
-            except BadInput as error:
-                raise BadInput(f"{error}; without this file the same dansm encode makes it again") from error
+            check_finite(path, part)
 
     def on(self, device: torch.device) -> Tensor:
         """All of it in the memory of a device, (N, *stored)."""
@@ -96,12 +93,6 @@ def known_of(images) -> dict | None:
     if str(images.dtype).endswith("uint8"):
         return None
     return getattr(images, "about", {})
-
-
-def draw_latents(moments: Tensor, noise: Tensor) -> Tensor:
-    """Latents of an encoder's posterior. moments (B, 2C, h, w): mean and log-variance; noise (B, C, h, w) normal."""
-    mean, log_variance = moments.chunk(2, 1)
-    return mean + (log_variance / 2).exp() * noise
 
 
 # ------------------------------------------------------------------------------- reading
@@ -131,24 +122,22 @@ def open_encoded(folder: Path, known: dict) -> Shards:
     expected = (sum(shard["count"] for shard in shards), *shards[0]["shape"])
     try:
         latents = Shards([folder / shard["file"] for shard in shards], {name: known[name] for name in KNOWN})
+        if (len(latents), *latents.stored) != expected:
+            raise Unreadable(f"{folder} holds latents {(len(latents), *latents.stored)}: expected {expected}")
     except Unreadable as error:
         raise BadInput(f"{error}; the same dansm encode makes again what is missing") from error
-    if (len(latents), *latents.stored) != expected:
-        raise BadInput(f"{folder} holds latents {(len(latents), *latents.stored)}: expected {expected}, as its {INDEX} "
-                       "says; the same dansm encode makes again what is missing")
     return latents
 
 
 def _whole_shards(folder: Path, unfinished: dict) -> list[dict]:
     """The notes of an unfinished encode's shards that hold latents. A line says how many images they are of."""
-    notes = [read_note(path.with_suffix(".npy")) for path in sorted(folder.glob("latents-*.json"))]
-    notes = [note for note in notes if note]
+    notes = [note for path in sorted(folder.glob("latents-*.json")) if (note := read_note(path))]
     filled = [note for note in notes if note["count"]]
     done = sum(note["count"] // (1 + unfinished["flips"]) + len(note["left_out"]) for note in notes)
-    so_far = f"{folder}: {done:,} of {unfinished['images']:,} images encoded so far"
+    so_far = f"{folder}: {done:,} of {unfinished['images']:,} images encoded so far; the same dansm encode resumes"
     if not filled:
-        raise BadInput(f"{so_far}; expected some, the same dansm encode resumes")
-    say(f"{so_far}; the same dansm encode resumes")
+        raise BadInput(f"{so_far}, expected some")
+    say(so_far)
     return filled
 
 
@@ -174,11 +163,9 @@ def shard_path(out: Path, number: int) -> Path:
 
 def read_note(path: Path) -> dict | None:
     """The note of a shard that is as noted; None for one without a note, missing or cut off."""
-    try:
-        note = json.loads(path.with_suffix(".json").read_text())
-        return note if is_as_noted(path.parent, note) else None
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
+    path = path.with_suffix(".json")
+    note = json.loads(path.read_text()) if path.exists() else None
+    return note if note and is_as_noted(path.parent, note) else None
 
 
 def is_as_noted(folder: Path, note: dict) -> bool:
@@ -229,17 +216,13 @@ def write_index(out: Path, settings: dict, shards: int) -> dict:
     return index
 
 
-def begin(out: Path, settings: dict, images: int) -> None:
-    """Note by which settings and of how many images latents are to be encoded into `out`."""
-    write_json(out / UNFINISHED, {**settings, "images": images})
-
-
 def reopen(out: Path, index: dict, settings: dict) -> None:
     """Make a finished encode an unfinished one of the shards that are whole; the others will be made again."""
     for note in index["shards"]:
         if is_as_noted(out, note):
             write_json((out / note["file"]).with_suffix(".json"), note)
-    begin(out, settings, index["count"] // (1 + index["flips"]) + len(index["left_out"]))
+    images = index["count"] // (1 + index["flips"]) + len(index["left_out"])
+    write_json(out / UNFINISHED, {**settings, "images": images})
     (out / INDEX).unlink()
 
 

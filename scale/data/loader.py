@@ -1,13 +1,10 @@
 """Images from files to the device: decoded once, kept as one array, shuffled and flipped there."""
 
-import hashlib
-import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, closing
+from contextlib import closing
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,9 +17,9 @@ from ..base.machine import free_memory
 from ..base.text import say
 from ..base.threads import ahead
 from .cache import OPTION, SHARED, Decoded, cached, find_cached
-from .latents import Shards, draw_latents, known_on_disk, open_encoded
+from .latents import Shards, known_on_disk, open_encoded
 from .pixels import from_uint8
-from .read import Opened, Source, check_finite, check_no_size, files_of, open_npy, square
+from .read import Source, check_finite, files_of, open_npy, square
 
 RESIDENT = 1 / 2  # share of the device's free memory that the data may take: the rest is for training
 AHEAD, READERS = 4, 2  # batches read before they are asked for, and threads that read them
@@ -36,8 +33,8 @@ def load_images(source: str, *, size: int | None = None, skip_unreadable: bool =
     source  images: a folder, read with its subfolders in the order of their names; a .zip, .tar, .tar.gz, .tar.bz2 or
             .tar.xz of them (.tar.zst from Python 3.14 on), read without unpacking; an LSUN lmdb, a folder with
             data.mdb; or "cifar10", which torchvision downloads into data/ at first use.
-            Latents: a folder that dansm encode wrote; a .npy file (N, C, H, W), or a folder of .npy files, all
-            (C, H, W) or all (n, C, H, W).
+            Latents: a folder that dansm encode wrote; a .npy file (N, C, H, W) or (C, H, W), or a folder of such
+            files, all of one kind.
     size    shorter side to this many pixels, then the centre square; None takes the images as they are.
     track   wraps what is read while it is read, to show progress: track(images, total) yields what it is given.
     left_out  gets the paths of the files that `skip_unreadable` left out.
@@ -51,17 +48,17 @@ def load_images(source: str, *, size: int | None = None, skip_unreadable: bool =
     an array of more than half of the free memory without a cache, and for a cache on a disk without room for it.
     """
     encoded = known_on_disk(Path(source)) if source else {}
+    files = None if encoded else find_source(source, size, skip_unreadable)
+    if size is not None and (encoded or files.holds_latents):
+        raise BadInput(f"--size is {size}, and {source} holds latents, which are taken as they are: expected none")
     if encoded:
-        check_no_size(size, Path(source))
         return open_encoded(Path(source), encoded)
-    files = find_source(source, size, skip_unreadable)
     if files.array is not None:
         return torch.from_numpy(files.array)
     if files.holds_latents and files.files[0] == files.path:
-        check_no_size(size, files.path)
-        latents = open_npy(files.path)
-        for start in track(range(0, len(latents), 1024), math.ceil(len(latents) / 1024)):
-            check_finite(files.path, latents[start : start + 1024], start)
+        latents = open_npy(files.path, (3, 4))
+        latents = latents if latents.ndim == 4 else latents[None]
+        check_finite(files.path, latents, track)
         return latents
     array, missing = _load(files, track, cache, share)
     if left_out is not None:
@@ -100,10 +97,9 @@ def _load(source: Source, track, cache: Path | None, share: bool) -> tuple[Tenso
         check_out(source.path, cache, "--cache")
         return cached(cache, source, decode)
     shared = SHARED.expanduser()
-    found = find_cached(shared, source)
-    if found is None and share:
+    if share:
         check_out(source.path, shared, f"the folder of decoded images ({OPTION} names another)")
-        found = cached(shared, source, decode)
+    found = cached(shared, source, decode) if share else find_cached(shared, source)
     if found is not None:
         _say_shared(found[0])
         return found
@@ -114,14 +110,14 @@ def _load(source: Source, track, cache: Path | None, share: bool) -> tuple[Tenso
 def _decode_all(source: Source, track, make_array: Callable[[tuple[int, ...], np.dtype], np.ndarray]) -> Decoded:
     """Decode every file into one array, which `make_array` makes once the shape is known."""
     array, missing = None, []
-    with source.open() as opened, closing(opened.decoded()) as parts:
-        filled = np.zeros(opened.count, bool)
-        for place, path, part, _ in track(parts, len(source.files) if source.holds_latents else opened.count):
+    with source.open() as (count, entries), closing(source.decoded(entries)) as parts:
+        filled = np.zeros(count, bool)
+        for place, path, part, _ in track(parts, len(source.files) if source.holds_latents else count):
             if part is None:
                 missing.append((place, path))
                 continue
             if array is None:
-                array = make_array((opened.count, *part.shape[1:]), part.dtype)
+                array = make_array((count, *part.shape[1:]), part.dtype)
             array[place : place + len(part)] = part
             filled[place : place + len(part)] = True
     if array is None:
@@ -153,34 +149,16 @@ def check_out(source: str | Path, out: Path, option: str = "--out") -> None:
                        "folder outside of it")
 
 
-# ------------------------------------------------------------------------------- one after the other
-
-
-class Stream(NamedTuple):
-    """Images that are decoded as they are read, for what needs each but once: they need not fit in the memory.
-
-    key      names the files, their state, and how they are read
-    key_now  returns the key of the files as they are now
-    opened   returns a context with the `Opened` source
-    """
-
-    key: str
-    key_now: Callable[[], str]
-    opened: Callable[[], AbstractContextManager[Opened]]
-
-
 def stream_images(source: str, *, size: int | None = None, skip_unreadable: bool = False,
-                  caches: Iterable[Path] = ()) -> Stream:
-    """The images of `source`, of which none is decoded here. Parameters as of `load_images`; `caches` are folders that
-    may hold the images decoded. Raises BadInput for a source that is missing or empty, and for latents."""
-    find = partial(find_source, source, size, skip_unreadable)
-    images = find()
-    if images.array is not None:
-        key = f"cifar10 {size} {hashlib.blake2b(images.array, digest_size=16).hexdigest()}"
-        return Stream(key, lambda: key, images.open)
+                  caches: Iterable[Path] = ()) -> Source:
+    """The images of `source`, to be decoded as they are read: they need not fit in the memory.
+
+    Parameters as of `load_images`; `caches` are folders that may hold the images decoded. Raises BadInput for a source
+    that is missing or empty, and for latents.
+    """
+    images = find_source(source, size, skip_unreadable)
     if images.holds_latents:
         raise BadInput(f"{source} holds latents: expected images")
-    key = images.key  # of the files before a cache is asked for them
     shared = SHARED.expanduser()
     for cache in (*caches, shared):
         found = find_cached(cache, images)
@@ -189,7 +167,10 @@ def stream_images(source: str, *, size: int | None = None, skip_unreadable: bool
                 _say_shared(found[0])
             images.array = np.asarray(found[0])
             break
-    return Stream(key, lambda: find().key, images.open)
+    return images
+
+
+# ------------------------------------------------------------------------------- to the device
 
 
 def look(images: Tensor | np.ndarray | Shards) -> list[float]:
@@ -203,9 +184,6 @@ def look(images: Tensor | np.ndarray | Shards) -> list[float]:
 def look_alike(before: list[float], now: list[float]) -> bool:
     """Within one of 255 steps, as two decoders of JPEG do not make the same of a file."""
     return all(abs(one - other) <= 1 / 255 for one, other in zip(before, now, strict=True))
-
-
-# ------------------------------------------------------------------------------- to the device
 
 
 def batches(images: Tensor | np.ndarray | Shards, batch: int, *, seed: int = 0, flip: bool = True, start: int = 0,
@@ -294,7 +272,8 @@ def _drawn(served: Iterator[Tensor], batch: int, seed: int, start: int, first: i
             numbers.manual_seed(int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0]) >> 1)
             channels, *size = moments.shape[1:]
             noise = torch.randn(batch, channels // 2, *size, device=device, generator=numbers)
-            yield draw_latents(moments, noise[first : first + len(moments)])
+            mean, log_variance = moments.chunk(2, 1)
+            yield mean + (log_variance / 2).exp() * noise[first : first + len(moments)]
 
 
 def _finished(x: Tensor, mirrored: Tensor) -> Tensor:

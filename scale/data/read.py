@@ -7,12 +7,11 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 from threading import Lock
-from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -29,36 +28,89 @@ HURTS = 2**24
 EXPECTED = "expected a folder of images, a .zip or .tar of them, an LSUN lmdb, .npy latents, or cifar10"
 VERSION = 1  # a change makes all caches decode again
 
-Entries = Iterable[tuple[int, Path, Any]]  # (place in the order of names, path, what `decode` needs of the file)
+# (place in the order of names, path for the user, which may lead into an archive, what reads it) of each file
+Entries = Iterable[tuple[int, Path, Callable]]
+Opened = tuple[int, Entries]  # with how many images or latents there are, also those that turn out unreadable
 
 
 class Unreadable(BadInput):
     """One file that cannot be read. The rest may do without it."""
 
 
-class Opened(NamedTuple):
-    """A source that is open, for several threads at once.
+@dataclass
+class Source:
+    """Images or latents, and how they are to be read.
 
-    count    how many images or latents it holds, with those that turn out unreadable
-    entries  its files; a path names one for the user, and may lead into an archive
-    decode   decode(path, payload) makes an array (n, C, H, W) of an entry
+    files  see `files_of`; none for cifar10
+    size   makes images squares of so many pixels; None leaves them as they are
+    skip_unreadable  leaves out images that cannot be read
+    array  the images (N, C, H, W), where they are decoded already
     """
 
-    count: int
-    entries: Entries
-    decode: Callable[[Path, Any], np.ndarray]
+    path: Path
+    files: list[Path]
+    size: int | None = None
     skip_unreadable: bool = False
+    array: np.ndarray | None = None
 
-    def decoded(self, work: Callable | None = None, threads: int = 0, depth: int = 0) -> Iterator[tuple]:
-        """Yield (place, path, array, work(array)) of each entry, computed by threads up to `depth` and a few ahead.
+    @property
+    def holds_latents(self) -> bool:
+        return bool(self.files) and self.files[0].suffix.lower() == ".npy"
+
+    @cached_property
+    def digest(self) -> str:
+        """Another one as soon as a file is added, removed, renamed or written to. It is that of its first use."""
+        digest = hashlib.blake2b(f"{VERSION} {self.size}".encode(), digest_size=16)
+        for path in self.files:
+            state = path.stat()
+            name = str(path)[len(str(self.path)):]  # the same however the source was named
+            digest.update(f"{name}\0{state.st_size}\0{state.st_mtime_ns}\0".encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
+    @cached_property
+    def key(self) -> str:
+        """Names the files, their state at the first use, and how they are read."""
+        return f"{self.path.resolve()} {self.digest} {self.skip_unreadable}"
+
+    def key_now(self) -> str:
+        """The key of the files as they are now."""
+        return replace(self, files=files_of(self.path) if self.files else []).key
+
+    @contextmanager
+    def open(self) -> Iterator[Opened]:
+        """Open the source for `decoded`, in several threads at once."""
+        if self.array is not None:
+            yield len(self.array), ((place, self.path, partial(np.expand_dims, image, 0))
+                                    for place, image in enumerate(self.array))
+            return
+        if self.holds_latents:
+            yield _open_latents(self.files)
+            return
+        if self.files[0].name == "data.mdb":
+            opened = _open_lmdb(self.path)
+        elif self.files[0] != self.path:
+            opened = nullcontext((len(self.files), ((place, path, path.read_bytes)
+                                                    for place, path in enumerate(self.files))))
+        else:
+            opened = _open_zip(self.path) if self.path.suffix.lower() == ".zip" else _open_tar(self.path)
+        with opened as (count, files), warnings.catch_warnings():
+            if not count:
+                raise BadInput(f"{self.path} holds no images: expected files ending in {' '.join(sorted(SUFFIXES))}")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # for images up to twice Pillow's limit
+            yield count, ((place, path, partial(read_image, path, read, self.size)) for place, path, read in files)
+
+    def decoded(self, entries: Entries, work: Callable | None = None, threads: int = 0,
+                depth: int = 0) -> Iterator[tuple]:
+        """Yield (place, path, array (n, C, H, W), work(array)) of each entry, computed by threads up to `depth` and a
+        few ahead.
 
         The array is None for an unreadable file that is left out. BadInput for arrays that differ in shape or type.
         """
 
         def decode(entry: tuple) -> tuple:
-            place, path, payload = entry
+            place, path, read = entry
             try:
-                array = self.decode(path, payload)
+                array = read()
             except Unreadable:
                 if not self.skip_unreadable:
                     raise
@@ -67,7 +119,7 @@ class Opened(NamedTuple):
 
         first = None
         threads = threads or os.cpu_count()  # decoding leaves Python's lock, so threads do
-        with closing(ahead(decode, self.entries, threads=threads, depth=4 * threads + depth)) as results:
+        with closing(ahead(decode, entries, threads=threads, depth=4 * threads + depth)) as results:
             for place, path, array, result in results:
                 if array is not None:
                     first = first or (path, array)
@@ -82,134 +134,55 @@ def check_alike(path: Path, array: np.ndarray, first_path: Path, first: np.ndarr
                        "expected equal shapes; --size N makes images N pixels square")
 
 
-@dataclass
-class Source:
-    """Images or latents, and how they are to be read.
-
-    files  see `files_of`
-    size   makes images squares of so many pixels; None leaves them as they are
-    skip_unreadable  leaves out images that cannot be read
-    array  the images (N, C, H, W), where they are decoded already
-    """
-
-    path: Path
-    files: list[Path]
-    size: int | None = None
-    skip_unreadable: bool = False
-    array: np.ndarray | None = None
-
-    @property
-    def holds_latents(self) -> bool:
-        return self.array is None and self.files[0].suffix.lower() == ".npy"
-
-    @cached_property
-    def digest(self) -> str:
-        """Another one as soon as a file is added, removed, renamed or written to. It is that of its first use."""
-        digest = hashlib.blake2b(f"{VERSION} {self.size}".encode(), digest_size=16)
-        for path in self.files:
-            state = path.stat()
-            name = str(path)[len(str(self.path)):]  # the same however the source was named
-            digest.update(f"{name}\0{state.st_size}\0{state.st_mtime_ns}\0".encode(errors="surrogateescape"))
-        return digest.hexdigest()
-
-    @property
-    def key(self) -> str:
-        """Of the files as `digest` saw them, and of how they are read."""
-        return f"{self.path.resolve()} {self.digest} {self.skip_unreadable}"
-
-    @contextmanager
-    def open(self) -> Iterator[Opened]:
-        decode = partial(_decode_image, size=self.size)
-        if self.array is not None:
-            entries = ((place, self.path, image[None]) for place, image in enumerate(self.array))
-            files, decode = nullcontext((len(self.array), entries)), lambda _, image: image
-        elif self.holds_latents:
-            check_no_size(self.size, self.files[0])
-            dims = open_npy(self.files[0], (3, 4)).ndim
-            files, decode = nullcontext(_places_of_latents(self.files, dims)), partial(_decode_latents, dims=dims)
-        elif self.files[0] == self.path:
-            files = _open_zip(self.path) if self.path.suffix.lower() == ".zip" else _open_tar(self.path)
-        elif self.files[0].name == "data.mdb":
-            files = _open_lmdb(self.path)
-        else:
-            files = nullcontext((len(self.files), ((place, path, None) for place, path in enumerate(self.files))))
-        with files as (count, entries), warnings.catch_warnings():
-            if not count:
-                raise BadInput(f"{self.path} holds no images: expected files ending in {' '.join(sorted(SUFFIXES))}")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)  # for images up to twice Pillow's limit
-            yield Opened(count, entries, decode, self.skip_unreadable)
-
-
 def files_of(source: Path) -> list[Path]:
     """The files that `source` is made of, in the order of their names, without reading them: a file itself, a
-    folder's images or latents with its subfolders, an lmdb's data.mdb. BadInput if there are none."""
-    if not source.exists():
-        raise BadInput(f"{source} does not exist: {EXPECTED}")
-    if not source.is_dir():
-        if not source.name.lower().endswith((".zip", ".npy", *TARS)):
-            raise BadInput(f"{source} is a file: {EXPECTED}")
-        return [source]
+    folder's images or .npy files with its subfolders, an lmdb's data.mdb. BadInput if there are none."""
     if (source / "data.mdb").is_file():
         return [source / "data.mdb"]
-    return find_files(source)
-
-
-def find_files(folder: Path) -> list[Path]:
-    """Every image file below `folder`, or every .npy file, in the order of their names."""
+    if not source.is_dir():
+        if not source.exists() or not source.name.lower().endswith((".zip", ".npy", *TARS)):
+            raise BadInput(f"{source} {'is a file' if source.exists() else 'does not exist'}: {EXPECTED}")
+        return [source]
 
     def refuse(error: OSError):
-        raise BadInput(f"{error.filename} cannot be read: {error.strerror}")
+        raise error
 
-    images, latents, archives = [], [], []
-    for parent, _, names in os.walk(folder, onerror=refuse, followlinks=True):
-        for name in names:
-            suffix = os.path.splitext(name)[1].lower()
-            if suffix in SUFFIXES:
-                images.append(Path(parent) / name)
-            elif suffix == ".npy":
-                latents.append(Path(parent) / name)
-            elif name.lower().endswith((".zip", *TARS)):
-                archives.append(Path(parent) / name)
+    files = [Path(folder) / name for folder, _, names in os.walk(source, onerror=refuse, followlinks=True)
+             for name in names]
+    images = [path for path in files if path.suffix.lower() in SUFFIXES]
+    latents = [path for path in files if path.suffix.lower() == ".npy"]
     if images and latents:
-        raise BadInput(f"{folder} holds images ({min(images)}) and latents ({min(latents)}): expected one kind alone")
-    if images or latents:
-        return sorted(images or latents)
-    if archives:
-        raise BadInput(f"{folder} holds no images, but archives: expected one of them, as {min(archives)}, "
-                       "or the folder with them unpacked")
-    raise BadInput(f"{folder} holds no images: expected files ending in {' '.join(sorted(SUFFIXES))}, or .npy")
+        raise BadInput(f"{source} holds images ({min(images)}) and latents ({min(latents)}): expected one kind alone")
+    if not images and not latents:
+        raise BadInput(f"{source} holds no images: expected files ending in {' '.join(sorted(SUFFIXES))}, or .npy, or "
+                       "the path of an archive")
+    return sorted(images or latents)
 
 
 # ------------------------------------------------------------------------------- images
 
 
-def read_image(path: Path, size: int | None = None, read: Callable[[], bytes] | None = None) -> np.ndarray:
-    """One image as (H, W, 3) uint8, from the file `path`, or from the bytes that `read` returns.
+def read_image(path: Path, read: Callable[[], bytes], size: int | None = None) -> np.ndarray:
+    """One image as (1, 3, H, W) uint8, from the bytes that `read` returns. size: see `square`.
 
     Raises Unreadable, naming the path, also for an image with more pixels than Pillow takes for an honest one.
     """
     try:
-        with Image.open(BytesIO(read()) if read else path) as image:
+        with Image.open(BytesIO(read())) as image:
             if image.mode.startswith(("I", "F")):  # more than 8 bits a pixel, which convert would cut off at 255
                 image = Image.fromarray(_from_16_bits(np.asarray(image)))
-            return square(image.convert("RGB"), size)
+            return np.ascontiguousarray(square(image.convert("RGB"), size).transpose(2, 0, 1))[None]
     except MemoryError:
         raise
     except Exception as error:  # Pillow and the archives raise nearly every kind for damaged data
-        problem = "cannot be read as an image"
-        if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
-            problem = f"has more than the {Image.MAX_IMAGE_PIXELS:,} pixels that an image may have"
-        raise Unreadable(f"{path} {problem}; expected one, or --skip-unreadable, which leaves such files out"
-                         ) from error
+        reason = str(error).partition(" <_io")[0]  # without the address of the BytesIO
+        raise Unreadable(f"{path} cannot be read as an image ({reason}); expected one, or --skip-unreadable, which "
+                         "leaves such files out") from error
 
 
 def square(image: Image.Image, size: int | None) -> np.ndarray:
     """The centre square of `image`, `size` pixels wide, or all of it for None, as (H, W, 3) uint8."""
     return np.asarray(image if size is None else ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
-
-
-def _decode_image(path: Path, read: Callable[[], bytes] | None, size: int | None) -> np.ndarray:
-    return np.ascontiguousarray(read_image(path, size, read).transpose(2, 0, 1))[None]
 
 
 def _from_16_bits(pixels: np.ndarray) -> np.ndarray:
@@ -234,8 +207,7 @@ def _naming(archive: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _open_zip(source: Path) -> Iterator[tuple[int, Entries]]:
-    """The images of a zip, in the order of their names."""
+def _open_zip(source: Path) -> Iterator[Opened]:
     with _naming(source):
         archive = zipfile.ZipFile(source)
     alone = Lock()  # a ZipFile's count of its open members is not safe among threads
@@ -245,14 +217,12 @@ def _open_zip(source: Path) -> Iterator[tuple[int, Entries]]:
             return archive.read(member)
 
     with archive:
-        for member in archive.infolist():
-            if member.flag_bits & 1:
-                raise BadInput(f"{source} is encrypted ({member.filename}): expected an archive without a password")
-            if member.file_size > LARGEST or member.file_size > max(HURTS, SWELLS * member.compress_size):
-                raise _bomb(_inside(source, member.filename), member.file_size)
         members = [member for member in archive.infolist() if _is_image(member.filename)]
+        for member in members:
+            if member.file_size > min(LARGEST, max(HURTS, SWELLS * member.compress_size)):
+                raise _bomb(source / member.filename.lstrip("/"), member.file_size)
         members.sort(key=lambda member: PurePosixPath(member.filename))
-        yield len(members), ((place, _inside(source, member.filename), partial(read, member))
+        yield len(members), ((place, source / member.filename.lstrip("/"), partial(read, member))
                              for place, member in enumerate(members))
 
 
@@ -268,40 +238,36 @@ class _Header(tarfile.TarInfo):
 
 
 @contextmanager
-def _open_tar(source: Path) -> Iterator[tuple[int, Entries]]:
+def _open_tar(source: Path) -> Iterator[Opened]:
     """The images of a tar, read in one go, as a compressed one can be; each image's place is that of its name."""
-    names = [member.name for _, member in _tar_members(source)]
+    with _naming(source):
+        names = [name for name, _ in _tar_members(source)]
     places = np.empty(len(names), int)
     places[sorted(range(len(names)), key=lambda number: PurePosixPath(names[number]))] = np.arange(len(names))
 
     def entries() -> Entries:
-        for place, (archive, member) in zip(places, _tar_members(source), strict=False):
-            with _naming(source):
-                content = archive.extractfile(member).read()
-            yield int(place), _inside(source, member.name), partial(bytes, content)
+        with _naming(source):
+            for place, (name, file) in zip(places.tolist(), _tar_members(source), strict=False):
+                yield place, source / name.lstrip("/"), partial(bytes, file.read())
 
     yield len(names), entries()
 
 
-def _tar_members(source: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+def _tar_members(source: Path) -> Iterator[tuple[str, tarfile.ExFileObject]]:
     """The images in a tar in the order they lie there. That it is cut off is noticed at its end only."""
-    with _naming(source), closing(tarfile.open(source, "r:*", tarinfo=_Header)) as archive:
+    with tarfile.open(source, "r:*", tarinfo=_Header) as archive:
         packed = source.stat().st_size
         while (member := archive.next()) is not None:
             archive.members.clear()  # it keeps all that it has passed: a gigabyte for a million
             if member.size > LARGEST or member.offset_data + member.size > max(LARGEST, SWELLS * packed):
-                raise _bomb(_inside(source, member.name), member.size)
+                raise _bomb(source / member.name.lstrip("/"), member.size)
             if member.issym() or member.islnk():
                 raise BadInput(f"{source} holds a link ({member.name}): expected files and folders alone")
             if member.isreg() and _is_image(member.name):
-                yield archive, member
+                yield member.name, archive.extractfile(member)
         archive.fileobj.seek(archive.offset)  # tarfile takes a damaged header, or none, for the end
         if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise BadInput(f"{source} ends in the middle, or is damaged there: expected a whole tar")
-
-
-def _inside(archive: Path, name: str) -> Path:
-    return Path(f"{archive}/{name}")  # not archive / name, which is name alone where that is an absolute path
 
 
 def _is_image(name: str) -> bool:
@@ -316,15 +282,9 @@ def _bomb(path: Path, size: int) -> BadInput:
 
 
 @contextmanager
-def _open_lmdb(folder: Path) -> Iterator[tuple[int, Entries]]:
+def _open_lmdb(folder: Path) -> Iterator[Opened]:
     """The images of an LSUN lmdb, whose values are image files, in the order of its keys."""
-    try:
-        import lmdb
-    except ImportError as error:
-        raise BadInput(f"{folder} is an lmdb, and the package that reads it is missing: expected lmdb installed "
-                       "(pip install 'dansm[lsun]', or lmdb)") from error
-    with _naming(folder):
-        store = lmdb.open(str(folder), readonly=True, lock=False, readahead=False)
+    import lmdb
 
     def read(key: bytes) -> bytes:
         with store.begin() as transaction:
@@ -335,6 +295,8 @@ def _open_lmdb(folder: Path) -> Iterator[tuple[int, Entries]]:
             for place, key in enumerate(cursor.iternext(values=False)):
                 yield place, folder / key.decode("ascii", "backslashreplace"), partial(read, key)
 
+    with _naming(folder):
+        store = lmdb.open(str(folder), readonly=True, lock=False, readahead=False)
     with closing(store):
         needed = (store.info()["last_pgno"] + 1) * store.stat()["psize"]
         if (folder / "data.mdb").stat().st_size < needed:  # to touch a page that is not there ends the process
@@ -356,41 +318,35 @@ def open_npy(path: Path, dims: tuple[int, ...] = (4,)) -> np.ndarray:
     except MemoryError:
         raise
     except Exception as error:  # a header is parsed as Python
-        reason = f" ({error.strerror})" if isinstance(error, OSError) and error.strerror else ""
-        raise Unreadable(f"{path} cannot be read as latents{reason}: expected a whole .npy file of float16 or float32 "
-                         "numbers") from error
-    if not isinstance(array, np.ndarray) or array.dtype not in (np.float16, np.float32):
-        raise BadInput(f"{path} holds {getattr(array, 'dtype', 'several arrays')}: expected latents of float16 or "
-                       "float32")
-    if array.ndim not in dims or 0 in array.shape:
+        raise Unreadable(f"{path} cannot be read as latents ({error}): expected a whole .npy file of float16 or "
+                         "float32 numbers") from error
+    kind, shape = getattr(array, "dtype", "several arrays"), getattr(array, "shape", ())
+    if kind not in (np.float16, np.float32) or len(shape) not in dims or 0 in shape:
         shapes = " or ".join({3: "(C, H, W)", 4: "(N, C, H, W)"}[dim] for dim in dims)
-        raise BadInput(f"{path} holds an array {array.shape}: expected latents {shapes}")
+        raise BadInput(f"{path} holds {kind} {shape}: expected latents {shapes} of float16 or float32")
     return array
 
 
-def check_finite(path: Path, latents: np.ndarray, first: int = 0) -> None:
-    """BadInput naming the file and the latent if one of its numbers is not finite. first: the number of latents[0]."""
-    for start in range(0, len(latents), 1024):
+def check_finite(path: Path, latents: np.ndarray, track: Callable = lambda parts, total: parts) -> None:
+    """BadInput naming the file and the latent if one of its numbers is not finite. track: see `loader.load_images`."""
+    starts = range(0, len(latents), 1024)
+    for start in track(starts, len(starts)):
         finite = np.isfinite(latents[start : start + 1024])
         if not finite.all():
-            wrong = first + start + int((~finite).any((1, 2, 3)).argmax())
+            wrong = start + int((~finite).any((1, 2, 3)).argmax())
             raise BadInput(f"{path} holds NaN or infinite numbers, in latent {wrong}: expected finite latents")
 
 
-def check_no_size(size: int | None, path: Path) -> None:
-    if size is not None:
-        raise BadInput(f"--size is {size}, and {path} holds latents, which are taken as they are: expected none")
-
-
-def _places_of_latents(files: list[Path], dims: int) -> tuple[int, Entries]:
+def _open_latents(files: list[Path]) -> Opened:
     """A folder of latents: (C, H, W) each, or (n, C, H, W) each."""
+    dims = open_npy(files[0], (3, 4)).ndim
+
+    def read(path: Path) -> np.ndarray:
+        array = open_npy(path, (dims,))
+        latents = array if dims == 4 else array[None]
+        check_finite(path, latents)
+        return latents
+
     lengths = [len(open_npy(path)) if dims == 4 else 1 for path in files]
     places = np.cumsum([0, *lengths]).tolist()
-    return places[-1], ((place, path, None) for place, path in zip(places, files, strict=False))
-
-
-def _decode_latents(path: Path, _, dims: int) -> np.ndarray:
-    array = open_npy(path, (dims,))
-    latents = array if dims == 4 else array[None]
-    check_finite(path, latents)
-    return latents
+    return places[-1], ((place, path, partial(read, path)) for place, path in zip(places, files, strict=False))
