@@ -1,5 +1,7 @@
 """Features for tests, as cheap as networks of features come: `--features features:seen`."""
 
+from unittest.mock import patch
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -33,3 +35,14 @@ def digits(count=600):
     known = load_digits()
     images = torch.from_numpy(np.round(known.images * 15.9375).astype(np.uint8))[:, None].expand(-1, 3, -1, -1)
     return images[:count].contiguous(), torch.from_numpy(known.target[:count])
+
+
+def untrained_inception(folder):
+    """A file of weights for torch-fidelity's Inception network, as they are before any training."""
+    import torch_fidelity.feature_extractor_inceptionv3 as inception
+
+    with patch.object(inception, "load_state_dict_from_url", lambda *_, **__: {}), \
+            patch.object(inception.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None):
+        state = inception.FeatureExtractorInceptionV3("", ["2048"], verbose=False).state_dict()
+    torch.save(state, folder / "weights.pth")
+    return folder / "weights.pth"

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import torch
 import typer
@@ -16,9 +16,10 @@ from dansm import BadInput, Diffusion
 
 from ..base.files import make_folder, write_csv, write_json
 from ..base.machine import hardware, number_type, pick_device
-from ..base.text import Stopped, console, counted, say, say_files, table
+from ..base.text import Stopped, console, counted, say, say_files, table, with_bar
 from ..data.latents import known_on_disk
-from ..data.loader import Stream, stream_images
+from ..data.loader import stream_images
+from ..data.read import Source
 from ..evaluate.extractors import INCEPTION, LITE0, Extractor, digest_of_weights, draw_features, load_extractor
 from ..evaluate.measures import floor, score
 from ..evaluate.real import VERSION, Real, digest_of, real_features
@@ -28,20 +29,6 @@ from ..model.sampling import at_once
 from . import options
 
 app = options.command_app()
-
-
-class Settings(NamedTuple):
-    """What the rows of one call have in common."""
-
-    count: int
-    seed: int
-    solver: str
-    precision: str
-    batch: int
-    device: torch.device
-    extractor: Extractor
-    source: str
-    real: Real
 
 
 @app.command()
@@ -75,47 +62,51 @@ def evaluate(
     on = pick_device(device)
     trained = [model.with_decoder(autoencoder, on, precision, memory)
                for model in load_models(models, step_counts, solver=solver)]
-    out = make_folder(out)
+    make_folder(out)
     known = read_rows(out / "evaluate.json")
     extractor = load_extractor(features, on, inception_weights)
     source, images = find_real(trained, data, size, skip_unreadable)
+    real = real_features(images, extractor, on, cache=cache.expanduser(), check=partial(check_shape, trained, source),
+                         track=lambda parts, total: with_bar(parts, "real images", total))
+    if data is None:
+        check_counts(trained, source, real.count)
+    common = {"features": extractor.name, "data": source, "real_images": real.count, "real_digest": real.digest[:8],
+              "seed": seed}
+    made_from = digest_of("floor", [VERSION, real.digest, count, seed])
+    jobs = [(None, {"model": "real images", "made_from": made_from, **common, "count": count})]
+    for model in trained:
+        jobs += jobs_of(model, step_counts, common, real, count, solver, number_type(precision, on))
     rows = []
     with Progress(console=console, transient=True) as bar:
-        real = real_features(images, extractor, on, cache=cache.expanduser(),
-                             track=partial(bar.track, description="real images"),
-                             check=partial(check_shape, trained, source))
-        if data is None:
-            check_counts(trained, source, real.count)
-        settings = Settings(count, seed, solver, precision, batch, on, extractor, source, real)
-        jobs = jobs_of(trained, step_counts, settings)
-        task = bar.add_task("", total=count * sum(row.get("steps", 0) for _, row in jobs))
+        task = bar.add_task("", total=count * len(trained) * sum(step_counts))
         try:
             for model, row in jobs:
                 bar.update(task, description=row["model"])
                 key = row["made_from"]
                 if key not in known:
-                    known[key] = row | measure(model, row, settings, partial(bar.advance, task))
+                    known[key] = row | measure(model, row, real, extractor, on, precision, batch,
+                                               partial(bar.advance, task))
                     write_json(out / "evaluate.json", {"rows": list(known.values()), "hardware": hardware(on)})
                     write_csv(out / "evaluate.csv", list(known.values()))
                 rows.append(known[key] | {name: row[name] for name in ("model", "data", "file") if name in row})
         except KeyboardInterrupt:
             if not rows:
                 raise
-    report(rows, [model.label if model else "real images" for model, _ in jobs], settings)
+    report(rows, [model.label if model else "real images" for model, _ in jobs], extractor, count, len(real.mean))
     say_files(out, "evaluate.json", "evaluate.csv")
     if len(rows) < len(jobs):
         raise Stopped(f"stopped; {counted(len(rows), 'row')} of {len(jobs)} kept, the same command resumes")
 
 
-def find_real(models: list[Model], data: str | None, size: int | None, skip_unreadable: bool) -> tuple[str, Stream]:
-    """The source of the real images, and these: of --data, or what the models were trained on, read as it was then."""
+def find_real(models: list[Model], data: str | None, size: int | None, skip_unreadable: bool) -> tuple[str, Source]:
+    """The name of the real images, and these: of --data, or what the models were trained on, read as it was then."""
     recipes = [model.about["recipe"] for model in models]
     if data is None:
         sources = {os.path.realpath(name): name for name in (str(model.about["data"]) for model in models)}
         if len(sources) > 1 or "" in sources.values():
             raise BadInput(f"the models were trained on {', '.join(sorted(map(repr, sources.values())))}: expected "
                            "--data, the images to compare all of them with")
-        data = next(iter(sources.values()))
+        (data,) = sources.values()
         size = size or recipes[0].get("size") or None
         skip_unreadable = skip_unreadable or recipes[0].get("skip_unreadable", False)
         if not models[0].draws_images:
@@ -125,9 +116,6 @@ def find_real(models: list[Model], data: str | None, size: int | None, skip_unre
                 raise BadInput(f"{data} does not say what images its latents are of: expected --data, those images")
             data, size = latents["source"], size or latents["size"]
             skip_unreadable = skip_unreadable or bool(encoded.get("left_out"))
-        if data != "cifar10" and not Path(data).exists():
-            raise BadInput(f"{models[0].path} was trained on {data}, which is not here: expected --data, where its "
-                           "images lie now")
     caches = [Path(recipe["cache"]) for recipe in recipes if recipe.get("cache")]
     return data, stream_images(data, size=size, skip_unreadable=skip_unreadable, caches=caches)
 
@@ -135,10 +123,9 @@ def find_real(models: list[Model], data: str | None, size: int | None, skip_unre
 def check_counts(models: list[Model], source: str, count: int) -> None:
     """BadInput if a model was trained on more or fewer images than lie there now."""
     for model in models:
-        trained_on = model.about["images"]
-        if isinstance(trained_on, int) and trained_on != count and model.draws_images:
-            raise BadInput(f"{model.path} was trained on {counted(trained_on, 'image')}, {source} holds {count:,} "
-                           "now: expected --data, the images to compare with")
+        if model.draws_images and model.about["images"] not in (None, count):
+            raise BadInput(f"{model.path} was trained on {counted(model.about['images'], 'image')}, {source} holds "
+                           f"{count:,} now: expected --data, the images to compare with")
 
 
 def check_shape(models: list[Model], source: str, shape: tuple[int, int, int]) -> None:
@@ -149,78 +136,64 @@ def check_shape(models: list[Model], source: str, shape: tuple[int, int, int]) -
                            f"{shape[2]}×{shape[1]}: expected equal sizes; --size {model.pixels} makes the real ones so")
 
 
-def jobs_of(models: list[Model], step_counts: list[int], settings: Settings) -> list[tuple[Model | None, dict]]:
-    """The rows to measure, the first without a model; "made_from" is a digest of all that their measures depend on."""
-    count, seed, solver, precision, _, device, extractor, source, real = settings
-    common = {"features": extractor.name, "data": source, "real_images": real.count, "real_digest": real.digest[:8],
-              "seed": seed}
-    made_from = [VERSION, real.digest, count, seed]
-    jobs = [(None, {"model": "real images", "made_from": digest_of("floor", made_from), **common})]
-    numbers = str(number_type(precision, device))
-    for model in models:
-        trained_as = [model.about[name] for name in ("network", "flow", "times")]
-        made_by = [digest_of_weights(model.net.state_dict()), trained_as, solver, numbers]
-        if model.decoder:
-            made_by.append(model.decoder.autoencoder.identity)
-        if isinstance(model.flow, Diffusion):
-            made_by += [model.flow.bound, model.flow.target]
-        for steps in step_counts:
-            jobs.append((model, {
-                "model": str(model.path), "steps": steps, "count": count, "file": str(model.about["file"]),
-                "trained_steps": model.about["step"], "solver": solver, **common,
-                "numbers": numbers.removeprefix("torch."), "made_from": digest_of(made_from + made_by, steps)}))
-    return jobs
+def jobs_of(model: Model, step_counts: list[int], common: dict, real: Real, count: int, solver: str,
+            numbers: torch.dtype) -> list[tuple[Model, dict]]:
+    """The rows of a model that are to be measured; "made_from" is a digest of all that their measures depend on."""
+    made_from = [VERSION, real.digest, count, common["seed"], digest_of_weights(model.net.state_dict()),
+                 [model.about[name] for name in ("network", "flow", "times")], solver, str(numbers)]
+    if model.decoder:
+        made_from.append(model.decoder.autoencoder.identity)
+    if isinstance(model.flow, Diffusion):
+        made_from += [model.flow.bound, model.flow.target]
+    return [(model, {"model": str(model.path), "steps": steps, "count": count, "file": str(model.about["file"]),
+                     "trained_steps": model.about["step"], "solver": solver, **common,
+                     "numbers": str(numbers).removeprefix("torch."), "made_from": digest_of(made_from, steps)})
+            for steps in step_counts]
 
 
-def measure(model: Model | None, row: dict, settings: Settings, advance: Callable[[int], None]) -> dict:
+def measure(model: Model | None, row: dict, real: Real, extractor: Extractor, device: torch.device, precision: str,
+            batch: int, advance: Callable[[int], None]) -> dict:
     """The measures of one row, in how many seconds and on which GPU: calls on several machines add up.
 
     advance  gets the number of steps that were made for all images, some at a time
     """
-    count, seed, _, precision, batch, device, extractor, _, real = settings
     begin = time.monotonic()
     if model is None:
-        measures = floor(real, count, extractor, seed=seed, device=device)
+        measures = floor(real, row["count"], extractor, seed=row["seed"], device=device)
     else:
-        net = model.on(device, precision).net
         features, logits = draw_features(
-            net, model.flow, range(count), model.shape, row["steps"], extractor, device, seed=seed,
-            batch=batch or at_once(model.net, device), decode=model.decode,
+            model.on(device, precision).net, model.flow, range(row["count"]), model.shape, row["steps"], extractor,
+            device, seed=row["seed"], batch=batch or at_once(model.net, device), decode=model.decode,
             advance=lambda images: advance(images * row["steps"]))
         model.net.cpu()  # only one of the models is on the GPU at a time
-        measures = score(features, real, extractor, logits=logits, seed=seed, device=device)
+        measures = score(features, real, extractor, logits=logits, seed=row["seed"], device=device)
     return {**measures, "seconds": round(time.monotonic() - begin, 2), "gpu": hardware(device)["gpu"] or "CPU"}
 
 
 def read_rows(path: Path) -> dict[str, dict]:
     """The rows of earlier calls by what they were made from. BadInput for a file that no dansm evaluate wrote."""
-    if not path.exists():
-        return {}
     try:
-        return {row["made_from"]: row for row in json.loads(path.read_text())["rows"]}
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        return {row["made_from"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
+    except (ValueError, LookupError, TypeError) as error:
         raise BadInput(f"{path} cannot be read ({error!r}): expected what dansm evaluate wrote, or another --out"
                        ) from error
 
 
-def report(rows: list[dict], labels: list[str], settings: Settings) -> None:
+def report(rows: list[dict], labels: list[str], extractor: Extractor, count: int, dimensions: int) -> None:
     """Print the table, and what a reader must know to interpret it."""
-    frechet, kernel = settings.extractor.distances
-    if settings.extractor.name == INCEPTION:
-        title, measures = "FID", ("FID", "KID·10³", "IS")
-    else:
-        title, measures = f"Fréchet distance ({settings.extractor.name})", ("Fréchet", "kernel·10³")
+    frechet, kernel = extractor.distances
+    inception = extractor.name == INCEPTION
     lines = []
     for label, row in zip(labels, rows, strict=False):  # Ctrl-C leaves out the last rows
         numbers = [f"{row[frechet]:.2f}", f"{1e3 * row[kernel]:.2f}"]
-        if "IS" in measures:
+        if inception:
             numbers.append(f"{row['inception_score']:.2f}" if "inception_score" in row else "")
         lines.append([label, str(row.get("steps", "")), f"{row['count']:,}", *numbers, f"{row['precision']:.3f}",
                       f"{row['recall']:.3f}"])
-    count, available, dimensions = settings.count, settings.real.count, len(settings.real.mean)
-    console.print(table(f"{title} to {available:,} images of {settings.source}",
+    measures = ["FID", "KID·10³", "IS"] if inception else ["Fréchet", "kernel·10³"]
+    available, taken = rows[0]["real_images"], rows[0]["count"]
+    console.print(table(f"Distances by {extractor.name} to {available:,} images of {rows[0]['data']}",
                         ["model", "steps", "images", *measures, "precision", "recall"], lines))
-    taken = rows[0]["count"]
     bound = "no model can be expected to beat them" if taken == count else f"{count:,} would have a lower distance"
     say(f"real images: {taken:,} of the {available:,} at random, against all; {bound}")
     if min(count, available) < dimensions:

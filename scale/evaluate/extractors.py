@@ -16,13 +16,11 @@ from torch import Tensor
 
 from dansm import BadInput
 
-from ..base.machine import lacks_memory
 from ..base.text import shorten
 from ..model.sampling import sample_images
 
 INCEPTION = "inception"
 LITE0 = "efficientnet-lite0"
-FORMER_LITE0 = "scale.evaluate:efficientnet_lite0"
 MOST_AT_ONCE = 500  # images that a network gets together: for 500 one layer of Inception fills 2.8 GB
 
 
@@ -59,11 +57,7 @@ def load_extractor(features: str, device: torch.device, weights: Path | None = N
         return _load_inception(device, weights, option)
     if weights is not None:
         raise BadInput(f"--inception-weights is {weights}, with {option} {features}: expected one of the two")
-    if features == LITE0:
-        return _load_lite0(device, option)
-    if features == FORMER_LITE0:
-        raise BadInput(f"{option} is {features}: expected {LITE0}, as it is called now")
-    return _load_callable(features, option)
+    return _load_lite0(device, option) if features == LITE0 else _load_callable(features, option)
 
 
 def check_installed() -> None:
@@ -84,15 +78,10 @@ def _load_inception(device: torch.device, weights: Path | None, option: str) -> 
             net = FeatureExtractorInceptionV3(INCEPTION, ["2048", "logits_unbiased"], verbose=False,
                                               feature_extractor_weights_path=copy if weights else None)
     except Exception as error:  # torch raises nearly every kind for a file that is not its own
-        if lacks_memory(error):
-            raise
         reason = shorten(str(error).partition("\n")[0], 150)
-        if weights:
-            raise BadInput(f"--inception-weights is {weights}, which cannot be used ({reason}): expected "
-                           "weights-inception-2015-12-05-6726825d.pth of torch-fidelity") from error
-        raise BadInput(f"the weights of the Inception network are not in {torch.hub.get_dir()} and could not be "
-                       f"downloaded ({reason}): expected a connection, --inception-weights FILE, or {option} {LITE0}"
-                       ) from error
+        raise BadInput(f"--inception-weights is {weights or 'not given, and the download failed'} ({reason}): expected "
+                       "the file weights-inception-2015-12-05-6726825d.pth of torch-fidelity, a connection, or "
+                       f"{option} {LITE0}") from error
     return Extractor(INCEPTION, f"torch-fidelity {__version__} {digest_of_weights(net.state_dict())}", net.to(device))
 
 
@@ -116,24 +105,22 @@ def _load_lite0(device: torch.device, option: str) -> Extractor:
 
 def _load_callable(features: str, option: str) -> Extractor:
     """The callable of that name, from the Python path or the working folder. Its key changes with the module's file."""
-    expected = f"expected {INCEPTION}, {LITE0} or module:callable"
     module_name, _, name = features.partition(":")
-    if not module_name or not name:
-        raise BadInput(f"{option} is {features!r}: {expected}")
     folder = os.getcwd()
     sys.path.append(folder)
     try:
         module = importlib.import_module(module_name)
         function = getattr(module, name)
+        if not callable(function):
+            raise TypeError(f"it is a {type(function).__name__}")
+        code = Path(module.__file__).read_bytes()
     except Exception as error:  # a module may raise anything
-        raise BadInput(f"{option} is {features}, which cannot be imported ({error}): {expected}") from error
+        raise BadInput(f"{option} is {features}, which cannot be imported ({error}): expected {INCEPTION}, {LITE0} or "
+                       "module:callable") from error
     finally:
         sys.path.remove(folder)
-    if not callable(function):
-        raise BadInput(f"{option} is {features}, a {type(function).__name__}: {expected}")
-    file = getattr(module, "__file__", None)
-    code = hashlib.blake2b(Path(file).read_bytes() if file else b"", digest_size=8).hexdigest()
-    return Extractor(features, f"{features} {code}", lambda images: (function(images), None), option)
+    key = f"{features} {hashlib.blake2b(code, digest_size=8).hexdigest()}"
+    return Extractor(features, key, lambda images: (function(images), None), option)
 
 
 def digest_of_weights(weights: dict[str, Tensor]) -> str:
@@ -152,13 +139,10 @@ def features_of(images: Tensor, extractor: Extractor, device: torch.device) -> t
     images  uint8 (N, 1 or 3, H, W); grey ones are repeated for the three colours
     """
     features, logits = extractor.extract(images.to(device).expand(-1, 3, -1, -1))
-    if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(images):
-        made = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-        raise BadInput(f"{extractor.option} {extractor.name} made {made} from {len(images)} images: expected a tensor "
-                       f"({len(images)}, D)")
     features = features.detach().float()
-    if not features.isfinite().all():
-        raise BadInput(f"{extractor.option} {extractor.name} made NaN or infinite features: expected finite ones")
+    if features.ndim != 2 or len(features) != len(images) or not features.isfinite().all():
+        raise BadInput(f"{extractor.option} {extractor.name} made numbers {tuple(features.shape)} from {len(images)} "
+                       f"images, or some that are not finite: expected finite ones ({len(images)}, D)")
     return features, logits
 
 
@@ -170,12 +154,11 @@ def draw_features(net: Callable[[Tensor, Tensor], Tensor], flow, numbers: range,
     The images go to the network as the uint8 that a PNG would hold, and are not kept. advance gets how many were
     drawn each time; the other parameters are those of `sample_images`.
     """
-    features, logits = [], []
+    parts = []
     for drawn in sample_images(net, flow, numbers, shape, steps, seed=seed, batch=batch, device=device, decode=decode):
         for images in drawn.split(MOST_AT_ONCE):
-            some_features, some_logits = features_of(images, extractor, device)
-            features.append(some_features.cpu())
-            if some_logits is not None:
-                logits.append(some_logits.cpu())
+            features, logits = features_of(images, extractor, device)
+            parts.append((features.cpu(), None if logits is None else logits.cpu()))
             advance(len(images))
-    return torch.cat(features), torch.cat(logits) if logits else None
+    features, logits = zip(*parts, strict=True)
+    return torch.cat(features), None if logits[0] is None else torch.cat(logits)

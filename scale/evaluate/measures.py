@@ -1,14 +1,11 @@
-"""How close generated images are to real ones, measured on their features.
+"""How close generated images are to real ones, by torch-fidelity's measures on their features.
 
-The measures are torch-fidelity's: Fréchet distance, kernel distance, Inception Score, precision and recall. Only on the
-features of the standard Inception network are the first two called FID and KID.
+Only on the features of the standard Inception network are Fréchet and kernel distance called FID and KID.
 """
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from dansm import BadInput
 
 from .extractors import Extractor
 from .real import Real
@@ -72,9 +69,6 @@ def frechet_distance(features: Tensor, real: Real) -> float:
     """By torch-fidelity, from features (N, D) in float64. `base.statistics` has the same of two sets."""
     from torch_fidelity import metric_fid as fid
 
-    if len(features) < 2 or features.shape[1] != len(real.mean):
-        raise BadInput(f"features are {tuple(features.shape)}, of the real images {(real.count, len(real.mean))}: "
-                       "expected at least two, equally long")
     statistics = fid.fid_features_to_statistics(features.cpu().double())
     statistics["sigma"] = np.atleast_2d(statistics["sigma"])
     real_statistics = {"mu": real.mean, "sigma": real.covariance}

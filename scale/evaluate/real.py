@@ -1,8 +1,7 @@
 """Features of the real images, kept in a folder between calls.
 
-They are kept by the images' pixels, with a link to them by the files that the images were read from. The same images in
-other files are not measured again, unchanged files are not even decoded again, and a changed file never gets the
-features of what it held before.
+A file of features is named after the images' pixels, and an index of the files that the images were read from names it.
+So the same images elsewhere are not measured again, and unchanged files are not even decoded again.
 """
 
 import hashlib
@@ -22,10 +21,9 @@ from torch import Tensor
 
 from dansm import BadInput
 
-from ..base.files import replacing
+from ..base.files import replacing, write_json
 from ..base.locks import alone
 from ..base.text import counted, say
-from ..data.loader import Stream
 from ..data.read import Source
 from .extractors import MOST_AT_ONCE, Extractor, features_of
 
@@ -52,11 +50,11 @@ class Real(NamedTuple):
     features: Tensor
 
 
-def real_features(images: Stream | Tensor | np.ndarray, extractor: Extractor, device: torch.device, *,
+def real_features(images: Source | Tensor | np.ndarray, extractor: Extractor, device: torch.device, *,
                   batch: int | None = None, cache: Path | None = None,
                   track: Callable[[Iterator, int], Iterator] = lambda images, total: images,
                   check: Callable[[tuple[int, int, int]], None] = lambda shape: None) -> Real:
-    """Features of all images, 4 or more: uint8 (N, C, H, W), or a Stream that decodes them as they are needed.
+    """Features of all images, 4 or more: uint8 (N, C, H, W), or a Source that decodes them as they are needed.
 
     batch  images measured together; None: what `feature_batch` gives
     cache  a folder that keeps features
@@ -64,28 +62,32 @@ def real_features(images: Stream | Tensor | np.ndarray, extractor: Extractor, de
     check  gets (C, H, W) before anything is measured
     Raises BadInput.
     """
-    stream = images if isinstance(images, Stream) else _stream_of(images)
-    read = partial(_read, stream, extractor, batch or feature_batch(device), track, check)
+    if isinstance(images, Source):
+        source = images
+    else:
+        check_real(images)
+        source = Source(Path(), [], array=np.asarray(images))
+    read = partial(_read, source, extractor, batch or feature_batch(device), track, check)
     if cache is None:
         return _measure(read, extractor, device)
-    link = cache / f"files-{digest_of(stream.key, extractor.key)}.npz"
+    index = cache / f"files-{digest_of(source.key, extractor.key)}.json"
     with ExitStack() as held:
-        with suppress(OSError):  # nothing can be written there, which `_keep` reports
+        with suppress(OSError):  # nothing can be written there, which is said below
             cache.mkdir(parents=True, exist_ok=True)
-            held.enter_context(alone(link.with_suffix(".lock")))  # calls for the same files wait for what one keeps
-        real = _find(link)
+            held.enter_context(alone(index.with_suffix(".lock")))  # calls for the same files wait for what one keeps
+        real = _load(index)
         if real:
             check(real.shape)
             return real
-        path = _look(cache, stream, extractor, read)
-        real = path and _find(path)
-        if real is None:
-            real = _measure(read, extractor, device)
-            path = _keep(cache, real, extractor)
-        with suppress(OSError, BadInput):  # a file is gone, or the disk is full
-            if stream.key_now() == stream.key:  # else a file has changed, and may have been read before that or after
-                link.unlink(missing_ok=True)
-                link.symlink_to(path.name)
+        real = _same_pixels(cache, source, extractor, read) or _measure(read, extractor, device)
+        path = cache / _name(extractor, real.count, real.digest)
+        try:
+            with replacing(path) as partial_path, open(partial_path, "wb") as file:
+                np.savez(file, **real._replace(features=real.features.numpy())._asdict())
+            if source.files and source.key_now() == source.key:  # else a file has changed, perhaps before it was read
+                write_json(index, {"features": path.name})
+        except (OSError, BadInput) as error:  # a full disk costs later calls time, not this call its result
+            say(f"the features of the real images are not kept: {error}; --cache names another folder")
     return real
 
 
@@ -96,25 +98,17 @@ def feature_batch(device: torch.device | str) -> int:
 
 def check_real(images: Tensor | np.ndarray) -> None:
     """BadInput for latents, and for too few images."""
-    _check_enough(len(images))
-    if str(images.dtype).split(".")[-1] != "uint8":
+    if "uint8" not in str(images.dtype):
         raise BadInput(f"the images are {images.dtype} of {images.shape[1]} channels, latents: expected images")
+    _check_enough(len(images))
 
 
 def _check_enough(count: int) -> None:
     if count < 4:
-        raise BadInput(f"there are {counted(count, 'real image')}: expected at least 4, and thousands for meaningful "
-                       "numbers")
+        raise BadInput(f"there are {counted(count, 'real image')}: expected at least 4, better thousands")
 
 
-def _stream_of(images: Tensor | np.ndarray) -> Stream:
-    """Images that are decoded already. They get no link, as their key now is never the key before."""
-    check_real(images)
-    array = np.asarray(images)
-    return Stream(str(array.shape), lambda: "", Source(Path(), [], array=array).open)
-
-
-def _read(stream: Stream, extractor: Extractor, batch: int, track: Callable, check: Callable,
+def _read(source: Source, extractor: Extractor, batch: int, track: Callable, check: Callable,
           use: Callable) -> tuple[str, int, tuple[int, int, int]]:
     """Decode all images and call use(places (B,), lots (B,), images (B, C, H, W)) for one batch after the other.
 
@@ -122,11 +116,10 @@ def _read(stream: Stream, extractor: Extractor, batch: int, track: Callable, che
     depends on its place alone. Returns digest, count and shape as in `Real`.
     """
     shape = None
-    with stream.opened() as opened, closing(opened.decoded(_digest_of_image, depth=batch)) as entries:
-        _check_enough(opened.count)
-        digests = np.zeros((opened.count, DIGEST), np.uint8)
-        lots = np.random.default_rng(0).random(opened.count)
-        readable = (entry for entry in track(entries, opened.count) if entry[2] is not None)
+    with source.open() as (count, files), closing(source.decoded(files, _digest_of_image, depth=batch)) as entries:
+        digests = np.zeros((count, DIGEST), np.uint8)
+        lots = np.random.default_rng(0).random(count)
+        readable = (entry for entry in track(entries, count) if entry[2] is not None)
         while part := list(islice(readable, batch)):
             places, _, arrays, part_digests = zip(*part, strict=True)
             places, images = np.array(places), np.concatenate(arrays)
@@ -141,67 +134,51 @@ def _read(stream: Stream, extractor: Extractor, batch: int, track: Callable, che
     return digest_of(VERSION, KEPT, extractor.key, pixels), len(digests), shape
 
 
-class _Features:
-    """Collects the features of batches. Sums are float64 and taken at once: three million features fit in no memory."""
-
-    def __init__(self, extractor: Extractor, device: torch.device):
-        self.extractor, self.device = extractor, device
-        self.total, self.products = 0, 0
-        self.shift = None  # the first batch's mean, which is subtracted so that squares do not get large, losing digits
-        self.sample = []  # a heap of (-lot, place, features) of the KEPT images with the least lots
-
-    def add(self, places: np.ndarray, lots: np.ndarray, images: np.ndarray) -> None:
-        features, _ = features_of(torch.from_numpy(images), self.extractor, self.device)
-        exact = features.double() if features.is_cuda else features.cpu().double()  # Apple's GPUs have no float64
-        if self.shift is None:
-            self.shift = exact.mean(0)
-        exact = exact - self.shift
-        self.total = self.total + exact.sum(0)
-        self.products = self.products + exact.T @ exact
-        for lot, place, row in zip(lots.tolist(), places.tolist(), features.cpu().numpy(), strict=True):
-            push = heapq.heappush if len(self.sample) < KEPT else heapq.heappushpop
-            push(self.sample, (-lot, place, row.copy()))
-
-
 def _measure(read: Callable, extractor: Extractor, device: torch.device) -> Real:
-    features = _Features(extractor, device)
-    digest, count, shape = read(features.add)
-    mean = features.total / count + features.shift
-    covariance = (features.products - torch.outer(features.total, features.total) / count) / (count - 1)
-    by_place = sorted(features.sample, key=lambda drawn: drawn[1])
-    drawn = torch.from_numpy(np.stack([row for _, _, row in by_place]))
-    return Real(digest, count, shape, mean.cpu().numpy(), covariance.cpu().numpy(), drawn)
+    """Sums are float64 and taken batch by batch: three million features fit in no memory."""
+    total = products = 0
+    shift = None  # the first batch's mean, which is subtracted so that squares do not get large, losing digits
+    sample = []  # a heap of (-lot, place, features) of the KEPT images with the least lots
+
+    def add(places: np.ndarray, lots: np.ndarray, images: np.ndarray) -> None:
+        nonlocal total, products, shift
+        features, _ = features_of(torch.from_numpy(images), extractor, device)
+        exact = features.double() if features.is_cuda else features.cpu().double()  # Apple's GPUs have no float64
+        if shift is None:
+            shift = exact.mean(0)
+        exact = exact - shift
+        total = total + exact.sum(0)
+        products = products + exact.T @ exact
+        for lot, place, row in zip(lots.tolist(), places.tolist(), features.cpu().numpy(), strict=True):
+            push = heapq.heappush if len(sample) < KEPT else heapq.heappushpop
+            push(sample, (-lot, place, row.copy()))
+
+    digest, count, shape = read(add)
+    mean = total / count + shift
+    covariance = (products - torch.outer(total, total) / count) / (count - 1)
+    rows = [row for _, _, row in sorted(sample, key=lambda drawn: drawn[1])]
+    return Real(digest, count, shape, mean.cpu().numpy(), covariance.cpu().numpy(), torch.from_numpy(np.stack(rows)))
 
 
-def _look(cache: Path, stream: Stream, extractor: Extractor, read: Callable) -> Path | None:
-    """Where features of these pixels are kept, if they are. Reading pixels takes less time than features, and is not
-    done if no features of as many images are kept."""
-    with stream.opened() as opened:
-        if not any(cache.glob(_name(extractor, opened.count, "*"))):
+def _same_pixels(cache: Path, source: Source, extractor: Extractor, read: Callable) -> Real | None:
+    """The features of these pixels, if they are kept. Pixels are read only if features of as many images are kept."""
+    with source.open() as (count, _):
+        if not any(cache.glob(_name(extractor, count, "*"))):
             return None
     digest, count, _ = read(lambda *_: None)
-    return cache / _name(extractor, count, digest)
+    return _load(cache / _name(extractor, count, digest))
 
 
-def _find(path: Path) -> Real | None:
-    """The features that an earlier call kept. None if there are none, or the file is damaged."""
+def _load(path: Path) -> Real | None:
+    """The features in a file, or in the one that an index names. None if there are none, or the file is damaged."""
     try:
+        if path.suffix == ".json":
+            path = path.with_name(json.loads(path.read_text())["features"])
         with np.load(path, allow_pickle=False) as file:
             return Real(str(file["digest"]), int(file["count"]), tuple(file["shape"].tolist()), file["mean"],
                         file["covariance"], torch.from_numpy(file["features"]))
     except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile):
         return None
-
-
-def _keep(cache: Path, real: Real, extractor: Extractor) -> Path:
-    """Keep features for later calls. A full disk costs them time, not this call its result."""
-    path = cache / _name(extractor, real.count, real.digest)
-    try:
-        with replacing(path) as partial_path, open(partial_path, "wb") as file:
-            np.savez(file, **real._replace(features=real.features.numpy())._asdict())
-    except (OSError, BadInput) as error:
-        say(f"the features of the real images are not kept: {error}; --cache names another folder")
-    return path
 
 
 def _name(extractor: Extractor, count: int, digest: str) -> str:

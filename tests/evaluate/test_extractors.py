@@ -8,10 +8,9 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from features import digits
+from features import digits, untrained_inception
 
 from dansm import BadInput
-from dansm.scale.bench.evaluate import untrained_inception
 from dansm.scale.evaluate import extractors
 from dansm.scale.evaluate.extractors import INCEPTION, LITE0, Extractor, draw_features, features_of, load_extractor
 
@@ -53,11 +52,6 @@ def test_lite0_needs_no_download_and_answers_each_image_alone():
     assert torch.cdist(features[:3], features[3:]).mean() < torch.cdist(features[:3], others).mean()
 
 
-def test_the_former_name_of_lite0_is_refused_with_the_name_of_today():
-    with pytest.raises(BadInput, match=r"--evaluate-features is scale.*expected efficientnet-lite0"):
-        load_extractor("scale.evaluate:efficientnet_lite0", CPU, option="--evaluate-features")
-
-
 @pytest.mark.slow
 def test_inceptions_weights_are_read_from_a_file(tmp_path):
     extractor = load_extractor(INCEPTION, CPU, untrained_inception(tmp_path))
@@ -74,7 +68,7 @@ def test_without_weights_and_network_one_line_says_what_to_do(monkeypatch, capsy
         raise urllib.error.URLError("no route to host")
 
     monkeypatch.setattr(inception, "load_state_dict_from_url", unreachable)
-    with pytest.raises(BadInput, match=r"no route to host.*--inception-weights.*--features efficientnet-lite0"):
+    with pytest.raises(BadInput, match=r"--inception-weights.*no route to host.*--features efficientnet-lite0"):
         load_extractor(INCEPTION, CPU)
     assert capsys.readouterr().err == ""
 
@@ -115,9 +109,9 @@ def test_a_module_in_the_working_folder_is_found_and_its_change_makes_another_ex
 
 
 @pytest.mark.parametrize(("features", "named"), [
-    ("nothing", "'nothing'"), ("no_such_module:f", "no_such_module"), ("features:no_such", "no_such"),
+    ("nothing", "nothing"), ("no_such_module:f", "no_such_module"), ("features:no_such", "no_such"),
     ("features:NO_FUNCTION", "a dict"), ("features:of_three", "(3, 4) from 24 images"),
-    ("features:not_finite", "infinite")])
+    ("features:not_finite", "not finite")])
 def test_what_makes_no_features_is_refused(features, named):
     with pytest.raises(BadInput) as refusal:
         features_of(digits(24)[0], load_extractor(features, CPU), CPU)

@@ -60,11 +60,11 @@ def of_files(source, extractor, cache=None, batch=64, **settings):
 
 
 def kept(cache):
-    return [path for path in cache.glob("*.npz") if not path.is_symlink()]
+    return list(cache.glob("*.npz"))
 
 
-def links(cache):
-    return [path for path in cache.glob("*.npz") if path.is_symlink()]
+def indices(cache):
+    return list(cache.glob("*.json"))
 
 
 def test_statistics_taken_as_batches_come_are_torch_fidelitys():
@@ -99,7 +99,7 @@ def test_features_of_the_same_real_images_are_measured_once(counting, tmp_path, 
     cache = tmp_path / "new" / "cache"
     first = real_features(images, counting, "cpu", cache=cache)
     again = real_features(images + 0, counting, "cpu", cache=cache)
-    assert counting.extract.images == 40 and len(kept(cache)) == 1 and not links(cache)
+    assert counting.extract.images == 40 and len(kept(cache)) == 1 and not indices(cache)
     assert first.count == again.count == 40 and torch.equal(first.features, again.features)
     assert (first.mean == again.mean).all() and (first.covariance == again.covariance).all()
     assert first.shape == again.shape == (3, 8, 8)
@@ -221,25 +221,28 @@ def test_a_changed_file_never_has_the_features_of_what_it_was(counting, folder, 
     assert of_files(folder, counting, cache, size=4).digest != expected.digest
 
 
-def test_a_file_that_changes_while_it_is_read_leaves_no_link_from_the_files(counting, folder, tmp_path):
+def test_a_file_that_changes_while_it_is_read_leaves_no_index_of_the_files(counting, folder, tmp_path):
     cache, was = tmp_path / "cache", (folder / "b.png").stat()
-    stream = stream_images(str(folder))
-    (folder / "b.png").write_bytes(picture(99))
-    real_features(stream, counting, "cpu", cache=cache)
-    assert len(kept(cache)) == 1 and not links(cache)
+
+    def changing(images):
+        (folder / "b.png").write_bytes(picture(99))
+        return counting.extract(images)
+
+    of_files(folder, counting._replace(extract=changing), cache)
+    assert len(kept(cache)) == 1 and not indices(cache)
     (folder / "b.png").write_bytes(PICTURES["b.png"])
     os.utime(folder / "b.png", ns=(was.st_atime_ns, was.st_mtime_ns))
     assert same(of_files(folder, counting, cache),
                 real_features(load_images(str(folder)), SEEN._replace(key=counting.key), "cpu"))
 
 
-def test_files_that_change_after_they_were_decoded_leave_no_link(counting, folder, tmp_path):
+def test_files_that_change_after_they_were_decoded_leave_no_index(counting, folder, tmp_path):
     cache, decoded = tmp_path / "cache", tmp_path / "decoded"
     load_images(str(folder), cache=decoded)
     stream = stream_images(str(folder), caches=[decoded])
     (folder / "b.png").write_bytes(picture(99))
     real_features(stream, counting, "cpu", cache=cache)
-    assert len(kept(cache)) == 1 and not links(cache)
+    assert len(kept(cache)) == 1 and not indices(cache)
 
 
 @pytest.mark.parametrize("source", ["array", *STREAMED])
