@@ -25,6 +25,5 @@ def values_of(name):
 
 
 recipes = st.fixed_dictionaries({name: values_of(name) for name in SETTINGS}).map(
-    lambda settings: settings | {"accumulate": min(settings["accumulate"], settings["batch"]),
-                                 "target": settings["target"] if settings["flow"] == "diffusion" else "noise"}
+    lambda settings: settings | {"target": settings["target"] if settings["flow"] == "diffusion" else "noise"}
 ).map(lambda settings: Recipe(**settings))

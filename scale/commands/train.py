@@ -83,21 +83,16 @@ def train(
                                     "the data; for the recipe.toml of a run that run's]"))] = None,
     device: Device = "auto",
     fresh: Annotated[bool, typer.Option(
-        "--fresh",
-        help="start over if --out holds a run; its checkpoints are deleted when the new run first saves")] = False,
+        "--fresh", help="start over; checkpoints in --out are deleted when the new run first saves")] = False,
     all_steps: Annotated[bool, typer.Option(
         "--all-steps", help="exit with 130 unless all --steps are done, for scripts")] = False,
     **given,
 ) -> None:
     device = pick_device(device)
-    path = Path(recipe)
-    if path.is_dir() and recipe not in names() and checkpoint.newest(path):
-        raise BadInput(f"{recipe} is a run, not data: expected its recipe, {path / 'recipe.toml'}, to resume it")
+    if recipe not in names() and checkpoint.newest(Path(recipe)):
+        raise BadInput(f"{recipe} is a run, not data: expected its recipe, {recipe}/recipe.toml, to resume it")
     settings = load(recipe, {name: value for name, value in given.items() if value is not None})
-    try:
-        finished = run(settings, out or folder_of_run(recipe), device, fresh)
-    except KeyboardInterrupt as stop:
-        raise Stopped("stopped at once; what was saved before is kept") from stop
+    finished = run(settings, out or folder_of_run(recipe), device, fresh)
     if all_steps and not finished:
         raise Stopped("not all steps are done, as --all-steps requires")
 
@@ -148,16 +143,12 @@ def read_and_train(recipe: Recipe, out: Path, device: torch.device, fresh: bool)
     elif finished:
         say(f"already at step {summary['steps']:,} of --steps {recipe.steps:,}: nothing to do; more --steps resume it")
     if not finished:
-        say(f"stopped at step {summary['steps']:,} of {recipe.steps:,}, saved;",
-            "the same command without --fresh resumes")
+        say(f"stopped at step {summary['steps']:,} of {recipe.steps:,}, saved; this command without --fresh resumes")
     pictures = known_of(images) is None
     drawn = grid.exists() and grid.stat().st_mtime >= saved.stat().st_mtime  # from this checkpoint
     if pictures and not drawn and not summary["interrupted"]:
-        try:
-            training.draw_grid(net, flow, recipe, device, grid, batch=8,  # so that the bar shows the time left
-                               track=lambda draws: with_bar(draws, "sampling", total=8))
-        except KeyboardInterrupt as stop:
-            raise Stopped(f"stopped; the run is saved in {saved}") from stop
+        training.draw_grid(net, flow, recipe, device, grid, batch=8,  # so that the bar shows the time left
+                           track=lambda draws: with_bar(draws, "sampling", total=8))
         written.insert(0, "samples.png")
     if written:
         say_files(out, *written)

@@ -1,5 +1,5 @@
-"""Checkpoints: a run's folder keeps the last few. Each is written whole or not at all. Reading one runs no code from it
-and refuses a changed bit."""
+"""Checkpoints: the last few in a run's folder, each written whole or not at all. Reading one runs no code from it and
+refuses a changed bit."""
 
 import hashlib
 import os
@@ -17,7 +17,7 @@ from dansm import BadInput
 from ..base.files import replacing
 from ..base.machine import lacks_memory
 from ..base.text import say, shorten
-from .recipe import with_new_names
+from .recipe import RENAMED
 
 VERSION = 2
 NAME = re.compile(r"checkpoint-(\d{8,})\.pt")
@@ -27,21 +27,13 @@ BLOCK = 2**22  # bytes that are hashed at a time
 EXPECTED = "expected what dansm train or dansm export wrote"
 
 
-# ------------ Writing -------------------------------------------------------------------------------------------------
-
-
 def save(out: Path, state: dict, keep: int = 3, *, drop: Collection[Path] = ()) -> Path:
     """Write `state` as checkpoint-<step>.pt into the folder `out` and return the file's path.
 
-    state   tensors and plain values: {"network": settings of UNet, "recipe": {...}, "data": its source, "images": their
-            count, "latents": see `latents.known_of`, "training": {"step": int, "averages": [{"decay": float,
-            "weights": state_dict}, ...], ...}, "ranks": [{...} for each process], ...}. Samples are drawn from the
-            first average
+    state   tensors and plain values, see `RunFolder` and `FastTraining.state_dict`; samples come from the first average
     keep    how many checkpoints to keep, this one included; at least 1
     drop    checkpoints that do not lead to this one: those of another run, or damaged ones
-
-    The older checkpoints stay whole if the process is killed at any moment, and if BadInput is raised for a full or
-    failing disk. Once this one is on the disk, the oldest are removed, with those to drop and those of later steps.
+    Older checkpoints stay until this one is on the disk. BadInput for a full or failing disk.
     """
     path = out / f"checkpoint-{state['training']['step']:08d}.pt"
     for unfinished in out.glob("checkpoint-*.partial"):  # of a process that was killed
@@ -56,11 +48,8 @@ def save(out: Path, state: dict, keep: int = 3, *, drop: Collection[Path] = ()) 
 
 
 def write(path: Path, state: dict) -> None:
-    """Write `state` to the file `path`, whole or not at all, with a checksum that `load` checks.
-
-    Torch's own checksums leave out the zip archive's table of contents, where a changed bit can hide a tensor. This
-    checksum is the archive's comment, so every reader of zip archives still takes the file.
-    """
+    """Write `state` to the file `path`, whole or not at all, with a checksum as the zip archive's comment. Torch's own
+    checksums leave out the archive's table of contents, where a changed bit can hide a tensor."""
     with replacing(path) as partial, open(partial, "w+b") as file:
         torch.save({"dansm": VERSION, **state}, file)
         file.seek(-2, os.SEEK_END)  # a zip archive ends in the comment's length and the comment
@@ -70,15 +59,12 @@ def write(path: Path, state: dict) -> None:
 
 
 def _digest(file: IO[bytes], size: int) -> bytes:
-    """The SHA-256 of the first `size` bytes of a file, in hexadecimal. The file is left at their end."""
+    """The SHA-256 of the first `size` bytes of a file, which is left at their end."""
     digest = hashlib.sha256()
     file.seek(0)
     for start in range(0, size, BLOCK):
         digest.update(file.read(min(BLOCK, size - start)))
     return digest.hexdigest().encode()
-
-
-# ------------ Reading -------------------------------------------------------------------------------------------------
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -93,10 +79,8 @@ def newest(out: Path) -> Path | None:
 
 
 def load_newest(out: Path) -> tuple[Path, dict] | None:
-    """The newest readable checkpoint in the folder `out`: its path and its state. None where there is no checkpoint.
-
-    Newer checkpoints that cannot be read are named on the console. Raises BadInput if none can be read.
-    """
+    """The newest checkpoint in the folder `out` that can be read: its path and its state. None where there is none at
+    all. Damaged ones are named on the console. Raises BadInput if none can be read."""
     paths = checkpoints(out)
     for path in paths:
         try:
@@ -109,10 +93,8 @@ def load_newest(out: Path) -> tuple[Path, dict] | None:
 
 
 def load(path: Path) -> dict:
-    """The state in the file `path`, with its tensors on the CPU. No code in the file is run.
-
-    Raises BadInput for anything but a checkpoint that is to the last bit as it was written.
-    """
+    """The state in the file `path`, with its tensors on the CPU. No code in the file is run. Raises BadInput for
+    anything but a checkpoint that is to the last bit as it was written."""
     with reading(path):
         with open(path, "rb") as file:
             size = max(0, file.seek(0, os.SEEK_END) - DIGITS)
@@ -121,7 +103,8 @@ def load(path: Path) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["dansm"] != VERSION:
             raise BadInput(f"it is of version {state['dansm']!r:.20}, not {VERSION}")
-        return state | {"recipe": with_new_names(state["recipe"])}
+        recipe = {RENAMED.get(name, name): value for name, value in state["recipe"].items()}
+        return state | {"recipe": recipe}
 
 
 @contextmanager

@@ -1,10 +1,6 @@
-"""Norm, SiLU and dropout in one pass over memory, in Triton: on a GPU a UNet's step mostly waits for these.
-
-Written in plain torch, the numbers of an image go to memory and back for the time's shift, the group norm (twice),
-SiLU and dropout, in float32 under autocast. Here one program reads some channels of one image once, keeps them in
-registers and writes the result once. Backward it reads the input and the gradient and writes one gradient. Only the
-input and two numbers for each group are saved for the backward pass: the dropout's mask is drawn again.
-"""
+"""Norm, SiLU and dropout in one pass over memory, in Triton: on a GPU a UNet's step mostly waits for these. A program
+keeps some channels of one image in registers. Only the input and two numbers for each group are saved for the backward
+pass: the dropout's mask is drawn again."""
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +23,9 @@ TILE = 2**14  # numbers that one program holds in its registers: 16 channels at 
 
 @triton.jit
 def _kept(seeds, at, DROP: tl.constexpr):
-    """The factor by which dropout multiplies number `at` of the tensor: 0, or more than 1. DROP is the share of zeros
-    times 2**24. The upper bits of two products serve as the random number, as a better one would take longer than the
-    memory. Both halves of the first product count: a high bit of `at` or `seeds` changes the upper half only."""
+    """The factor by which dropout multiplies number `at` of the tensor. DROP is the share of zeros times 2**24. The
+    upper bits of two products are the random number: a better one would take longer than the memory. Both halves of the
+    first product count, as a high bit of `at` or `seeds` changes the upper half only."""
     first = tl.load(seeds).to(tl.uint32)
     second = tl.load(seeds + 1).to(tl.uint32)
     wide = (at.to(tl.uint32) + (first ^ (second * 0x9E3779B9))).to(tl.uint64) * 0xD2511F53
@@ -56,8 +52,7 @@ def _of_group(sums, column, GROUP: tl.constexpr):
 
 @triton.jit
 def _share(CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, USED: tl.constexpr):
-    """What this program works on: its image, its channels, and which of them exist. The grid has one dimension, as the
-    others end at 65,535."""
+    """This program's image, its channels, and which of them exist. Only a grid's first dimension exceeds 65,535."""
     parts: tl.constexpr = (CHANNELS + USED - 1) // USED
     column = tl.arange(0, COLUMNS)
     channel = tl.program_id(0) % parts * USED + column
@@ -66,7 +61,7 @@ def _share(CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, USED: tl.constexpr):
 
 @triton.jit
 def _tile(start, channel, there, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr):
-    """Where the numbers of these channels lie, from pixel `start` of an image on, and which of them exist."""
+    """Where the numbers of these channels lie from pixel `start` on, and which of them exist."""
     row = start + tl.arange(0, ROWS)
     return row[:, None] * CHANNELS + channel[None, :], (row < PIXELS)[:, None] & there[None, :]
 
@@ -76,8 +71,7 @@ def _forward(y, means, scales, x, shift, weight, bias, seeds, eps, PIXELS: tl.co
              GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, USED: tl.constexpr, SHIFT: tl.constexpr,
              SILU: tl.constexpr, DROP: tl.constexpr, QUICK: tl.constexpr):
     """y = dropout(SiLU(norm(x + shift))) for USED channels of one image, which are whole groups. x, y: (N, PIXELS,
-    CHANNELS); shift, means, scales: (N, CHANNELS). An image of more pixels than ROWS is read three times, twice from
-    the cache."""
+    CHANNELS); shift, means, scales: (N, CHANNELS). An image of more pixels than ROWS is read three times."""
     image, channel, there = _share(CHANNELS, COLUMNS, USED)
     column = tl.arange(0, COLUMNS)
     x += image * PIXELS * CHANNELS
@@ -121,7 +115,7 @@ def _forward(y, means, scales, x, shift, weight, bias, seeds, eps, PIXELS: tl.co
 
 @triton.jit
 def _gradient(dy, x, mean, scale, w, b, seeds, at, here, SILU: tl.constexpr, DROP: tl.constexpr, QUICK: tl.constexpr):
-    """The normalised numbers, and the gradient of those that weight and bias make of them."""
+    """The normalised numbers, and the gradient of what weight and bias make of them."""
     h = (tl.load(x + at, mask=here, other=0.0).to(tl.float32) - mean[None, :]) * scale[None, :]
     g = tl.load(dy + at, mask=here, other=0.0).to(tl.float32)  # 0 where no number exists, so h adds nothing
     if DROP > 0:
@@ -138,8 +132,8 @@ def _backward(dx, dshift, dweight, dbias, dy, around, x, means, scales, weight, 
               CHANNELS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
               USED: tl.constexpr, SHIFT: tl.constexpr, SILU: tl.constexpr, DROP: tl.constexpr, QUICK: tl.constexpr,
               AROUND: tl.constexpr):
-    """The gradients of `_forward`. If AROUND, `around` is the gradient of x from elsewhere and is added to dx. dshift,
-    dweight, dbias: (N, CHANNELS), the last two still to be summed over the images."""
+    """The gradients of `_forward`, dx with `around` added if AROUND. dshift, dweight, dbias: (N, CHANNELS), the last
+    two still to be summed over the images."""
     image, channel, there = _share(CHANNELS, COLUMNS, USED)
     column = tl.arange(0, COLUMNS)
     first = image * PIXELS * CHANNELS
@@ -180,7 +174,7 @@ def _backward(dx, dshift, dweight, dbias, dy, around, x, means, scales, weight, 
 
 @triton.jit
 def _part(row, ROWS: tl.constexpr, CHANNELS: tl.constexpr, rows, COLUMNS: tl.constexpr):
-    """The numbers of ROWS pixels from `row` on, those of all channels, and which of them exist."""
+    """ROWS pixels from `row` on, all channels, and which numbers exist."""
     at = row + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     return at, column, (at < rows)[:, None] & (column < CHANNELS)[None, :]
@@ -199,8 +193,8 @@ def _sum(y, a, b, bias, scale, rows, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
 @triton.jit
 def _sum_backward(d, dbias, dy, scale, stride, rows, parts, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
                   COLUMNS: tl.constexpr):
-    """d = dy · scale, and its sum over the pixels of each program: dbias (programs, CHANNELS). Row i of dy begins at
-    i · stride, as dy may be a part of a wider tensor."""
+    """d = dy · scale, and its sum over each program's pixels: dbias (programs, CHANNELS). dy may be a part of a wider
+    tensor, in which row i begins at i · stride."""
     column = tl.arange(0, COLUMNS)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for part in range(tl.program_id(0), parts, tl.num_programs(0)):
@@ -240,8 +234,8 @@ def _double(y, x, factor, rows, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, ROW
 
 
 class _Norm(torch.autograd.Function):
-    """dropout(SiLU(norm(x + shift))), and x itself. The way around the norm takes x from here, so that the kernel adds
-    the gradients of both ways. x: (N, C, H, W), shift: (N, C) or None, weight, bias: (C,), seeds: (2,) int32."""
+    """dropout(SiLU(norm(x + shift))), and x for the way around the norm, so that the kernel adds the gradients of both.
+    x: (N, C, H, W), shift: (N, C) or None, weight, bias: (C,), seeds: (2,) int32."""
 
     @staticmethod
     def forward(ctx, x, shift, weight, bias, seeds, groups, eps, silu, drop):
@@ -285,7 +279,7 @@ def _channels_last(x: Tensor) -> Tensor:
 
 
 def _tile_of(pixels: int, channels: int, group: int) -> tuple[int, int, int]:
-    """What one program holds: (rows, columns, how many of the columns it uses, which are whole groups)."""
+    """What one program holds: (rows, columns, how many of these it uses, whole groups)."""
     rows = min(triton.next_power_of_2(pixels), 1024)
     columns = min(64, TILE // rows, triton.next_power_of_2(channels))
     columns = max(columns, triton.next_power_of_2(group))
@@ -372,8 +366,7 @@ class Norm(dansm.Norm):
 
 
 class ResBlock(dansm.ResBlock):
-    """The kernels add the convolutions' biases: the first one's goes with the time's into the norm's shift, the others
-    into the sum."""
+    """The first convolution's bias goes into the norm's shift, with the time's, the others' into the sum."""
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         h, x = self.norm1.fork(x)
@@ -424,16 +417,11 @@ REPLACED_BY = {dansm.Norm: Norm, dansm.ResBlock: ResBlock, dansm.Attention: Atte
 
 
 def fuse(net: dansm.UNet) -> dansm.UNet:
-    """Let the network's layers run through the kernels, in training and in sampling. Its weights stay the same."""
+    """Let the network's layers run through the kernels, in training and in sampling. Its weights stay the same. Raises
+    an error, before it changes a layer, if the first kernel cannot be compiled on this device or differs from torch."""
+    x = torch.arange(64.0, device=next(net.parameters()).device).reshape(1, 4, 4, 4)
+    y, _ = _Norm.apply(x, None, x.new_ones(4), x.new_zeros(4), None, 1, 1e-6, False, 0)
+    torch.testing.assert_close(y, F.group_norm(x, 1, eps=1e-6), atol=1e-4, rtol=1e-4)
     for layer in net.modules():
         layer.__class__ = REPLACED_BY.get(type(layer), type(layer))
     return net.to(memory_format=torch.channels_last)
-
-
-def try_out(device: torch.device) -> None:
-    """Raise an error if a kernel cannot be compiled or run on this device, or if it differs from torch."""
-    x = torch.arange(64.0, device=device).reshape(1, 4, 4, 4)
-    expected = F.group_norm(x, 1, eps=1e-6)
-    actual, _ = _Norm.apply(x, None, x.new_ones(4), x.new_zeros(4), None, 1, 1e-6, False, 0)
-    if not torch.allclose(actual, expected, atol=1e-4):
-        raise RuntimeError("its kernels give other numbers than torch")

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -65,11 +66,8 @@ class Model(NamedTuple):
 
     def with_decoder(self, file: Path | None, device: torch.device, precision: str,
                      memory: float | None = None) -> Self:
-        """This model with what decodes its latents on the device, in `memory` gigabytes; a model of images as it is.
-
-        file  of --autoencoder
-        Raises BadInput if a model of latents gets no autoencoder or another than its data's, or a model of images one.
-        """
+        """This model with the --autoencoder in `file`, which decodes its latents in `memory` gigabytes. BadInput if a
+        model of latents gets none or another than its data's, or a model of images gets one."""
         channels = counted(self.shape[0], "channel")
         if self.draws_images:
             if file is None:
@@ -93,22 +91,15 @@ class Model(NamedTuple):
 
 def load_models(paths: list[Path], steps: list[int], *, solver: str = "euler",
                 labels: list[str] | None = None) -> list[Model]:
-    """The models of several runs' folders, checkpoints or exports, their networks on the CPU.
-
-    steps   counts in which they will be sampled: a diffusion does not take every one
-    labels  one for each model; None: the names of their folders or files
-    Raises BadInput.
-    """
+    """The models of several runs' folders, checkpoints or exports, their networks on the CPU. BadInput if one cannot be
+    sampled in these counts of steps. None for `labels` takes the names of folders or files."""
     labels = labels or labels_by_path(paths)
     if len(labels) != len(paths):
         raise BadInput(f"--label is given {counted(len(labels), 'time')} for {counted(len(paths), 'model')}: expected "
                        "once for each, or not at all")
-    models = []
-    for path, label in zip(paths, labels, strict=True):
-        model = load_model(path, solver, label)
-        for count in steps:
-            check_steps("--steps", count, type(model.flow))
-        models.append(model)
+    models = [load_model(path, solver, label) for path, label in zip(paths, labels, strict=True)]
+    for model, count in product(models, steps):
+        check_steps("--steps", count, type(model.flow))
     return models
 
 
@@ -121,11 +112,8 @@ def labels_by_path(paths: Iterable[Path]) -> list[str]:
 
 
 def load_model(path: Path, solver: str = "euler", label: str | None = None) -> Model:
-    """The model in `path`, its network on the CPU.
-
-    path  a run's folder (its newest checkpoint that can be read is taken), a checkpoint, or an export
-    Raises BadInput.
-    """
+    """The model in `path`, its network on the CPU: a run's folder, of which the newest checkpoint that can be read is
+    taken, a checkpoint, or an export. Raises BadInput."""
     weights, about = read_average(path)
     net, flow = build(weights, about, solver)
     if isinstance(flow, Diffusion) and solver != "euler":
@@ -142,10 +130,7 @@ def build(weights: dict[str, Tensor], about: dict, solver: str = "euler") -> tup
 
 
 def read_average(path: Path, average: int = 0) -> tuple[dict[str, Tensor], dict]:
-    """The averaged weights in `path`, by their names, and what `Model` has as "about".
-
-    average  which one, where a checkpoint holds several
-    """
+    """The averaged weights in `path`, of average number `average`, and what `Model` has as "about"."""
     if path.suffix == ".safetensors" and not path.is_dir():
         return _read_export(path)
     if not path.is_dir():

@@ -41,8 +41,7 @@ in_evaluation = partial(setting, "Evaluation", free=True)
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """All settings of a training run. BadInput for a value of the wrong type or range; a list is taken as a tuple and a
-    whole number as a float where the setting has these."""
+    """All settings of a training run. BadInput for a value that `checked` refuses."""
 
     data: str = in_data("cifar10, or the path of a folder or archive of images, an lmdb, or latents")
     size: int = in_data("resize images to squares of this many pixels; 0: as they are", 0, most=4096)
@@ -66,8 +65,7 @@ class Recipe:
     method: str = in_flow("how noises are paired with samples; the paper's is greedy", "greedy", choices=dansm.METHODS)
     match_size: int = in_flow("greedy: noises in the pool, 0 or 1 gives random pairs; optimal: samples assigned "
                               "together; nearest: noises drawn for each sample", 10_000)
-    cost: str = in_flow("what near means: squared distance, as in the paper, or −⟨x, z⟩", "squared",
-                        choices=dansm.COSTS)
+    cost: str = in_flow("what is near: squared distance, as in the paper, or −⟨x, z⟩", "squared", choices=dansm.COSTS)
     match_scope: str = in_flow("a pool for each process, or one over all", "rank", choices=("rank", "global"))
     tf32: bool = in_flow("match in tf32 on a GPU: faster, as good on average", False)
     pool_dtype: str = in_flow("number type of the noises; bf16 takes half the memory", "fp32", choices=("fp32", "bf16"))
@@ -106,8 +104,6 @@ class Recipe:
     def __post_init__(self):
         for name in SETTINGS:
             object.__setattr__(self, name, checked(name, getattr(self, name)))
-        if self.accumulate > self.batch:
-            raise BadInput(f"accumulate is {self.accumulate}: expected at most {self.batch}, the batch that it cuts")
         if self.target != "noise" and self.flow != "diffusion":
             raise BadInput(f"--target {self.target} needs --flow diffusion: a rectified flow predicts the velocity")
 
@@ -141,8 +137,8 @@ SETTINGS = {field.name: _rules(field) for field in dataclasses.fields(Recipe)}
 
 
 def checked(name: str, value, called: str | None = None):
-    """`value` as the setting `name` keeps it; numbers may be text, as on the command line, with commas between several.
-    BadInput, by the name `called`, if the setting cannot have it."""
+    """`value` as the setting `name` keeps it, such as a tuple for a list, a float for a whole number. Numbers may be
+    text, as on the command line, with commas between several. BadInput, by the name `called`, for any other value."""
     rules = SETTINGS[name]
     if value is None and rules.optional:
         return None
@@ -224,10 +220,8 @@ def read(path: Path) -> dict:
     """The settings that a TOML file gives, checked."""
     try:
         settings = tomllib.loads(path.read_bytes().decode("utf-8-sig", "surrogateescape"))  # paths may be of any bytes
-    except tomllib.TOMLDecodeError as error:
-        raise BadInput(f"{path} is not TOML: {error}; expected lines like lr = 0.0002") from error
-    except OSError as error:
-        raise BadInput(f"{path} cannot be read ({error.strerror}): expected a recipe, a .toml file") from error
+    except (tomllib.TOMLDecodeError, OSError) as error:
+        raise BadInput(f"{path} cannot be read ({error}): expected a recipe, in lines like lr = 0.0002") from error
     return _checked_all(settings, lambda name: f"{path}: {name}")
 
 
@@ -259,14 +253,6 @@ def write(recipe: Recipe, path: Path) -> None:
                 lines.append(f"{name} = {text}")
     with replacing(path) as partial:
         partial.write_bytes("\n".join([*lines, ""]).encode("utf-8", "surrogateescape"))
-
-
-# ------------ Earlier runs --------------------------------------------------------------------------------------------
-
-
-def with_new_names(settings: dict) -> dict:
-    """The settings that an earlier version saved with a run, by the names they have now."""
-    return {RENAMED.get(name, name): value for name, value in settings.items()}
 
 
 def changed(old: dict, new: Recipe) -> list[str]:

@@ -60,17 +60,15 @@ def save_grid(images: Tensor, path: Path, enlarge: int = 2) -> None:
 
 def fused(net: dansm.UNet) -> bool:
     """Replace the network's layers by kernels, where there are CUDA and Triton. Returns whether it did."""
-    device = next(net.parameters()).device
-    if device.type != "cuda":
+    if next(net.parameters()).device.type != "cuda":
         return False
     try:
-        from .fused import fuse, try_out
+        from .fused import fuse
 
-        try_out(device)
+        fuse(net)
     except Exception as error:  # Triton is missing, too old, without a compiler, or does not know the GPU
         warnings.warn(f"the network runs without its kernels, more slowly: {error!r}", stacklevel=2)
         return False
-    fuse(net)
     return True
 
 
@@ -97,20 +95,16 @@ def sampler(net: dansm.UNet, device: torch.device, precision: str = "auto",
 
 
 def at_once(net: dansm.UNet, device: torch.device) -> int:
-    """How many images to sample together: on a GPU those that half of its free memory holds, up to 2,000.
-
-    A small batch wastes a GPU, as Python takes tens of milliseconds to launch a network's layers for any batch. At its
-    peak an image takes 17 times the numbers of its first level (in both of the paper's networks, without gradients);
-    room is left for 20, of 4 bytes.
-    """
+    """How many images to sample together: on a GPU those that half of its free memory holds, up to 2,000, as Python
+    takes tens of milliseconds to launch a network's layers for any batch."""
     if device.type != "cuda":
         return 64
-    image = 20 * 4 * net.width * net.settings["size"] ** 2
+    image = 20 * 4 * net.width * net.settings["size"] ** 2  # bytes; the paper's networks take 17 times the first level
     return max(1, min(2000, free_memory(device) // 2 // image))
 
 
 def operations_per_image(settings: dict) -> float:
-    """Multiplications and additions of a training step for one image: three times those of the forward pass."""
+    """Multiplications and additions of a training step: three times those of the forward pass."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):

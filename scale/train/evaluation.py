@@ -19,14 +19,9 @@ from ..evaluate.real import check_real, real_features
 from ..model.recipe import Recipe
 from ..model.sampling import at_once, check_steps, sampler
 from .step import FastTraining
-from .stop import Decide
 
 SEED = 0  # of the noises, as for dansm evaluate by default: runs compare pair by pair
 CACHE = Path("~/.cache/dansm")  # of the features of real images, as for dansm evaluate
-
-
-class GivenUp(Exception):
-    """Ctrl-C ended an evaluation. The checkpoint is kept, and the run evaluates it when it is resumed."""
 
 
 def due(recipe: Recipe, step: int) -> bool:
@@ -48,7 +43,7 @@ def check_evaluation(recipe: Recipe) -> None:
 
 class Evaluation:
     """Call it to evaluate the averaged network, on every process after the same step: each draws its share of the
-    images. Making one reads the features of the real images. BadInput for what cannot be evaluated."""
+    images. BadInput for what cannot be evaluated."""
 
     def __init__(self, images, run: FastTraining, flow):
         self.run = run
@@ -68,21 +63,16 @@ class Evaluation:
             self.floor = floor(self.real, recipe.evaluate_count, self.extractor, seed=SEED, device=device,
                                measures=recipe.evaluate_measures)
 
-    def __call__(self, seconds: float, show: Callable[[str], None], decide: Decide) -> dict:
+    def __call__(self, seconds: float, show: Callable[[str], None]) -> dict:
         """A line of the log: "frechet_distance/5" is of images drawn in 5 steps, "…/real" of real images. Empty on all
-        processes but the first.
-
-        seconds  that the run has trained
-        show     takes the text of the live line
-        decide   if interrupted, GivenUp is raised where there is one process; several finish the evaluation
-        """
+        processes but the first. The run has trained `seconds`; `show` takes the text of the live line."""
         run, recipe = self.run, self.run.recipe
         begin = time.monotonic()
         net = sampler(run.average, run.device, recipe.precision, recipe.compile)
         scores = {}
         with ThreadPoolExecutor(1) as scorer:  # the CPU scores these images while the GPU draws the next
             for steps in recipe.evaluate_steps:
-                features, logits = self._draw(net, steps, show, decide)
+                features, logits = self._draw(net, steps, show)
                 if self.rank == 0:
                     scores[steps] = scorer.submit(
                         score, features, self.real, self.extractor, logits=logits, seed=SEED,
@@ -100,7 +90,7 @@ class Evaluation:
         say(f"step {run.step:,}: {label} {values} steps; real images {line[f'{name}/real']:.2f}")
         return line
 
-    def _draw(self, net, steps: int, show: Callable[[str], None], decide: Decide) -> tuple:
+    def _draw(self, net, steps: int, show: Callable[[str], None]) -> tuple:
         """Features and logits of all images."""
         count = self.run.recipe.evaluate_count
         done = 0
@@ -109,8 +99,6 @@ class Evaluation:
             nonlocal done
             done += images * self.processes
             show(f"evaluating: {min(done, count):,} of {count:,} images in {counted(steps, 'step')}")
-            if decide.interrupted and self.processes == 1:
-                raise GivenUp
 
         share = range(count * self.rank // self.processes, count * (self.rank + 1) // self.processes)
         drawn = draw_features(net, self.flow, share, self.run.net.shape, steps, self.extractor, self.run.device,

@@ -23,10 +23,8 @@ from .step import FastTraining
 
 
 class RunFolder:
-    """The folder that a run is resumed from and saved to. Only the first of several processes writes into it.
-
-    With `fresh`, a run that is there already keeps its checkpoints and its log until the new one first saves.
-    """
+    """The folder that a run is resumed from and saved to. Only the first of several processes writes into it. With
+    `fresh`, a run that is there already keeps its checkpoints and its log until the new one first saves."""
 
     def __init__(self, out: Path, run: FastTraining, pool: dansm.NoisePool, images, fresh: bool):
         self.out = out
@@ -42,19 +40,18 @@ class RunFolder:
             fresh = self.new_metrics.exists()
         self.others = checkpoint.checkpoints(out) if fresh else []  # of no use to this run: they go when it first saves
         self.log_file = self.new_metrics if self.others else self.metrics
-        self.saved_step = None
+        self.generators = {"cpu": torch}  # torch's own, of random numbers
+        if run.device.type != "cpu":
+            self.generators[run.device.type] = torch.get_device_module(run.device)
         self.board = None
 
     def resume(self) -> float:
         """Load the newest checkpoint that can be read, unless the run is fresh. Returns the seconds trained before."""
         newest = None if self.others else checkpoint.load_newest(self.out)
-        # The processes could see different folders. Once they have compared them the first may write into its own.
-        checkpoints, counts = zip(*everyones((newest[0].name if newest else "nothing", f"{self.data['images']:,}")),
-                                  strict=True)
-        for option, place, seen in (("--out", self.out, checkpoints), ("--data", self.data["data"], counts)):
-            if len(set(seen)) > 1:
-                raise BadInput(f"{option} is {place}: the processes find {', '.join(seen)} there, expected one folder "
-                               "that all of them see, and that does not change")
+        seen = everyones(f"{newest[0].name if newest else 'nothing'} and {self.data['images']:,} images")
+        if len(set(seen)) > 1:  # after this the first may write into the folder
+            raise BadInput(f"--out is {self.out} and --data is {self.data['data']}: the processes find "
+                           f"{', '.join(seen)}, expected folders that all of them see, and that do not change")
         seconds = self._load(*newest) if newest else 0.0
         if self.rank == 0:
             self.new_metrics.unlink(missing_ok=True)  # of a fresh run that was killed, which nothing resumes
@@ -74,7 +71,8 @@ class RunFolder:
                                "another --out, or --fresh to start over")
             self.run.load_state_dict(state["training"])
             self.pool.load_state_dict(state["ranks"][self.rank]["pool"])
-            restore_random_state(state["ranks"][self.rank]["random"], self.run.device)
+            for name, generator in self.generators.items():
+                generator.set_rng_state(state["ranks"][self.rank]["random"][name])
             newer = checkpoint.checkpoints(self.out)
             self.others = newer[: newer.index(path)]  # damaged
             if self.run.step < self.run.recipe.steps:
@@ -85,19 +83,17 @@ class RunFolder:
         """What a checkpoint holds. Every process must call it."""
         noises = self.pool.state_dict()
         noises["index"] = noises["index"].cpu()  # else every process would take it to the GPU that it lay on
-        own = {"pool": noises, "random": random_state(self.run.device)}
+        random = {name: generator.get_rng_state() for name, generator in self.generators.items()}
         return {"network": self.run.net.settings, "recipe": dataclasses.asdict(self.run.recipe), **self.data,
-                "training": self.run.state_dict(), "ranks": everyones(own)}
+                "training": self.run.state_dict(), "ranks": everyones({"pool": noises, "random": random})}
 
     def save(self, seconds: float) -> None:
-        """Write a checkpoint of what all processes know, unless there is one of this step. Every process must call it.
-        BadInput if a weight is not finite."""
-        step, recipe = self.run.step, self.run.recipe
-        if self.saved_step == step:
-            return
+        """Write a checkpoint of what all processes know. Every process must call it. BadInput if a weight is not
+        finite."""
+        recipe = self.run.recipe
         if not all(weight.isfinite().all() for weight in self.run.net.parameters()):
-            raise BadInput(f"--lr is {recipe.lr}: the weights became infinite at step {step}, expected a smaller one; "
-                           f"what {self.out} held before is untouched")
+            raise BadInput(f"--lr is {recipe.lr}: the weights became infinite at step {self.run.step}, expected a "
+                           f"smaller one; what {self.out} held before is untouched")
         state = self._state() | {"seconds": seconds}
         if self.rank == 0:
             checkpoint.save(self.out, state, recipe.keep, drop=self.others)
@@ -106,7 +102,6 @@ class RunFolder:
             write(dataclasses.replace(recipe, minutes=0.0), self.out / "recipe.toml")  # minutes are of one call
         self.others = []
         self.log_file = self.metrics
-        self.saved_step = step
         wait_for_all()
 
     def log(self, line: dict) -> None:
@@ -118,11 +113,6 @@ class RunFolder:
         if self.board:
             for name, value in line.items():
                 self.board.add_scalar(name, value, line["step"])
-
-    def has_evaluation(self, step: int) -> bool:
-        """Whether the log has an evaluation of this step, as the first process sees it."""
-        lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
-        return everyones(any(step_of(line) == step and "/real" in line for line in lines))[0]
 
     def close(self) -> None:
         if self.board:
@@ -141,8 +131,8 @@ def compare(saved: dict, own: dict, recipe: Recipe) -> list[str]:
 
 
 def fixed(state: dict) -> dict:
-    """What must stay as it is while a run is resumed, besides its recipe. No kind of device can take up another's
-    random numbers, and with precision "auto" the card decides."""
+    """What must stay while a run is resumed, besides its recipe. Random numbers need the same kind of device, and the
+    card decides about precision "auto"."""
     latents = state["latents"]
     facts = {"data": "images" if latents is None else "latents", "images": state["images"],
              "processes": len(state["ranks"]), "device": state["ranks"][0]["pool"]["made_for"]["device"],
@@ -151,23 +141,8 @@ def fixed(state: dict) -> dict:
     return facts | encoding | {f"network {name}": value for name, value in state["network"].items()}
 
 
-def random_state(device: torch.device) -> dict:
-    """The states of torch's own generators."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        state[device.type] = torch.get_device_module(device).get_rng_state()
-    return state
-
-
-def restore_random_state(state: dict, device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"])
-    if device.type != "cpu":
-        torch.get_device_module(device).set_rng_state(state[device.type])
-
-
 def cut_back(log: Path, step: int) -> None:
-    """Drop the lines of later steps, which a killed run wrote after its last checkpoint, and lines that a kill or a
-    full disk cut short."""
+    """Drop lines after `step`, which a killed run wrote after its last checkpoint, and lines that were cut short."""
     if log.exists():
         lines = log.read_text(errors="replace").splitlines()
         with replacing(log) as partial:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +15,12 @@ from dansm import BadInput
 
 from ..base.machine import check_memory, make_deterministic, number_type
 from ..base.processes import first_before_others, ranks
-from ..base.text import counted, say, with_bar
+from ..base.text import counted, say
 from ..data import loader
 from ..data.latents import known_of
 from ..model import sampling
 from ..model.recipe import Recipe, make_flow
-from .evaluation import Evaluation, GivenUp, check_evaluation, due
+from .evaluation import Evaluation, check_evaluation, due
 from .folder import RunFolder
 from .step import FastTraining
 from .stop import Decide
@@ -35,8 +35,7 @@ def read_data(recipe: Recipe) -> tuple:
     with first_before_others() if recipe.data == "cifar10" else nullcontext():  # it is downloaded
         images = loader.load_images(recipe.data, size=recipe.size or None, skip_unreadable=recipe.skip_unreadable,
                                     cache=Path(recipe.cache) if recipe.cache else None, share=ranks()[1] > 1,
-                                    left_out=left_out,
-                                    track=lambda parts, total: with_bar(parts, "reading images", total))
+                                    left_out=left_out)
     if left_out:
         say(f"left out {len(left_out):,} of {counted(len(images) + len(left_out), 'image')}, not readable, such as",
             ", ".join(map(str, left_out[:3])))
@@ -63,23 +62,15 @@ def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, 
     run, flow, pool = begin(images, recipe, device)
     folder = RunFolder(out, run, pool, images, fresh)
     seconds = folder.resume()
-    overdue = due(recipe, run.step) and not folder.has_evaluation(run.step)  # it was cut off after its checkpoint
-    evaluated = recipe.evaluate_every or recipe.evaluate_at
-    evaluation = Evaluation(images, run, flow) if overdue or (evaluated and run.step < recipe.steps) else None
+    evaluated = (recipe.evaluate_every or recipe.evaluate_at) and run.step < recipe.steps
+    evaluation = Evaluation(images, run, flow) if evaluated else None
     batches = loader.batches(images, recipe.batch, seed=recipe.seed, flip=recipe.flip, start=run.step, rank=rank,
                              ranks=processes, device=device,
                              resident=None if recipe.data_on_gpu == "auto" else recipe.data_on_gpu == "yes")
     watch = Watch(run, seconds)
     pairs = watch.pairs(batches, pool)
     with closing(batches), closing(folder), blamed_on_data(images), progress(run) as show, \
-            Decide(run, lambda: show("stopping after this step")) as decide, suppress(GivenUp):
-
-        def evaluate() -> None:
-            with watch.paused():
-                folder.log(evaluation(watch.seconds, show, decide))
-
-        if overdue:
-            evaluate()
+            Decide(run, lambda: show("stopping after this step")) as decide:
         for loss in dansm.train(run, flow, pairs) if run.step < recipe.steps else ():
             watch.losses.append(loss)
             stop, save = decide()
@@ -87,14 +78,15 @@ def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, 
                 line = watch.line()
                 folder.log(line)
                 show(in_words(line))
+            if due(recipe, run.step):  # before the checkpoint: a run that is killed here makes it when it is resumed
+                with watch.paused():
+                    folder.log(evaluation(watch.seconds, show))
             if due(recipe, run.step) or save or stop:
                 folder.save(watch.seconds)
             if save and not stop and pictures and rank == 0 and device.type in GRID_DEVICES:
                 share = recipe.batch // (processes * recipe.accumulate)  # fits into memory: a step had it
                 with watch.paused():
                     draw_grid(run.average, flow, recipe, device, out / f"samples-{run.step:08d}.png", min(64, share))
-            if due(recipe, run.step):
-                evaluate()
             if stop:
                 break
     return watch.summary(decide.interrupted), run.average, flow
@@ -124,8 +116,6 @@ def check(recipe: Recipe, device: torch.device) -> None:
     """BadInput for what this device or this number of processes cannot do, before any data is read."""
     number_type(recipe.precision, device)
     sampling.check_steps("--sample-steps", recipe.sample_steps, dansm.FLOWS[recipe.flow])
-    if recipe.match_scope == "global" and not torch.distributed.is_initialized():
-        raise BadInput("--match-scope is global, for several processes: expected the command under torchrun, or rank")
     processes = ranks()[1]
     parts = processes * recipe.accumulate
     if recipe.batch % parts:
@@ -164,8 +154,7 @@ def blamed_on_data(images) -> Iterator[None]:
 
 def draw_grid(net: dansm.UNet, flow, recipe: Recipe, device: torch.device, path: Path, batch: int,
               track: Callable[[Iterable], Iterable] = iter) -> None:
-    """Write 64 images of a network as one picture, from noises that are the same in every grid of a run. `track` wraps
-    the batches as they are drawn."""
+    """Write 64 images of a network as one picture, from the same noises in every grid of a run."""
     network = sampling.sampler(net, device, recipe.precision, recipe.compile)
     draws = sampling.sample_images(network, flow, range(64), net.shape, recipe.sample_steps, seed=recipe.seed,
                                    batch=batch, device=device)

@@ -1,8 +1,5 @@
-"""A training step as fast as a GPU goes: mixed precision, own kernels, one CUDA graph, several processes.
-
-The loop is `dansm.train`; this is its step. Forward and backward of a network of 61.8 M parameters are some 2,000
-launches, which take Python 120 ms and the GPU 50: so they are captured once as a CUDA graph and launched as one.
-"""
+"""A training step as fast as a GPU goes: mixed precision, own kernels, several processes, and one CUDA graph, as the
+2,000 launches of forward and backward take Python 120 ms and the GPU 50. The loop is `dansm.train`."""
 
 import copy
 from collections.abc import Callable
@@ -19,18 +16,12 @@ from ..base.processes import ranks
 from ..model.recipe import Recipe
 from ..model.sampling import fused
 
-# Steps before a graph is captured, by torch's advice
-WARM_UP = 3
-WARM_UP_OF_SEVERAL_PROCESSES = 11
+WARM_UP = 3, 11  # steps before a graph is captured, of one process and of several, by torch's advice
 
 
 class FastTraining(dansm.Training):
-    """`dansm.Training` by a recipe: precision, averages, accumulation, warm-up, compilation, several processes.
-
-    averages  one for each `ema_decay` of the recipe; the first is `average`
-    dtype     of activations and products
-    compiled  whether the network's layers run as Triton kernels, and its step as a CUDA graph
-    """
+    """`dansm.Training` by a recipe: precision in `dtype`, accumulation, warm-up, several processes, `averages` of which
+    the first is `average`. If `compiled`, layers run as Triton kernels, and the step as a CUDA graph."""
 
     def __init__(self, net: dansm.UNet, recipe: Recipe, device: torch.device):
         self.recipe = recipe
@@ -46,9 +37,8 @@ class FastTraining(dansm.Training):
         self.graph = None
 
     def _copies_of_weights(self) -> dict[str, Tensor]:
-        """The weights of products by name, in the type of the products. Autocast converts each weight and gradient by
-        itself, some 500 launches; these are converted all at once. Empty where gradients are summed over parts of a
-        batch or over processes, which takes float32."""
+        """The weights of products by name, in the type of the products, to be converted all at once: autocast takes 500
+        launches. Empty where gradients are summed over parts of a batch or over processes, in float32."""
         sums = self.parallel is not self.net or self.recipe.accumulate > 1
         if not self.compiled or self.dtype == torch.float32 or sums:
             return {}
@@ -67,8 +57,7 @@ class FastTraining(dansm.Training):
         return self.loss.clone()
 
     def _backward(self, flow, x: Tensor, z: Tensor) -> Tensor:
-        """Add the gradients of a batch, part after part, and return its loss. Processes exchange gradients once, with
-        the last part."""
+        """Add the gradients of a batch, part after part, and return its loss. Processes exchange them once."""
         net = self._through_copies() if self.copies else self.parallel
         loss = torch.zeros((), device=x.device)
         parts = self.recipe.accumulate
@@ -98,8 +87,8 @@ class FastTraining(dansm.Training):
         torch._foreach_copy_([weight.grad for weight in weights], [weight.grad for weight in self.copies.values()])
 
     def _capture(self, flow, x: Tensor, z: Tensor) -> None:
-        """Record forward and backward for batches of this shape. The random numbers stay as they were, so that a
-        resumed run, which records again, draws what it would have drawn."""
+        """Record forward and backward for batches of this shape. A resumed run records again, so the random numbers are
+        put back."""
         self.x = x.clone()
         self.z = z.clone()
         random = torch.cuda.get_rng_state(self.device)
@@ -108,7 +97,7 @@ class FastTraining(dansm.Training):
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):
-            for _ in range(WARM_UP if self.parallel is self.net else WARM_UP_OF_SEVERAL_PROCESSES):
+            for _ in range(WARM_UP[self.parallel is not self.net]):
                 self.optimizer.zero_grad()
                 self._backward(flow, self.x, self.z)
         torch.cuda.current_stream(self.device).wait_stream(side)
@@ -149,7 +138,7 @@ def data_parallel(net: nn.Module, device: torch.device) -> nn.Module:
     """The network with gradients that are the mean over all processes; the network itself for one process."""
     if ranks()[1] == 1:
         return net
-    if device.type != "cuda":
-        return nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
-    with torch.cuda.stream(torch.cuda.Stream(device)):  # torch asks for this where a graph is captured
-        return nn.parallel.DistributedDataParallel(net, device_ids=[device], gradient_as_bucket_view=True)
+    on_gpu = device.type == "cuda"
+    with torch.cuda.stream(torch.cuda.Stream(device)) if on_gpu else nullcontext():  # torch asks for this, for graphs
+        return nn.parallel.DistributedDataParallel(net, device_ids=[device] if on_gpu else None,
+                                                   gradient_as_bucket_view=True)

@@ -79,18 +79,8 @@ class Watch:
         return sum(after - before for before, after in self.matchings)
 
     def line(self) -> dict:
-        """The line of the log for the steps since the last one. Every process must call it.
-
-        seconds             of training, in all calls, without evaluations and grids
-        loss, loss_mean     of this step, and the mean since the last line, over all processes
-        images_per_second   of all processes together
-        matching            share of the time
-        distance            mean ‖x − z‖ of the pairs of this process
-        distance_random     the same, but each x with its neighbour's z; in batches of one, with the z before
-        mfu                 share of the GPU's peak that the network uses, on GPUs whose peak is known
-
-        Raises BadInput on all processes, with the step, if a loss of any process is not finite.
-        """
+        """The line of the log for the steps since the last one; docs/training.md tells what its fields mean. Every
+        process must call it. Raises BadInput on all, with the step, if a loss of any process is not finite."""
         losses = self._mean_losses()
         step, seconds = self.run.step, self.seconds
         duration = max(seconds - self.line_began[1], 1e-9)

@@ -106,23 +106,6 @@ def test_the_same_call_repeats_after_a_kill(run, trained, tmp_path, monkeypatch)
     assert run(*call)[0] == 0
 
 
-def test_ctrl_c_keeps_what_is_drawn(run, trained, tmp_path, monkeypatch):
-    draw = sampling.sample_images
-
-    def stopped_after_two_batches(*arguments, **settings):
-        draws = draw(*arguments, **settings)
-        yield next(draws)
-        yield next(draws)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(sampling, "sample_images", stopped_after_two_batches)
-    command = "sample", trained, "--count", 9, "--batch", 3, "--steps", 2, "--files", "--out", tmp_path / "out"
-    code, _, err = run(*command)
-    assert code == 130 and "6 of 9 images" in err
-    assert json.loads((tmp_path / "out" / "sample.json").read_text())["count"] == 6
-    assert files_of(tmp_path / "out") == [*(f"{i:06d}.png" for i in range(6)), "sample.json", "samples.png"]
-
-
 def test_an_out_that_is_or_lies_below_a_file_is_refused(refused, trained, tmp_path):
     (tmp_path / "file").write_text("precious")
     for out in ("file", "file/below"):

@@ -14,7 +14,7 @@ from PIL import Image
 from support import FAST, ROOT, TINY, files_of, log_of, make_images, noise_image, state_of, wait_for
 
 import dansm
-from dansm.scale.model import checkpoint, sampling
+from dansm.scale.model import sampling
 from dansm.scale.model.recipe import Recipe, load
 
 
@@ -126,7 +126,7 @@ def test_ctrl_c_while_it_samples_keeps_the_run(run, images, tmp_path, monkeypatc
 
     monkeypatch.setattr(sampling, "sample_images", stop)  # the grid of samples comes after the last save
     code, _, err = run("train", images, "--out", tmp_path / "out", "--steps", 2, *FAST)
-    assert code == 130 and err.startswith("dansm: stopped") and str(checkpoint.newest(tmp_path / "out")) in err
+    assert code == 130 and err.startswith("dansm: stopped")
     assert json.loads((tmp_path / "out" / "train.json").read_text())["steps"] == 2
     assert state_of(tmp_path / "out")["training"]["step"] == 2
 

@@ -51,7 +51,7 @@ WRONG = [
     ("multipliers", 2, "2"), ("multipliers", [1, 0], "1,0"), ("multipliers", [1, True], "1,True"),
     ("multipliers", [[1]], "[1]"), ("ema_decay", 0.5, "0.5"), ("ema_decay", (), "empty"),
     ("ema_decay", [0.5, 1.5], "0.5,1.5: expected one or more, each a number from 0 to 1"), ("dropout", 1.5, "1.5"),
-    ("seed", 2**32, "4294967296"), ("size", 4097, "4097"), ("accumulate", 129, "129: expected at most 128"),
+    ("seed", 2**32, "4294967296"), ("size", 4097, "4097"),
 ]
 
 
@@ -96,7 +96,7 @@ def test_files_of_other_editors_are_read(write_text, text):
                                   b"d\0a\0t\0a\0"])
 def test_what_is_not_toml_is_refused_naming_the_file(write_text, text):
     path = write_text(text)
-    with pytest.raises(BadInput, match=f"{re.escape(path)} is not TOML") as refused:
+    with pytest.raises(BadInput, match=f"{re.escape(path)} cannot be read") as refused:
         load(path)
     assert "\n" not in str(refused.value)
 
@@ -192,12 +192,6 @@ def test_lists_are_no_change_and_what_is_lacking_had_the_default():
     some = Recipe("d", ema_decay=(0.9, 0.5), multipliers=(1, 2))
     assert changed({"data": "d", "ema_decay": [0.9, 0.5], "multipliers": [1, 2]}, some) == []
     assert changed({"data": "d", "ema_decay": [0.9, 0.5]}, some) == ["multipliers None → 1,2"]
-
-
-def test_a_run_of_an_earlier_version_resumes():
-    old = {"data": "d", "pool": "fp32", "fast": True, "decay": [0.9], "resident": "auto", "ages": 1}
-    assert changed(recipe.with_new_names(old), Recipe("d", tf32=True, ema_decay=(0.9,))) == []
-    assert changed(recipe.with_new_names(old), Recipe("d")) == ["tf32 True → False", "ema_decay 0.9 → 0.9999"]
 
 
 # ------------------------------------------------------------------------------- those that come with DANSM

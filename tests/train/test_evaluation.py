@@ -90,28 +90,8 @@ def test_a_run_cut_off_and_resumed_has_each_evaluation_once(run, images, tmp_pat
     assert evaluations(once) == evaluations(twice) and [line["step"] for line in evaluations(once)] == [3, 6, 9]
 
 
-def test_ctrl_c_in_an_evaluation_gives_it_up_and_the_same_command_makes_up_for_it(run, images, tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    command = ["train", images, "--steps", 7, *FAST, *SEEN, "--evaluate-every", 3]
-    draw = evaluation.Evaluation._draw
-
-    def pressed(self, net, steps, show, decide):
-        decide._press()
-        return draw(self, net, steps, show, decide)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(evaluation.Evaluation, "_draw", pressed)
-        for _ in range(2):  # also the one that is made up for may be given up, and is due again
-            code, said, _ = run(*command, "--out", out)
-            assert code == 0 and "stopped at step 3" in said and "nothing to do" not in said
-    assert evaluations(out) == [] and checkpoint.newest(out).name == "checkpoint-00000003.pt"
-    assert run(*command, "--out", out)[0] == run(*command, "--out", tmp_path / "once")[0] == 0
-    assert evaluations(out) == evaluations(tmp_path / "once") and [line["step"] for line in evaluations(out)] == [3, 6]
-    assert same(*(state_of(each)["training"] for each in (out, tmp_path / "once")))
-
-
 def test_an_evaluation_that_a_kill_cut_off_is_made_up_for_even_at_the_end(run, images, tmp_path, monkeypatch):
-    """The checkpoint of the last step is there, its evaluation is not: the same command makes no step, and that."""
+    """A checkpoint is written after the evaluation of its step: the same command trains up to there and makes it."""
     command = ["train", images, "--steps", 4, *FAST, *SEEN, "--evaluate-at", "2,4"]
     cut, once = tmp_path / "cut", tmp_path / "once"
     evaluate = evaluation.Evaluation.__call__
@@ -126,9 +106,10 @@ def test_an_evaluation_that_a_kill_cut_off_is_made_up_for_even_at_the_end(run, i
         assert run(*command, "--out", cut)[0] == 130
     assert [line["step"] for line in evaluations(cut)] == [2]
     code, said, _ = run(*command, "--out", cut)
-    assert code == 0 and "nothing to do" in said
+    assert code == 0 and "resuming from step 2" in said
     assert run(*command, "--out", once)[0] == 0
     assert evaluations(cut) == evaluations(once) and len(evaluations(cut)) == 2
+    assert same(*(state_of(out)["training"] for out in (cut, once)))
     assert run(*command, "--out", cut)[0] == 0 and len(evaluations(cut)) == 2
 
 

@@ -92,7 +92,7 @@ def test_what_processes_cannot_do_together_is_refused_by_each(images, tmp_path):
         ["train", tmp_path / "images-{rank}", "--steps", 2, *FAST, "--out", tmp_path / "c"])
     assert codes == [[2, 2, 0, 0, 2, 2]] * 2, said
     named = [("--batch is 9", "multiple of 2"), ("--batch is 10", "multiple of 4"),
-             ("--out", "checkpoint-00000002.pt, checkpoint-00000004.pt"), ("--data", "20, 24")]
+             ("--out", "checkpoint-00000002.pt", "checkpoint-00000004.pt"), ("--data", "20 images", "24 images")]
     for text in said:
         errors = [line for line in text.splitlines() if line.startswith("dansm: ")]
         assert len(errors) == 4 and "Traceback" not in text
