@@ -16,7 +16,7 @@ from dansm import BadInput, Diffusion
 
 from ..base.files import make_folder, write_csv, write_json
 from ..base.machine import hardware, number_type, pick_device
-from ..base.text import Stopped, console, counted, say, say_files, table, with_bar
+from ..base.text import Stopped, console, counted, say, say_files, table
 from ..data.latents import known_on_disk
 from ..data.loader import stream_images
 from ..data.read import Source
@@ -66,8 +66,7 @@ def evaluate(
     known = read_rows(out / "evaluate.json")
     extractor = load_extractor(features, on, inception_weights)
     source, images = find_real(trained, data, size, skip_unreadable)
-    real = real_features(images, extractor, on, cache=cache.expanduser(), check=partial(check_shape, trained, source),
-                         track=lambda parts, total: with_bar(parts, "real images", total))
+    real = real_features(images, extractor, on, cache=cache.expanduser(), check=partial(check_shape, trained, source))
     if data is None:
         check_counts(trained, source, real.count)
     common = {"features": extractor.name, "data": source, "real_images": real.count, "real_digest": real.digest[:8],
@@ -115,9 +114,8 @@ def find_real(models: list[Model], data: str | None, size: int | None, skip_unre
             if "source" not in latents:
                 raise BadInput(f"{data} does not say what images its latents are of: expected --data, those images")
             data, size = latents["source"], size or latents["size"]
-            skip_unreadable = skip_unreadable or bool(encoded.get("left_out"))
-    caches = [Path(recipe["cache"]) for recipe in recipes if recipe.get("cache")]
-    return data, stream_images(data, size=size, skip_unreadable=skip_unreadable, caches=caches)
+            skip_unreadable = skip_unreadable or encoded.get("skip_unreadable", False)
+    return data, stream_images(data, size=size, skip_unreadable=skip_unreadable)
 
 
 def check_counts(models: list[Model], source: str, count: int) -> None:

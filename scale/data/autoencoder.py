@@ -68,33 +68,25 @@ class Autoencoder:
                 raise BadInput(f"{whose} latents made with {name} {str(known[name])[:12]}, {self.path} has "
                                f"{str(value)[:12]}: expected the same autoencoder")
 
-    def scaled(self, moments: Tensor) -> Tensor:
-        """Mean and log-variance (B, 2C, h, w) as the encoder gives them → those of latents as they are trained on."""
-        mean, log_variance = moments.chunk(2, 1)
-        spread = log_variance.clamp(*LOG_VARIANCES) + 2 * torch.tensor(self.factor).abs().log().item()
-        return torch.cat([(mean - self.shift) * self.factor, spread], 1)
-
-    def unscaled(self, latents: Tensor) -> Tensor:
-        """Latents as they are trained on → as the decoder takes them."""
-        return latents / self.factor + self.shift
-
 
 class _Half:
-    """A copy of one half of the network on a device. precision: as for training; auto: bf16 on a GPU, fp32 on the CPU.
+    """A copy of one half of the network on a device.
+
+    precision  as for training; auto: bf16 on a GPU, fp32 on the CPU
+    memory     gigabytes to decode in; None: a quarter of what the device has free
     """
 
     parts: tuple[str, str]
 
-    def __init__(self, autoencoder: Autoencoder, device: torch.device, precision: str = "auto"):
-        self.autoencoder, self.device, self.dtype = autoencoder, device, number_type(precision, device)
+    def __init__(self, autoencoder: Autoencoder, device: torch.device, precision: str = "auto",
+                 memory: float | None = None):
+        self.autoencoder, self.device, self.memory = autoencoder, device, memory
+        self.dtype = number_type(precision, device)
         self.precision = str(self.dtype).removeprefix("torch.")
         self.batch = BATCH.get(device.type, 8)
         parts = [getattr(autoencoder.network, name) for name in self.parts]
         net = nn.Sequential(*(part for part in parts if part is not None))  # the settings may leave quant_conv out
         self.net = copy.deepcopy(net).to(device, self.dtype)  # as it is: torch's group norm is slow with channels last
-
-    def _run(self, x: Tensor) -> Tensor:
-        return self.net(x.to(self.dtype)).float()
 
 
 class Encoder(_Half):
@@ -104,22 +96,19 @@ class Encoder(_Half):
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
-        """Mean and log-variance of the latents of images, times the factor. uint8 (B, 3, H, W), H and W multiples of
-        `shrinks` → (B, 2C, h, w) float32, on the device. Some may be NaN: the caller knows the images' names."""
+        """Mean and log-variance of the latents of images, as they are trained on. uint8 (B, 3, H, W), H and W multiples
+        of `shrinks` → (B, 2C, h, w) float32, on the device. Some may be NaN: the caller knows the images' names."""
         x = from_uint8(images.to(self.device, non_blocking=True))
-        return self.autoencoder.scaled(self._run(x))
+        mean, log_variance = self.net(x.to(self.dtype)).float().chunk(2, 1)
+        factor = self.autoencoder.factor
+        log_variance = log_variance.clamp(*LOG_VARIANCES) + 2 * torch.tensor(factor).abs().log().item()
+        return torch.cat([(mean - self.autoencoder.shift) * factor, log_variance], 1)
 
 
 class Decoder(_Half):
-    """The decoder alone, on a device: latents to images, within `memory` gigabytes; None for a quarter of what the
-    device has free."""
+    """The decoder alone, on a device: latents to images."""
 
     parts = "post_quant_conv", "decoder"
-
-    def __init__(self, autoencoder: Autoencoder, device: torch.device, precision: str = "auto",
-                 memory: float | None = None):
-        super().__init__(autoencoder, device, precision)
-        self.memory = memory
 
     @torch.no_grad()
     def decode(self, latents: Tensor, first: int = 0) -> Tensor:
@@ -136,7 +125,8 @@ class Decoder(_Half):
     def decode_at_once(self, latents: Tensor, first: int = 0) -> Tensor:
         """Do the same as `decode`, in one part however large."""
         latents = latents.to(self.device, non_blocking=True).float()
-        images = self._run(self.autoencoder.unscaled(latents))
+        encoded = latents / self.autoencoder.factor + self.autoencoder.shift
+        images = self.net(encoded.to(self.dtype)).float()
         for batch, problem in (latents, "holds NaN or infinite numbers: expected finite ones"), (
                 images, f"decodes to NaN in {self.precision}: expected finite images; --precision fp32 may give them"):
             if not torch.isfinite(batch.sum()):  # one number to wait for, not the whole batch
@@ -180,7 +170,7 @@ def read_autoencoder(path: Path) -> Autoencoder:
     """The autoencoder in a diffusers folder, or in one file with the names that Stable Diffusion's authors gave.
 
     Its settings are those of a config.json next to the weights, or Stable Diffusion's. Raises BadInput for a path that
-    holds none, for a pickle with code in it, and for weights that are missing, of another shape or not finite.
+    holds none, for a pickle with code in it, and for weights that are missing or of another shape.
     """
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
@@ -207,9 +197,6 @@ def read_autoencoder(path: Path) -> Autoencoder:
             raise
         reason = shorten(" ".join(str(error).split()), 300)
         raise BadInput(f"{file} cannot be read as an autoencoder ({reason}): {EXPECTED}") from error
-    for name, weight in network.state_dict().items():
-        if not weight.float().sum().isfinite():
-            raise BadInput(f"{file} holds NaN or infinite numbers in {name}: expected finite weights")
     return Autoencoder(path, network)
 
 

@@ -27,21 +27,22 @@ def cached(cache: Path, source: Source, decode: Callable[[Callable], Decoded]) -
     decode(make_array) decodes the source into the array that make_array(shape, dtype) makes. Several processes may
     ask at once: one decodes, the others wait. Raises BadInput if the folder cannot be written to or the disk is full.
     """
-    kept = _place(cache, source)
+    name = f"{source.path.resolve()} {source.size}"
+    key = hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=4).hexdigest()
+    kept = cache / f"{source.path.name}-{source.size or 'whole'}-{key}.npy"
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with alone(kept.with_suffix(".lock")):
-            if find_cached(cache, source) is None:
+            if _find(kept, source) is None:
                 _decode_into(kept, source, decode)
-            return find_cached(cache, source)
+            return _find(kept, source)
     except OSError as error:
         raise BadInput(f"the decoded images cannot be kept in {cache}: {error.strerror}; expected a folder that can be "
                        f"written to ({OPTION})") from error
 
 
-def find_cached(cache: Path, source: Source) -> Decoded | None:
-    """What an earlier call of `cached` has kept, None if it is of other files or not whole. Nothing is written."""
-    kept = _place(cache, source)
+def _find(kept: Path, source: Source) -> Decoded | None:
+    """What an earlier call has kept, None if it is of other files or not whole."""
     try:
         index = json.loads(kept.with_suffix(".json").read_text())
         array = np.load(kept, mmap_mode="c", allow_pickle=False)
@@ -50,12 +51,6 @@ def find_cached(cache: Path, source: Source) -> Decoded | None:
         return array[: index["count"]], [Path(path) for path in index["left_out"]]
     except (OSError, ValueError, LookupError, TypeError):
         return None
-
-
-def _place(cache: Path, source: Source) -> Path:
-    name = f"{source.path.resolve()} {source.size}"
-    key = hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=4).hexdigest()
-    return cache / f"{source.path.name}-{source.size or 'whole'}-{key}.npy"
 
 
 def _decode_into(kept: Path, source: Source, decode: Callable[[Callable], Decoded]) -> None:

@@ -21,8 +21,8 @@ from ..base.processes import processes, quiet, ranks, wait_for_all
 from ..base.text import counted, say, say_files, shorten, with_bar
 from . import latents
 from .autoencoder import Autoencoder, Encoder
-from .loader import check_out
-from .read import Entries, Source, files_of
+from .loader import check_out, stream_images
+from .read import Entries, Source
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,17 @@ class Job:
             **encoder.autoencoder.identity, "precision": encoder.precision, "batch": self.batch,
             "shard": settings.shard}
 
+    def missing(self, images: int) -> list[int]:
+        """The numbers of the shards of so many images that are not there, or not whole."""
+        numbers = range(math.ceil(images / self.settings.shard))
+        return [number for number in numbers if not latents.is_whole(latents.shard_path(self.out, number))]
+
 
 def encode(source: Path, autoencoder: Autoencoder, device: torch.device, out: Path, settings: Settings) -> None:
     """Encode all images of `source` into `out`. The same call resumes one that was stopped, makes lost shards again,
     and does nothing where all are there."""
     check_out(str(source), out)
-    images = Source(source, files_of(source), settings.size, settings.skip_unreadable)
-    if images.holds_latents:
-        raise BadInput(f"{source} holds latents ({images.files[0]}): expected images")
+    images = stream_images(str(source), size=settings.size, skip_unreadable=settings.skip_unreadable)
     if settings.size % autoencoder.shrinks:
         raise BadInput(f"--size is {settings.size}: expected a multiple of {autoencoder.shrinks}, as it gets divided")
     make_folder(out)
@@ -73,65 +76,53 @@ def encode(source: Path, autoencoder: Autoencoder, device: torch.device, out: Pa
         first = ranks()[0] == 0
         with owning(out, "encoded") if first else nullcontext(), quiet(not first):
             job = Job(images, Encoder(autoencoder, device, settings.precision), out, settings)
-            index = _read_earlier(job)
-            lost = [note["file"] for note in index["shards"] if not latents.is_as_noted(out, note)] if index else []
-            wait_for_all()  # to have read it before it is changed
-            if first and index:
-                _note_shards(job, index, lost)
-            wait_for_all()
-            if lost or not index:
+            before = _read_earlier(job)
+            if before and not job.missing(before["images"]):
+                say(f"{out} holds the latents of all {counted(before['images'], 'image')} already: nothing to do")
+            else:
                 _encode(job)
 
 
-def _read_earlier(job: Job) -> dict | None:
-    """The index of an encode that came to its end in `out`, None where none did; BadInput if it is of other latents."""
+def _read_earlier(job: Job) -> dict:
+    """The index of an encode into `out` that came to its end or not, {} without; BadInput if it is of other latents."""
     before = latents.known_on_disk(job.out)
     strange = min(job.out.glob("*.npy"), default=None)
     if strange and not before:
         raise BadInput(f"--out is {job.out}, which holds {strange.name} of another origin, or of an encode whose "
-                       f"{latents.INDEX} is gone: expected another --out, or one without .npy files")
+                       "index.json is gone: expected another --out, or one without .npy files")
     if before:
         latents.check_same(job.out, before, job.described)
-    return latents.read_index(job.out)
-
-
-def _note_shards(job: Job, index: dict, lost: list[str]) -> None:
-    """Say that all latents are there; or note again which shards are, if a shard is missing or cut off."""
-    if not lost:
-        latents.remove_notes(job.out)  # of an encode that was killed after its last shard
-        say(f"{job.out} holds all {counted(index['count'], 'latent')} already: nothing to do")
-        return
-    say(f"{job.out} has lost {counted(len(lost), 'shard')} of {len(index['shards']):,}, made again:",
-        shorten(", ".join(lost), 100))
-    for note in index["shards"]:
-        if note["file"] not in lost:
-            write_json((job.out / note["file"]).with_suffix(".json"), note)
+    return before
 
 
 def _encode(job: Job) -> None:
-    """Encode the shards that are missing, on each process its part of them, and write the index."""
-    start, shard = time.perf_counter(), job.settings.shard
+    """Encode the shards that are missing, on each process its part of them."""
+    start = time.perf_counter()
     rank, process_count = ranks()
     with job.source.open() as (count, entries):
-        shards = math.ceil(count / shard)
-        missing = [number for number in range(shards) if not latents.read_note(latents.shard_path(job.out, number))]
-        left = min(count, len(missing) * shard)
-        if rank == 0:
-            write_json(job.out / latents.UNFINISHED, {**job.described, "images": count})
-            (job.out / latents.INDEX).unlink(missing_ok=True)
+        missing = job.missing(count)
+        left = sum(min(job.settings.shard, count - number * job.settings.shard) for number in missing)
         say(f"{counted(count, 'image')}, {left:,} of them to encode")
-        wait_for_all()  # all have the same list, and the settings are there, before the first shard is
+        wait_for_all()  # all have the same list, before it is changed
+        if rank == 0:
+            index = {**job.described, "images": count, "skip_unreadable": job.settings.skip_unreadable}
+            write_json(job.out / "index.json", index)
+            for number in missing:  # what is left of a damaged encode stays usable while it is mended
+                latents.shard_path(job.out, number).with_suffix(".json").unlink(missing_ok=True)
+        wait_for_all()
         _encode_shards(job, count, entries, missing[rank::process_count])
     wait_for_all()
-    if rank == 0:
-        index = latents.write_index(job.out, job.described, shards)
-        if index["left_out"]:
-            names = shorten(", ".join(index["left_out"]), 200)
-            say(f"left out {counted(len(index['left_out']), 'image')}, not readable: {names}")
-        seconds = time.perf_counter() - start
-        say(f"{counted(index['count'], 'latent')} of {'×'.join(map(str, index['shape']))};",
-            f"this time {counted(left, 'image')} in {seconds:.1f} s, {left / seconds:,.1f} a second")
-        say_files(job.out, latents.INDEX, *(note["file"] for note in index["shards"][:1]))
+    seconds = time.perf_counter() - start
+    notes = latents.read_notes(job.out)
+    made = sum(note["count"] for note in notes)
+    left_out = [name for note in notes for name in note["left_out"]]
+    if not made:
+        raise BadInput(f"{job.source.path} holds no readable image: expected at least one")
+    if left_out:
+        say(f"left out {counted(len(left_out), 'image')}, not readable: {shorten(', '.join(left_out), 200)}")
+    say(f"{counted(made, 'latent')} of {'×'.join(map(str, job.shape))};",
+        f"this time {counted(left, 'image')} in {seconds:.1f} s, {left / seconds:,.1f} a second")
+    say_files(job.out, "index.json", next(note["file"] for note in notes if note["count"]))
 
 
 def _encode_shards(job: Job, count: int, entries: Entries, numbers: list[int]) -> None:
@@ -144,7 +135,7 @@ def _encode_shards(job: Job, count: int, entries: Entries, numbers: list[int]) -
         try:
             for number, of_shard in groupby(tracked, lambda image: image[0] // shard):
                 made, left_out = _encode_shard(job, of_shard)
-                latents.write_shard(job.out, number, made, job.encoder.autoencoder.channels, left_out)
+                latents.write_shard(job.out, number, made, left_out)
                 written += 1
         except (BadInput, KeyboardInterrupt):
             say(f"{written} of {counted(len(numbers), 'shard')} are done and kept; the same command resumes")

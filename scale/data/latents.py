@@ -1,7 +1,6 @@
-"""Latents on the disk as dansm encode leaves them: shards of .npy, and an index of what they are and were made from.
+"""Latents on the disk as dansm encode leaves them: index.json, which says what they were made from, and shards.
 
-While it encodes, unfinished.json says by which settings, and each shard has a note of its own, latents-00000.json; what
-has both is finished, and can be read. At the end the notes are joined in index.json, which is written last.
+Each shard is a .npy file, with a note in a .json file of the same name, which is written last.
 """
 
 import io
@@ -18,9 +17,10 @@ from ..base.files import replacing, write_json
 from ..base.text import say
 from .read import Unreadable, check_alike, check_finite, open_npy
 
-VERSION = 1  # of the index
-INDEX, UNFINISHED = "index.json", "unfinished.json"
+VERSION = 2  # of the index
 KNOWN = "autoencoder", "factor", "shift", "moments", "flips", "size", "source"  # that a run keeps of its latents
+OTHERS = {"source_digest": "of other images, by the names, sizes or times of their files",  # digests mean nothing
+          "latents": "of other latents", "autoencoder": "by another autoencoder"}
 
 
 class Shards:
@@ -90,59 +90,41 @@ def _mapped(path: Path) -> np.ndarray:
 def known_of(images) -> dict | None:
     """What is known of the latents that `loader.load_images` gave, {} where nothing is; None for images, which are
     uint8 whatever their channels."""
-    if str(images.dtype).endswith("uint8"):
-        return None
-    return getattr(images, "about", {})
-
-
-# ------------------------------------------------------------------------------- reading
+    return None if str(images.dtype).endswith("uint8") else getattr(images, "about", {})
 
 
 def known_on_disk(folder: Path) -> dict:
-    """What the encode that wrote into `folder` says of its latents, finished or not; {} without an encode."""
-    return read_index(folder) or read_index(folder, UNFINISHED) or {}
-
-
-def read_index(folder: Path, name: str = INDEX) -> dict | None:
-    """What the latents in `folder` are, or are to be by UNFINISHED; None if no encode has come to its end there."""
+    """The index of the encode that wrote into `folder`, finished or not; {} without an encode. BadInput for one of
+    another version."""
     try:
-        content = json.loads((folder / name).read_text())
+        index = json.loads((folder / "index.json").read_text())
     except (FileNotFoundError, NotADirectoryError, ValueError):  # another program may have files of that name
-        return None
-    return content if isinstance(content, dict) and "dansm_latents" in content else None
+        return {}
+    if not isinstance(index, dict) or "dansm_latents" not in index:
+        return {}
+    if index["dansm_latents"] != VERSION:
+        raise BadInput(f"{folder} holds latents of version {index['dansm_latents']}: expected {VERSION}; encode again")
+    return index
 
 
-def open_encoded(folder: Path, known: dict) -> Shards:
-    """The latents that dansm encode wrote into `folder`, memory-mapped. known: what `known_on_disk` gave. Where an
-    encode is unfinished, these are its whole shards, and a line says so.
+def open_encoded(folder: Path, index: dict) -> Shards:
+    """The latents that dansm encode wrote into `folder`, memory-mapped. index: see `known_on_disk`. Where an encode is
+    unfinished, these are its whole shards, and a line says so.
 
-    Raises BadInput for shards that are missing, cut off or other than the index says.
+    Raises BadInput for shards that are missing, cut off or of unequal shapes.
     """
-    shards = _whole_shards(folder, known) if "images" in known else known["shards"]
-    expected = (sum(shard["count"] for shard in shards), *shards[0]["shape"])
-    try:
-        latents = Shards([folder / shard["file"] for shard in shards], {name: known[name] for name in KNOWN})
-        if (len(latents), *latents.stored) != expected:
-            raise Unreadable(f"{folder} holds latents {(len(latents), *latents.stored)}: expected {expected}")
-    except Unreadable as error:
-        raise BadInput(f"{error}; the same dansm encode makes again what is missing") from error
-    return latents
-
-
-def _whole_shards(folder: Path, unfinished: dict) -> list[dict]:
-    """The notes of an unfinished encode's shards that hold latents. A line says how many images they are of."""
-    notes = [note for path in sorted(folder.glob("latents-*.json")) if (note := read_note(path))]
+    notes = read_notes(folder)
     filled = [note for note in notes if note["count"]]
-    done = sum(note["count"] // (1 + unfinished["flips"]) + len(note["left_out"]) for note in notes)
-    so_far = f"{folder}: {done:,} of {unfinished['images']:,} images encoded so far; the same dansm encode resumes"
+    done = sum(note["count"] // (1 + index["flips"]) + len(note["left_out"]) for note in notes)
+    so_far = f"{folder}: {done:,} of {index['images']:,} images encoded so far; the same dansm encode resumes"
     if not filled:
         raise BadInput(f"{so_far}, expected some")
-    say(so_far)
-    return filled
-
-
-OTHERS = {"source_digest": "of other images, by the names, sizes or times of their files",  # digests mean nothing
-          "latents": "of other latents", "autoencoder": "by another autoencoder"}
+    if done < index["images"]:
+        say(so_far)
+    try:
+        return Shards([folder / note["file"] for note in filled], {name: index[name] for name in KNOWN})
+    except Unreadable as error:
+        raise BadInput(f"{error}; the same dansm encode makes again what is missing") from error
 
 
 def check_same(out: Path, before: dict, now: dict) -> None:
@@ -154,80 +136,34 @@ def check_same(out: Path, before: dict, now: dict) -> None:
                        "settings, or another --out")
 
 
-# ------------------------------------------------------------------------------- writing
-
-
 def shard_path(out: Path, number: int) -> Path:
     return out / f"latents-{number:05d}.npy"
 
 
-def read_note(path: Path) -> dict | None:
-    """The note of a shard that is as noted; None for one without a note, missing or cut off."""
-    path = path.with_suffix(".json")
-    note = json.loads(path.read_text()) if path.exists() else None
-    return note if note and is_as_noted(path.parent, note) else None
-
-
-def is_as_noted(folder: Path, note: dict) -> bool:
-    """Whether a shard exists, as large as was noted. Where no image was readable there is a note alone."""
-    if not note["count"]:
-        return True
-    try:
-        return open_npy(folder / note["file"]).shape == (note["count"], *note["shape"])
-    except BadInput:
-        return False
-
-
-def write_shard(out: Path, number: int, latents: np.ndarray, channels: int, left_out: list[Path]) -> None:
-    """Latents (n, C or 2C, h, w) float16, whole or not at all, then what the index is to know of them."""
-    path, means = shard_path(out, number), latents[:, :channels].astype(np.float64)
+def write_shard(out: Path, number: int, latents: np.ndarray, left_out: list[Path]) -> None:
+    """Latents (n, C or 2C, h, w) float16, whole or not at all, then their note."""
+    path = shard_path(out, number)
     if len(latents):
         content = io.BytesIO()  # np.save into a file hides why a disk takes no more
         np.save(content, latents)
         with replacing(path) as partial:
             partial.write_bytes(content.getbuffer())
-    write_json(path.with_suffix(".json"), {
-        "file": path.name, "count": len(latents), "shape": latents.shape[1:], "sum": means.sum((0, 2, 3)).tolist(),
-        "sum_of_squares": np.square(means).sum((0, 2, 3)).tolist(), "left_out": [str(image) for image in left_out]})
+    write_json(path.with_suffix(".json"), {"file": path.name, "count": len(latents), "shape": latents.shape[1:],
+                                           "left_out": [str(image) for image in left_out]})
 
 
-def write_index(out: Path, settings: dict, shards: int) -> dict:
-    """Join the notes of the shards, remove them, and return it: `settings` and
-
-    count, shape     of the latents: shape is that of one, of its mean and log-variance together where both are kept
-    mean, variance   of each channel, of the means where log-variances are kept too
-    shards           the notes: the file, how many latents it has, their sums
-    left_out         the images that could not be read
-    """
-    notes = [json.loads(shard_path(out, number).with_suffix(".json").read_text()) for number in range(shards)]
-    filled = [note for note in notes if note["count"]]
-    count = sum(note["count"] for note in notes)
-    if not count:
-        raise BadInput(f"{settings['source']} holds no readable image: expected at least one")
-    shape = filled[0]["shape"]
-    numbers = count * int(np.prod(shape[1:]))
-    mean = np.sum([note["sum"] for note in notes], axis=0) / numbers
-    variance = np.sum([note["sum_of_squares"] for note in notes], axis=0) / numbers - mean**2
-    index = {**settings, "count": count, "shape": shape, "dtype": "float16", "mean": mean.tolist(),
-             "variance": variance.tolist(), "left_out": [name for note in notes for name in note["left_out"]],
-             "shards": filled}
-    write_json(out / INDEX, index)
-    remove_notes(out)
-    return index
+def read_notes(folder: Path) -> list[dict]:
+    """The notes of the shards in `folder`: the file, how many latents it has, the shape of one, images left out."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("latents-*.json"))]
 
 
-def reopen(out: Path, index: dict, settings: dict) -> None:
-    """Make a finished encode an unfinished one of the shards that are whole; the others will be made again."""
-    for note in index["shards"]:
-        if is_as_noted(out, note):
-            write_json((out / note["file"]).with_suffix(".json"), note)
-    images = index["count"] // (1 + index["flips"]) + len(index["left_out"])
-    write_json(out / UNFINISHED, {**settings, "images": images})
-    (out / INDEX).unlink()
-
-
-def remove_notes(out: Path) -> None:
-    """Remove what only an unfinished encode needs."""
-    for note in out.glob("latents-*.json"):
-        note.unlink()
-    (out / UNFINISHED).unlink(missing_ok=True)
+def is_whole(path: Path) -> bool:
+    """Whether a shard has a note and is as noted. Where no image was readable there is a note alone."""
+    note = path.with_suffix(".json")
+    if not note.exists():
+        return False
+    note = json.loads(note.read_text())
+    try:
+        return not note["count"] or open_npy(path).shape == (note["count"], *note["shape"])
+    except BadInput:
+        return False

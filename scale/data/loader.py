@@ -1,6 +1,6 @@
 """Images from files to the device: decoded once, kept as one array, shuffled and flipped there."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
 from itertools import count
@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dansm import BadInput, check_count
+from dansm import BadInput
 
 from ..base.machine import free_memory
-from ..base.text import say
+from ..base.text import say, with_bar
 from ..base.threads import ahead
-from .cache import OPTION, SHARED, Decoded, cached, find_cached
+from .cache import OPTION, SHARED, Decoded, cached
 from .latents import Shards, known_on_disk, open_encoded
 from .pixels import from_uint8
 from .read import Source, check_finite, files_of, open_npy, square
@@ -26,8 +26,8 @@ AHEAD, READERS = 4, 2  # batches read before they are asked for, and threads tha
 
 
 def load_images(source: str, *, size: int | None = None, skip_unreadable: bool = False,
-                track=lambda images, total: images, left_out: list[Path] | None = None,
-                cache: Path | None = None, share: bool = False) -> Tensor | np.ndarray | Shards:
+                left_out: list[Path] | None = None, cache: Path | None = None,
+                share: bool = False) -> Tensor | np.ndarray | Shards:
     """All of `source` as one array (N, C, H, W): uint8 for images, float16 or float32 for latents.
 
     source  images: a folder, read with its subfolders in the order of their names; a .zip, .tar, .tar.gz, .tar.bz2 or
@@ -36,16 +36,15 @@ def load_images(source: str, *, size: int | None = None, skip_unreadable: bool =
             Latents: a folder that dansm encode wrote; a .npy file (N, C, H, W) or (C, H, W), or a folder of such
             files, all of one kind.
     size    shorter side to this many pixels, then the centre square; None takes the images as they are.
-    track   wraps what is read while it is read, to show progress: track(images, total) yields what it is given.
     left_out  gets the paths of the files that `skip_unreadable` left out.
     cache   a folder that keeps what was decoded: the array stays on the disk, memory-mapped, and the next call for
             the same files decodes nothing. Of several processes one decodes and the others wait for it.
-    share   use `cache.SHARED` if no cache is given. What lies there already is used in any case.
+    share   use `cache.SHARED` if no cache is given.
 
     Returns a tensor in memory, an np.memmap of a cache or a .npy file, or the `Shards` of an encode; `batches` takes
-    any of them. Raises BadInput for a source that is missing, empty, damaged or encrypted, for an unreadable file
-    (named; left out if `skip_unreadable`), for unequal sizes (two files named), for latents that are not finite, for
-    an array of more than half of the free memory without a cache, and for a cache on a disk without room for it.
+    any of them. Raises BadInput for a source that is missing, empty or damaged, for an unreadable file (named; left
+    out if `skip_unreadable`), for unequal sizes (two files named), for latents that are not finite, for an array of
+    more than half of the free memory without a cache, and for a cache on a disk without room for it.
     """
     encoded = known_on_disk(Path(source)) if source else {}
     files = None if encoded else find_source(source, size, skip_unreadable)
@@ -58,9 +57,18 @@ def load_images(source: str, *, size: int | None = None, skip_unreadable: bool =
     if files.holds_latents and files.files[0] == files.path:
         latents = open_npy(files.path, (3, 4))
         latents = latents if latents.ndim == 4 else latents[None]
-        check_finite(files.path, latents, track)
+        check_finite(files.path, latents)
         return latents
-    array, missing = _load(files, track, cache, share)
+    if cache is None and not share:
+        array, missing = _decode_all(files, partial(_make_in_memory, files.path))
+        array = torch.from_numpy(array)
+    else:
+        folder = cache or SHARED.expanduser()
+        check_out(files.path, folder, "--cache")
+        array, missing = cached(folder, files, partial(_decode_all, files))
+        if cache is None:
+            say(f"decoded images: {array.filename}, {array.nbytes / 1e9:,.1f} GB; every later run of several processes",
+                "finds it there, delete it if none will")
     if left_out is not None:
         left_out += missing
     return array
@@ -76,43 +84,26 @@ def find_source(name: str, size: int | None, skip_unreadable: bool) -> Source:
     return Source(path, files_of(path), size, skip_unreadable)
 
 
-def _cifar10(size: int | None, root: str = "data") -> np.ndarray:
+def _cifar10(size: int | None) -> np.ndarray:
     """(N, 3, H, W) uint8"""
     from torchvision.datasets import CIFAR10
 
     try:
-        images = CIFAR10(root, download=True).data
+        images = CIFAR10("data", download=True).data
     except (OSError, RuntimeError) as error:
-        raise BadInput(f"CIFAR-10 is not in {root} and could not be downloaded ({error}): expected a connection, or "
+        raise BadInput(f"CIFAR-10 is not in data/ and could not be downloaded ({error}): expected a connection, or "
                        "the path of a folder of images") from error
     if size is not None:
         images = np.stack([square(Image.fromarray(image), size) for image in images])
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
 
 
-def _load(source: Source, track, cache: Path | None, share: bool) -> tuple[Tensor | np.ndarray, list[Path]]:
-    """The source's one array, from a cache where there is one, and the files that were left out."""
-    decode = partial(_decode_all, source, track)
-    if cache is not None:
-        check_out(source.path, cache, "--cache")
-        return cached(cache, source, decode)
-    shared = SHARED.expanduser()
-    if share:
-        check_out(source.path, shared, f"the folder of decoded images ({OPTION} names another)")
-    found = cached(shared, source, decode) if share else find_cached(shared, source)
-    if found is not None:
-        _say_shared(found[0])
-        return found
-    array, missing = decode(partial(_make_in_memory, source.path))
-    return torch.from_numpy(array), missing
-
-
-def _decode_all(source: Source, track, make_array: Callable[[tuple[int, ...], np.dtype], np.ndarray]) -> Decoded:
+def _decode_all(source: Source, make_array: Callable[[tuple[int, ...], np.dtype], np.ndarray]) -> Decoded:
     """Decode every file into one array, which `make_array` makes once the shape is known."""
     array, missing = None, []
     with source.open() as (count, entries), closing(source.decoded(entries)) as parts:
         filled = np.zeros(count, bool)
-        for place, path, part, _ in track(parts, len(source.files) if source.holds_latents else count):
+        for place, path, part, _ in with_bar(parts, "reading", len(source.files) if source.holds_latents else count):
             if part is None:
                 missing.append((place, path))
                 continue
@@ -136,12 +127,6 @@ def _make_in_memory(source: Path, shape: tuple[int, ...], dtype: np.dtype) -> np
     return np.empty(shape, dtype)
 
 
-def _say_shared(found: np.memmap) -> None:
-    kind = "images" if found.dtype == np.uint8 else "latents"
-    say(f"decoded {kind}: {found.filename}, {found.nbytes / 1e9:,.1f} GB; every later run of these files finds it",
-        "there, delete it if none will")
-
-
 def check_out(source: str | Path, out: Path, option: str = "--out") -> None:
     """BadInput if results in `out` would lie in the folder of images: the next run would read samples.png as one."""
     if str(source) and Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
@@ -149,24 +134,12 @@ def check_out(source: str | Path, out: Path, option: str = "--out") -> None:
                        "folder outside of it")
 
 
-def stream_images(source: str, *, size: int | None = None, skip_unreadable: bool = False,
-                  caches: Iterable[Path] = ()) -> Source:
-    """The images of `source`, to be decoded as they are read: they need not fit in the memory.
-
-    Parameters as of `load_images`; `caches` are folders that may hold the images decoded. Raises BadInput for a source
-    that is missing or empty, and for latents.
-    """
+def stream_images(source: str, *, size: int | None = None, skip_unreadable: bool = False) -> Source:
+    """The images of `source`, to be decoded as they are read: they need not fit in the memory. BadInput for latents,
+    and for a source that is missing or empty."""
     images = find_source(source, size, skip_unreadable)
     if images.holds_latents:
         raise BadInput(f"{source} holds latents: expected images")
-    shared = SHARED.expanduser()
-    for cache in (*caches, shared):
-        found = find_cached(cache, images)
-        if found is not None:
-            if cache == shared:
-                _say_shared(found[0])
-            images.array = np.asarray(found[0])
-            break
     return images
 
 
@@ -203,20 +176,17 @@ def batches(images: Tensor | np.ndarray | Shards, batch: int, *, seed: int = 0, 
     if images.ndim != 4 or 0 in images.shape or str(images.dtype).split(".")[-1] not in ("uint8", "float16", "float32"):
         raise BadInput(f"the images are {images.dtype} {tuple(images.shape)}: expected uint8, float16 or float32 "
                        "(N, C, H, W)")
-    batch, ranks = check_count("batch", batch), check_count("ranks", ranks)
-    start, rank = check_count("start", start, 0), check_count("rank", rank, 0)
-    if batch % ranks or rank >= ranks:
-        raise BadInput(f"batch is {batch}, for rank {rank} of {ranks}: expected a batch that {ranks} divides, and a "
-                       f"rank below {ranks}")
-    if device is None:
-        device = images.device if isinstance(images, Tensor) else "cpu"
-    device = torch.device(device)
+    if batch < 1 or start < 0 or not 0 <= rank < ranks or batch % ranks:
+        raise BadInput(f"batch is {batch}, from {start} on, for rank {rank} of {ranks}: expected a batch that {ranks} "
+                       f"divides, and a rank below {ranks}")
+    device = torch.device(device or getattr(images, "device", "cpu"))
     side = torch.cuda.Stream(device) if device.type == "cuda" else None
     device = side.device if side else device  # cuda:0 for cuda, as the threads know no current device
     share = batch // ranks
     shares = partial(_shares, len(images), seed, flip, start * batch + rank * share, share, batch)
     if resident or (resident is None and _may_live_on(device, images)):
-        served = _served_there(_on_device(images, device), shares(device, side))
+        images_there = images.on(device) if isinstance(images, Shards) else torch.as_tensor(images).to(device)
+        served = _served_there(images_there, shares(device, side))
     else:
         images = images.cpu().numpy() if isinstance(images, Tensor) else images
         served = _read_ahead(images, shares(torch.device("cpu"), None), device, side)
@@ -225,20 +195,10 @@ def batches(images: Tensor | np.ndarray | Shards, batch: int, *, seed: int = 0, 
     return served
 
 
-def _may_live_on(device: torch.device, images) -> bool:
-    if isinstance(images, Tensor) and images.device == device:
-        return True
-    if device.type == "cpu":
+def _may_live_on(device: torch.device, images: Tensor | np.ndarray | Shards) -> bool:
+    if torch.device(getattr(images, "device", "cpu")) == device:
         return not isinstance(images, np.memmap | Shards)
     return images.nbytes <= RESIDENT * free_memory(device)
-
-
-def _on_device(images: Tensor | np.ndarray | Shards, device: torch.device) -> Tensor:
-    if isinstance(images, Shards):
-        return images.on(device)
-    if isinstance(images, Tensor):
-        return images.to(device)
-    return torch.from_numpy(images if images.flags.writeable else images.copy()).to(device)  # read-only: torch warns
 
 
 def _served_there(images: Tensor, shares: Iterator[list[Tensor]]) -> Iterator[Tensor]:

@@ -327,10 +327,9 @@ def open_npy(path: Path, dims: tuple[int, ...] = (4,)) -> np.ndarray:
     return array
 
 
-def check_finite(path: Path, latents: np.ndarray, track: Callable = lambda parts, total: parts) -> None:
-    """BadInput naming the file and the latent if one of its numbers is not finite. track: see `loader.load_images`."""
-    starts = range(0, len(latents), 1024)
-    for start in track(starts, len(starts)):
+def check_finite(path: Path, latents: np.ndarray) -> None:
+    """BadInput naming the file and the latent if one of its numbers is not finite."""
+    for start in range(0, len(latents), 1024):
         finite = np.isfinite(latents[start : start + 1024])
         if not finite.all():
             wrong = start + int((~finite).any((1, 2, 3)).argmax())

@@ -14,7 +14,6 @@ import dansm
 from dansm.scale.base.statistics import frechet_distance
 from dansm.scale.commands import evaluate
 from dansm.scale.data import loader, read
-from dansm.scale.data.loader import load_images
 from dansm.scale.evaluate import real as room
 from dansm.scale.model import checkpoint, load
 
@@ -183,23 +182,6 @@ def test_real_images_need_not_fit_in_the_memory(run, model, images, tmp_path, mo
         code, _, err = run("evaluate", model, *options(tmp_path, *more, "--cache", tmp_path / f"cache-{number}",
                                                        "--out", out))
         assert (code, err) == (0, "") and [row["frechet_distance"] for row in rows_of(out)] == expected
-
-
-def test_what_a_run_has_decoded_is_not_decoded_again(run, images, tmp_path, monkeypatch):
-    """Into its own cache, or where processes share one; a cache that is gone is no trouble."""
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    own = make_run(tmp_path / "own", data=images, cache=str(tmp_path / "decoded"))
-    gone = make_run(tmp_path / "gone", data=images, cache=str(images / "00.png" / "none"))
-    assert run("evaluate", gone, *options(tmp_path, "--out", tmp_path / "gone"))[0] == 0
-    load_images(str(images), cache=tmp_path / "decoded")
-    with monkeypatch.context() as patch:
-        patch.setattr(read, "read_image", lambda *_: pytest.fail("decoded"))
-        assert run("evaluate", own, *options(tmp_path, "--cache", tmp_path / "fresh"))[0] == 0
-    load_images(str(images), share=True)
-    monkeypatch.setattr(read, "read_image", lambda *_: pytest.fail("decoded"))
-    code, said, _ = run("evaluate", make_run(tmp_path / "shared", data=images), *options(tmp_path, "--cache",
-                                                                                          tmp_path / "fresher"))
-    assert code == 0 and f"{tmp_path}/home/.cache/dansm/images/images-whole-" in said
 
 
 def test_real_images_that_cannot_be_read_are_named_or_left_out(run, refused, model, images, tmp_path):

@@ -236,15 +236,6 @@ def test_a_file_that_changes_while_it_is_read_leaves_no_index_of_the_files(count
                 real_features(load_images(str(folder)), SEEN._replace(key=counting.key), "cpu"))
 
 
-def test_files_that_change_after_they_were_decoded_leave_no_index(counting, folder, tmp_path):
-    cache, decoded = tmp_path / "cache", tmp_path / "decoded"
-    load_images(str(folder), cache=decoded)
-    stream = stream_images(str(folder), caches=[decoded])
-    (folder / "b.png").write_bytes(picture(99))
-    real_features(stream, counting, "cpu", cache=cache)
-    assert len(kept(cache)) == 1 and not indices(cache)
-
-
 @pytest.mark.parametrize("source", ["array", *STREAMED])
 def test_the_same_images_elsewhere_have_the_features_that_are_kept(counting, tmp_path, undecodable, source):
     moved, cache = as_folder(tmp_path / "moved" / "folder", PICTURES), tmp_path / "cache"
