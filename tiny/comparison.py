@@ -2,18 +2,16 @@
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.progress import track
 from torch import Tensor
 
 import dansm
 from dansm.scale.base.statistics import frechet_distance, mean_and_std
-from dansm.scale.base.text import Stopped, console, counted, table
+from dansm.scale.base.text import Stopped, console, counted, table, with_bar
 
 SAMPLES = 500
 
@@ -50,15 +48,12 @@ def compare(ways: dict[str, Callable[[int], tuple]], images: Tensor, seeds: int,
 
 def print_table(rows: list[dict], title: str, caption: str) -> None:
     """Print the mean and the standard deviation of each measure over the seeds, a line for each way."""
-    by_way = {}
-    for row in rows:
-        by_way.setdefault(row["way"], []).append(row)
     measures = [name for name in rows[0] if name not in ("way", "seed")]
     lines = []
-    for way, of_way in by_way.items():
-        values = [mean_and_std([row[name] for row in of_way]) for name in measures]
+    for way in dict.fromkeys(row["way"] for row in rows):
+        values = [mean_and_std([row[name] for row in rows if row["way"] == way]) for name in measures]
         lines.append([way, *(f"{value['mean']:.3f}\n[dim]±{value['std']:.3f}[/]" for value in values)])
-    seeds = counted(len(of_way), "seed")
+    seeds = counted(len(rows) // len(lines), "seed")
     columns = [name.replace(" ", "\n") for name in measures]
     console.print(table(f"{title}, {seeds}", ["pairs", *columns], lines, caption))
 
@@ -67,15 +62,10 @@ def each_seed(train: Callable[[str, int], Any], ways: Iterable[str], seeds: Sequ
     """Yield {way: train(way, seed)} for each seed. Ctrl-C tells how many seeds the caller has in its file."""
     for done, seed in enumerate(seeds):
         try:
-            trained = {way: train(way, seed) for way in ways}
+            trained = {way: train(way, seed) for way in with_bar(ways, f"seed {seed}")}
         except KeyboardInterrupt as stop:
             raise Stopped(f"stopped: {done} of {counted(len(seeds), 'seed')} in {file}") from stop
         yield trained
-
-
-def bar(pairs: Iterable, steps: int, name: str) -> Iterable:
-    """The first `steps` pairs, with a progress bar while they are taken."""
-    return track(islice(pairs, steps), name, steps, console=console, transient=True, disable=not console.is_terminal)
 
 
 def run(main: Callable) -> None:

@@ -67,29 +67,24 @@ def draw_flow(target: Tensor, movies: dict[str, dict[int, tuple[Tensor, str]]], 
         panel.set_title(name)
         trails = panel.add_collection(LineCollection([], colors=DATA, linewidths=0.6, alpha=0.35))
         moving.append((movie, trails, draw_dots(panel, target, DATA, 3), note(panel, "")))
-    images = []
-    for steps in movie:
+    counts, images = list(movie), []
+    for steps in counts:
         for frame in range(frames + 1):
             for movie, trails, dots, text in moving:
                 states, end = movie[steps]
-                states = at_equal_times(states, frames)
+                states = F.interpolate(states.cpu().permute(1, 2, 0), frames + 1, mode="linear", align_corners=True)
+                states = states.permute(2, 0, 1).numpy()  # (frames + 1, N, 2), at equal times
                 trails.set_segments(states[max(0, frame - 6) : frame + 1].swapaxes(0, 1) if frame else [])
                 dots.set_offsets(states[frame])
                 dots.set_color(FROM_NOISE_TO_DATA(frame / frames))
                 text.set_text(f"{steps} steps{end}" if frame == frames else f"{steps} steps")
             images.append(to_image(figure, dpi=100))
     plt.close(figure)
-    durations = [700, *[70] * (frames - 1), 2600] * len(movie)  # milliseconds
+    durations = [700, *[70] * (frames - 1), 2600] * len(counts)  # milliseconds
     some = Image.fromarray(np.vstack([np.asarray(image) for image in images[::4]]))
     colours = some.quantize(64, Image.Quantize.MAXCOVERAGE)  # one palette for all frames, or the ground would flicker
     images = [image.quantize(palette=colours, dither=Image.Dither.NONE) for image in images]
     images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0, optimize=True)
-
-
-def at_equal_times(path: Tensor, frames: int) -> np.ndarray:
-    """Where the points of a path (steps + 1, N, 2) are at frames + 1 equal times: (frames + 1, N, 2)."""
-    between = F.interpolate(path.cpu().permute(1, 2, 0), frames + 1, mode="linear", align_corners=True)
-    return between.permute(2, 0, 1).numpy()
 
 
 # ------------ The lesson ----------------------------------------------------------------------------------------------
@@ -184,18 +179,16 @@ def draw_prior(x: Tensor, noises: dict[str, Tensor], match_size: int, batch: int
 def draw_match_sizes(measured: dict[int, dict[str, float]], shortest: float, path: Path) -> Image.Image:
     """What `toy.measure_pairs` returns for each match_size; the mean length of the best pairing."""
     figure, (crossing, lengths) = page_row(2)
+    sizes = (1, 10, 100, 1000, 10_000)
     crossing.plot(list(measured), [100 * found["crossing"] for found in measured.values()], **LOOKS["greedy"])
-    log_axis(crossing, "y", (0.5, 1, 2, 5, 10, 20))
-    name_axes(crossing, "match_size", "pairs of lines that cross, %")
+    name_axes(crossing, "match_size", "pairs of lines that cross, %", sizes, (0.5, 1, 2, 5, 10, 20))
     for key, name, look in (("inter_path_mean", "between two lines where they are nearest", "random"),
                             ("path_length", "from end to end of a line", "greedy")):
         lengths.plot(list(measured), [found[key] for found in measured.values()], **LOOKS[look], label=name)
     lengths.axhline(shortest, color=INK, linestyle=":", linewidth=1.5)
     lengths.text(1, shortest - 0.05, "from end to end, best pairing", fontsize=9, va="top")
     lengths.set(ylim=(0, 2.2))
-    for panel in (crossing, lengths):
-        log_axis(panel, "x", (1, 10, 100, 1000, 10_000))
-    name_axes(lengths, "match_size", "mean distance")
+    name_axes(lengths, "match_size", "mean distance", sizes)
     return save(figure, path, LESSON_DPI)
 
 
@@ -226,9 +219,7 @@ def draw_batches(crossing: dict[int, float], of_pool: float, x: Tensor, noises: 
     curves.plot(list(crossing), [100 * share for share in crossing.values()], **LOOKS["random"],
                 label="assigned within the batch")
     curves.plot(list(crossing), [100 * of_pool] * len(crossing), **LOOKS["greedy"], label="pool")
-    log_axis(curves, "x", crossing)
-    log_axis(curves, "y", (0.5, 1, 2, 5, 10, 20, 50))
-    name_axes(curves, "batch size", "pairs of lines that cross, %")
+    name_axes(curves, "batch size", "pairs of lines that cross, %", crossing, (0.5, 1, 2, 5, 10, 20, 50))
     for panel, (name, noise) in zip(planes, noises.items(), strict=True):
         draw_lines(panel, torch.stack([noise[::20], x[::20]]), size=8)  # from all over the pools, which begin well
         panel.set_title(name)
@@ -249,9 +240,8 @@ def draw_dimensions(images: Tensor, distances: dict[str, Tensor], shares: dict[s
     name_axes(near, "distance of a noise ÷ mean of all", "density")
     for (name, of_size), look in zip(shares.items(), LOOKS.values(), strict=True):
         curves.plot(list(of_size), [100 * share for share in of_size.values()], **look, label=name)
-    log_axis(curves, "x", of_size)
     curves.set(ylim=(0, 105))
-    name_axes(curves, "match_size", "mean length, % of random pairs'")
+    name_axes(curves, "match_size", "mean length, % of random pairs'", of_size)
     return save(figure, path, LESSON_DPI)
 
 
@@ -332,18 +322,16 @@ def show_images(panel, images: Tensor, rows: int) -> None:
     panel.axis("off")
 
 
-def name_axes(panel, x: str, y: str) -> None:
-    """Name the axes and the curves, those with a label, of a chart."""
+def name_axes(panel, x: str, y: str, x_ticks: Iterable[float] = (), y_ticks: Iterable[float] = ()) -> None:
+    """Name the axes and the curves, those with a label, of a chart. An axis with ticks becomes logarithmic, and they
+    are plain numbers: 1,000 and not 10³."""
     panel.set(xlabel=x, ylabel=y)
+    for axis, ticks in (panel.xaxis, list(x_ticks)), (panel.yaxis, list(y_ticks)):
+        if ticks:
+            panel.set(**{f"{axis.axis_name}scale": "log"})
+            axis.set_ticks(ticks, [f"{tick:,g}" for tick in ticks])
+            axis.set_ticks([], minor=True)
     panel.grid(True, alpha=0.25)
     panel.spines[["top", "right"]].set_visible(False)
     if panel.get_legend_handles_labels()[0]:
         panel.legend()
-
-
-def log_axis(panel, which: str, ticks: Iterable[float]) -> None:
-    """Make axis "x" or "y" logarithmic, its ticks plain numbers: 1,000 and not 10³."""
-    panel.set(**{f"{which}scale": "log"})
-    axis = {"x": panel.xaxis, "y": panel.yaxis}[which]
-    axis.set_ticks(list(ticks), [f"{tick:,g}" for tick in ticks])
-    axis.set_ticks([], minor=True)

@@ -51,10 +51,5 @@ def _on_circle(angle: Tensor) -> Tensor:
     return torch.stack([angle.cos(), angle.sin()], 1)
 
 
-SHAPES = {
-    "eight-gaussians": eight_gaussians,
-    "two-moons": two_moons,
-    "checkerboard": checkerboard,
-    "swiss-roll": swiss_roll,
-    "pinwheel": pinwheel,
-}
+SHAPES = {"eight-gaussians": eight_gaussians, "two-moons": two_moons, "checkerboard": checkerboard,
+          "swiss-roll": swiss_roll, "pinwheel": pinwheel}

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from dansm.scale.base.files import write_csv, write_json
 from dansm.scale.base.statistics import crossing_lines, inter_path_distance, mean_and_std, squared_distances
 from dansm.scale.base.text import counted, say_files
 
-from .comparison import bar, each_seed, print_table
+from .comparison import each_seed, print_table
 from .shapes import SHAPES
 
 BATCH = 256
@@ -125,6 +125,11 @@ def measure_pairs(pairs: Iterable, match_size: int) -> dict[str, float]:
             "inter_path_mean": inter_path_distance(x[evenly], z[evenly]).mean}
 
 
+def path_of(net: nn.Module, z: Tensor, steps: int) -> Tensor:
+    """Where samples are on their way. z: (N, 2), the noises → (steps + 1, N, 2)."""
+    return torch.stack(list(dansm.RectifiedFlow().path(net, z, steps)))
+
+
 @torch.no_grad()
 def measure_flow(net: nn.Module, x: Tensor, z: Tensor) -> dict:
     """Straightness, and W2² by sampling steps. x: (N, 2) points of the target, z: (N, 2) noises to start from.
@@ -133,7 +138,7 @@ def measure_flow(net: nn.Module, x: Tensor, z: Tensor) -> dict:
     such paths would decide the mean.
     """
     flow = dansm.RectifiedFlow()
-    path = torch.stack(list(flow.path(net, z, STEPS_SHOWN[-1])))
+    path = path_of(net, z, STEPS_SHOWN[-1])
     w2 = {steps: wasserstein2(flow.sample(net, z, steps), x) for steps in STEPS_SHOWN}
     return {"straightness": median(dansm.straightness(line) for line in path.split(1, 1)), "w2": w2}
 
@@ -170,10 +175,8 @@ def run(shape: str, settings: Settings, out: Path) -> None:
 
 
 def run_shape(shape: str, settings: Settings, out: Path) -> tuple[list[dict], dict]:
-    """`run` for one shape. Returns all trainings, and (network, training) of the first seed by method.
-
-    toy.json and results.csv are written after every seed, so they stay when the run is stopped.
-    """
+    """`run` for one shape. Returns all trainings, and (network, training) of the first seed by method. toy.json and
+    results.csv are written after every seed, so they stay when the run is stopped."""
     out.mkdir(parents=True, exist_ok=True)
     trainings, shown = [], {}
     seeds = range(settings.seed, settings.seed + settings.seeds)
@@ -185,7 +188,13 @@ def run_shape(shape: str, settings: Settings, out: Path) -> tuple[list[dict], di
         if not shown:
             shown = by_method
             draw(shape, shown, settings, out)
-    print_results(shape, trainings, settings)
+    columns = {"path length": "path_length", "share crossing": "crossing", "median bend": "straightness"}
+    columns |= {f"W2² {counted(steps, 'step')}": f"w2_{steps}_steps" for steps in STEPS_SHOWN}
+    lines = [{"way": f"{training['method']} {training['match_size']:,}"}
+             | {column: training[name] for column, name in columns.items()} for training in trainings]
+    floor = fmean(training["w2_floor"] for training in trainings)
+    print_table(lines, f"{shape}, {settings.steps:,} steps of {BATCH}",
+                f"W2² after 1, 2, … sampling steps; other points of the target have {floor:.3f}.")
     say_files(out, "toy.json", "results.csv", "pairs.png", "paths.png", "samples.png", "flow.gif")
     return trainings, shown
 
@@ -194,8 +203,7 @@ def train_and_measure(shape: str, settings: Settings, method: str, seed: int) ->
     """A trained network, and what toy.json holds about it."""
     match_size = max(1, min(settings.match_size, AT_MOST.get(method, math.inf)))
     pairing = (shape, method, match_size, seed, settings.device)
-    pairs = bar(training_pairs(*pairing), settings.steps, f"{shape}, {method}, seed {seed}")
-    net = train_flow(pairs, settings.steps, seed, settings.device)
+    net = train_flow(training_pairs(*pairing), settings.steps, seed, settings.device)
     pool = match_size if method == "greedy" else 1  # no other method serves some samples before others
     target, start = target_and_start(shape, seed, settings.device)
     flow = measure_flow(net, target, start)
@@ -225,16 +233,6 @@ def rows_of(shape: str, trainings: list[dict]) -> list[dict]:
     return rows
 
 
-def print_results(shape: str, trainings: list[dict], settings: Settings) -> None:
-    columns = {"path length": "path_length", "share crossing": "crossing", "median bend": "straightness"}
-    columns |= {f"W2² {counted(steps, 'step')}": f"w2_{steps}_steps" for steps in STEPS_SHOWN}
-    rows = [{"way": f"{training['method']} {training['match_size']:,}"}
-            | {column: training[name] for column, name in columns.items()} for training in trainings]
-    floor = mean_and_std([training["w2_floor"] for training in trainings])["mean"]
-    print_table(rows, f"{shape}, {settings.steps:,} steps of {BATCH}",
-                f"W2² after 1, 2, … sampling steps; other points of the target have {floor:.3f}.")
-
-
 # ------------ Pictures ------------------------------------------------------------------------------------------------
 
 
@@ -251,9 +249,6 @@ def draw(shape: str, shown: dict, settings: Settings, out: Path) -> None:
         note = f"{crossing_share(x, noise):.1%} of pairs cross\nmean length {dansm.path_length(x, noise):.2f}"
         planes["random pairs" if match_size == 1 else f"match size {match_size:,}"] = lines, note
     pictures.draw_planes(planes, out / "pairs.png")
-
-    def path_of(net, noise, steps):
-        return torch.stack(list(dansm.RectifiedFlow().path(net, noise, steps)))
 
     paths, grid, movies = {}, {}, {}
     for method, (net, training) in shown.items():

@@ -1,54 +1,53 @@
-"""The clock of every bench: how long work takes, the memory it takes, and how figures are kept and printed."""
+"""The clock of every bench: how long work takes, and how measurements become files, a table and a figure."""
 
 import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
-from rich.progress import track
 from torch import Tensor
 
-from ..base.colours import INK, RANDOM
-from ..base.files import write_csv, write_json
-from ..base.machine import hardware, lacks_memory
+from ..base import colours, files, machine, text
 from ..base.processes import ranks
-from ..base.text import console, say, table
 
 PATIENCE = 20.0  # seconds that the calls of one piece of work may take
 
 
-def run(name: str, device: torch.device, about: dict, parts: Iterable[tuple[str, Iterable[dict]]],
-        out: Path) -> dict:
-    """Measure one part after the other. Writes name.json after every row, and name.csv at the end.
+def run(name: str, title: str, parts: Iterable[tuple[str, Iterable[dict]]], device: torch.device, out: Path,
+        columns: dict[str, str], texts: int = 1, caption: str = "", **about) -> dict:
+    """Measure one part after the other. Writes name.json after every row, and name.csv at the end; prints a table.
 
-    about  what the figures depend on, kept next to them
-    parts  (name, rows) each. A row is measured when it is asked for. A part that fails, by lack of memory or anything
-           else, is named under "left_out", and the others are still measured
+    title    of table and figure; the hardware is added
+    parts    (name, rows) each. A row is measured when it is asked for. A part that fails, by lack of memory or anything
+             else, is named under "left_out", and the others are still measured
+    columns, texts, caption  see `show`
+    about    what the figures depend on, kept next to them
     """
-    bench = {"hardware": hardware(device), **about, "left_out": {}, "rows": []}
+    hardware = machine.hardware(device)
+    title = f"{title}, {hardware['gpu'] or '{cpu}, {threads} threads'.format(**hardware)}"
+    bench = {"title": title, "hardware": hardware, **about, "left_out": {}, "rows": []}
     rank, processes = ranks()
-
-    def write() -> None:
-        if rank == 0:
-            write_json(out / f"{name}.json", bench)
-
-    for part, rows in track(list(parts), "measuring", console=console):
+    for part, rows in text.with_bar(list(parts), "measuring"):
         try:
             for row in rows:
                 bench["rows"].append(row)
-                write()
+                if rank == 0:
+                    files.write_json(out / f"{name}.json", bench)
         except Exception as error:
             if processes > 1:  # the others would wait for this one
                 raise
             reason = str(error).partition("\n")[0] or type(error).__name__
-            bench["left_out"][part] = "not enough memory" if lacks_memory(error) else reason
-            say(f"left out: {part}: {bench['left_out'][part]}")
-    write()
+            bench["left_out"][part] = "not enough memory" if machine.lacks_memory(error) else reason
+            text.say(f"left out: {part}: {bench['left_out'][part]}")
     if rank == 0:
-        write_csv(out / f"{name}.csv", bench["rows"])
+        files.write_json(out / f"{name}.json", bench)
+        files.write_csv(out / f"{name}.csv", bench["rows"])
+    show(title, bench["rows"], columns, texts, caption)
+    text.say_files(out, f"{name}.csv", f"{name}.json")
     return bench
 
 
@@ -61,22 +60,18 @@ def milliseconds(device: torch.device, work: Callable, *arguments) -> float:
     return 1000 * (time.perf_counter() - start)
 
 
-def timed(device: torch.device, repeats: int, work: Callable, *arguments) -> dict:
-    """`spread` of `repeats` calls, or of fewer if they take long, after one that is not counted."""
+def timed(device: torch.device, repeats: int, work: Callable, *arguments) -> list[float]:
+    """The milliseconds of `repeats` calls, or of fewer if they take long, after one that is not counted."""
     first = milliseconds(device, work, *arguments) / 1000
     repeats = max(1, min(repeats, int(PATIENCE / max(first, 1e-9))))
-    return spread([milliseconds(device, work, *arguments) for _ in range(repeats)])
+    return [milliseconds(device, work, *arguments) for _ in range(repeats)]
 
 
-def spread(times: list[float]) -> dict:
-    """The columns that describe several times in milliseconds."""
-    return {"median_ms": round(statistics.median(times), 4), "mean_ms": round(statistics.fmean(times), 4),
-            "least_ms": round(min(times), 4), "most_ms": round(max(times), 4), "calls": len(times)}
-
-
-def rate(count: int, row: dict) -> float:
-    """Images a second, if `count` take the row's median time."""
-    return round(1000 * count / row["median_ms"], 1)
+def spread(times: Sequence[float], images: int = 0) -> dict:
+    """The columns that describe several times in milliseconds, and the rate if each of them is that of `images`."""
+    row = {"median_ms": round(statistics.median(times), 4), "mean_ms": round(statistics.fmean(times), 4),
+           "least_ms": round(min(times), 4), "most_ms": round(max(times), 4), "calls": len(times)}
+    return row | {"images_per_second": round(1000 * images / row["median_ms"], 1)} if images else row
 
 
 def wait(device: torch.device) -> None:
@@ -115,9 +110,9 @@ def image_like(count: int, shape: tuple[int, ...], seed: int, device: torch.devi
 
 def show(title: str, rows: list[dict], columns: dict[str, str], texts: int = 1, caption: str = "") -> None:
     """Print a table. columns: {heading: name in the rows}, the first `texts` of them text."""
-    if rows:
-        cells = [[cell(row.get(name), name) for name in columns.values()] for row in rows]
-        console.print(table(title, list(columns), cells, caption, texts))
+    cells = [[cell(row.get(name), name) for name in columns.values()] for row in rows]
+    if cells and columns:
+        text.console.print(text.table(title, list(columns), cells, caption, texts))
 
 
 def cell(value: str | float | None, name: str = "") -> str:
@@ -126,42 +121,35 @@ def cell(value: str | float | None, name: str = "") -> str:
         return value or ""
     if "share" in name or name == "mfu":
         return f"{100 * value:.1f} %"
-    if isinstance(value, int):
-        return f"{value:,}"
-    digits = 0 if value >= 100 else 1 if value >= 10 else 3
+    digits = 0 if isinstance(value, int) or value >= 100 else 1 if value >= 10 else 3
     return f"{value:,.{digits}f}"
 
 
-def hardware_of(bench: dict) -> str:
-    machine = bench["hardware"]
-    return machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
-
-
-def draw(rows: list[dict], labels: list[str], title: str, path: Path, parts: dict[str, dict[str, float]] | None = None,
+def draw(title: str, rows: dict[str, dict], path: Path, kinds: dict[str, dict[str, float]] | None = None,
          scale: str = "linear") -> None:
-    """A bar for each row, as long as its median, with a line from its least to its most and a mark at its floor.
-
-    parts  label → the milliseconds that its bar is cut into, by name
-    """
+    """A bar for each row by its label, as long as its median, with a line from its least to its most and a mark at its
+    floor. kinds: label → the milliseconds that its bar is cut into, by name."""
     import matplotlib.pyplot as plt
 
+    kinds = kinds or {}
+    median, least, most, floor = ([row.get(f"{name}_ms", math.nan) for row in rows.values()]
+                                  for name in ("median", "least", "most", "floor"))
     figure, axes = plt.subplots(figsize=(9.0, 2.0 + 0.32 * len(rows)), layout="constrained")
-    names = list(dict.fromkeys(name for part in (parts or {}).values() for name in part))
-    bars = {}
-    for place, (row, label) in enumerate(zip(reversed(rows), reversed(labels), strict=True)):
-        axes.barh(place, row["median_ms"], color=RANDOM)
-        end = 0.0
-        for name, ms in (parts or {}).get(label, {}).items():
-            bars[name] = axes.barh(place, ms, left=end, color=plt.get_cmap("tab20")(names.index(name)))
-            end += ms
-        axes.plot([row["least_ms"], row["most_ms"]], [place, place], color=INK)
-        axes.plot(row.get("floor_ms", math.nan), place, "k|", markersize=14)
-        axes.annotate(f"{cell(row['median_ms'])} ms", (row["most_ms"], place), (4, 0), textcoords="offset points",
-                      fontsize=7, va="center")
-    axes.set_yticks(range(len(rows)), reversed(labels), fontsize=7)
+    spans = [np.subtract(median, least), np.subtract(most, median)]
+    bars = axes.barh(list(rows), median, xerr=spans, color=colours.RANDOM, ecolor=colours.INK)
+    axes.bar_label(bars, [f"{cell(ms)} ms" for ms in median], padding=4, fontsize=7)
+    ends = np.zeros(len(kinds))
+    for number, name in enumerate(dict.fromkeys(name for parts in kinds.values() for name in parts)):
+        widths = [parts.get(name, 0) for parts in kinds.values()]
+        axes.barh(list(kinds), widths, left=ends, color=plt.get_cmap("tab20")(number), label=name)
+        ends += widths
+    axes.plot(floor, list(rows), "k|", markersize=14)
+    axes.invert_yaxis()
+    axes.tick_params("y", labelsize=7)
     axes.set(xscale=scale, xlabel="milliseconds: median, least to most; | the machine's floor")
     axes.margins(x=0.15, y=0.01)
-    figure.legend(bars.values(), bars, fontsize=7, ncols=4, loc="outside lower center", frameon=False)
+    figure.legend(*axes.get_legend_handles_labels(), fontsize=7, ncols=4, loc="outside lower center", frameon=False)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+    text.say("written:", str(path))

@@ -1,30 +1,23 @@
-"""What matching costs, in one run on one machine: this project, other libraries, and the machine's own limits.
+"""What matching a batch costs, in one run on one machine: this project, other libraries, and the machine's own limits.
 
-Every way is timed for one batch against a pool of match_size noises. A pool of ours is timed over its whole life, from
-one refill to the next: the draw of its noises and its nearly empty end are included. A linear assignment matches
-match_size samples at once, and is counted with the share of one batch.
+Every way is timed for one batch against a pool of match_size noises, a pool of ours over its whole life.
 """
 
 import importlib
-import os
 import statistics
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as group
 from torch import Tensor
 
 import dansm
-from dansm import BadInput
 
 from ..base.machine import free_memory
-from ..base.processes import processes, quiet
 from ..base.statistics import squared_distances
-from ..base.text import say_files
 from ..matching import gpu
 from ..matching.products import products
 from . import clock
@@ -36,52 +29,23 @@ ours: over the pool's whole life, draw included.  faster: than the paper's loop,
 nearest of k: k is match_size.  floor: reading or multiplying half a pool, whichever is longer."""
 
 
-def bench_match(match_sizes: list[int], batch: int, shape: tuple[int, ...], seed: int, device: torch.device,
-                out: Path) -> None:
-    """Time one batch by each way at each match_size. Prints a table, writes match.json, match.csv and match.png."""
-    for match_size in match_sizes:  # refuse what does not fit before anything is measured
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        dansm.NoisePool(match_size, shape, device=device, dtype=dtype)
-    x = image_like(batch, shape, seed, device)
-    machine = rates(device)
-    bench = clock.run("match", device, {"batch": batch, "shape": list(shape), "rates": machine},
-                      parts_of(x, match_sizes, seed, machine), out)
-    samples = f"{batch} samples of {'×'.join(map(str, shape))}"
-    title = f"Matching a batch of {samples}, {clock.hardware_of(bench)}"
-    clock.show(title, bench["rows"], {
-        "way": "way", "match_size": "match_size", "median ms": "median_ms", "least": "least_ms", "most": "most_ms",
-        "× faster": "times_faster_than_the_paper", "floor": "floor_ms"}, caption=LEGEND)
-    clock.draw(bench["rows"], [f"{row['way']}, {row['match_size']:,}" for row in bench["rows"]], title,
-               out / "match.png", scale="log")
-    say_files(out, "match.png", "match.csv", "match.json")
-
-
-class Way(NamedTuple):
-    """A way of matching: `bytes` it needs, and the power of match_size with which the time of a call grows."""
-
-    name: str
-    bytes: int
-    power: float
-    measure: Callable[[], dict]
-
-
 def parts_of(x: Tensor, match_sizes: list[int], seed: int, rates: dict) -> Iterator[tuple[str, Iterator[dict]]]:
-    last = {}  # way → match_size, and milliseconds that the way took there
+    last = {}  # way → match_size, and milliseconds that a call took there
     for match_size in sorted(match_sizes):
-        for way in ways(x, match_size, seed):
-            yield f"{way.name} at {match_size:,}", row_of(way, x, match_size, last, rates)
+        for name, way in ways(x, match_size, seed).items():
+            yield f"{name} at {match_size:,}", row_of(name, way, x, match_size, last, rates)
 
 
-def row_of(way: Way, x: Tensor, match_size: int, last: dict, rates: dict) -> Iterator[dict]:
+def row_of(name: str, way: tuple, x: Tensor, match_size: int, last: dict, rates: dict) -> Iterator[dict]:
     """The row of one way; none where memory does not suffice, or one call would take longer than PATIENCE. A pool of
     ours gets the machine's floor, and how many times quicker it is than the paper's loop, both on a full pool."""
-    size, ms = last.get(way.name, (match_size, 0.0))
-    if 1.1 * way.bytes > free_memory(x.device) or ms * (match_size / size) ** way.power > 1000 * clock.PATIENCE:
+    needed, power, measure = way
+    size, ms = last.get(name, (match_size, 0.0))
+    if 1.1 * needed > free_memory(x.device) or ms * (match_size / size) ** power > 1000 * clock.PATIENCE:
         return
-    row = {"match_size": match_size, "way": way.name, **way.measure()}
-    last[way.name] = match_size, row.get("whole_ms", row["median_ms"])
+    row = {"match_size": match_size, "way": name, **measure()}
+    last[name] = match_size, row.get("whole_ms", row["median_ms"])
     if "full_ms" in row:
-        last[way.name] = match_size, row["calls"] * row["mean_ms"]  # a pool's whole life is measured
         row["floor_ms"] = round(floor_ms(rates, row, len(x), x[0].numel()), 4)
         loop_size, loop_ms = last.get(LOOP, (0, 0.0))
         if loop_size == match_size:
@@ -89,28 +53,34 @@ def row_of(way: Way, x: Tensor, match_size: int, last: dict, rates: dict) -> Ite
     yield row
 
 
-def ways(x: Tensor, match_size: int, seed: int) -> Iterator[Way]:
-    """What this machine has."""
-    device = x.device
+def ways(x: Tensor, match_size: int, seed: int) -> dict[str, tuple[int, float, Callable[[], dict]]]:
+    """What this machine has: the bytes that a way needs, the power of match_size with which the time of a call grows,
+    and a function that measures it."""
     pool = 4 * match_size * x[0].numel()
-    yield Way(LOOP, 2 * pool, 1, partial(timed_on_full_pool, x, match_size, 3, paper_loop))
+    life = partial(life_of_a_pool, x, match_size, seed)
+    found = {LOOP: (2 * pool, 1, partial(timed_on_full_pool, x, match_size, 3, paper_loop))}
     for cost in dansm.COSTS:
-        yield Way(f"ours, {cost}", pool, 1.5, partial(life_of_a_pool, x, match_size, seed, cost=cost))
-    if device.type == "cuda":
-        yield Way("ours, tf32", pool, 1.5, partial(life_of_a_pool, x, match_size, seed, tf32=True))
-        yield Way("ours, bf16", pool // 2, 1.5, partial(life_of_a_pool, x, match_size, seed, dtype=torch.bfloat16))
-    yield Way("bare product", 2 * pool, 1, partial(timed_on_full_pool, x, match_size, 15, bare_product))
-    yield Way("nearest of k", 3 * pool, 1, partial(timed, device, 5, dansm.nearest_of_k, x, match_size))
-    for name, solve in assignments(device).items():
-        yield Way(name, 12 * match_size**2, 3, partial(assignment, x, match_size, solve, seed))
+        found[f"ours, {cost}"] = pool, 1.5, partial(life, cost=cost)
+    if x.device.type == "cuda":
+        found["ours, tf32"] = pool, 1.5, partial(life, tf32=True)
+        found["ours, bf16"] = pool // 2, 1.5, partial(life, dtype=torch.bfloat16)
+    found["bare product"] = 2 * pool, 1, partial(timed_on_full_pool, x, match_size, 15, bare_product)
+    found["nearest of k"] = 3 * pool, 1, lambda: spread(timed(x.device, 5, dansm.nearest_of_k, x, match_size))
+    for name, solve in assignments(x.device).items():
+        found[name] = 12 * match_size**2, 3, partial(assignment, x, match_size, solve, seed)
+    return found
+
+
+def timed_on_full_pool(x: Tensor, match_size: int, repeats: int, work: Callable[[Tensor, Tensor], Tensor]) -> dict:
+    return spread(timed(x.device, repeats, work, x, torch.randn(match_size, *x.shape[1:], device=x.device)))
 
 
 def bare_product(x: Tensor, noise: Tensor) -> Tensor:
     return products(x.flatten(1), noise.flatten(1))
 
 
-def paper_loop(x: Tensor, noise: Tensor, cost: str = "squared") -> Tensor:
-    """The matching of the paper's code, whose cost is "squared": one sample after the other against the whole pool.
+def paper_loop(x: Tensor, noise: Tensor) -> Tensor:
+    """The matching of the paper's code: one sample after the other against the whole pool.
 
     x: (B, ...), noise: (M, ...) → picks (min(B, M),). It is made as quick as such a loop gets: differences go to one
     buffer again and again, which alone makes it three times quicker on a CPU, and what is taken is only marked.
@@ -119,28 +89,21 @@ def paper_loop(x: Tensor, noise: Tensor, cost: str = "squared") -> Tensor:
     difference = torch.empty_like(noise)
     picks = []
     for sample in x[: len(noise)]:
-        if cost == "squared":
-            distances = torch.sub(noise, sample, out=difference).square_().flatten(1).mean(1)
-        else:
-            distances = -torch.mul(noise, sample, out=difference).flatten(1).sum(1)
+        distances = torch.sub(noise, sample, out=difference).square_().flatten(1).mean(1)
         picks.append((distances + taken).argmin())
         taken[picks[-1]] = torch.inf
     return torch.stack(picks)
 
 
-def timed_on_full_pool(x: Tensor, match_size: int, repeats: int, work: Callable[[Tensor, Tensor], Tensor]) -> dict:
-    return timed(x.device, repeats, work, x, torch.randn(match_size, *x.shape[1:], device=x.device))
-
-
 def life_of_a_pool(x: Tensor, match_size: int, seed: int, **settings) -> dict:
     """Time every batch of a pool's whole life, after one life that is not counted.
 
-    full_ms    of the first batch of a full pool
-    beyond_mb  most memory used on a GPU besides the noises
+    full_ms   of the first batch of a full pool
+    whole_ms  of the whole life
+    peak_mb   most memory used on a GPU, the noises and the batches included
     """
     device = x.device
     clock.reset_peak(device)
-    before = clock.peak_mb(device)
     pool = dansm.NoisePool(match_size, x.shape[1:], device=device, seed=seed, **settings)
     pool(x)
     full = []
@@ -154,11 +117,10 @@ def life_of_a_pool(x: Tensor, match_size: int, seed: int, **settings) -> dict:
     while pool.left:
         pool(x[: pool.left])
     times = [milliseconds(device, pool, samples[number % len(samples)]) for number in range(batches)]
-    pool_mb = pool.noise.nbytes / 1e6
-    beyond = None if before is None else round(clock.peak_mb(device) - before - pool_mb, 1)
     often = sorted(times)[int(0.99 * (len(times) - 1))]  # the most holds the machine's own hiccups too
     return {**spread(times), "p99_ms": round(often, 4), "full_ms": round(statistics.median(full), 3),
-            "dtype": str(pool.noise.dtype)[6:], "tf32": pool.tf32, "pool_mb": round(pool_mb, 1), "beyond_mb": beyond}
+            "whole_ms": round(sum(times), 3), "dtype": str(pool.noise.dtype)[6:], "tf32": pool.tf32,
+            "pool_mb": round(pool.noise.nbytes / 1e6, 1), "peak_mb": clock.peak_mb(device)}
 
 
 def assignments(device: torch.device) -> dict[str, Callable[[Tensor], object]]:
@@ -194,11 +156,10 @@ def assignment(x: Tensor, match_size: int, solve: Callable[[Tensor], object], se
     noise = torch.randn(samples.shape, device=x.device, generator=torch.Generator(x.device).manual_seed(seed))
     cost = squared_distances(samples, noise)
     del samples, noise
-    answer = solve(cost)
-    times = [milliseconds(x.device, solve, cost)]
-    times += [milliseconds(x.device, solve, cost) for _ in range(4 if times[0] < 1000 else 0)]
+    answers = deque(maxlen=1)
+    times = timed(x.device, 5, lambda: answers.append(solve(cost)))
     row = {**spread([len(x) / match_size * whole for whole in times]), "whole_ms": round(statistics.median(times), 3)}
-    random = cost.mean(dtype=torch.float64).item() * match_size
+    answer, random = answers[0], cost.mean(dtype=torch.float64).item() * match_size
     if isinstance(answer, dansm.Assignment):
         row["gap"] = float(f"{(answer.total - answer.bound) / (random - answer.total):.2e}")
         answer = torch.arange(match_size), answer.picks.cpu()
@@ -212,46 +173,27 @@ def rates(device: torch.device) -> dict[str, float]:
     gpu = device.type == "cuda"
     source = torch.empty(2**30 if gpu else 2**26, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    measured = {"bytes_per_second": 2 * source.numel() / timed(device, 5, target.copy_, source)["median_ms"]}
+    measured = {"bytes_per_second": 2 * source.numel() / statistics.median(timed(device, 5, target.copy_, source))}
     size = 8192 if gpu else 2048
-    types = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16}
-    for name in types if gpu else ["float32"]:
-        a = torch.randn(size, size, device=device).to(types[name])
+    for name in ("float32", "tf32", "bfloat16") if gpu else ("float32",):
+        a = torch.randn(size, size, device=device).to(getattr(torch, name.replace("tf32", "float32")))
         times = timed(device, 5, products, a, a, name == "tf32")
-        measured[f"{name}_operations_per_second"] = 2 * size**3 / times["median_ms"]
+        measured[f"{name}_operations_per_second"] = 2 * size**3 / statistics.median(times)
     return {name: float(f"{1000 * number:.3g}") for name, number in measured.items()}
 
 
 def floor_ms(rates: dict, row: dict, batch: int, numbers: int) -> float:
     """The least time of the median batch of a pool's life: half of the noises are left, and each of them has to be read
     once, and multiplied with each sample."""
-    left = row["match_size"] / 2
-    name = "tf32" if row["tf32"] else row["dtype"]
-    operations = rates.get(f"{name}_operations_per_second", rates["float32_operations_per_second"])
-    reading = left * numbers * getattr(torch, row["dtype"]).itemsize / rates["bytes_per_second"]
-    return 1000 * max(reading, 2 * batch * left * numbers / operations)
-
-
-def bench_spread(match_sizes: list[int], batch: int, shape: tuple[int, ...], seed: int, device: torch.device,
-                 out: Path) -> None:
-    """Under torchrun: time one pool spread over all ranks, with `batch` samples on each. Rank 0 prints a table, and
-    writes spread.json and spread.csv."""
-    if "RANK" not in os.environ:
-        raise BadInput("bench is spread: expected several processes, as in torchrun --nproc-per-node 2 dansm.py bench "
-                       "spread")
-    with processes(device) as device, quiet(group.get_rank() > 0):
-        parts = [(f"{match_size:,}", spread_life(batch, match_size=match_size, shape=shape, device=device, seed=seed))
-                 for match_size in match_sizes]
-        bench = clock.run("spread", device, {"shape": list(shape)}, parts, out)
-        clock.show(f"One pool over {group.get_world_size()} processes, {clock.hardware_of(bench)}", bench["rows"], {
-            "match_size": "match_size", "batch a rank": "batch_a_rank", "median ms": "median_ms", "least": "least_ms",
-            "most": "most_ms", "MB received": "received_mb_median", "other noise": "other_than_one_process"}, texts=0)
-        say_files(out, "spread.csv", "spread.json")
+    left = row["match_size"] / 2 * numbers
+    reading = left * getattr(torch, row["dtype"]).itemsize / rates["bytes_per_second"]
+    operations = rates[f"{'tf32' if row['tf32'] else row['dtype']}_operations_per_second"]
+    return 1000 * max(reading, 2 * batch * left / operations)
 
 
 def spread_life(batch: int, **settings) -> Iterator[dict]:
-    """The row of a pool's life, after one that is not counted: times, megabytes that one rank receives for a batch, and
-    how many samples get another noise than in one process that has the joined batch."""
+    """The row of the life of a pool over all ranks, after one that is not counted: times, megabytes that a rank
+    receives for a batch, and how many samples get another noise than in one process that has the joined batch."""
     pool = dansm.NoisePool(match_scope="global", **settings)
     alone = dansm.NoisePool(**settings)
     alone.stream = ()  # it stands for one process, with the noises that one process has

@@ -12,6 +12,7 @@ from dansm import BadInput
 
 PROFILED = 8  # steps: every eighth batch of 250 draws a part of the next pool
 REST = "everything else"
+NOTES = "Optimizer.", "ProfilerStep"  # begin the names of spans that are no kernels
 # Names of kernels hold those of others: the first that fits counts. A triton kernel's name may end in its types.
 KINDS = [(kind, re.compile(pattern, re.IGNORECASE)) for kind, pattern in [
     ("norm, SiLU and dropout", r"^_(forward|backward)(_\d\w*)?$|group_?norm|rowwisemoments|gammabeta"),
@@ -47,24 +48,16 @@ def profile(case: str, moments: Iterator) -> Iterator[dict]:
         with listen(activities=[ProfilerActivity.CUDA]) as heard:
             deque(islice(moments, steps_heard), maxlen=0)
             torch.cuda.synchronize()
-    kernels = [(event.name, event.time_range.elapsed_us() / 1000 / PROFILED) for event in heard.events()
-               if event.device_type == torch.autograd.DeviceType.CUDA and not is_note(event)]
-    if not kernels:
+    kinds, longest, calls = Counter(), Counter(), Counter()
+    for event in heard.events():
+        note = getattr(event, "is_user_annotation", False) or event.name.startswith(NOTES)
+        if event.device_type == torch.autograd.DeviceType.CUDA and not note:
+            ms = event.time_range.elapsed_us() / 1000 / PROFILED
+            kinds[kind_of(event.name)] += ms
+            longest[event.name] += ms
+            calls[event.name] += 1
+    if not kinds:
         raise BadInput("the profiler saw no kernel: expected a torch with CUPTI, and the right to profile")
-    yield from by_kind(case, kernels)
-
-
-def is_note(event) -> bool:
-    """Whether it is no kernel but a span that someone named, as an optimizer names its step."""
-    return getattr(event, "is_user_annotation", False) or event.name.startswith(("Optimizer.", "ProfilerStep"))
-
-
-def by_kind(case: str, kernels: list[tuple[str, float]]) -> Iterator[dict]:
-    """The rows of (kernel's name, milliseconds)."""
-    kinds, longest, calls = Counter(), Counter(), Counter(name for name, _ in kernels)
-    for name, ms in kernels:
-        kinds[kind_of(name)] += ms
-        longest[name] += ms
     for kind, ms in kinds.most_common():
         yield {"part": "profile", "case": case, "kind": kind, "ms": round(ms, 3),
                "share": round(ms / sum(kinds.values()), 4)}

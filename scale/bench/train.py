@@ -1,8 +1,6 @@
 """What training costs, in one run on one machine: whole steps, their input, sampling, and what a step is made of.
 
-A step here is all that `dansm train` does for one: the next batch, its noises matched, gradients, weights, averages.
-Its time is the GPU's own, from the beginning of one step to that of the next, over a pool's whole life: the draw of
-its noises and its nearly empty end are included.
+A step is all that `dansm train` does for one. Its time is the GPU's own, from its beginning to that of the next.
 """
 
 import os
@@ -22,22 +20,29 @@ import torch
 from torch import Tensor
 
 import dansm
-from dansm import BadInput
 
 from ..base.machine import peak
-from ..base.text import console, say_files
 from ..data import loader
 from ..model.recipe import Recipe
 from ..model.sampling import at_once, operations_per_image, sample_images, sampler
 from ..train import step
 from . import clock
-from .clock import image_like, milliseconds, rate, spread, timed
+from .clock import image_like, spread, timed
 from .profile import profile
 
 OURS, UNMATCHED, EAGER, PLAIN = "ours", "ours, no matching", "plain, --no-compile", "plain float32"
 IMAGES = 50_000  # as many as CIFAR-10 has
 EULER_STEPS = 5
 HOME = Path(dansm.__file__).parent
+TIMES = {"images/s": "images_per_second", "ms": "median_ms", "least": "least_ms", "most": "most_ms"}
+TABLES = {  # part → title, columns
+    "steps": ("training steps", {"way": "way", **TIMES, "MFU": "mfu", "MB": "peak_mb", "first s": "first_step_s",
+                                 "match": "matching_share"}),
+    "profile": ("one step of ours by kind of work", {"kind": "kind", "ms": "ms", "share": "share"}),
+    "input": ("input alone", {"way": "way", **TIMES}),
+    "sampling": ("sampling", {"way": "way", "images": "images", **TIMES}),
+    "start": ("until the first step is done", {"way": "way", "ms": "median_ms"}),
+}
 
 
 class Case(NamedTuple):
@@ -55,41 +60,6 @@ class Case(NamedTuple):
 
 
 PAPER = [Case("ncsnpp", (4, 32, 32), 250), Case("ddpm", (3, 32, 32), 128)]
-
-
-def cases_of(network: str | None, batch: int, shape: tuple[int, ...], device: torch.device) -> list[Case]:
-    """The paper's two settings, on a CPU with two images a step; or only `network` with this batch and shape. Raises
-    BadInput for images that the network cannot take."""
-    if network is None:
-        return [case if device.type == "cuda" else case._replace(batch=2) for case in PAPER]
-    case = Case(dansm.check_choice("--network", network, tuple(dansm.NETWORKS)), shape, batch)
-    if len(shape) != 3 or shape[1] != shape[2]:
-        raise BadInput(f"--shape is {'x'.join(map(str, shape))}: expected square images, as in 3x32x32")
-    with torch.device("meta"):
-        dansm.UNet(**case.settings)
-    return [case]
-
-
-def bench_train(cases: list[Case], match_size: int, samples: int | None, first_step: bool, seed: int,
-                device: torch.device, out: Path) -> None:
-    """Measure all parts. Prints tables, writes train.json, train.csv and train.png.
-
-    match_size  noises in the pool of the steps that are matched
-    samples     images that are sampled; None: 10,000, and four on a CPU
-    first_step  also run `dansm train` itself until its first step is done
-    """
-    for case in cases:  # refuse what does not fit before anything is measured
-        dansm.NoisePool(match_size, case.shape, device=device)
-    samples = samples or (10_000 if device.type == "cuda" else 4)
-    parts = parts_of(cases, match_size, samples, first_step, seed, device)
-    bench = clock.run("train", device, {"match_size": match_size}, parts, out)
-    title = f"Training with matching at {match_size:,}, {clock.hardware_of(bench)}"
-    console.print(title)
-    for case in cases:
-        print_tables(case.name, [row for row in bench["rows"] if row["case"] == case.name])
-    steps = [row for row in bench["rows"] if row["part"] == "steps"]
-    clock.draw(steps, [label_of(row) for row in steps], title, out / "train.png", kinds_of(bench["rows"]))
-    say_files(out, "train.png", "train.csv", "train.json")
 
 
 def parts_of(cases: list[Case], match_size: int, samples: int, first_step: bool, seed: int,
@@ -114,7 +84,7 @@ def training(case: Case, way: str, match_size: int, seed: int, device: torch.dev
 
     first_step_s  from making the network to the end of the first step: kernels are compiled and a graph recorded,
                   but for kernels that an earlier run on this machine has left
-    peak_gib      most memory allocated at once on a GPU, the images and the pool of noises included
+    peak_mb       most memory allocated at once on a GPU, the images and the pool of noises included
     """
     images = synthetic(case, seed, device)
     clock.reset_peak(device)  # the memory of the way before would count as this one's
@@ -130,8 +100,7 @@ def training(case: Case, way: str, match_size: int, seed: int, device: torch.dev
             clock.wait(device)
             first_step = round(time.perf_counter() - begin, 2)
             row = timed_steps(moments, case, way, match_size, device)
-            peak_mb = clock.peak_mb(device)
-            row |= {"first_step_s": first_step, "peak_gib": peak_mb and round(peak_mb * 1e6 / 2**30, 2),
+            row |= {"first_step_s": first_step, "peak_mb": clock.peak_mb(device),
                     "compiled": getattr(run, "compiled", False)}
             yield row
             if way == OURS:
@@ -174,19 +143,23 @@ def timed_steps(moments: Iterator, case: Case, way: str, match_size: int, device
     mfu             share of the GPU's peak in bf16, in all rows, that the network has
     """
     gpu = device.type == "cuda"
-    deque(islice(moments, 10 if gpu else 1), maxlen=0)
+    take(moments, 10 if gpu else 1)
     counted = list(islice(moments, max(40, -(-match_size // case.batch)) if gpu else 2))
     ends = [begin for begin, _, _ in counted[1:]] + [moment(device)]
     clock.wait(device)
     times = [between(begin, end) for (begin, _, _), end in zip(counted, ends, strict=True)]
     matching = [between(before, after) for _, before, after in counted]
-    row = {"part": "steps", "case": case.name, "way": way, **spread(times)}
-    row["steps"] = row.pop("calls")
-    row |= {"images_per_second": rate(case.batch, row), "matching_ms": round(sum(matching) / len(matching), 4),
-            "matching_share": round(sum(matching) / sum(times), 4)}
+    row = {"part": "steps", "case": case.name, "way": way, **spread(times, case.batch),
+           "matching_ms": round(sum(matching) / len(matching), 4),
+           "matching_share": round(sum(matching) / sum(times), 4)}
     if floor := floor_ms(case, device):
         row |= {"mfu": round(floor / row["median_ms"], 4), "floor_ms": round(floor, 3)}
     return row
+
+
+def take(iterator: Iterator, count: int) -> None:
+    """Go through the first `count`."""
+    deque(islice(iterator, count), maxlen=0)
 
 
 def floor_ms(case: Case, device: torch.device) -> float | None:
@@ -213,24 +186,16 @@ def between(before: float | torch.cuda.Event, after: float | torch.cuda.Event) -
 def inputs(case: Case, seed: int, device: torch.device) -> Iterator[dict]:
     """Batches and nothing else: from images that live on the device, and from a file that was just written, so that it
     comes from memory where there is enough, not from the disk."""
+    several = 40 if device.type == "cuda" else 4
     images = synthetic(case, seed, device)
-    yield input_row(case, "on the device", images, seed, device)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "images.npy"
         np.save(path, images.cpu().numpy())
-        del images
-        yield input_row(case, "memory-mapped", np.load(path, mmap_mode="r"), seed, device)
-
-
-def input_row(case: Case, way: str, images: Tensor | np.ndarray, seed: int, device: torch.device) -> dict:
-    """Milliseconds a batch: five times 40 batches, on a CPU of 4."""
-    several = 40 if device.type == "cuda" else 4
-    with closing(loader.batches(images, case.batch, seed=seed, device=device,
-                                resident=isinstance(images, Tensor))) as batches:
-        times = timed(device, 5, lambda: deque(islice(batches, several), maxlen=0))
-    row = {name: round(value / several, 4) for name, value in times.items() if name.endswith("_ms")}
-    return {"part": "input", "case": case.name, "way": way, **row,
-            "images_per_second": rate(several * case.batch, times)}
+        for way, source in ("on the device", images), ("memory-mapped", np.load(path, mmap_mode="r")):
+            with closing(loader.batches(source, case.batch, seed=seed, device=device,
+                                        resident=source is images)) as batches:
+                times = timed(device, 5, take, batches, several)
+            yield {"part": "input", "case": case.name, "way": way, **spread([ms / several for ms in times], case.batch)}
 
 
 def sampling(case: Case, samples: int, seed: int, device: torch.device) -> Iterator[dict]:
@@ -239,16 +204,12 @@ def sampling(case: Case, samples: int, seed: int, device: torch.device) -> Itera
     together = min(samples, at_once(net, device))
     net = sampler(net, device)
 
-    def draw_images(count: int) -> None:
-        images = sample_images(net, dansm.RectifiedFlow(), range(count), case.shape, EULER_STEPS, seed=seed,
-                               batch=together, device=device)
-        deque(images, maxlen=0)
+    def draw_images() -> None:
+        take(sample_images(net, dansm.RectifiedFlow(), range(samples), case.shape, EULER_STEPS, seed=seed,
+                           batch=together, device=device), samples)
 
-    first = milliseconds(device, draw_images, together)  # kernels are compiled and loaded
-    times = spread([milliseconds(device, draw_images, samples) for _ in range(3 if device.type == "cuda" else 1)])
     row = {"part": "sampling", "case": case.name, "way": f"{EULER_STEPS} Euler steps, {together} at once",
-           "images": samples, **times, "images_per_second": rate(samples, times),
-           "first_batch_s": round(first / 1000, 2)}
+           "images": samples, **spread(timed(device, 3, draw_images), samples)}
     if floor := floor_ms(case, device):  # forward is a third of a training step
         row["floor_ms"] = round(floor / 3 / case.batch * samples * EULER_STEPS, 1)
     yield row
@@ -262,50 +223,12 @@ def starting(case: Case, match_size: int, seed: int, device: torch.device) -> It
         latents = Path(folder) / "latents.npy"
         np.save(latents, image_like(4 * case.batch, case.shape, seed, torch.device("cpu")).half().numpy())
         for option in "--compile", "--no-compile":
-            seconds = seconds_to_first_step([
-                latents, "--network", case.network, "--batch", case.batch, "--match-size", match_size, option,
-                "--device", device.type], Path(folder) / option)
+            out = Path(folder) / option
+            command = [sys.executable, HOME / "dansm.py", "train", latents, "--network", case.network, "--batch",
+                       case.batch, "--match-size", match_size, option, "--device", device.type, "--steps", 1,
+                       "--log-steps", 1, "--sample-steps", 1, "--out", out]
+            begin = time.time()
+            subprocess.run(map(str, command), check=True, stdout=subprocess.DEVNULL,
+                           env={**os.environ, "TRITON_CACHE_DIR": f"{folder}/kernels{option}"})
+            seconds = (out / "metrics.jsonl").stat().st_mtime - begin
             yield {"part": "start", "case": case.name, "way": f"dansm train {option}", **spread([1000 * seconds])}
-
-
-def seconds_to_first_step(arguments: list, out: Path) -> float:
-    """From the command to the first line of metrics.jsonl. RuntimeError with the command's last line if it fails."""
-    command = [sys.executable, HOME / "dansm.py", "train", *arguments, "--steps", 1, "--log-steps", 1,
-               "--sample-steps", 1, "--out", out / "run"]
-    begin = time.time()
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True,
-                          env={**os.environ, "TRITON_CACHE_DIR": str(out / "kernels")})
-    if done.returncode:
-        raise RuntimeError((done.stdout + done.stderr).strip().rpartition("\n")[2] or "dansm train printed nothing")
-    return (out / "run" / "metrics.jsonl").stat().st_mtime - begin
-
-
-TIMES = {"images/s": "images_per_second", "ms": "median_ms", "least": "least_ms", "most": "most_ms"}
-TABLES = {  # part → title, columns
-    "steps": ("training steps", {"way": "way", **TIMES, "MFU": "mfu", "GiB": "peak_gib", "first": "first_step_s",
-                                 "match": "matching_share"}),
-    "profile": ("one step of ours by kind of work", {"kind": "kind", "ms": "ms", "share": "share"}),
-    "input": ("input alone", {"way": "way", **TIMES}),
-    "sampling": ("sampling", {"way": "way", "images": "images", **TIMES}),
-    "start": ("until the first step is done", {"way": "way", "ms": "median_ms"}),
-}
-LEGEND = "MFU: of the peak in bf16.  first: seconds to the end of the first step.  match: its share of the step."
-
-
-def print_tables(case: str, rows: list[dict]) -> None:
-    for part, (title, columns) in TABLES.items():
-        caption = LEGEND if part == "steps" else ""
-        clock.show(f"{case}: {title}", [row for row in rows if row["part"] == part], columns, caption=caption)
-
-
-def label_of(row: dict) -> str:
-    return f"{row['way']}\n{row['case']}"
-
-
-def kinds_of(rows: list[dict]) -> dict[str, dict[str, float]]:
-    """The label of our way on each network → milliseconds of each kind of kernel."""
-    kinds = {}
-    for row in rows:
-        if row["part"] == "profile":
-            kinds.setdefault(label_of({**row, "way": OURS}), {})[row["kind"]] = row["ms"]
-    return kinds

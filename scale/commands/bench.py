@@ -1,22 +1,40 @@
 """dansm bench: what matching, training and evaluating cost here."""
 
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
+import torch
+import torch.distributed as group
 import typer
+
+import dansm
+from dansm import BadInput
 
 from ..base.files import make_folder
 from ..base.machine import pick_device
-from ..base.text import say
+from ..base.processes import processes, quiet
+from ..base.text import console, say
+from ..bench import clock
 from ..model.recipe import parse_counts
 from .options import Device, Out, Seed, parse_shape
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
+
+def parse_square(text: str) -> tuple[int, ...]:
+    shape = parse_shape(text)
+    if len(shape) != 3 or shape[1] != shape[2]:
+        raise BadInput(f"--shape is {text}: expected that of square images or latents, as in 4x32x32")
+    return shape
+
+
 OUT = Path("runs/bench")
-MatchSizes = Annotated[list[str], typer.Option(help="comma-separated pool sizes")]
-Shape = Annotated[str, typer.Option(help="shape of one sample, as CxHxW")]
+MatchSizes = Annotated[list[str], typer.Option(
+    help="comma-separated pool sizes", callback=lambda sizes: parse_counts("--match-size", ",".join(sizes), 2))]
 Batch = Annotated[int, typer.Option(min=1, help="samples in a batch")]
+Shape = Annotated[str, typer.Option(help="shape of one sample, as CxHxW", callback=parse_shape)]
+Square = Annotated[str, typer.Option(help="shape of one image or latent, as CxHxW", callback=parse_square)]
 
 
 @app.callback()
@@ -28,41 +46,78 @@ def describe() -> None:
 def match(match_size: MatchSizes = ("1000,10000",), batch: Batch = 250, shape: Shape = "4x32x32", seed: Seed = 0,
           device: Device = "auto", out: Out = OUT) -> None:
     """What matching one batch costs: the paper's loop, other libraries, ours, and the machine's floor."""
-    from ..bench.match import bench_match
+    from ..bench.match import LEGEND, parts_of, rates
 
-    sizes = parse_counts("--match-size", ",".join(match_size), at_least=2)
-    bench_match(sizes, batch, parse_shape(shape), seed, pick_device(device), make_folder(out))
+    device, out = pick_device(device), make_folder(out)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dansm.NoisePool(max(match_size), shape, device=device, dtype=dtype)  # refused before anything is measured
+    x = clock.image_like(batch, shape, seed, device)
+    measured = rates(device)
+    columns = {"way": "way", "match_size": "match_size", "median ms": "median_ms", "least": "least_ms",
+               "most": "most_ms", "× faster": "times_faster_than_the_paper", "floor": "floor_ms"}
+    bench = clock.run("match", f"Matching a batch of {batch} samples of {'×'.join(map(str, shape))}",
+                      parts_of(x, match_size, seed, measured), device, out, columns, caption=LEGEND, batch=batch,
+                      shape=shape, rates=measured)
+    rows = {f"{row['way']}, {row['match_size']:,}": row for row in bench["rows"]}
+    clock.draw(bench["title"], rows, out / "match.png", scale="log")
 
 
 @app.command()
 def spread(match_size: MatchSizes = ("1000,10000",), batch: Batch = 250, shape: Shape = "4x32x32", seed: Seed = 0,
            device: Device = "auto", out: Out = OUT) -> None:
     """The same with one pool over all processes, under torchrun."""
-    from ..bench.match import bench_spread
+    from ..bench.match import spread_life
 
-    sizes = parse_counts("--match-size", ",".join(match_size), at_least=2)
-    bench_spread(sizes, batch, parse_shape(shape), seed, pick_device(device), make_folder(out))
+    if "RANK" not in os.environ:
+        raise BadInput("bench is spread: expected several processes, as in torchrun --nproc-per-node 2 dansm.py bench "
+                       "spread")
+    out = make_folder(out)
+    with processes(pick_device(device)) as device, quiet(group.get_rank() > 0):
+        parts = [(f"{size:,}", spread_life(batch, match_size=size, shape=shape, device=device, seed=seed))
+                 for size in match_size]
+        columns = {"match_size": "match_size", "batch a rank": "batch_a_rank", "median ms": "median_ms",
+                   "least": "least_ms", "most": "most_ms", "MB received": "received_mb_median",
+                   "other noise": "other_than_one_process"}
+        clock.run("spread", f"One pool over {group.get_world_size()} processes", parts, device, out, columns, texts=0,
+                  shape=shape)
 
 
 @app.command()
 def train(
-    network: Annotated[str | None, typer.Option(
-        help="ncsnpp, ddpm or small, at --batch and --shape [the paper's two at their own]")] = None,
+    network: Annotated[Literal["ncsnpp", "ddpm", "small"] | None, typer.Option(
+        help="at --batch and --shape", show_default="the paper's two at their own")] = None,
     batch: Annotated[int, typer.Option(min=1, help="images a step, with --network")] = 250,
-    shape: Annotated[str, typer.Option(help="shape of one image, as CxHxW, with --network")] = "4x32x32",
+    shape: Square = "4x32x32",
     match_size: Annotated[int, typer.Option(min=2, help="noises in the pool")] = 10_000,
     samples: Annotated[int | None, typer.Option(min=1, help="images to sample [10,000, on a CPU 4]")] = None,
     first_step: Annotated[bool, typer.Option("--first-step", help="also run dansm train to its first step")] = False,
     seed: Seed = 0, device: Device = "auto", out: Out = OUT,
 ) -> None:
     """What training costs: whole steps, input, sampling, and where the time goes. For a GPU."""
-    from ..bench.train import bench_train, cases_of
+    from ..bench.train import OURS, PAPER, TABLES, Case, parts_of
 
-    picked = pick_device(device)
-    if picked.type != "cuda":
+    device, out = pick_device(device), make_folder(out)
+    cases = [Case(network, shape, batch)] if network else PAPER
+    if device.type != "cuda":
         say("on a CPU a step of these networks takes a minute and more: this is for a GPU, or --network small")
-    cases = cases_of(network, batch, parse_shape(shape), picked)
-    bench_train(cases, match_size, samples, first_step, seed, picked, make_folder(out))
+        cases = cases if network else [case._replace(batch=2) for case in PAPER]
+    for case in cases:  # refuse what does not fit before anything is measured
+        dansm.NoisePool(match_size, case.shape, device=device)
+        with torch.device("meta"):
+            dansm.UNet(**case.settings)
+    samples = samples or (10_000 if device.type == "cuda" else 4)
+    bench = clock.run("train", f"Training with matching at {match_size:,}",
+                      parts_of(cases, match_size, samples, first_step, seed, device), device, out, {},
+                      match_size=match_size)
+    console.print(bench["title"])
+    bars, kinds = {}, {}
+    for case in cases:
+        rows = [row for row in bench["rows"] if row["case"] == case.name]
+        for part, (heading, columns) in TABLES.items():
+            clock.show(f"{case.name}: {heading}", [row for row in rows if row["part"] == part], columns)
+        bars |= {f"{row['way']}\n{case.name}": row for row in rows if row["part"] == "steps"}
+        kinds[f"{OURS}\n{case.name}"] = {row["kind"]: row["ms"] for row in rows if row["part"] == "profile"}
+    clock.draw(bench["title"], bars, out / "train.png", kinds)
 
 
 @app.command()
@@ -71,19 +126,37 @@ def evaluate(
     seed: Seed = 0, device: Device = "auto", out: Out = OUT,
 ) -> None:
     """What evaluating costs: the features of many images, and each measure."""
-    from ..bench.evaluate import bench_evaluate
+    from ..bench.evaluate import COMPARED, row_of
 
-    picked = pick_device(device)
-    bench_evaluate(samples or (50_000 if picked.type == "cuda" else 1000), seed, picked, make_folder(out))
+    device, out = pick_device(device), make_folder(out)
+    count = samples or (50_000 if device.type == "cuda" else 1000)
+    images = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    parts = [(features, row_of(features, images, seed, device)) for features in ("efficientnet-lite0", "inception")]
+    columns = {"features from": "features", "images/s": "images_per_second", "features": "features_s",
+               "Fréchet": "frechet_s", "kernel": "kernel_s", "precision": "reach_s", "features + Fréchet": "within_s"}
+    clock.run("evaluate", f"Evaluating {count:,} images of 3×32×32, seconds", parts, device, out, columns,
+              images=count, compared=min(count, COMPARED))
 
 
 @app.command()
 def autoencoder(
-    shape: Annotated[str, typer.Option(help="shape of one latent, as CxHxW")] = "4x32x32",
+    shape: Square = "4x32x32",
     samples: Annotated[int | None, typer.Option(min=1, help="image files [8,192, on a CPU 8]")] = None,
     seed: Seed = 0, device: Device = "auto", out: Out = OUT,
 ) -> None:
     """What encoding and decoding cost, alone and from files to files."""
-    from ..bench.autoencoder import bench_autoencoder
+    from ..bench.autoencoder import command_rows, half_rows
+    from ..data import autoencoder, encode
 
-    bench_autoencoder(parse_shape(shape), samples, seed, pick_device(device), make_folder(out))
+    device, out = pick_device(device), make_folder(out)
+    network = autoencoder.random_autoencoder({"latent_channels": shape[0]}, seed)
+    size = shape[1] * network.shrinks
+    count = samples or (8192 if device.type == "cuda" else 8)
+    parameters = sum(weight.numel() for weight in network.network.parameters())
+    parts = [("encode", half_rows(network, autoencoder.Encoder, (3, size, size), device)),
+             ("decode", half_rows(network, autoencoder.Decoder, shape, device)),
+             ("the commands", command_rows(network, size, count, device))]
+    columns = {"what": "what", "way": "way", "batch": "batch", "images/s": "images_per_second", "ms": "median_ms",
+               "least": "least_ms", "most": "most_ms", "MB": "peak_mb", "MFU": "mfu"}
+    clock.run("autoencoder", f"Autoencoder, {parameters / 1e6:.1f} M parameters, images of {size}²", parts, device, out,
+              columns, texts=2, shape=shape, size=size, parameters=parameters, files=count, workers=encode.cores())

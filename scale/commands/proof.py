@@ -31,7 +31,7 @@ def proof(
 ) -> None:
     """Does matching pay? Equal runs, paired in many ways; adds what is missing to the tables in --out."""
     from ..studies.proof import Call, prove
-    from ..studies.proof_plan import RUNS
+    from ..studies.proof_runs import RUNS
 
     names = [*RUNS, "prior"] if only is None else only.split(",")
     for name in names:

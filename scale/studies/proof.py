@@ -1,9 +1,7 @@
 """Does matching pay, when, and by how much? Trainings that are equal in all but their pairs.
 
-A run is the recipe "proof" with the settings that its name stands for, and a seed. Its evaluations go into one table,
-distances.csv, as soon as the call that trains it ends. What is in the table is not measured again, so calls add up,
-whatever ends them, and several calls share the runs, one on each GPU. How fast each run trains is measured apart, on a
-device that has nothing else to do (speed.csv). `proof_summary` and `proof_figures` show what the tables mean.
+Each run's evaluations go into distances.csv as soon as its training ends, and are not measured again: calls add up, and
+several share the runs, one on each GPU. How fast each run trains is measured apart, in speed.csv.
 """
 
 import csv
@@ -19,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.progress import track
 from torch import Tensor
 
 from dansm import BadInput
@@ -27,45 +24,33 @@ from dansm import BadInput
 from ..base.files import make_folder, read_csv, write_csv
 from ..base.locks import InUse, alone, owning
 from ..base.machine import hardware
-from ..base.text import console, counted, say, say_files
+from ..base.text import counted, say, say_files, with_bar
 from ..data.pixels import from_uint8
 from ..evaluate.extractors import load_extractor
 from ..evaluate.real import check_real, digest_of_images
 from ..model.recipe import Recipe
 from ..train import run as training
 from .prior import ON_A_GPU, WAYS, prior
-from .proof_plan import RANDOM, RUNS, Run, command_of, recipe_of, runs_left, timed
-from .proof_summary import summarize
+from .proof_runs import RANDOM, RUNS, Run, command_of, recipe_of, runs_left, summarize, timed
 
 PRIOR = 10_000  # the largest pool whose noises are tested
-TABLES = {  # name → the columns that tell rows apart, and the types of columns that are no text
-    "distances.csv": (("run", "seed", "images", "steps"), {"seed": int, "images": int, "seconds": float, "steps": int,
-                                                           "distance": float, "real": float}),
-    "speed.csv": (("run", "gpu"), {"images_per_second": float, "matching": float}),
-    "prior.csv": (("way", "data"), {"noises": int})}
+TABLES = {  # name → types of the columns that are read
+    "distances.csv": dict(run=str, seed=int, images=int, seconds=float, steps=int, distance=float, real=float),
+    "speed.csv": dict(run=str, images_per_second=float, matching=float, gpu=str),
+    "prior.csv": dict(way=str, noises=int)}
 
 
 def read(out: Path, name: str = "distances.csv") -> list[dict]:
-    """The rows of a table. BadInput for a damaged table."""
-    keys, types = TABLES[name]
-    rows = {}
+    """The rows of a table. BadInput for a damaged table, and for one with the names of an earlier version."""
+    types = TABLES[name].items()
     try:
-        for line in read_csv(out / name):
-            if None in line or None in line.values():
-                raise ValueError(f"{line} has not as many values as there are columns")
-            row = line | {column: kind(line[column]) for column, kind in types.items()}
-            if not all(0 <= row[column] < math.inf for column in types):
-                raise ValueError(f"{line} has a number that is negative or not finite")
-            if row.get("run", RANDOM) not in RUNS:
-                raise ValueError(f"it holds a run {row['run']!r}, expected one of {', '.join(RUNS)}")
-            key = tuple(row[column] for column in keys)
-            if key in rows:
-                raise ValueError(f"it has two rows of {', '.join(map(str, key))}")
-            rows[key] = row
-    except (KeyError, ValueError, OSError, csv.Error) as error:
+        rows = [line | {column: kind(line[column]) for column, kind in types} for line in read_csv(out / name)]
+        if strange := {row["run"] for row in rows if "run" in row} - RUNS.keys():
+            raise ValueError(f"it holds a run {min(strange)!r}, expected one of {', '.join(RUNS)}")
+    except (KeyError, TypeError, ValueError, OSError, csv.Error) as error:
         raise BadInput(f"{out / name} cannot be read ({error}): expected what dansm proof wrote, or another --out"
                        ) from error
-    return list(rows.values())
+    return rows
 
 
 def check_same(rows: list[dict], out: Path, **now: str) -> None:
@@ -77,10 +62,9 @@ def check_same(rows: list[dict], out: Path, **now: str) -> None:
 
 
 def in_order(rows: Iterable[dict], *keys: str) -> list[dict]:
-    """Sorted by run as in RUNS, then by `keys`. The last of rows with equal keys counts."""
+    """Sorted by run as in RUNS, then by `keys`."""
     order = list(RUNS)
-    rows = {(order.index(row["run"]), *(row[key] for key in keys)): row for row in rows}
-    return [rows[key] for key in sorted(rows)]
+    return sorted(rows, key=lambda row: (order.index(row["run"]), *(row[key] for key in keys)))
 
 
 def add(new: list[dict], out: Path) -> None:
@@ -106,10 +90,14 @@ def joined(rows: list[dict], new: list[dict]) -> list[dict]:
     return in_order([*(row for row in rows if row not in old), *new], "seed", "images", "steps")
 
 
-def rows_of(run: Run, seed: int, log: Path, **more: str) -> list[dict]:
-    """A row for each evaluation in a run's metrics.jsonl."""
+def lines_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def rows_of(run: Run, seed: int, folder: Path, **more: str) -> list[dict]:
+    """A row for each evaluation in a run's log."""
     rows = []
-    for line in map(json.loads, log.read_text().splitlines()):
+    for line in lines_of(folder):
         for name, value in line.items():
             kind, _, steps = name.partition("/")
             if kind in ("frechet_distance", "fid") and steps.isdecimal():
@@ -118,10 +106,10 @@ def rows_of(run: Run, seed: int, log: Path, **more: str) -> list[dict]:
     return rows
 
 
-def speed_of(run: Run, log: Path, gpu: str) -> dict:
+def speed_of(run: Run, folder: Path, gpu: str) -> dict:
     """How fast a training was: means over the lines of its log without the first two, in which it warms up. `matching`
     is a share of the time; `distance` that of the pairs, `distance_random` of random ones."""
-    lines = [line for line in map(json.loads, log.read_text().splitlines()) if "loss" in line][2:]
+    lines = [line for line in lines_of(folder) if "loss" in line][2:]
     rates = [line["images_per_second"] for line in lines]
     means = {name: round(statistics.fmean(line[name] for line in lines), 4)
              for name in ("matching", "distance", "distance_random")}
@@ -144,7 +132,7 @@ class Call:
     device: torch.device
     settings: dict
     images: Tensor | np.ndarray | None = None
-    images_name: str = ""
+    images_name: str = ""  # in the tables
 
     @property
     def gpu(self) -> str:
@@ -154,7 +142,6 @@ class Call:
         return recipe_of(run, seed, self.data, **self.settings, **more)
 
     def read_images(self) -> None:
-        """Read the images. The name is how the tables call them."""
         self.images, _ = training.read_data(self.recipe(RUNS[RANDOM]))
         check_real(self.images)
         self.images_name = f"{len(self.images):,} images, {digest_of_images(np.asarray(self.images))[:8]}"
@@ -165,6 +152,8 @@ def prove(call: Call, names: list[str], minutes: float) -> None:
 
     names  of runs, and "prior" and "rates"
     """
+    from .proof_figures import draw  # matplotlib takes a while to import
+
     end = time.monotonic() + 60 * minutes if minutes else math.inf
     out, features = call.out, call.settings["evaluate_features"]
     rows, runs = read(out), [name for name in names if name in RUNS]
@@ -179,18 +168,19 @@ def prove(call: Call, names: list[str], minutes: float) -> None:
     if left or tests_prior or "rates" in names:
         call.read_images()
         check_same(rows, out, data=call.images_name)
-    if names == ["prior"] and len(call.images) < PRIOR:
-        raise BadInput(f"--only is prior, and there are {len(call.images):,} images: expected at least {PRIOR:,}")
     say(f"{counted(len(left), 'run')} of {sum(RUNS[name].seeds for name in runs)} to go")
     if left:
         commands = [command_of(run, seed, call.data, **call.settings) for run, seed in runs_left(list(RUNS), [])]
-        with alone(out / ".lock"):
-            (out / "commands.txt").write_text("".join(f"{command}\n" for command in commands))
+        (out / "commands.txt").write_text("".join(f"{command}\n" for command in commands))
     stopped = train_all(call, left, end) or ("rates" in names and measure_rates(call))
     with alone(out / ".lock"):
         rows = read(out)
+        if summary := summarize(rows):  # empty before two runs can be compared
+            write_csv(out / "summary.csv", summary)
         if rows:
-            finish(rows, read(out, "speed.csv"), out)
+            tables = ("distances.csv", "speed.csv", "summary.csv", "commands.txt")
+            figures = draw(rows, read(out, "speed.csv"), out)
+            say_files(out, *(name for name in tables if (out / name).exists()), *figures)
     if left:
         remaining = len(runs_left(runs, rows))
         say(f"{counted(remaining, 'run')} to go: the same command resumes" if remaining else "all runs are done")
@@ -214,13 +204,12 @@ def train_all(call: Call, left: list[tuple[Run, int]], end: float) -> bool:
                     continue  # another call has ended it
                 say(f"{run.name}, seed {seed}: {command_of(run, seed, call.data, **call.settings)}")
                 summary = fit(call, recipe, folder)
-                add(rows_of(run, seed, folder / "metrics.jsonl", features=recipe.evaluate_features,
-                            data=call.images_name, gpu=call.gpu), call.out)
+                add(rows_of(run, seed, folder, features=recipe.evaluate_features, data=call.images_name, gpu=call.gpu),
+                    call.out)
+                if summary["stopped_early"]:
+                    return True
         except InUse as other:
             say(f"{run.name}, seed {seed}, is left to another call: {other}")
-            continue
-        if summary["stopped_early"]:
-            return True
     return False
 
 
@@ -245,7 +234,7 @@ def measure_rates(call: Call) -> bool:
             summary = fit(call, timed(call.recipe(run)), Path(folder))
             if summary["interrupted"]:
                 return True
-            speed = speed_of(run, Path(folder) / "metrics.jsonl", call.gpu)
+            speed = speed_of(run, Path(folder), call.gpu)
         with alone(call.out / ".lock"):
             write_csv(call.out / "speed.csv", in_order([*read(call.out, "speed.csv"), speed], "gpu"))
     return False
@@ -265,17 +254,7 @@ def test_prior(call: Call) -> None:
         return
     some = np.random.default_rng(0).permutation(len(call.images))[:count]
     images = from_uint8(torch.from_numpy(np.asarray(call.images)[some]).to(call.device))
-    for row in track(prior(images, ways), "testing the prior", total=len(ways), console=console):
+    for row in with_bar(prior(images, ways), "testing the prior", len(ways)):
         rows.append({**row, "data": call.images_name})
         write_csv(call.out / "prior.csv", rows)
     say_files(call.out, "prior.csv")
-
-
-def finish(rows: list[dict], speeds: list[dict], out: Path) -> None:
-    """Write the summary and the figures."""
-    from .proof_figures import draw  # matplotlib takes a while to import
-
-    if summary := summarize(rows):  # empty before two runs can be compared
-        write_csv(out / "summary.csv", summary)
-    tables = [name for name in ("distances.csv", "speed.csv", "summary.csv", "commands.txt") if (out / name).exists()]
-    say_files(out, *tables, *draw(rows, speeds, out))

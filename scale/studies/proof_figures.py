@@ -10,8 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MultipleLocator, NullLocator
 
 from ..base.colours import INK, PALE
-from .proof_plan import MATCHED, MIDDLE, RANDOM, RUNS, SHORT
-from .proof_summary import base_of, curves, seeds_at, summarize
+from .proof_runs import MATCHED, MIDDLE, RANDOM, RUNS, SHORT, base_of, summarize
 from .style import COLUMN, PAGE, SERIES, STYLE, save
 
 DOTTED = (0, (1, 1.2))
@@ -66,7 +65,7 @@ def draw_curves(rows: list[dict], looks: dict[str, dict], card: str = "") -> Fig
         axes.set_title(f"{steps} sampling steps", pad=3)
         for name, look in looks.items():
             draw_run(axes, [row for row in rows if (row["run"], row["steps"]) == (name, steps)], look,
-                     ("seconds", 60) if card else ("images", 1e6))
+                     *(("seconds", 60) if card else ("images", 1e6)))
     features = rows[0]["features"]
     panels[0].set_ylabel(DISTANCES.get(features, f"Fréchet distance\n({features.rpartition(':')[2]})"))
     handles, labels = panels[0].get_legend_handles_labels()
@@ -81,26 +80,22 @@ def draw_curves(rows: list[dict], looks: dict[str, dict], card: str = "") -> Fig
     return figure
 
 
-def draw_run(axes: Axes, rows: list[dict], look: dict, along: tuple[str, float]) -> None:
+def draw_run(axes: Axes, rows: list[dict], look: dict, column: str, unit: float) -> None:
     """The mean over the seeds that have come farthest, as a mean that some leave half way would jump; and where there
-    are several seeds a band from the least to the most. along: the column of x, and its unit."""
-    if not rows:
+    are several seeds a band from the least to the most. column: of x, in `unit`."""
+    groups = [[row for row in rows if row["images"] == images] for images in sorted({row["images"] for row in rows})]
+    if not groups:
         return
-    column, unit = along
-    name, steps = rows[0]["run"], rows[0]["steps"]
-    farthest = seeds_at(max(row["images"] for row in rows), curves(rows, name, steps))
-    line = by_images([row for row in rows if row["seed"] in farthest])
+    farthest = {row["seed"] for row in groups[-1]}
+    line = [[row for row in group if row["seed"] in farthest] for group in groups]
+    line = [group for group in line if group]
     axes.plot([mean(group, column) / unit for group in line], [mean(group, "distance") for group in line],
-              markersize=3, linewidth=1.1, label=RUNS[name].label, **look)
-    band = [group for group in by_images(rows) if len(group) > 1]
+              markersize=3, linewidth=1.1, label=RUNS[rows[0]["run"]].label, **look)
+    band = [group for group in groups if len(group) > 1]
     axes.fill_between([mean(group, column) / unit for group in band],
                       [min(row["distance"] for row in group) for group in band],
                       [max(row["distance"] for row in group) for group in band],
                       color=look["color"], alpha=0.25, linewidth=0)
-
-
-def by_images(rows: list[dict]) -> list[list[dict]]:
-    return [[row for row in rows if row["images"] == images] for images in sorted({row["images"] for row in rows})]
 
 
 def mean(rows: list[dict], column: str) -> float:

@@ -22,7 +22,7 @@ def written(folder, name="some"):
 
 
 def test_a_bench_is_written_as_json_and_as_csv(tmp_path):
-    bench = clock.run("some", CPU, {"batch": 3}, [("part", rows_then())], tmp_path)
+    bench = clock.run("some", "title", [("part", rows_then())], CPU, tmp_path, {"way": "way"}, batch=3)
     assert bench == written(tmp_path) and bench["batch"] == 3 and bench["left_out"] == {}
     assert bench["hardware"]["device"] == "cpu"
     with open(tmp_path / "some.csv", newline="") as file:
@@ -33,7 +33,7 @@ def test_a_bench_is_written_as_json_and_as_csv(tmp_path):
 def test_a_part_that_fails_is_left_out_and_the_others_are_measured(tmp_path, capsys):
     memory = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …")
     parts = [("one", rows_then(memory)), ("two", rows_then(RuntimeError("no disk\nand more"))), ("three", rows_then())]
-    bench = clock.run("some", CPU, {}, parts, tmp_path)
+    bench = clock.run("some", "title", parts, CPU, tmp_path, {})
     assert [row["way"] for row in bench["rows"]] == ["a", "a", "a", "b"]
     assert bench["left_out"] == written(tmp_path)["left_out"] == {"one": "not enough memory", "two": "no disk"}
     said = capsys.readouterr().out
@@ -43,13 +43,13 @@ def test_a_part_that_fails_is_left_out_and_the_others_are_measured(tmp_path, cap
 def test_one_of_several_processes_does_not_go_on_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(clock, "ranks", lambda: (1, 2))
     with pytest.raises(RuntimeError, match="no disk"):
-        clock.run("some", CPU, {}, [("one", rows_then(RuntimeError("no disk")))], tmp_path)
+        clock.run("some", "title", [("one", rows_then(RuntimeError("no disk")))], CPU, tmp_path, {})
     assert list(tmp_path.iterdir()) == []  # and only the first of them writes
 
 
 def test_what_was_measured_is_on_the_disk_when_the_call_is_stopped(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        clock.run("some", CPU, {}, [("one", rows_then(KeyboardInterrupt()))], tmp_path)
+        clock.run("some", "title", [("one", rows_then(KeyboardInterrupt()))], CPU, tmp_path, {})
     assert [row["way"] for row in written(tmp_path)["rows"]] == ["a"]
 
 
@@ -57,9 +57,10 @@ def test_slow_work_is_timed_fewer_times(monkeypatch):
     """Synthetic times: seven seconds a call; twenty may pass."""
     calls = []
     monkeypatch.setattr(clock, "milliseconds", lambda device, work, *arguments: calls.append(arguments) or 7000.0)
-    assert clock.timed(CPU, 15, print, 1, 2) == {
-        "median_ms": 7000, "mean_ms": 7000, "least_ms": 7000, "most_ms": 7000, "calls": 2}
+    assert clock.timed(CPU, 15, print, 1, 2) == [7000, 7000]
     assert calls == [(1, 2)] * 3  # the first is not counted
+    assert clock.spread([5.0, 1.0, 3.0], images=6) == {
+        "median_ms": 3, "mean_ms": 3, "least_ms": 1, "most_ms": 5, "calls": 3, "images_per_second": 2000}
 
 
 def test_figures_are_shown_with_as_many_digits_as_they_need():

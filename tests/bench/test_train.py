@@ -14,8 +14,8 @@ from support import CPU, files_of
 import dansm
 from dansm.scale.base.text import console
 from dansm.scale.bench import clock, profile, train
-from dansm.scale.bench.profile import REST, by_kind, kind_of
-from dansm.scale.bench.train import EAGER, OURS, PAPER, PLAIN, UNMATCHED, Case, cases_of
+from dansm.scale.bench.profile import REST, kind_of
+from dansm.scale.bench.train import EAGER, OURS, PAPER, PLAIN, UNMATCHED, Case
 
 CASE = Case("small", (3, 8, 8), 4)
 NAME = "small 3×8×8, batch 4"
@@ -41,7 +41,7 @@ def test_every_part_is_measured_and_written(run, tmp_path):
     for row in rows:
         assert 0 < row["least_ms"] <= row["median_ms"] <= row["most_ms"]
     for row in rows[:4]:
-        assert row["steps"] == 2 and row["images_per_second"] == pytest.approx(4000 / row["median_ms"], rel=1e-2)
+        assert row["calls"] == 2 and row["images_per_second"] == pytest.approx(4000 / row["median_ms"], rel=1e-2)
         assert row["way"] == UNMATCHED or (row["first_step_s"] > 0 and 0 < row["matching_share"] < 1)
     difference = 1 - rows[1]["mean_ms"] / rows[0]["mean_ms"]
     assert rows[0]["matching_share_by_difference"] == pytest.approx(difference, abs=1e-3)
@@ -72,19 +72,19 @@ def test_a_pool_that_does_not_fit_is_refused_before_anything_is_measured(refused
 # ------------------------------------------------------------------------------- what is measured
 
 
-def test_the_papers_settings_are_measured_with_two_images_on_a_cpu():
-    assert cases_of(None, 7, (1, 4, 4), torch.device("cuda")) == PAPER
+def test_the_papers_settings_are_measured_with_two_images_on_a_cpu(run, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "parts_of", lambda cases, *_: seen.extend(cases) or [])
+    assert run("bench", "train", "--device", "cpu")[0] == 0
+    assert [case.name for case in seen] == ["ncsnpp 4×32×32, batch 2", "ddpm 3×32×32, batch 2"]
     assert [case.name for case in PAPER] == ["ncsnpp 4×32×32, batch 250", "ddpm 3×32×32, batch 128"]
-    assert [case.batch for case in cases_of(None, 7, (1, 4, 4), CPU)] == [2, 2]
-    assert cases_of("small", 4, (3, 8, 8), CPU) == [CASE]
 
 
 @pytest.mark.parametrize(("network", "shape", "words"), [
-    ("vit", (3, 8, 8), "--network is 'vit'"), ("small", (3, 8, 4), "--shape is 3x8x4"), ("small", (8,), "--shape is 8"),
-    ("ncsnpp", (3, 12, 12), "12 pixels")])
-def test_a_network_or_images_that_do_not_go_are_refused(network, shape, words):
-    with pytest.raises(dansm.BadInput, match=words):
-        cases_of(network, 4, shape, CPU)
+    ("vit", "3x8x8", "--network"), ("small", "3x8x4", "--shape is 3x8x4"), ("small", "8", "--shape is 8"),
+    ("ncsnpp", "3x12x12", "12 pixels")])
+def test_a_network_or_images_that_do_not_go_are_refused(refused, network, shape, words):
+    assert words in refused("bench", "train", "--network", network, "--shape", shape, "--device", "cpu")
 
 
 def test_a_step_trains_on_the_next_batch_and_its_matched_noises():
@@ -102,7 +102,7 @@ def test_a_step_counts_from_its_beginning_to_that_of_the_next(monkeypatch):
     monkeypatch.setattr(train, "moment", lambda _: 0.03)
     moments = [(begin, begin + 0.002, begin + 0.005) for begin in (0.0, 0.01, 0.02)]
     row = train.timed_steps(iter(moments), CASE, OURS, 16, CPU)
-    assert (row["median_ms"], row["steps"], row["matching_ms"], row["matching_share"]) == (10, 2, 3, 0.3)
+    assert (row["median_ms"], row["calls"], row["matching_ms"], row["matching_share"]) == (10, 2, 3, 0.3)
     assert row["images_per_second"] == 400 and "mfu" not in row
 
 
@@ -126,13 +126,6 @@ def test_the_first_step_of_the_command_itself(monkeypatch):
     rows = list(train.starting(Case("small", (1, 8, 8), 2), 4, 0, CPU))
     assert [row["way"] for row in rows] == ["dansm train --compile", "dansm train --no-compile"]
     assert all(100 < row["median_ms"] < 60_000 for row in rows)
-
-
-def test_a_command_that_fails_is_told_with_its_last_line(tmp_path, monkeypatch):
-    (tmp_path / "dansm.py").write_text("import sys; print('reading images'); sys.exit('dansm: ' + sys.argv[2])")
-    monkeypatch.setattr(train, "HOME", tmp_path)
-    with pytest.raises(RuntimeError, match=r"^dansm: missing$"):
-        train.seconds_to_first_step(["missing"], tmp_path / "out")
 
 
 # ------------------------------------------------------------------------------- kernels by kind
@@ -176,8 +169,10 @@ def test_a_kernel_is_of_a_kind(kernel, kind):
     assert kind_of(kernel) == kind
 
 
-def test_kinds_are_summed_the_longest_first():
-    rows = list(by_kind(NAME, [("_forward", 1.0), ("_halve", 3.0), ("_sum", 3.0), *[("_forward", 0.5)] * 2]))
+def test_kinds_are_summed_the_longest_first(monkeypatch):
+    kernels = [("_forward", 1.0), ("_halve", 3.0), ("_sum", 3.0), *[("_forward", 0.5)] * 2]
+    listening(monkeypatch, [event(name, 1000 * ms * profile.PROFILED) for name, ms in kernels])
+    rows = list(profile.profile(NAME, iter(range(100))))
     assert [row for row in rows if row["part"] == "profile"] == [
         {"part": "profile", "case": NAME, "kind": "sums and resampling", "ms": 6.0, "share": 0.75},
         {"part": "profile", "case": NAME, "kind": "norm, SiLU and dropout", "ms": 2.0, "share": 0.25}]
@@ -185,9 +180,10 @@ def test_kinds_are_summed_the_longest_first():
     assert kernels["_forward"]["ms"] == 2 and kernels["_forward"]["calls"] == round(3 / profile.PROFILED, 2)
 
 
-def event(name, microseconds, device="CUDA", **more):
+def event(name, microseconds, device="CUDA", note=False):
     span = SimpleNamespace(elapsed_us=lambda: microseconds)
-    return SimpleNamespace(name=name, time_range=span, device_type=getattr(torch.autograd.DeviceType, device), **more)
+    return SimpleNamespace(name=name, time_range=span, device_type=getattr(torch.autograd.DeviceType, device),
+                           is_user_annotation=note)
 
 
 def listening(monkeypatch, events):
@@ -202,7 +198,7 @@ def listening(monkeypatch, events):
 def test_the_profile_counts_kernels_alone_and_one_step(monkeypatch):
     listening(monkeypatch, [
         event("_forward", 1000 * profile.PROFILED), event("cudaGraphLaunch", 5e6, "CPU"),
-        event("Optimizer.step#Adam.step", 5e6), event("a note", 5e6, is_user_annotation=True)])
+        event("Optimizer.step#Adam.step", 5e6), event("a note", 5e6, note=True)])
     moments = iter(range(100))
     rows = [row for row in profile.profile(NAME, moments) if row["part"] == "profile"]
     assert [(row["kind"], row["ms"], row["share"]) for row in rows] == [("norm, SiLU and dropout", 1.0, 1.0)]
@@ -218,34 +214,32 @@ def test_a_profiler_that_hears_nothing_is_an_error(monkeypatch):
 # ------------------------------------------------------------------------------- what is shown
 
 
-def on_a_gpu():
+def on_a_gpu(cases):
     """Synthetic figures, as a GPU's would be."""
     rows = []
-    for case in PAPER:
+    for case in cases:
         for way, ms in (OURS, 60.0), (UNMATCHED, 59.0), (EAGER, 150.0), (PLAIN, 210.0):
             rows.append({"part": "steps", "case": case.name, "way": way, "median_ms": ms, "mean_ms": ms,
-                         "least_ms": 0.9 * ms, "most_ms": 1.2 * ms, "steps": 40, "mfu": 0.25, "floor_ms": 16.5,
-                         "images_per_second": 1000 * case.batch / ms, "peak_gib": 9.5, "first_step_s": 20.0,
+                         "least_ms": 0.9 * ms, "most_ms": 1.2 * ms, "calls": 40, "mfu": 0.25, "floor_ms": 16.5,
+                         "images_per_second": 1000 * case.batch / ms, "peak_mb": 9500.0, "first_step_s": 20.0,
                          "matching_share": 0.012})
-        rows += by_kind(case.name, [("_forward", 20.0), ("sm90_xmma_wgrad_implicit_gemm", 15.0), ("_sum", 10.0)])
+        rows += [{"part": "profile", "case": case.name, "kind": kind, "ms": ms, "share": ms / 45} for kind, ms in (
+            ("norm, SiLU and dropout", 20.0), ("convolution, weight gradient", 15.0), ("sums and resampling", 10.0))]
     return rows
 
 
-def test_the_tables_fit_a_terminal_and_show_each_network():
-    with console.capture() as captured:
-        for case in PAPER:
-            train.print_tables(case.name, [row for row in on_a_gpu() if row["case"] == case.name])
-    said = captured.get()
-    for words in (PAPER[0].name, PAPER[1].name, "4,167", "60.0", "25.0 %", "9.500", "20.0", "1.2 %",
+def test_tables_that_fit_a_terminal_and_a_figure_show_each_network(run, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(train, "parts_of", lambda cases, *_: [("all", on_a_gpu(cases))])
+    monkeypatch.setattr(clock, "draw", lambda *arguments, draw=clock.draw: (drawn.append(arguments), draw(*arguments)))
+    monkeypatch.setattr(console, "width", 80)
+    code, said, err = run("bench", "train", "--device", "cpu", "--out", tmp_path)
+    assert (code, err) == (0, "")
+    for words in ("ncsnpp 4×32×32, batch 2", "ddpm 3×32×32, batch 2", "33.3", "60.0", "25.0 %", "9,500", "20.0", "1.2 %",
                   "convolution, weight gradient"):
         assert words in said
-    assert "…" not in said and max(map(len, said.splitlines())) <= 80
-
-
-def test_the_figure_cuts_our_steps_into_kinds_of_kernels(tmp_path):
-    kinds = train.kinds_of(on_a_gpu())
-    rows = [row for row in on_a_gpu() if row["part"] == "steps"]
-    assert list(kinds) == [train.label_of(row) for row in rows if row["way"] == OURS]
+    assert "…" not in said
+    (_, bars, _, kinds), = drawn
+    assert list(kinds) == [label for label in bars if label.startswith(f"{OURS}\n")] and len(bars) == 8
     assert all(list(ms.values()) == [20, 15, 10] for ms in kinds.values())
-    clock.draw(rows, [train.label_of(row) for row in rows], "some", tmp_path / "train.png", kinds)
     assert Image.open(tmp_path / "train.png").width > 1000
