@@ -1,6 +1,5 @@
 """dansm compare: what several models make of the same noise."""
 
-import math
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +13,8 @@ from dansm import BadInput
 from ..base.files import make_folder, write_json
 from ..base.machine import hardware, pick_device
 from ..base.statistics import mean_and_std, squared_distances
-from ..base.text import console, counted, say, say_files, shorten, table
+from ..base.text import say, say_files
+from ..studies import figures
 from ..studies.pairs import load_models, own_pairs
 from .options import Batch, Device, Labels, Models, Out, Precision, SampleSteps, Seed, command_app
 
@@ -46,18 +46,16 @@ def compare(
         images.append(x)
     comparisons = [{"models": [loaded[i].label, loaded[j].label], **compare_images(images[i], images[j])}
                    for i, j in combinations(range(len(loaded)), 2)]
+    for pair in comparisons:
+        same, unequal = ("{mean:.2f} ± {std:.2f}".format(**pair[noise]) for noise in ("same", "unequal"))
+        say(f"{' – '.join(pair['models'])}: {same} apart from the same noise, {unequal} from unequal noises;",
+            f"ratio {pair['ratio']:.3f} (1: the noise decides nothing), nearest is own {pair['nearest']:.1%}")
     write_json(out / "compare.json", {
         "models": [model.described() for model in loaded], "noises": count, "steps": steps, "seed": seed,
         "precision": precision, "pairs": comparisons, "hardware": hardware(device)})
-    print_comparisons(comparisons, count)
-    rows = {}
-    if loaded[0].draws_images:
-        rows = {model.label: x[:shown] for model, x in zip(loaded, images, strict=True)}
-    else:
-        say(f"latents of {loaded[0].shape[0]} channels are no images: only their distances are drawn")
-    from ..studies.figures import draw_compare
-
-    say_files(out, "compare.json", *draw_compare(rows, z[:shown], comparisons, out / "compare"))
+    pictures = loaded[0].draws_images  # latents are none
+    rows = {model.label: x[:shown] for model, x in zip(loaded, images, strict=True) if pictures}
+    say_files(out, "compare.json", *figures.draw_compare(rows, z[:shown], comparisons, out / "compare"))
 
 
 def compare_images(a: Tensor, b: Tensor) -> dict:
@@ -74,18 +72,5 @@ def compare_images(a: Tensor, b: Tensor) -> dict:
     distances.diagonal().copy_(same)
     nearest = (distances.argmin(1) == torch.arange(len(a), device=a.device)).float().mean().item()
     unequal = distances[~torch.eye(len(a), dtype=torch.bool, device=a.device)]
-    ratio = (same.mean() / unequal.mean()).item() if unequal.mean() > 0 else math.nan
-    return {"same": mean_and_std(same), "unequal": mean_and_std(unequal), "ratio": ratio, "nearest": nearest}
-
-
-def print_comparisons(comparisons: list[dict], count: int) -> None:
-    rows = []
-    for pair in comparisons:
-        same, unequal = (f"{pair[noise]['mean']:.2f} ± {pair[noise]['std']:.2f}" for noise in ("same", "unequal"))
-        names = " – ".join(shorten(name, 14) for name in pair["models"])
-        rows.append([names, same, unequal, f"{pair['ratio']:.3f}", f"{pair['nearest']:.1%}"])
-    console.print(table(
-        f"Images of two models, ‖a − b‖, over {counted(count, 'noise')}",
-        ["", "same noise", "unequal noise", "ratio", "nearest\nis own"], rows,
-        f"Ratio of the means: 0 for equal models, 1 if the noise decides nothing. By chance {1 / count:.1%} of the "
-        "images are nearest to that of their own noise."))
+    return {"same": mean_and_std(same), "unequal": mean_and_std(unequal),
+            "ratio": (same.mean() / unequal.mean()).item(), "nearest": nearest}

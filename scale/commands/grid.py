@@ -10,6 +10,7 @@ from ..base.machine import hardware, pick_device
 from ..base.text import say_files
 from ..data.pixels import from_uint8
 from ..model.recipe import parse_counts
+from ..studies import figures
 from ..studies.pairs import load_models, own_pairs
 from .options import Batch, DecodeMemory, DecodeWith, Device, Labels, Models, Out, Precision, Seed, command_app
 
@@ -44,8 +45,5 @@ def grid(
     cells = [[images(model, count) for model in loaded] for count in counts]
     write_json(out / "grid.json", {
         "models": [model.described() for model in loaded], "steps": counts, "side": side, "seed": seed,
-        "precision": precision, "autoencoder": str(autoencoder) if autoencoder else None,
-        "hardware": hardware(device)})
-    from ..studies.figures import draw_grid
-
-    say_files(out, "grid.json", *draw_grid(cells, [model.label for model in loaded], counts, side, out / "grid"))
+        "precision": precision, "autoencoder": autoencoder and str(autoencoder), "hardware": hardware(device)})
+    say_files(out, "grid.json", *figures.draw_grid(cells, loaded, counts, side, out / "grid"))

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from ..base.files import make_folder, write_json
 from ..base.machine import hardware, pick_device
-from ..base.text import console, counted, say_files, table
-from ..model import load
-from ..studies.pairs import MATCH_SIZES, data_pairs, load_models, load_pools, own_pairs, with_bar
+from ..base.text import say, say_files, with_bar
+from ..model.load import Model as LoadedModel
+from ..model.recipe import parse_counts
+from ..studies import figures
+from ..studies.pairs import data_pairs, load_data, load_models, own_pairs
 from .options import Batch, Data, Device, Labels, Model, Out, Precision, SampleSteps, Seed, Size, command_app
 
 TIMES = [(i + 0.5) / 20 for i in range(20)]
@@ -39,9 +41,9 @@ def loss(
 ) -> None:
     """Measure a model's loss by time t under random, matched and its own pairs."""
     device = pick_device(device)
+    match_sizes = parse_counts("--match-size", match_size, at_least=2) if match_size else None
     (loaded,) = load_models([model], device, steps=[steps], labels=labels, precision=precision)
-    images, match_sizes, served = load_pools(data, [loaded], match_size, size=size, count=count,
-                                             default=MATCH_SIZES[-1:])
+    images, match_sizes, served = load_data(data, [loaded], match_sizes, count=count, size=size, default=(10_000,))
     make_folder(out)
     curves = {}
     for pool in (0, *match_sizes):
@@ -49,21 +51,16 @@ def loss(
         curves[f"matched, {pool:,}" if pool else "random"] = loss_by_time(loaded, x, z, TIMES, batch)
     x, z, _ = own_pairs(loaded, range(count), steps, seed=seed, batch=batch, device=device)
     curves["own"] = loss_by_time(loaded, x, z, TIMES, batch)
+    for name, curve in curves.items():
+        say(f"{name} pairs: loss {fmean(curve['mean']):.4f}, mean over all times")
     write_json(out / "loss.json", {
         "models": [loaded.described()], "data": data or loaded.about["data"], "count": count, "steps": steps,
         "seed": seed, "times": TIMES, "curves": curves, "hardware": hardware(device)})
-    thirds = [[i for i, t in enumerate(TIMES) if low <= 3 * t < low + 1] for low in range(3)]
-    rows = [[name, *(f"{fmean(curve['mean'][i] for i in part):.4f}" for part in (*thirds, range(len(TIMES))))]
-            for name, curve in curves.items()]
-    console.print(table(f"Loss of {loaded.label}, {counted(count, 'pair')} each",
-                        ["", "t < 1/3", "1/3 ≤ t < 2/3", "2/3 ≤ t", "mean"], rows))
-    from ..studies.figures import draw_loss
-
-    say_files(out, "loss.json", *draw_loss(TIMES, curves, loaded.about["flow"], out / "loss"))
+    say_files(out, "loss.json", *figures.draw_loss(TIMES, curves, loaded.about["flow"], out / "loss"))
 
 
 @torch.no_grad()
-def loss_by_time(model: load.Model, x: Tensor, z: Tensor, times: list[float], batch: int = 64) -> dict:
+def loss_by_time(model: LoadedModel, x: Tensor, z: Tensor, times: list[float], batch: int = 64) -> dict:
     """The flow's loss for the pairs (x, z), (N, C, H, W) each, N ≥ 2, at each time: mean and its standard error.
 
     A flow's loss is a mean over its batch, so the error comes from the means of parts: at least eight, of at most

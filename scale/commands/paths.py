@@ -11,16 +11,11 @@ import dansm
 from ..base.files import make_folder, write_csv, write_json
 from ..base.machine import hardware, pick_device
 from ..base.statistics import inter_path_distance, mean_and_std
-from ..base.text import console, say, say_files, shorten, table
-from ..studies.pairs import data_pairs, load_models, load_pools, own_pairs, summarize
+from ..base.text import say, say_files
+from ..model.recipe import parse_counts
+from ..studies import figures
+from ..studies.pairs import data_pairs, load_data, load_models, own_pairs, summarize
 from .options import Batch, Data, Device, Labels, Out, Precision, SampleSteps, Seed, Size, command_app
-
-COLUMNS = {"path_length": ("length", ".2f"), "own_noise_nearest": ("own is\nnearest", ".1%"),
-           "inter_path_mean": ("apart,\nall", ".2f"), "inter_path_mean_t": ("at t*", ".3f"),
-           "inter_path_minimum": ("apart,\nnearest", ".2f"), "inter_path_minimum_t": ("at t*", ".3f"),
-           "straightness": ("bend", ".3f")}
-CAPTION = ("Apart: the least distance of two paths at equal times t*, mean over all pairs of paths, and mean of each "
-           "path to its nearest. Bend: of the learned paths, 0 is straight.")
 
 app = command_app()
 
@@ -46,8 +41,9 @@ def paths(
 ) -> None:
     """Measure how long paths are and how near they come to each other: random, matched, and models' own pairs."""
     device = pick_device(device)
+    match_sizes = parse_counts("--match-size", match_size, at_least=2) if match_size else None
     loaded = load_models(models or [], device, steps=[steps], labels=labels, precision=precision)
-    images, match_sizes, served = load_pools(data, loaded, match_size, size=size, count=count)
+    images, match_sizes, served = load_data(data, loaded, match_sizes, count=count, size=size)
     make_folder(out)
     rows = []
     for draw in range(seed, seed + seeds):
@@ -67,10 +63,11 @@ def paths(
         "shape": list(images.shape[1:]), "count": count, "match_sizes": match_sizes, "steps": steps, "seed": seed,
         "seeds": seeds, "summary": summary, "rows": rows, "hardware": hardware(device)})
     write_csv(out / "paths.csv", rows)
-    print_paths(summary, count)
-    from ..studies.figures import draw_paths
-
-    say_files(out, "paths.json", "paths.csv", *draw_paths(summary, seeds, out / "paths"))
+    for row in summary:
+        say(f"{row['pairs']}: length {row['path_length']['mean']:.2f}, two paths are at least",
+            f"{row['inter_path_mean']['mean']:.2f} apart, nearest ones {row['inter_path_minimum']['mean']:.2f};",
+            f"{row['own_noise_nearest']['mean']:.1%} of the samples have no nearer noise than their own")
+    say_files(out, "paths.json", "paths.csv", *figures.draw_paths(summary, seeds, out / "paths"))
 
 
 def measure_paths(x: Tensor, z: Tensor) -> dict[str, float]:
@@ -78,8 +75,7 @@ def measure_paths(x: Tensor, z: Tensor) -> dict[str, float]:
     of own noises that are nearest depend on N: among more paths neighbours are nearer."""
     distance = inter_path_distance(x, z)
     return {"path_length": dansm.path_length(x, z), "own_noise_nearest": dansm.own_noise_nearest(x, z),
-            "inter_path_mean": distance.mean, "inter_path_mean_t": distance.mean_t,
-            "inter_path_minimum": distance.minimum, "inter_path_minimum_t": distance.minimum_t}
+            **{f"inter_path_{name}": value for name, value in vars(distance).items()}}
 
 
 def growth_over_random(rows: list[dict], pairs: str) -> dict[str, dict]:
@@ -89,20 +85,3 @@ def growth_over_random(rows: list[dict], pairs: str) -> dict[str, dict]:
     matched = [row for row in rows if row["pairs"] == pairs]
     return {name: mean_and_std([row[name] / random[row["seed"]][name] - 1 for row in matched])
             for name in ("path_length", "inter_path_mean", "inter_path_minimum")}
-
-
-def print_paths(summary: list[dict], count: int) -> None:
-    rows = []
-    for row in summary:
-        cells = [format(row[name]["mean"], form) if name in row else "" for name, (_, form) in COLUMNS.items()]
-        rows.append([shorten(row["pairs"], 18), *cells])
-    titles = ["", *(title for title, _ in COLUMNS.values())]
-    console.print(table(f"Straight paths from noise to data, {count:,} of each kind", titles, rows, CAPTION))
-    for row in summary:
-        if "over_random" in row:
-            length, mean, minimum = (percent(**growth) for growth in row["over_random"].values())
-            say(f"{row['pairs']} compared with random: length {length}, apart {mean}, nearest {minimum}")
-
-
-def percent(mean: float, std: float) -> str:
-    return f"{mean:+.2%} ± {std:.2%}" if std else f"{mean:+.2%}"  # a single draw has no spread

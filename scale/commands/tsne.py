@@ -15,7 +15,8 @@ from ..base.files import make_folder, write_json
 from ..base.machine import hardware, pick_device
 from ..base.statistics import crossing_lines, mean_and_std
 from ..base.text import counted, say, say_files
-from ..studies.pairs import data_pairs, load_data, load_models, load_pools, own_pairs, with_bar
+from ..studies import figures
+from ..studies.pairs import data_pairs, load_data, load_models, own_pairs
 from .options import Batch, Device, Labels, Out, Precision, SampleSteps, Seed, Size, command_app
 
 SHUFFLES = 1000  # random pairings of a picture's points, to know how many crossings are usual
@@ -53,25 +54,23 @@ def tsne(
                        f"more than 0 and less than {2 * pairs}")
     device = pick_device(device)
     loaded = load_models([model] if model else [], device, steps=[steps], labels=labels, precision=precision)
-    options = {"size": size, "count": pairs, "option": "--pairs"}
-    if loaded:
-        name = f"own pairs of {loaded[0].label}"
-        images = load_data(data, loaded, **options) if data else None
-    else:
-        name = f"matched, match size {match_size:,}"
-        images, _, served = load_pools(data, [], str(match_size), **options)
+    name = f"own pairs of {loaded[0].label}" if loaded else f"matched, match size {match_size:,}"
+    if data or not loaded:
+        images, _, served = load_data(data, loaded, [] if loaded else [match_size], count=pairs, size=size)
     make_folder(out)
     drawn = []
     for number in range(draws):
         if loaded:
             numbers = range(number * pairs, (number + 1) * pairs)
-            below = own_pairs(loaded[0], numbers, steps, seed=seed, batch=batch, device=device)[:2]
+            x, z, _ = own_pairs(loaded[0], numbers, steps, seed=seed, batch=batch, device=device)
         else:
-            below = data_pairs(images, match_size, pairs, served, seed=seed + number, device=device)
-        above = below
+            x, z = data_pairs(images, match_size, pairs, served, seed=seed + number, device=device)
+        x, z = own = embed(x, z, perplexity, seed + number)
         if loaded and data:
             above = data_pairs(images, 0, pairs, pairs, seed=seed + number, device=device)
-        drawn.append(two_panels(above, below, name, perplexity, seed + number))
+            x, z = embed(*above, perplexity, seed + number)
+        shuffled = z[np.random.default_rng([seed + number, 0]).permutation(pairs)]
+        drawn.append([panel("random pairs", x, shuffled), panel(name, *own)])
     panels = sorted(drawn, key=lambda panels: panels[1]["crossings"])[(draws - 1) // 2]
     for kept, *of_draws in zip(panels, *drawn, strict=True):
         kept["over_draws"] = mean_and_std([other["crossings"] for other in of_draws])
@@ -83,22 +82,7 @@ def tsne(
         "models": [model.described() for model in loaded], "data": data, "pairs": pairs, "draws": draws,
         "perplexity": perplexity, "steps": steps, "seed": seed, "shuffles": SHUFFLES, "panels": panels,
         "hardware": hardware(device)})
-    from ..studies.figures import draw_tsne
-
-    say_files(out, "tsne.json", *draw_tsne(panels, draws, out / "tsne"))
-
-
-def two_panels(above: tuple[Tensor, Tensor], below: tuple[Tensor, Tensor], name: str, perplexity: float,
-               seed: int) -> list[dict]:
-    """The pairs (x, z) of both halves in the plane, those above shuffled, with their crossings."""
-    own_x, own_z = embed(*below, perplexity, seed)
-    x, z = (own_x, own_z) if above is below else embed(*above, perplexity, seed)
-    shuffled = z[np.random.default_rng([seed, 0]).permutation(len(z))]
-    return [panel("random pairs", x, shuffled), panel(name, own_x, own_z)]
-
-
-def panel(name: str, x: np.ndarray, z: np.ndarray) -> dict:
-    return {"name": name, "crossings": count_crossings(x, z), "samples": x.tolist(), "noises": z.tolist()}
+    say_files(out, "tsne.json", *figures.draw_tsne(panels, draws, out / "tsne"))
 
 
 def embed(x: Tensor, z: Tensor, perplexity: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -110,11 +94,14 @@ def embed(x: Tensor, z: Tensor, perplexity: float, seed: int) -> tuple[np.ndarra
     return places[: len(x)], places[len(x) :]
 
 
+def panel(name: str, x: np.ndarray, z: np.ndarray) -> dict:
+    return {"name": name, "crossings": count_crossings(x, z), "samples": x.tolist(), "noises": z.tolist()}
+
+
 def crossings_by_chance(a: np.ndarray, b: np.ndarray, seed: int) -> dict[str, float]:
     """Mean and standard deviation of the count of crossings over random pairings of the points a with b, (N, 2)."""
     numbers = np.random.default_rng([seed, 1])
-    return mean_and_std([count_crossings(a, b[numbers.permutation(len(b))])
-                         for _ in with_bar(range(SHUFFLES), "shuffling pairs")])
+    return mean_and_std([count_crossings(a, b[numbers.permutation(len(b))]) for _ in range(SHUFFLES)])
 
 
 def count_crossings(a: np.ndarray, b: np.ndarray) -> int:

@@ -8,7 +8,7 @@ import hashlib
 import heapq
 import json
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
 from functools import partial
 from itertools import islice
@@ -23,7 +23,7 @@ from dansm import BadInput
 
 from ..base.files import replacing, write_json
 from ..base.locks import alone
-from ..base.text import counted, say
+from ..base.text import counted, say, with_bar
 from ..data.read import Source
 from .extractors import MOST_AT_ONCE, Extractor, features_of
 
@@ -52,22 +52,16 @@ class Real(NamedTuple):
 
 def real_features(images: Source | Tensor | np.ndarray, extractor: Extractor, device: torch.device, *,
                   batch: int | None = None, cache: Path | None = None,
-                  track: Callable[[Iterator, int], Iterator] = lambda images, total: images,
                   check: Callable[[tuple[int, int, int]], None] = lambda shape: None) -> Real:
     """Features of all images, 4 or more: uint8 (N, C, H, W), or a Source that decodes them as they are needed.
 
     batch  images measured together; None: what `feature_batch` gives
     cache  a folder that keeps features
-    track  shows progress: track(images, total) yields what it is given
     check  gets (C, H, W) before anything is measured
     Raises BadInput.
     """
-    if isinstance(images, Source):
-        source = images
-    else:
-        check_real(images)
-        source = Source(Path(), [], array=np.asarray(images))
-    read = partial(_read, source, extractor, batch or feature_batch(device), track, check)
+    source = images if isinstance(images, Source) else Source(Path(), [], array=np.asarray(images))
+    read = partial(_read, source, extractor, batch or feature_batch(device), check)
     if cache is None:
         return _measure(read, extractor, device)
     index = cache / f"files-{digest_of(source.key, extractor.key)}.json"
@@ -108,7 +102,7 @@ def _check_enough(count: int) -> None:
         raise BadInput(f"there are {counted(count, 'real image')}: expected at least 4, better thousands")
 
 
-def _read(source: Source, extractor: Extractor, batch: int, track: Callable, check: Callable,
+def _read(source: Source, extractor: Extractor, batch: int, check: Callable,
           use: Callable) -> tuple[str, int, tuple[int, int, int]]:
     """Decode all images and call use(places (B,), lots (B,), images (B, C, H, W)) for one batch after the other.
 
@@ -119,7 +113,7 @@ def _read(source: Source, extractor: Extractor, batch: int, track: Callable, che
     with source.open() as (count, files), closing(source.decoded(files, _digest_of_image, depth=batch)) as entries:
         digests = np.zeros((count, DIGEST), np.uint8)
         lots = np.random.default_rng(0).random(count)
-        readable = (entry for entry in track(entries, count) if entry[2] is not None)
+        readable = (entry for entry in with_bar(entries, "real images", count) if entry[2] is not None)
         while part := list(islice(readable, batch)):
             places, _, arrays, part_digests = zip(*part, strict=True)
             places, images = np.array(places), np.concatenate(arrays)

@@ -1,6 +1,7 @@
-"""The figures of dansm compare, grid, tsne, paths and loss."""
+"""The figures of dansm compare, grid, tsne, paths and loss. Each writes path.png and .svg, and returns their names."""
 
 import textwrap
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -9,15 +10,16 @@ import torch.nn.functional as F
 from einops import rearrange
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from torch import Tensor
 
 from ..base.colours import DATA, NOISE, NOTE, PALE
 from ..base.text import counted, shorten
 from ..data.pixels import to_uint8
+from ..model.load import Model
 from .style import COLUMN, PAGE, SERIES, STYLE, save
 
 LINE = dict(linewidth=0.7, linestyle=(0, (4, 2.5)))  # between a noise and its sample
+DOT = dict(edgecolors="white", linewidths=0.4, zorder=3)
 MATCHED_MARKERS = "sDPXv*"
 PANELS = {"path_length": "path length ‖x − z‖", "own_noise_nearest": "own noise is nearest, %",
           "inter_path_mean": "inter-path distance,\nall pairs of paths",
@@ -25,14 +27,6 @@ PANELS = {"path_length": "path length ‖x − z‖", "own_noise_nearest": "own 
           "inter_path_mean_t": "its time t*,\nall pairs of paths",
           "inter_path_minimum_t": "its time t*,\neach to its nearest",
           "straightness": "bend of learned paths\n(0 is straight)"}
-
-
-def kind_of(pairs: str) -> str:
-    """Which of SERIES the pairs "random", "matched, 1,000" or "own, its label" belong to."""
-    return pairs.partition(",")[0]
-
-
-# ------------ Images ------------------------------------------------------------------------------
 
 
 def show_images(axes, images: Tensor, columns: int, gap: int = 1) -> None:
@@ -48,8 +42,7 @@ def show_images(axes, images: Tensor, columns: int, gap: int = 1) -> None:
 @matplotlib.rc_context(STYLE)
 def draw_compare(images: dict[str, Tensor], z: Tensor, comparisons: list[dict], path: Path) -> list[str]:
     """Above, a column for each noise z (N, C, H, W): what each model makes of it; nothing if `images` is empty. Below,
-    the distances of `commands.compare.compare_images`. Like the other figures: writes path.png and path.svg and returns
-    their names."""
+    the distances of `commands.compare.compare_images`."""
     rows = {"the noise of each column": (z / 3).clamp(-1, 1), **images} if images else {}
     heights = [((COLUMN - 0.1) / len(z) + 0.19) * len(rows), 0.65 + 0.32 * len(comparisons)]
     figure = Figure((COLUMN, sum(heights)), layout="constrained")
@@ -68,31 +61,30 @@ def draw_distances(axes, comparisons: list[dict]) -> None:
     places = np.arange(len(comparisons))[::-1]
     for key, label, style, shift in (("unequal", "unequal noise", SERIES["random"], -0.14),
                                      ("same", "the same noise", SERIES["own"], 0.14)):
-        means = [pair[key]["mean"] for pair in comparisons]
-        stds = [pair[key]["std"] for pair in comparisons]
+        means, stds = ([pair[key][part] for pair in comparisons] for part in ("mean", "std"))
         axes.errorbar(means, places + shift, xerr=stds, fmt=style["marker"], color=style["color"],
                       markersize=4.5, linewidth=1.1, capsize=2.5, label=label)
     labels = [" –\n".join(shorten(name, 16) for name in pair["models"]) for pair in comparisons]
     axes.set_yticks(places, labels, fontsize=6.5, linespacing=0.95)
-    axes.set(ylim=(-0.6, len(comparisons) - 0.4), xlabel="distance ‖a − b‖, mean ± standard deviation")
+    axes.set_ylim(-0.6, len(comparisons) - 0.4)
     axes.set_xlim(left=0)
-    axes.xaxis.label.set_fontsize(7)
+    axes.set_xlabel("distance ‖a − b‖, mean ± standard deviation", fontsize=7)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, borderaxespad=0.1, handletextpad=0.3)
     axes.grid(axis="x", color=PALE, linewidth=0.5)
     axes.set_axisbelow(True)
 
 
 @matplotlib.rc_context(STYLE)
-def draw_grid(images: list[list[Tensor]], labels: list[str], counts: list[int], side: int, path: Path) -> list[str]:
-    """images[row][column]: (side², C, H, W), of the model labels[column] in counts[row] steps."""
-    width = COLUMN if len(labels) <= 3 else PAGE
-    cell = (width - 0.45) / max(len(labels), 2)
-    titles = [textwrap.fill(label, max(8, int(cell * 15))) for label in labels]
+def draw_grid(images: list[list[Tensor]], models: list[Model], counts: list[int], side: int, path: Path) -> list[str]:
+    """images[row][column]: (side², C, H, W), of models[column] in counts[row] steps."""
+    width = COLUMN if len(models) <= 3 else PAGE
+    cell = (width - 0.45) / max(len(models), 2)
+    titles = [textwrap.fill(model.label, max(8, int(cell * 15))) for model in models]
     lines = max(title.count("\n") + 1 for title in titles)
-    size = (0.45 + cell * len(labels), 0.2 + 0.13 * lines + (cell + 0.03) * len(counts))
+    size = (0.45 + cell * len(models), 0.2 + 0.13 * lines + (cell + 0.03) * len(counts))
     figure = Figure(size, layout="constrained")
     figure.get_layout_engine().set(h_pad=0.03, w_pad=0.03, hspace=0.0, wspace=0.0)
-    panels = figure.subplots(len(counts), len(labels), squeeze=False)
+    panels = figure.subplots(len(counts), len(models), squeeze=False)
     for row, cells, count in zip(panels, images, counts, strict=True):
         for axes, cell_images in zip(row, cells, strict=True):
             show_images(axes, cell_images, side)
@@ -103,20 +95,17 @@ def draw_grid(images: list[list[Tensor]], labels: list[str], counts: list[int], 
     return save(figure, path)
 
 
-# ------------ Pairs in the plane ------------------------------------------------------------------
-
-
 @matplotlib.rc_context(STYLE)
 def draw_tsne(panels: list[dict], draws: int, path: Path) -> list[str]:
     """One panel above the other: {"name", "samples", "noises": (N, 2) each, "crossings"; "over_draws", "by_chance":
     mean, std}."""
     figure = Figure((COLUMN, 2.55 * len(panels) + 0.35), layout="constrained")
     figure.get_layout_engine().set(hspace=0.04)
-    for axes, panel in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
+    for axes, panel in zip(figure.subplots(len(panels), 1), panels, strict=True):
         x, z = np.array(panel["samples"]), np.array(panel["noises"])
-        axes.add_collection(LineCollection(np.stack([x, z], 1), colors=NOTE, **LINE))
-        axes.scatter(*z.T, s=22, color=NOISE, marker="o", edgecolors="white", linewidths=0.4, zorder=3)
-        axes.scatter(*x.T, s=26, color=DATA, marker="^", edgecolors="white", linewidths=0.4, zorder=3)
+        axes.add_collection(LineCollection(np.stack([x, z], 1), colors=NOTE, label="pair", **LINE))
+        axes.scatter(*z.T, s=22, color=NOISE, marker="o", label="noise", **DOT)
+        axes.scatter(*x.T, s=26, color=DATA, marker="^", label="sample", **DOT)
         axes.set_title(f"{shorten(panel['name'], 44)}: {panel['crossings']} crossings", loc="left", pad=13)
         note = "these points paired by chance: {mean:.0f} ± {std:.0f}".format(**panel["by_chance"])
         if draws > 1:
@@ -124,14 +113,9 @@ def draw_tsne(panels: list[dict], draws: int, path: Path) -> list[str]:
         axes.text(0, 1.015, note, transform=axes.transAxes, fontsize=7, color=NOTE, va="bottom")
         axes.margins(0.06)
         axes.set(xlabel="t-SNE 1 (no unit)", ylabel="t-SNE 2 (no unit)", xticks=[], yticks=[])
-    handles = [Line2D([], [], color=DATA, marker="^", linestyle="", markersize=5, label="sample"),
-               Line2D([], [], color=NOISE, marker="o", linestyle="", markersize=5, label="noise"),
-               Line2D([], [], color=NOTE, label="pair", **LINE)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, handletextpad=0.4)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False,
+                  handletextpad=0.4)
     return save(figure, path)
-
-
-# ------------ Paths and loss ----------------------------------------------------------------------
 
 
 @matplotlib.rc_context(STYLE)
@@ -141,7 +125,7 @@ def draw_paths(summary: list[dict], seeds: int, path: Path) -> list[str]:
     lines = -(-len(panels) // 2)
     figure = Figure((COLUMN, lines * (0.58 + 0.19 * len(summary)) + 0.25), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.02, hspace=0.03)
-    all_axes = figure.subplots(lines, 2, squeeze=False, sharey=True).ravel()
+    all_axes = figure.subplots(lines, 2, sharey=True).ravel()
     for axes, key in zip(all_axes, panels, strict=False):
         draw_measure(axes, key, summary, seeds)
     for axes in all_axes[len(panels) :]:
@@ -156,16 +140,16 @@ def draw_measure(axes, key: str, summary: list[dict], seeds: int) -> None:
     factor = 100 if key == "own_noise_nearest" else 1
     for place, row in zip(places, summary, strict=True):
         if key in row:
-            style = SERIES[kind_of(row["pairs"])]
+            look = SERIES[row["pairs"].partition(",")[0]]
             mean, std = (factor * row[key][part] for part in ("mean", "std"))
-            axes.errorbar(mean, place, xerr=std if seeds > 1 else None, fmt=style["marker"], color=style["color"],
+            axes.errorbar(mean, place, xerr=std if seeds > 1 else None, fmt=look["marker"], color=look["color"],
                           markersize=4.5, linewidth=1, capsize=2)
         if key in row.get("over_random", ()):
             growth = f"{row['over_random'][key]['mean']:+.1%}".replace("-", "−")
             axes.annotate(growth, (row[key]["mean"], place), (0, 3.2), textcoords="offset points", fontsize=6,
                           ha="center", va="bottom", color=NOTE)
     axes.set_title(PANELS[key], fontsize=7, pad=3, loc="left")
-    axes.set(ylim=(-0.6, len(summary) - 0.4))
+    axes.set_ylim(-0.6, len(summary) - 0.4)
     axes.set_yticks(list(places), [shorten(row["pairs"], 17) for row in summary])
     axes.grid(color=PALE, linewidth=0.5)
     axes.set_axisbelow(True)
@@ -178,20 +162,19 @@ def draw_measure(axes, key: str, summary: list[dict], seeds: int) -> None:
 
 @matplotlib.rc_context(STYLE)
 def draw_loss(times: list[float], curves: dict[str, dict], flow: str, path: Path) -> list[str]:
-    """The loss at each time, mean and standard error, of each way of pairing. `curves`: see `paths.loss_by_time`."""
+    """The loss at each time, mean and standard error, of each way of pairing. `curves`: see `loss_by_time`."""
     figure = Figure((COLUMN, 2.6), layout="constrained")
     axes = figure.subplots()
-    matched = [name for name in curves if kind_of(name) == "matched"]
+    markers, alphas = cycle(MATCHED_MARKERS), iter(np.linspace(1, 0.45, max(1, len(curves) - 2))[::-1])
     for name, curve in curves.items():
-        style = dict(SERIES[kind_of(name)])
-        if name in matched:
-            number = matched.index(name)
-            style["marker"] = MATCHED_MARKERS[number % len(MATCHED_MARKERS)]
-            style["alpha"] = 1 if len(matched) == 1 else 0.45 + 0.55 * number / (len(matched) - 1)
+        kind, _, size = name.partition(", ")
+        look = dict(SERIES[kind])
+        label = {"random": "random pairs", "own": "the model's own pairs", "matched": f"match size {size}"}[kind]
+        if kind == "matched":
+            look |= {"marker": next(markers), "alpha": next(alphas)}
         mean, error = np.array(curve["mean"]), np.array(curve["error"])
-        label = {"random": "random pairs", "own": "the model's own pairs"}.get(name, f"match size {name[9:]}")
-        axes.fill_between(times, mean - error, mean + error, color=style["color"], alpha=0.25, linewidth=0)
-        axes.plot(times, mean, **style, markersize=3.2, linewidth=1.1, label=label)
+        axes.fill_between(times, mean - error, mean + error, color=look["color"], alpha=0.25, linewidth=0)
+        axes.plot(times, mean, **look, markersize=3.2, linewidth=1.1, label=label)
     means = [mean for curve in curves.values() for mean in curve["mean"]]
     if 0 < min(means) * 12 < max(means):
         axes.set_yscale("log")
@@ -199,8 +182,8 @@ def draw_loss(times: list[float], curves: dict[str, dict], flow: str, path: Path
     else:
         axes.set_ylim(bottom=0)
     target = "velocity x − z" if flow == "rectified" else "noise z"
-    axes.set(xlim=(0, 1), xlabel="time t (0 is noise, 1 is data)", ylabel=f"mean squared error of the {target}")
-    axes.yaxis.label.set_fontsize(7)
+    axes.set(xlim=(0, 1), xlabel="time t (0 is noise, 1 is data)")
+    axes.set_ylabel(f"mean squared error of the {target}", fontsize=7)
     axes.grid(color=PALE, linewidth=0.5)
     figure.legend(loc="outside upper center", ncols=2, frameon=False, handlelength=3)
     return save(figure, path)

@@ -17,14 +17,9 @@ from ..base.text import counted, with_bar
 from ..data import loader
 from ..model import load
 from ..model.load import Model
-from ..model.recipe import parse_counts
 
 MATCH_SIZES = (100, 1000, 10_000)  # the paper's
 SERVED_AT_ONCE = 250  # samples, the paper's batch
-
-
-def dimensions(shape: tuple[int, ...]) -> str:
-    return "×".join(map(str, shape))
 
 
 def load_models(paths: list[Path], device: torch.device, *, steps: list[int], labels: list[str] | None = None,
@@ -33,8 +28,8 @@ def load_models(paths: list[Path], device: torch.device, *, steps: list[int], la
     models = [model.on(device, precision) for model in load.load_models(paths, steps, labels=labels)]
     for model in models:
         if model.shape != models[0].shape:
-            raise BadInput(f"{model.path} makes samples of {dimensions(model.shape)}, {models[0].path} of "
-                           f"{dimensions(models[0].shape)}: expected models of one shape, as they get the same noise")
+            raise BadInput(f"{model.path} makes samples {model.shape}, {models[0].path} {models[0].shape}: expected "
+                           "models of one shape, as they get the same noise")
     return models
 
 
@@ -53,56 +48,35 @@ def own_pairs(model: Model, numbers: range, steps: int, *, seed: int, batch: int
     return torch.cat(x), torch.cat(z), bend / len(numbers)
 
 
-def load_data(source: str | None, models: list[Model], *, size: int | None = None, count: int,
-              option: str = "--count"):
-    """The images or latents of `source`, or those that the first model was trained on: (N, C, H, W), see
-    `loader.load_images`.
+def load_data(source: str | None, models: list[Model], match_sizes: list[int] | None, *, count: int,
+              size: int | None = None, default: tuple[int, ...] = MATCH_SIZES) -> tuple:
+    """The images or latents (N, C, H, W) of `source`, or those that the first model was trained on; the match sizes;
+    and how many samples to serve: the least number, at least `count`, that empties whole pools of every size.
 
-    size   make images squares of this many pixels; None: of as many as the model's
-    count  least number of samples, which `option` asks for
-    Raises BadInput for too few samples, and for samples of another shape than the model's.
+    match_sizes  None: those of `default` that the data fills
+    size         make images squares of this many pixels; None: of as many as the model's
+    Raises BadInput for other shapes than the model's, and if one pass over the data does not empty such pools.
     """
+    if source is None and not models:
+        raise BadInput("--data is not given, nor a model that was trained on some: expected images or latents")
     recipe = models[0].about["recipe"] if models else {}
     settings = {}
     if source is None:
-        if not models:
-            raise BadInput("--data is not given, nor a model that was trained on some: expected a folder of images, an "
-                           "archive of them, an LSUN lmdb, latents (.npy), or cifar10")
         source = models[0].about["data"]
         settings = {"skip_unreadable": recipe.get("skip_unreadable", False),
                     "cache": Path(recipe["cache"]) if recipe.get("cache") else None}
-    images = loader.load_images(source, size=size or recipe.get("size") or None, **settings,
-                                track=lambda parts, total: with_bar(parts, "reading images", total))
+    images = loader.load_images(source, size=size or recipe.get("size") or None, **settings)
     if models and tuple(images.shape[1:]) != models[0].shape:
-        raise BadInput(f"{source} holds samples of {dimensions(images.shape[1:])}, {models[0].about['file']} makes "
-                       f"{dimensions(models[0].shape)}: expected the same; --size N makes images N pixels square")
-    if len(images) < count:
-        raise BadInput(f"{option} is {count:,}, and {source} holds {counted(len(images), 'sample')}: expected at most "
-                       f"{len(images):,}")
-    return images
-
-
-def load_pools(source: str | None, models: list[Model], match_size: str | None, *, size: int | None = None, count: int,
-               option: str = "--count",
-               default: tuple[int, ...] = MATCH_SIZES) -> tuple[Tensor | np.ndarray, list[int], int]:
-    """The data (see `load_data`), the match sizes, and how many samples to serve: the least number, at least `count`,
-    that empties whole pools of every size.
-
-    match_size  of the command line, as in "100,1000"; None: those of `default` that the data fills
-    Raises BadInput if one pass over the data does not empty such pools.
-    """
-    sizes = None
-    if match_size is not None:
-        sizes = parse_counts("--match-size", match_size, at_least=2)  # before minutes of reading
-    images = load_data(source, models, size=size, count=count, option=option)
-    sizes = sizes or [size for size in default if size <= len(images)] or [len(images)]
-    multiple = math.lcm(*sizes)
+        raise BadInput(f"{source} holds samples {tuple(images.shape[1:])}, {models[0].path} makes {models[0].shape}: "
+                       "expected the same; --size N makes images N pixels square")
+    if match_sizes is None:
+        match_sizes = [number for number in default if number <= len(images)] or [len(images)]
+    multiple = math.lcm(*match_sizes)
     served = math.ceil(count / multiple) * multiple
     if served > len(images):
-        raise BadInput(f"--match-size is {','.join(map(str, sizes))}: whole pools of each, for {count:,} samples, take "
-                       f"{served:,}, and there are {len(images):,}; expected smaller sizes, which divide one another, "
-                       f"or a smaller {option}")
-    return images, sizes, served
+        raise BadInput(f"{source} holds {counted(len(images), 'sample')}, and {count:,} from whole pools take "
+                       f"{served:,}: expected fewer, or --match-size smaller or of sizes that divide one another")
+    return images, match_sizes, served
 
 
 def data_pairs(images, match_size: int, count: int, served: int, *, seed: int,
@@ -115,14 +89,13 @@ def data_pairs(images, match_size: int, count: int, served: int, *, seed: int,
     The samples depend on the seed alone, so they are the same for every match_size.
     """
     batch = min(SERVED_AT_ONCE, served)
-    total = math.ceil(served / batch)
-    kept = np.zeros(total * batch, bool)
+    kept = np.zeros(math.ceil(served / batch) * batch, bool)
     kept[np.random.default_rng([seed, served]).permutation(served)[:count]] = True
     kept = torch.from_numpy(kept).to(device).split(batch)
     x, z = [], []
     with closing(loader.batches(images, batch, seed=seed, flip=False, device=device)) as batches:
         pairs = dansm.pairs(batches, "greedy" if match_size else "random", match_size, seed=seed)
-        for rows in with_bar(kept, f"matching, {match_size:,}" if match_size else "random pairs", total):
+        for rows in with_bar(kept, f"matching, {match_size:,}" if match_size else "random pairs"):
             samples, noises = next(pairs)
             x.append(samples[rows])
             z.append(noises[rows])

@@ -35,34 +35,26 @@ def prior(images: Tensor, ways: Iterable[Way] = WAYS, seed: int = 0) -> Iterator
     """A row for each way: `tests_of` the noises that it pairs with images, (N, ...) in [−1, 1]. N is a multiple of each
     smaller match_size, so that pools are whole; a larger pool takes several epochs."""
     for way in ways:
-        noises = paired(images, way, seed)
-        if way.part != (0.0, 1.0):
-            first, last = (round(share * way.match_size) for share in way.part)
-            noises = within(noises, first, last, way.match_size)
-        yield {"way": way.name, **tests_of(noises)}
+        yield {"way": way.name, **tests_of(paired(images, way, seed))}
 
 
 def paired(images: Tensor, way: Way, seed: int) -> Iterator[Tensor]:
-    """The noises (B, D) of each batch: one for each image, or a whole pool. The images of the first epoch are in order,
-    then they are shuffled."""
+    """The noises (B, D) of each batch that belong to the part: of one for each image, or of a whole pool. The images of
+    the first epoch are in order, then they are shuffled."""
     pool = dansm.NoisePool(way.match_size if way.method == "greedy" else 0, images.shape[1:], device=images.device,
                            seed=seed, tf32=way.tf32)
     count = max(len(images), way.match_size)
     numbers = torch.Generator().manual_seed(seed)
     epochs = [torch.randperm(len(images), generator=numbers) for _ in range(count // len(images))]
     order = torch.cat([torch.arange(len(images)), *epochs])[:count]
+    first, last = (round(share * way.match_size) for share in way.part)
+    ages = torch.arange(count, device=images.device) % max(1, way.match_size)
+    kept = (first <= ages) & (ages < max(1, last))
     batches = (images[rows.to(images.device)] for rows in order.split(250))
+    begin = 0
     for _, z in dansm.pairs(batches, way.method, way.match_size, pool=pool):
-        yield z.flatten(1)
-
-
-def within(parts: Iterable[Tensor], first: int, last: int, every: int) -> Iterator[Tensor]:
-    """The rows of all parts, counted from 0, whose number modulo `every` lies in [first, last)."""
-    count = 0
-    for part in parts:
-        age = (count + torch.arange(len(part), device=part.device)) % every
-        count += len(part)
-        yield part[(first <= age) & (age < last)]
+        yield z.flatten(1)[kept[begin : begin + len(z)]]
+        begin += len(z)
 
 
 def tests_of(parts: Iterable[Tensor]) -> dict[str, float]:

@@ -14,8 +14,9 @@ import dansm
 
 from ..base.colours import INK, NOTE, PALE
 from ..base.machine import hardware
+from ..base.text import with_bar
 from ..matching.products import products
-from .pairs import summarize, with_bar
+from .pairs import summarize
 from .style import COLUMN, SERIES, STYLE, save
 
 MATCH_SIZES = (100, 1000, 4000)
@@ -30,9 +31,7 @@ def measure(images: Tensor, draws: int, match_sizes: tuple[int, ...] = MATCH_SIZ
     """Everything that the page reports. images: (N, D) in [−1, 1].
 
     Each draw takes as many images and noises as the largest pool, and pairs these in pools of each size: 4,000 in 40
-    pools of 100, in 4 of 1,000 and in one of 4,000.
-
-    match_sizes  each divides the largest, which is at most N
+    pools of 100, in 4 of 1,000 and in one of 4,000. So each of `match_sizes` divides the largest, which is at most N.
     """
     variances, directions = torch.linalg.eigh(torch.cov(images.T))
     directions = directions.flip(1)  # the first is the one along which images differ most
@@ -62,9 +61,6 @@ def draw_ends(images: Tensor, count: int, draw: int) -> tuple[Tensor, Tensor]:
     order = np.random.default_rng(draw).permutation(len(images))[:count]
     z = torch.randn(count, images.shape[1], generator=dansm.noise_generator(draw))
     return images[torch.from_numpy(order)], z
-
-
-# ------------ How near greedy comes to the optimum ------------------------------------------------
 
 
 def measure_pools(x: Tensor, z: Tensor, match_size: int, directions: Tensor) -> list[dict]:
@@ -105,20 +101,13 @@ def gains(x: Tensor, paired: Tensor, z: Tensor, match_size: int) -> dict[str, fl
 
 
 def variance_by_age(along: Tensor, match_size: int) -> dict[str, float]:
-    """The variance of noises in each quarter of their pools' lives: in N(0, I) it is 1, in a quarter it need not be.
-
-    along  (N,), the noises along the images' first principal direction, in the order they were taken
-    """
+    """The variance in each quarter of their pools' lives of noises along one direction, (N,) as they were taken."""
     quarters = along.view(-1, 4, match_size // 4).transpose(0, 1).flatten(1)
     return {f"first_variance_{i}": quarter.var().item() for i, quarter in enumerate(quarters, 1)}
 
 
-# ------------ Where the gain lies, and the prior --------------------------------------------------
-
-
 def spread_along(x: Tensor, z: Tensor, directions: Tensor) -> dict[str, float]:
-    """What noises tell about their images along the images' principal directions. x, z: (N, D); directions: (D, D), a
-    column each.
+    """What noises tell about their images. x, z: (N, D); directions: (D, D), the images' principal ones as columns.
 
     first_correlation  along the first direction
     first_crossing     share of pairs of paths that change sides along it, which is crossing
@@ -141,14 +130,19 @@ def crossing(a: Tensor, b: Tensor) -> float:
 def measure_prior(seen: dict[str, Tensor], first: Tensor) -> list[dict]:
     """A row for each set of noises (N, D), "drawn" or seen in training: whether they are those drawn, their variance
     along the images' first principal direction (D,), and their mean square, both 1 in N(0, I)."""
-    drawn = in_order(seen["drawn"])
+    drawn = seen["drawn"][seen["drawn"][:, 0].argsort()]
     return [{"way": way, "first_variance": (noises @ first).var().item(), "mean_square": noises.square().mean().item(),
-             "the_noises_drawn": torch.equal(in_order(noises), drawn)} for way, noises in seen.items()]
+             "the_noises_drawn": torch.equal(noises[noises[:, 0].argsort()], drawn)}
+            for way, noises in seen.items()]
 
 
-def in_order(z: Tensor) -> Tensor:
-    """Sorted by the first number: equal for equal sets of noises."""
-    return z[z[:, 0].argsort()]
+def picture_data(x: Tensor, seen: dict[str, Tensor], first: Tensor) -> dict:
+    """Some paths along the first direction, ends in their standard deviations, and how the noises seen lie along it."""
+    along = {"images": x @ first, "random": seen["drawn"] @ first, "matched": seen["matched"] @ first}
+    ends = {way: ((points - points.mean()) / points.std())[:LINES].tolist() for way, points in along.items()}
+    density = {way: np.histogram((seen[way] @ first).numpy(), BINS, density=True)[0].tolist()
+               for way in ("matched", "nearest")}
+    return {**ends, "bins": BINS.tolist(), "density": density}
 
 
 # ------------ The figure --------------------------------------------------------------------------
@@ -157,19 +151,6 @@ GAINS = {"optimal": SERIES["own"] | {"label": "optimal"}, "inner": SERIES["rando
          "squared": SERIES["matched"] | {"label": "greedy, squared"}}
 SMALL = {"font.size": 7, "axes.titlesize": 7.5, "axes.labelsize": 7, "legend.fontsize": 6.5, "xtick.labelsize": 6.5,
          "ytick.labelsize": 6.5}  # for four panels in one column
-
-
-def picture_data(x: Tensor, seen: dict[str, Tensor], first: Tensor) -> dict:
-    """What the figure shows besides the summary: some paths along the first direction, each end in its own standard
-    deviations, and how the noises seen lie along it."""
-
-    def ends(points):
-        along = points @ first
-        return ((along - along.mean()) / along.std())[:LINES].tolist()
-
-    return {"images": ends(x), "random": ends(seen["drawn"]), "matched": ends(seen["matched"]), "bins": BINS.tolist(),
-            "density": {way: np.histogram((seen[way] @ first).numpy(), BINS, density=True)[0].tolist()
-                        for way in ("matched", "nearest")}}
 
 
 @matplotlib.rc_context(STYLE | SMALL)

@@ -11,7 +11,7 @@ import dansm
 from dansm import BadInput
 
 from ..base.processes import everyones, first_before_others, ranks
-from ..base.text import counted, say, with_bar
+from ..base.text import counted, say
 from ..data.latents import known_of
 from ..evaluate.extractors import check_installed, draw_features, load_extractor
 from ..evaluate.measures import floor, score
@@ -58,8 +58,7 @@ class Evaluation:
         with first_before_others():  # it may download them
             self.extractor = load_extractor(recipe.evaluate_features, device, weights, "--evaluate-features")
         if self.rank == 0:
-            self.real = real_features(images, self.extractor, device, cache=CACHE.expanduser(),
-                                      track=lambda parts, total: with_bar(parts, "features of the real images", total))
+            self.real = real_features(images, self.extractor, device, cache=CACHE.expanduser())
             self.floor = floor(self.real, recipe.evaluate_count, self.extractor, seed=SEED, device=device,
                                measures=recipe.evaluate_measures)
 

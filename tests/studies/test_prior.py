@@ -46,6 +46,6 @@ def test_a_pool_larger_than_the_images_is_emptied_by_epochs_of_them():
     assert len(used) == 700
     drawn = dansm.NoisePool(700, (1, 2, 2), seed=3)(torch.zeros(700, 1, 2, 2)).flatten(1)
     assert sorted(map(tuple, used.tolist())) == sorted(map(tuple, drawn.tolist()))
-    late = torch.cat(list(prior.within(used.split(90), 600, 700, 700)))
+    late = torch.cat(list(prior.paired(images, way._replace(part=(6 / 7, 1.0)), 3)))
     assert torch.equal(late, used[600:])
     assert used[:100].norm(dim=1).mean() < late.norm(dim=1).mean()  # short noises go first
