@@ -129,10 +129,9 @@ class Decoder(_Half):
         images = self.net(encoded.to(self.dtype)).float()
         for batch, problem in (latents, "holds NaN or infinite numbers: expected finite ones"), (
                 images, f"decodes to NaN in {self.precision}: expected finite images; --precision fp32 may give them"):
-            if not torch.isfinite(batch.sum()):  # one number to wait for, not the whole batch
-                wrong = (~torch.isfinite(batch).flatten(1).all(1)).nonzero()
-                if len(wrong):
-                    raise BadInput(f"latent {first + wrong[0].item()} {problem}")
+            wrong = (~batch.isfinite().flatten(1).all(1)).nonzero()
+            if len(wrong):
+                raise BadInput(f"latent {first + wrong[0].item()} {problem}")
         return to_uint8(images)
 
     def fits(self, size: int) -> int:

@@ -31,60 +31,59 @@ def decode(source: Path, decoder: Decoder, out: Path, count: int | None = None, 
     batch  most latents decoded at a time; 0: as many as fit
     """
     check_out(str(source), out)
-    found = read_latents(source, decoder.autoencoder)
-    _check_decoded(make_folder(out), source, decoder)
-    fits, count = decoder.fits(max(found.shape[2:])), min(count or len(found), len(found))
+    files = Source(source, files_of(source))
+    encoded = read_latents(files, decoder.autoencoder)
+    _check_decoded(make_folder(out), files, decoder)
+    begin = time.perf_counter()
+    fits = decoder.fits(max(encoded.shape[2:]))
     batch = min(batch or fits, fits)
-    existing, begin = set(os.listdir(out)), time.perf_counter()
-    missing = [number for number in range(count) if _name(number) not in existing]
+    numbers, existing = range(min(count or len(encoded), len(encoded))), set(os.listdir(out))
+    missing = [number for number in numbers if _name(number) not in existing]
     if not missing:
-        say(f"{out} holds {counted(count, 'image')} already: nothing to do")
+        say(f"{out} holds {counted(len(numbers), 'image')} already: nothing to do")
         return
-    done = count - len(missing)
+    images = _decoded(encoded, decoder, missing, batch)
     try:
-        images = _decoded(found, decoder, missing, batch)
         with closing(ahead(partial(_save, out), images, threads=os.cpu_count(), depth=batch)) as writing:
             for _ in with_bar(writing, "decoding", len(missing)):
-                done += 1
+                pass
     except (BadInput, KeyboardInterrupt):
-        say(f"{done:,} of {counted(count, 'image')} are done and kept; the same command resumes")
+        say(f"images that are done are kept in {out}; the same command resumes")
         raise
     say(f"{counted(len(missing), 'image')} in {time.perf_counter() - begin:.1f} s, {batch} at a time")
-    say_files(out, *(_name(number) for number in range(min(count, 1))))
+    say_files(out, _name(0))
 
 
-def read_latents(source: Path, autoencoder: Autoencoder):
+def read_latents(source: Source, autoencoder: Autoencoder):
     """Latents (N, C, h, w), see `load_images`; BadInput for images, and for latents of another autoencoder."""
-    first = files_of(source)[0]
-    if first.suffix.lower() != ".npy":
-        raise BadInput(f"{source} holds images ({first}): expected latents, which are .npy files")
-    autoencoder.check(latents.known_on_disk(source), f"{source} holds")
-    found = load_images(str(source))
-    if found.shape[1] != autoencoder.channels:
-        raise BadInput(f"{source} holds latents of {found.shape[1]} channels, {autoencoder.path} decodes "
+    if not source.holds_latents:
+        raise BadInput(f"{source.path} holds images ({source.files[0]}): expected latents, which are .npy files")
+    autoencoder.check(latents.known_on_disk(source.path), f"{source.path} holds")
+    encoded = load_images(str(source.path))
+    if encoded.shape[1] != autoencoder.channels:
+        raise BadInput(f"{source.path} holds latents of {encoded.shape[1]} channels, {autoencoder.path} decodes "
                        f"{autoencoder.channels}: expected the same")
-    return found
+    return encoded
 
 
-def _check_decoded(out: Path, source: Path, decoder: Decoder) -> None:
+def _check_decoded(out: Path, source: Source, decoder: Decoder) -> None:
     """Note in decode.json what images are to be decoded from; BadInput if `out` holds those of anything else."""
-    made_from = {"source": str(source), "latents": Source(source, files_of(source)).digest,
-                 **decoder.autoencoder.identity, "precision": decoder.precision}
+    made_from = {"source": str(source.path), "latents": source.digest, **decoder.autoencoder.identity,
+                 "precision": decoder.precision}
     note = out / "decode.json"
+    strange = min(out.glob("[0-9]*.png"), default=None)
     if note.exists():
         latents.check_same(out, json.loads(note.read_text()), made_from)
-        return
-    strange = min(out.glob("[0-9]*.png"), default=None)
-    if strange:
+    elif strange:
         raise BadInput(f"--out is {out}, which holds {strange.name} of another origin: expected one without images")
     write_json(note, made_from)
 
 
-def _decoded(found, decoder: Decoder, missing: list[int], batch: int) -> Iterator[tuple[int, Tensor]]:
+def _decoded(encoded, decoder: Decoder, missing: list[int], batch: int) -> Iterator[tuple[int, Tensor]]:
     """The missing images by their numbers. They are decoded in the batches of all, of which some may exist."""
     for number, of_batch in groupby(missing, lambda number: number // batch):
         start, numbers = number * batch, list(of_batch)
-        images = decoder.decode(torch.as_tensor(found[start : numbers[-1] + 1]), start).cpu()
+        images = decoder.decode(torch.as_tensor(encoded[start : numbers[-1] + 1]), start).cpu()
         yield from ((number, images[number - start]) for number in numbers)
 
 

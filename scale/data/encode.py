@@ -127,7 +127,7 @@ def _encode(job: Job) -> None:
 
 def _encode_shards(job: Job, count: int, entries: Entries, numbers: list[int]) -> None:
     """Encode the shards of these numbers, each written as soon as it is whole."""
-    shard, written, wanted = job.settings.shard, 0, set(numbers)
+    shard, wanted = job.settings.shard, set(numbers)
     total = sum(min(shard, count - number * shard) for number in numbers)
     entries = ((number, path, read) for number, (_, path, read) in enumerate(entries) if number // shard in wanted)
     images = job.source.decoded(entries, threads=job.settings.workers or cores(), depth=job.batch)
@@ -136,9 +136,8 @@ def _encode_shards(job: Job, count: int, entries: Entries, numbers: list[int]) -
             for number, of_shard in groupby(tracked, lambda image: image[0] // shard):
                 made, left_out = _encode_shard(job, of_shard)
                 latents.write_shard(job.out, number, made, left_out)
-                written += 1
         except (BadInput, KeyboardInterrupt):
-            say(f"{written} of {counted(len(numbers), 'shard')} are done and kept; the same command resumes")
+            say("whole shards are kept; the same command resumes")
             raise
 
 

@@ -67,14 +67,9 @@ class Source:
             digest.update(f"{name}\0{state.st_size}\0{state.st_mtime_ns}\0".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
-    @cached_property
-    def key(self) -> str:
-        """Names the files, their state at the first use, and how they are read."""
-        return f"{self.path.resolve()} {self.digest} {self.skip_unreadable}"
-
-    def key_now(self) -> str:
-        """The key of the files as they are now."""
-        return replace(self, files=files_of(self.path) if self.files else []).key
+    def digest_now(self) -> str:
+        """The digest of the files as they are now."""
+        return replace(self, files=files_of(self.path)).digest
 
     @contextmanager
     def open(self) -> Iterator[Opened]:
@@ -217,11 +212,11 @@ def _open_zip(source: Path) -> Iterator[Opened]:
             return archive.read(member)
 
     with archive:
-        members = [member for member in archive.infolist() if _is_image(member.filename)]
+        members = sorted((member for member in archive.infolist() if _is_image(member.filename)),
+                         key=lambda member: PurePosixPath(member.filename))
         for member in members:
             if member.file_size > min(LARGEST, max(HURTS, SWELLS * member.compress_size)):
                 raise _bomb(source / member.filename.lstrip("/"), member.file_size)
-        members.sort(key=lambda member: PurePosixPath(member.filename))
         yield len(members), ((place, source / member.filename.lstrip("/"), partial(read, member))
                              for place, member in enumerate(members))
 
@@ -314,16 +309,13 @@ def open_npy(path: Path, dims: tuple[int, ...] = (4,)) -> np.ndarray:
     Raises Unreadable for what is no such file, and BadInput for any other array; no pickled object is read.
     """
     try:
-        array = np.load(path, mmap_mode="c", allow_pickle=False)
-    except MemoryError:
-        raise
+        array = np.lib.format.open_memmap(path, "c")
     except Exception as error:  # a header is parsed as Python
         raise Unreadable(f"{path} cannot be read as latents ({error}): expected a whole .npy file of float16 or "
                          "float32 numbers") from error
-    kind, shape = getattr(array, "dtype", "several arrays"), getattr(array, "shape", ())
-    if kind not in (np.float16, np.float32) or len(shape) not in dims or 0 in shape:
+    if array.dtype not in (np.float16, np.float32) or array.ndim not in dims or 0 in array.shape:
         shapes = " or ".join({3: "(C, H, W)", 4: "(N, C, H, W)"}[dim] for dim in dims)
-        raise BadInput(f"{path} holds {kind} {shape}: expected latents {shapes} of float16 or float32")
+        raise BadInput(f"{path} holds {array.dtype} {array.shape}: expected latents {shapes} of float16 or float32")
     return array
 
 

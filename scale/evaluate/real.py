@@ -64,7 +64,7 @@ def real_features(images: Source | Tensor | np.ndarray, extractor: Extractor, de
     read = partial(_read, source, extractor, batch or feature_batch(device), check)
     if cache is None:
         return _measure(read, extractor, device)
-    index = cache / f"files-{digest_of(source.key, extractor.key)}.json"
+    index = cache / f"files-{digest_of(source.digest, source.skip_unreadable, extractor.key)}.json"
     with ExitStack() as held:
         with suppress(OSError):  # nothing can be written there, which is said below
             cache.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def real_features(images: Source | Tensor | np.ndarray, extractor: Extractor, de
         try:
             with replacing(path) as partial_path, open(partial_path, "wb") as file:
                 np.savez(file, **real._replace(features=real.features.numpy())._asdict())
-            if source.files and source.key_now() == source.key:  # else a file has changed, perhaps before it was read
+            if source.files and source.digest_now() == source.digest:  # else a file has changed, maybe before its turn
                 write_json(index, {"features": path.name})
         except (OSError, BadInput) as error:  # a full disk costs later calls time, not this call its result
             say(f"the features of the real images are not kept: {error}; --cache names another folder")

@@ -55,13 +55,13 @@ def test_the_second_call_finds_what_the_first_decoded(tmp_path, decodes, source)
     assert (index["source"], index["count"], index["size"]) == (source, len(expected), None)
 
 
-def test_a_stream_has_a_key_that_its_files_change(folder):
+def test_a_stream_has_a_digest_that_its_files_change(folder):
     stream = stream_images(str(folder))
     with stream.open() as (count, entries):
         assert [place for place, _, _, _ in stream.decoded(entries)] == [*range(count)]
-    assert stream.key == stream.key_now() == stream_images(str(folder)).key
+    assert stream.digest == stream.digest_now() == stream_images(str(folder)).digest
     (folder / "b.png").write_bytes(picture(99))
-    assert stream.key != stream.key_now()
+    assert stream.digest != stream.digest_now()
 
 
 def test_a_source_named_otherwise_is_found_too(folder, tmp_path, decodes):

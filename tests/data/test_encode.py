@@ -143,7 +143,7 @@ def test_a_full_disk_is_one_line_and_what_was_encoded_is_usable(run, encoded, en
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         code, out, err = run(*encode_command("full"))
-    assert code == 2 and err.count("\n") == 1 and "No space left on device" in err and "1 of 3 shards" in out
+    assert code == 2 and err.count("\n") == 1 and "No space left on device" in err and "the same command resumes" in out
     assert not list((tmp_path / "full").glob("*.partial"))
     assert len(load_images(str(tmp_path / "full"))) == 4
     assert contents(encoded("full")) == whole
@@ -170,7 +170,7 @@ def test_what_an_unreadable_image_stopped_resumes_without_it(run, encoded, encod
                                                             tmp_path):
     broken = lsun(tmp_path / "broken_lmdb", {**photographs, "fffff": b"no image"})
     code, out, err = run(*encode_command(source=broken))
-    assert code == 2 and "fffff cannot be read" in err and "2 of 3 shards" in out
+    assert code == 2 and "fffff cannot be read" in err and "the same command resumes" in out
     out = encoded("latents", "--skip-unreadable", source=broken)
     assert contents(out) == contents(encoded("at once", "--skip-unreadable", source=broken))
 
@@ -291,7 +291,7 @@ def test_more_shards_than_a_process_may_have_files_open(encoded, monkeypatch):
     def failing(*_, **__):
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-    monkeypatch.setattr(np, "load", failing)
+    monkeypatch.setattr(np.lib.format, "open_memmap", failing)
     with pytest.raises(BadInput, match="Too many open files"):
         load_images(str(out))
 
