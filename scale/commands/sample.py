@@ -13,7 +13,7 @@ from dansm import BadInput
 
 from ..base.files import make_folder, write_json
 from ..base.machine import hardware, pick_device
-from ..base.text import counted, say, say_files, with_bar
+from ..base.text import Stopped, counted, say, say_files, with_bar
 from ..model import sampling
 from ..model.checkpoint import newest
 from ..model.load import load_model
@@ -58,24 +58,37 @@ def sample(
                                    device=device, decode=ready.decode)
     done = 0
     shown = []
-    for images in with_bar(draws, "sampling", math.ceil(count / batch)):
-        if files:
-            for number, image in enumerate(images, done):
-                sampling.save_grid(image[None], out / f"{number:06d}.png", enlarge=1)
-        done += len(images)
-        shown += images[: SHOWN - len(shown)]
+    try:
+        for images in with_bar(draws, "sampling", math.ceil(count / batch)):
+            if files:
+                for number, image in enumerate(images, done):
+                    sampling.save_grid(image[None], out / f"{number:06d}.png", enlarge=1)
+            done += len(images)
+            shown += images[: SHOWN - len(shown)]
+    except KeyboardInterrupt:
+        if not shown:
+            raise
     seconds = time.perf_counter() - begin
     sampling.save_grid(torch.stack(shown), out / "samples.png")
-    write_json(out / "sample.json", {**made_from, "count": count, "recipe": trained.about["recipe"],
+    write_json(out / "sample.json", {**made_from, "count": done, "recipe": trained.about["recipe"],
                                      "seconds": round(seconds, 2), "hardware": hardware(device)})
-    say(f"{counted(count, 'image')} in {counted(steps, 'step')} each: {seconds:.1f} s")
+    say(f"{counted(done, 'image')} in {counted(steps, 'step')} each: {seconds:.1f} s")
     say_files(out, "samples.png", "sample.json", *(["000000.png and so on"] if files else []))
+    if done < count:
+        raise Stopped(f"stopped after {done:,} of {counted(count, 'image')}")
+
+
+def check_foreign_samples(out: Path, ours: bool) -> None:
+    """BadInput if `out` holds a samples.png that no call of `dansm` wrote."""
+    if not ours and (out / "samples.png").exists():
+        raise BadInput(f"--out is {out}, which holds a samples.png of another program: expected another folder")
 
 
 def check_folder(out: Path, made_from: dict, count: int) -> None:
     """BadInput if `out` holds a run, or images that this call would mix with its own."""
     if newest(out):
         raise BadInput(f"--out is {out}, which holds a run with its own samples.png: expected another folder")
+    check_foreign_samples(out, (out / "sample.json").exists())
     held = len(list(out.glob("[0-9]*.png")))
     if not held:
         return

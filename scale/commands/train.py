@@ -25,6 +25,7 @@ from ..model import checkpoint
 from ..model.recipe import RENAMED, SETTINGS, Recipe, load, names, shown
 from ..train import run as training
 from .options import Device
+from .sample import check_foreign_samples
 
 VALUES = {int: "N", float: "X", str: "NAME"}  # in the help
 
@@ -112,6 +113,7 @@ def run(recipe: Recipe, out: Path, device: torch.device, fresh: bool) -> bool:
     loader.check_out(recipe.data, out)
     is_new = not out.exists()
     make_folder(out)
+    check_foreign_samples(out, bool(checkpoint.newest(out)) or (out / "metrics.jsonl").exists())
     with processes(device) as device:
         first = ranks()[0] == 0
         try:

@@ -1,5 +1,6 @@
 """A run evaluated while it trains: its log gets the measures that `dansm evaluate` takes of its checkpoints."""
 
+import importlib
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +14,7 @@ from dansm import BadInput
 from ..base.processes import everyones, first_before_others, ranks
 from ..base.text import counted, say
 from ..data.latents import known_of
-from ..evaluate.extractors import check_installed, draw_features, load_extractor
-from ..evaluate.measures import floor, score
+from ..evaluate.extractors import draw_features, load_extractor
 from ..evaluate.real import check_real, real_features
 from ..model.recipe import Recipe
 from ..model.sampling import at_once, check_steps, sampler
@@ -38,7 +38,7 @@ def check_evaluation(recipe: Recipe) -> None:
         raise BadInput(f"--evaluate-count is {recipe.evaluate_count}: expected at least an image for each process")
     for steps in recipe.evaluate_steps:
         check_steps("--evaluate-steps", steps, dansm.FLOWS[recipe.flow])
-    check_installed()
+    importlib.import_module("torch_fidelity")  # which every evaluation needs
 
 
 class Evaluation:
@@ -56,7 +56,7 @@ class Evaluation:
         check_real(images)
         weights = Path(recipe.inception_weights) if recipe.inception_weights else None
         with first_before_others():  # it may download them
-            self.extractor = load_extractor(recipe.evaluate_features, device, weights, "--evaluate-features")
+            self.extractor = load_extractor(recipe.evaluate_features, device, weights)
         if self.rank == 0:
             self.real = real_features(images, self.extractor, device, cache=CACHE.expanduser())
             self.floor = floor(self.real, recipe.evaluate_count, self.extractor, seed=SEED, device=device,

@@ -114,6 +114,11 @@ class RunFolder:
             for name, value in line.items():
                 self.board.add_scalar(name, value, line["step"])
 
+    def has_evaluation(self) -> bool:
+        """Whether the log has an evaluation of this step, as the first process sees it."""
+        lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
+        return everyones(any(step_of(line) == self.run.step and "/real" in line for line in lines))[0]
+
     def close(self) -> None:
         if self.board:
             self.board.close()

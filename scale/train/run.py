@@ -62,7 +62,8 @@ def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, 
     run, flow, pool = begin(images, recipe, device)
     folder = RunFolder(out, run, pool, images, fresh)
     seconds = folder.resume()
-    evaluated = (recipe.evaluate_every or recipe.evaluate_at) and run.step < recipe.steps
+    overdue = due(recipe, run.step) and not folder.has_evaluation()  # it was cut off after its checkpoint
+    evaluated = (recipe.evaluate_every or recipe.evaluate_at) and (run.step < recipe.steps or overdue)
     evaluation = Evaluation(images, run, flow) if evaluated else None
     batches = loader.batches(images, recipe.batch, seed=recipe.seed, flip=recipe.flip, start=run.step, rank=rank,
                              ranks=processes, device=device,
@@ -71,6 +72,9 @@ def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, 
     pairs = watch.pairs(batches, pool)
     with closing(batches), closing(folder), blamed_on_data(images), progress(run) as show, \
             Decide(run, lambda: show("stopping after this step")) as decide:
+        if overdue:
+            with watch.paused():
+                folder.log(evaluation(watch.seconds, show))
         for loss in dansm.train(run, flow, pairs) if run.step < recipe.steps else ():
             watch.losses.append(loss)
             stop, save = decide()
@@ -78,11 +82,11 @@ def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, 
                 line = watch.line()
                 folder.log(line)
                 show(in_words(line))
-            if due(recipe, run.step):  # before the checkpoint: a run that is killed here makes it when it is resumed
-                with watch.paused():
-                    folder.log(evaluation(watch.seconds, show))
             if due(recipe, run.step) or save or stop:
                 folder.save(watch.seconds)
+            if due(recipe, run.step):
+                with watch.paused():
+                    folder.log(evaluation(watch.seconds, show))
             if save and not stop and pictures and rank == 0 and device.type in GRID_DEVICES:
                 share = recipe.batch // (processes * recipe.accumulate)  # fits into memory: a step had it
                 with watch.paused():

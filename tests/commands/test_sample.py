@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import awake, state_to_save
 from PIL import Image
-from support import TINY, files_of
+from support import FAST, TINY, files_of
 
 import dansm
 from dansm.scale.base.noise import path_noise
@@ -83,11 +83,19 @@ def test_numbered_images_are_not_mixed_with_those_of_another_call(run, refused, 
     assert run(*call, "--count", 5)[0] == 0 and len(list(out.glob("0*.png"))) == 5
 
 
-def test_the_samples_of_a_run_are_kept(refused, trained):
+def test_samples_of_others_are_kept(refused, images, trained, tmp_path):
+    """A run's are not for sample to overwrite, and what no command here wrote is for none."""
     of_run = trained.parent
     (of_run / "samples.png").write_text("of the run")
     assert str(of_run) in refused("sample", trained, "--count", 1, "--steps", 1, "--out", of_run)
     assert (of_run / "samples.png").read_text() == "of the run" and not (of_run / "sample.json").exists()
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "samples.png").write_text("mine")
+    for command in (("sample", trained, "--count", 1, "--steps", 1), ("train", images, "--steps", 1, *FAST)):
+        said = refused(*command, "--out", mine)
+        assert str(mine) in said and "samples.png" in said
+    assert files_of(mine) == ["samples.png"] and (mine / "samples.png").read_text() == "mine"
 
 
 def test_the_same_call_repeats_after_a_kill(run, trained, tmp_path, monkeypatch):
@@ -104,6 +112,23 @@ def test_the_same_call_repeats_after_a_kill(run, trained, tmp_path, monkeypatch)
         assert run(*call)[0] == 130
     assert len(list((tmp_path / "out").glob("0*.png"))) == 4
     assert run(*call)[0] == 0
+
+
+def test_ctrl_c_keeps_what_is_drawn(run, trained, tmp_path, monkeypatch):
+    draw = sampling.sample_images
+
+    def stopped_after_two_batches(*arguments, **settings):
+        draws = draw(*arguments, **settings)
+        yield next(draws)
+        yield next(draws)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sampling, "sample_images", stopped_after_two_batches)
+    command = "sample", trained, "--count", 9, "--batch", 3, "--steps", 2, "--files", "--out", tmp_path / "out"
+    code, _, err = run(*command)
+    assert code == 130 and "6 of 9 images" in err
+    assert json.loads((tmp_path / "out" / "sample.json").read_text())["count"] == 6
+    assert files_of(tmp_path / "out") == [*(f"{i:06d}.png" for i in range(6)), "sample.json", "samples.png"]
 
 
 def test_an_out_that_is_or_lies_below_a_file_is_refused(refused, trained, tmp_path):

@@ -91,7 +91,7 @@ def test_a_run_cut_off_and_resumed_has_each_evaluation_once(run, images, tmp_pat
 
 
 def test_an_evaluation_that_a_kill_cut_off_is_made_up_for_even_at_the_end(run, images, tmp_path, monkeypatch):
-    """A checkpoint is written after the evaluation of its step: the same command trains up to there and makes it."""
+    """The checkpoint of the last step is there, its evaluation is not: the same command makes no step, and that."""
     command = ["train", images, "--steps", 4, *FAST, *SEEN, "--evaluate-at", "2,4"]
     cut, once = tmp_path / "cut", tmp_path / "once"
     evaluate = evaluation.Evaluation.__call__
@@ -106,7 +106,7 @@ def test_an_evaluation_that_a_kill_cut_off_is_made_up_for_even_at_the_end(run, i
         assert run(*command, "--out", cut)[0] == 130
     assert [line["step"] for line in evaluations(cut)] == [2]
     code, said, _ = run(*command, "--out", cut)
-    assert code == 0 and "resuming from step 2" in said
+    assert code == 0 and "nothing to do" in said
     assert run(*command, "--out", once)[0] == 0
     assert evaluations(cut) == evaluations(once) and len(evaluations(cut)) == 2
     assert same(*(state_of(out)["training"] for out in (cut, once)))
