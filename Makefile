@@ -57,7 +57,7 @@ lint: $(READY)  ## ruff over everything
 	$(PYTHON) -m ruff check .
 
 docs: $(READY)  ## write the tables of all pages from results/, and draw the rooms of the code
-	$(PYTHON) docs/tables.py
+	PYTHONPATH=. $(PYTHON) docs/tables.py
 	$(PYTHON) docs/rooms.py
 
 bench: $(READY)  ## what matching costs here: the paper's loop, other libraries, ours, in runs/bench (a minute or two)

@@ -18,15 +18,11 @@ markerHeight="8" refX="6" refY="3" orient="auto"><path d="M0 0L6 3L0 6z" style="
 
 
 def imported(folder):
-    """The rooms that the files of a folder import: dansm.scale.base.files is base, dansm is dansm.py."""
-    package = ["dansm", *folder.relative_to(ROOT).parts]
-    for node in (node for path in folder.glob("*.py") for node in ast.walk(ast.parse(path.read_text("utf-8")))):
-        modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom):
-            above = package[: len(package) + 1 - node.level] if node.level else []
-            modules = [".".join([*above, node.module or node.names[0].name])]
-        for parts in (module.split(".") for module in modules if module.partition(".")[0] == "dansm"):
-            yield next((part for part in parts if part in FILES), "dansm.py")
+    """The rooms that the files of a folder import: ..base.files and dansm.scale.base.files are base, dansm is dansm.py.
+    """
+    code = "\n".join(path.read_text("utf-8") for path in folder.glob("*.py"))
+    for module in re.findall(r"^ *(?:from|import) (?:dansm\b|\.\.)(\S*)", code, re.MULTILINE):
+        yield next((part for part in module.split(".") if part in FILES), "dansm.py")
 
 
 def drawing():

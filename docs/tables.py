@@ -10,17 +10,12 @@ import re
 from pathlib import Path
 from statistics import fmean, stdev
 
+from dansm.scale.studies.proof_runs import RUNS
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
 MARKER = re.compile(r"(<!-- table: (\S+)(.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
-RUNS = {"random": "random pairs", "greedy-1000": "pool of 1,000", "greedy-10000": "pool of 10,000",
-        "greedy-100000": "pool of 100,000", "greedy-1000000": "pool of 1,000,000, bf16",
-        "optimal-10000": "assignment over 10,000", "assigned-256": "assignment within batches of 256",
-        "nearest-16": "nearest of 16", "inner-10000": "pool of 10,000, inner product",
-        "inner-100000": "pool of 100,000, inner product", "diffusion-random": "diffusion, random pairs",
-        "diffusion-greedy-10000": "diffusion, pool of 10,000", "batch8-random": "batch 8, random pairs",
-        "batch8-assigned": "batch 8, assignment", "batch8-greedy-10000": "batch 8, pool of 10,000",
-        "batch1-random": "batch 1, random pairs", "batch1-greedy-10000": "batch 1, pool of 10,000"}
+STEPS = "3", "5", "10", "20", "50"
 
 
 def updated(page):
@@ -65,21 +60,19 @@ def numbers(column, digits=1, unit="", scale=1):
     return write
 
 
-def by_steps(write):
-    return {f"{steps} steps": ({"steps": steps}, write) for steps in ("3", "5", "10", "20", "50")}
-
-
-def runs(names):
-    return {f"{RUNS[run]}, {int(images):,} images": {"run": run, "images": images}
-            for run, images in (name.split("@") for name in names)}
+def of_proof(table, names, write):
+    """A row for each run@images of the proof, a column for each count of sampling steps."""
+    runs = [name.split("@") for name in names]
+    rows = {f"{RUNS[run].label}, {int(images):,} images": {"run": run, "images": images} for run, images in runs}
+    return pivot(read(f"proof/{table}"), rows, {f"{steps} steps": ({"steps": steps}, write) for steps in STEPS})
 
 
 def proof(*names):
-    return pivot(read("proof/distances.csv"), runs(names), by_steps(numbers("distance")))
+    return of_proof("distances.csv", names, numbers("distance"))
 
 
 def proof_ratio(*names):
-    return pivot(read("proof/summary.csv"), runs(names), by_steps(numbers("of_random", 2)))
+    return of_proof("summary.csv", names, numbers("of_random", 2))
 
 
 def proof_images(*names):
@@ -93,7 +86,7 @@ def proof_images(*names):
             return f"{images}, not all"
         least, most = (float(row["images"]) / 1000 / float(row[name]) for name in ("most_ratio", "least_ratio"))
         return f"{images} ({least:,.0f}–{most:,.0f})"
-    return pivot(read("proof/summary.csv"), runs(names), by_steps(needed))
+    return of_proof("summary.csv", names, needed)
 
 
 def proof_short(*names):
@@ -102,7 +95,7 @@ def proof_short(*names):
 
 
 def proof_speed():
-    records = [record | {"pairs": RUNS[record["run"]]} for record in read("proof/speed.csv")]
+    records = [record | {"pairs": RUNS[record["run"]].label} for record in read("proof/speed.csv")]
     rates = {name: numbers(name, 0) for name in ("images_per_second", "least", "most")}
     return listing(records, ["pairs"], rates | {"matching": numbers("matching", 1, " %", 100)})
 

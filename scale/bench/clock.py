@@ -18,14 +18,13 @@ PATIENCE = 20.0  # seconds that the calls of one piece of work may take
 
 
 def run(name: str, title: str, parts: Iterable[tuple[str, Iterable[dict]]], device: torch.device, out: Path,
-        columns: dict[str, str], texts: int = 1, caption: str = "", **about) -> dict:
+        columns: str = "", caption: str = "", **about) -> dict:
     """Measure one part after the other. Writes name.json after every row, and name.csv at the end; prints a table.
 
-    title    of table and figure; the hardware is added
-    parts    (name, rows) each. A row is measured when it is asked for. A part that fails, by lack of memory or anything
-             else, is named under "left_out", and the others are still measured
-    columns, texts, caption  see `show`
-    about    what the figures depend on, kept next to them
+    title  of table and figure; the hardware is added
+    parts  (name, rows) each. A row is measured when it is asked for. A part that fails, by lack of memory or anything
+           else, is named under "left_out", and the others are still measured
+    about  what the figures depend on, kept next to them
     """
     hardware = machine.hardware(device)
     title = f"{title}, {hardware['gpu'] or '{cpu}, {threads} threads'.format(**hardware)}"
@@ -46,7 +45,7 @@ def run(name: str, title: str, parts: Iterable[tuple[str, Iterable[dict]]], devi
     if rank == 0:
         files.write_json(out / f"{name}.json", bench)
         files.write_csv(out / f"{name}.csv", bench["rows"])
-    show(title, bench["rows"], columns, texts, caption)
+    show(title, bench["rows"], columns, caption)
     text.say_files(out, f"{name}.csv", f"{name}.json")
     return bench
 
@@ -108,11 +107,13 @@ def image_like(count: int, shape: tuple[int, ...], seed: int, device: torch.devi
     return samples.clamp_(-1, 1)
 
 
-def show(title: str, rows: list[dict], columns: dict[str, str], texts: int = 1, caption: str = "") -> None:
-    """Print a table. columns: {heading: name in the rows}, the first `texts` of them text."""
-    cells = [[cell(row.get(name), name) for name in columns.values()] for row in rows]
-    if cells and columns:
-        text.console.print(text.table(title, list(columns), cells, caption, texts))
+def show(title: str, rows: list[dict], columns: str, caption: str = "") -> None:
+    """Print a table of the columns of these names."""
+    names = columns.split()
+    if rows and names:
+        texts = sum(isinstance(rows[0].get(name), str) for name in names)
+        cells = [[cell(row.get(name), name) for name in names] for row in rows]
+        text.console.print(text.table(title, [name.replace("_", "\n") for name in names], cells, caption, texts))
 
 
 def cell(value: str | float | None, name: str = "") -> str:

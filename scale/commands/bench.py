@@ -53,10 +53,9 @@ def match(match_size: MatchSizes = ("1000,10000",), batch: Batch = 250, shape: S
     dansm.NoisePool(max(match_size), shape, device=device, dtype=dtype)  # refused before anything is measured
     x = clock.image_like(batch, shape, seed, device)
     measured = rates(device)
-    columns = {"way": "way", "match_size": "match_size", "median ms": "median_ms", "least": "least_ms",
-               "most": "most_ms", "× faster": "times_faster_than_the_paper", "floor": "floor_ms"}
     bench = clock.run("match", f"Matching a batch of {batch} samples of {'×'.join(map(str, shape))}",
-                      parts_of(x, match_size, seed, measured), device, out, columns, caption=LEGEND, batch=batch,
+                      parts_of(x, match_size, seed, measured), device, out,
+                      "way match_size median_ms least_ms most_ms times_faster floor_ms", LEGEND, batch=batch,
                       shape=shape, rates=measured)
     rows = {f"{row['way']}, {row['match_size']:,}": row for row in bench["rows"]}
     clock.draw(bench["title"], rows, out / "match.png", scale="log")
@@ -75,10 +74,8 @@ def spread(match_size: MatchSizes = ("1000,10000",), batch: Batch = 250, shape: 
     with processes(pick_device(device)) as device, quiet(group.get_rank() > 0):
         parts = [(f"{size:,}", spread_life(batch, match_size=size, shape=shape, device=device, seed=seed))
                  for size in match_size]
-        columns = {"match_size": "match_size", "batch a rank": "batch_a_rank", "median ms": "median_ms",
-                   "least": "least_ms", "most": "most_ms", "MB received": "received_mb_median",
-                   "other noise": "other_than_one_process"}
-        clock.run("spread", f"One pool over {group.get_world_size()} processes", parts, device, out, columns, texts=0,
+        columns = "match_size batch_a_rank median_ms least_ms most_ms received_mb_median other_than_one_process"
+        clock.run("spread", f"One pool over {group.get_world_size()} processes", parts, device, out, columns,
                   shape=shape)
 
 
@@ -107,7 +104,7 @@ def train(
             dansm.UNet(**case.settings)
     samples = samples or (10_000 if device.type == "cuda" else 4)
     bench = clock.run("train", f"Training with matching at {match_size:,}",
-                      parts_of(cases, match_size, samples, first_step, seed, device), device, out, {},
+                      parts_of(cases, match_size, samples, first_step, seed, device), device, out,
                       match_size=match_size)
     console.print(bench["title"])
     bars, kinds = {}, {}
@@ -132,10 +129,9 @@ def evaluate(
     count = samples or (50_000 if device.type == "cuda" else 1000)
     images = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     parts = [(features, row_of(features, images, seed, device)) for features in ("efficientnet-lite0", "inception")]
-    columns = {"features from": "features", "images/s": "images_per_second", "features": "features_s",
-               "Fréchet": "frechet_s", "kernel": "kernel_s", "precision": "reach_s", "features + Fréchet": "within_s"}
-    clock.run("evaluate", f"Evaluating {count:,} images of 3×32×32, seconds", parts, device, out, columns,
-              images=count, compared=min(count, COMPARED))
+    clock.run("evaluate", f"Evaluating {count:,} images of 3×32×32", parts, device, out,
+              "features images_per_second features_s frechet_s kernel_s reach_s within_s", images=count,
+              compared=min(count, COMPARED))
 
 
 @app.command()
@@ -156,7 +152,6 @@ def autoencoder(
     parts = [("encode", half_rows(network, autoencoder.Encoder, (3, size, size), device)),
              ("decode", half_rows(network, autoencoder.Decoder, shape, device)),
              ("the commands", command_rows(network, size, count, device))]
-    columns = {"what": "what", "way": "way", "batch": "batch", "images/s": "images_per_second", "ms": "median_ms",
-               "least": "least_ms", "most": "most_ms", "MB": "peak_mb", "MFU": "mfu"}
     clock.run("autoencoder", f"Autoencoder, {parameters / 1e6:.1f} M parameters, images of {size}²", parts, device, out,
-              columns, texts=2, shape=shape, size=size, parameters=parameters, files=count, workers=encode.cores())
+              "what way batch images_per_second median_ms least_ms most_ms peak_mb mfu", shape=shape, size=size,
+              parameters=parameters, files=count, workers=encode.cores())

@@ -1,5 +1,7 @@
 """dansm proof: does matching pay?"""
 
+import math
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -7,8 +9,10 @@ import typer
 
 from dansm import check_choice
 
-from ..base.files import make_folder
+from ..base.files import make_folder, write_csv
+from ..base.locks import alone
 from ..base.machine import pick_device
+from ..base.text import counted, say, say_files
 from .options import Device, InceptionWeights, command_app
 
 app = command_app()
@@ -30,12 +34,45 @@ def proof(
         Path("runs/proof")),
 ) -> None:
     """Does matching pay? Equal runs, paired in many ways; adds what is missing to the tables in --out."""
-    from ..studies.proof import Call, prove
-    from ..studies.proof_runs import RUNS
+    from ..evaluate.extractors import load_extractor
+    from ..studies import proof as study
+    from ..studies.proof_figures import draw
+    from ..studies.proof_runs import RUNS, command_of, runs_left, summarize
 
     names = [*RUNS, "prior"] if only is None else only.split(",")
     for name in names:
         check_choice("--only", name, [*RUNS, "prior", "rates"])
+    end = time.monotonic() + 60 * minutes if minutes else math.inf
     settings = {"evaluate_features": features, "inception_weights": str(inception_weights or ""),
                 "cache": str(cache or "")}
-    prove(Call(data, make_folder(out), work or out / "runs", pick_device(device), settings), names, minutes)
+    call = study.Call(data, make_folder(out), work or out / "runs", pick_device(device), settings)
+    rows, runs = study.read(out), [name for name in names if name in RUNS]
+    study.read(out, "speed.csv")  # a damaged table must be refused before hours of work
+    study.read(out, "prior.csv")
+    study.check_same(rows, out, features=features)
+    left = runs_left(runs, rows)
+    tests_prior = names == ["prior"] or ("prior" in names and not minutes)
+    if left:
+        load_extractor(features, call.device, inception_weights)
+    if left or tests_prior or "rates" in names:
+        call.read_images()
+        study.check_same(rows, out, data=call.images_name)
+    say(f"{counted(len(left), 'run')} of {sum(RUNS[name].seeds for name in runs)} to go")
+    if left:
+        commands = [command_of(run, seed, data, **settings) for run, seed in runs_left(list(RUNS), [])]
+        (out / "commands.txt").write_text("".join(f"{command}\n" for command in commands))
+    stopped = study.train_all(call, left, end) or ("rates" in names and study.measure_rates(call))
+    with alone(out / ".lock"):
+        rows = study.read(out)
+        if summary := summarize(rows):  # empty before two runs can be compared
+            write_csv(out / "summary.csv", summary)
+        if rows:
+            tables = ("distances.csv", "speed.csv", "summary.csv", "commands.txt")
+            figures = draw(rows, study.read(out, "speed.csv"), out)
+            say_files(out, *(name for name in tables if (out / name).exists()), *figures)
+    if left:
+        remaining = len(runs_left(runs, rows))
+        say(f"{counted(remaining, 'run')} to go: the same command resumes" if remaining else "all runs are done")
+    if tests_prior and not stopped:
+        with alone(out / ".prior.lock"):  # a call that waits here finds what this one has measured
+            study.test_prior(call)

@@ -11,7 +11,6 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,20 +23,20 @@ from dansm import BadInput
 from ..base.files import make_folder, read_csv, write_csv
 from ..base.locks import InUse, alone, owning
 from ..base.machine import hardware
-from ..base.text import counted, say, say_files, with_bar
+from ..base.text import say, say_files, with_bar
 from ..data.pixels import from_uint8
-from ..evaluate.extractors import load_extractor
 from ..evaluate.real import check_real, digest_of_images
 from ..model.recipe import Recipe
 from ..train import run as training
 from .prior import ON_A_GPU, WAYS, prior
-from .proof_runs import RANDOM, RUNS, Run, command_of, recipe_of, runs_left, summarize, timed
+from .proof_runs import RANDOM, RUNS, Run, command_of, recipe_of, runs_left, timed
 
 PRIOR = 10_000  # the largest pool whose noises are tested
 TABLES = {  # name → types of the columns that are read
-    "distances.csv": dict(run=str, seed=int, images=int, seconds=float, steps=int, distance=float, real=float),
+    "distances.csv": dict(run=str, seed=int, images=int, seconds=float, steps=int, distance=float, real=float,
+                          features=str, data=str),
     "speed.csv": dict(run=str, images_per_second=float, matching=float, gpu=str),
-    "prior.csv": dict(way=str, noises=int)}
+    "prior.csv": dict(way=str, noises=int, data=str)}
 
 
 def read(out: Path, name: str = "distances.csv") -> list[dict]:
@@ -56,38 +55,28 @@ def read(out: Path, name: str = "distances.csv") -> list[dict]:
 def check_same(rows: list[dict], out: Path, **now: str) -> None:
     """BadInput for a table with other features or other images."""
     for name, value in now.items():
-        if other := [row.get(name) for row in rows if row.get(name) != value]:
-            raise BadInput(f"the {name} of the tables in {out} is {other[0]}, of this call {value}: expected the same, "
-                           "or another --out")
-
-
-def in_order(rows: Iterable[dict], *keys: str) -> list[dict]:
-    """Sorted by run as in RUNS, then by `keys`."""
-    order = list(RUNS)
-    return sorted(rows, key=lambda row: (order.index(row["run"]), *(row[key] for key in keys)))
+        if others := {row[name] for row in rows} - {value}:
+            raise BadInput(f"the {name} of the tables in {out} is {min(others)}, of this call {value}: expected the "
+                           "same, or another --out")
 
 
 def add(new: list[dict], out: Path) -> None:
-    """Put the evaluations of a run of one seed into the table, to which other calls may have added."""
-    with alone(out / ".lock"):
-        rows = read(out)
-        if new:  # another call may have written the first row since this one began
-            check_same(rows, out, features=new[0]["features"], data=new[0]["data"])
-            write_csv(out / "distances.csv", joined(rows, new))
-
-
-def joined(rows: list[dict], new: list[dict]) -> list[dict]:
-    """`rows` with all evaluations so far of a run of one seed.
+    """Put all evaluations so far of a run of one seed into the table, to which other calls may have added.
 
     Evaluations that are known keep their row, which names the GPU. A run that was trained again, as its checkpoints
     were lost, takes the place of the old one once it has come as far: a curve of two trainings is none.
     """
-    old = [row for row in rows if (row["run"], row["seed"]) == (new[0]["run"], new[0]["seed"])]
-    if len(new) < len(old):
-        return rows
-    known = {(row["images"], row["steps"], row["distance"]): row for row in old}
-    new = [known.get((row["images"], row["steps"], row["distance"]), row) for row in new]
-    return in_order([*(row for row in rows if row not in old), *new], "seed", "images", "steps")
+    with alone(out / ".lock"):
+        rows = read(out)
+        old = [row for row in rows if new and (row["run"], row["seed"]) == (new[0]["run"], new[0]["seed"])]
+        if new and len(new) >= len(old):
+            check_same(rows, out, features=new[0]["features"], data=new[0]["data"])  # of a call since this one began
+            known = {(row["images"], row["steps"], row["distance"]): row for row in old}
+            new = [known.get((row["images"], row["steps"], row["distance"]), row) for row in new]
+            order = list(RUNS)
+            rows = sorted([*(row for row in rows if row not in old), *new], key=lambda row: (
+                order.index(row["run"]), row["seed"], row["images"], row["steps"]))
+            write_csv(out / "distances.csv", rows)
 
 
 def lines_of(folder: Path) -> list[dict]:
@@ -147,48 +136,6 @@ class Call:
         self.images_name = f"{len(self.images):,} images, {digest_of_images(np.asarray(self.images))[:8]}"
 
 
-def prove(call: Call, names: list[str], minutes: float) -> None:
-    """Measure what is missing in the tables, for at most `minutes` if not 0; then summarize and draw.
-
-    names  of runs, and "prior" and "rates"
-    """
-    from .proof_figures import draw  # matplotlib takes a while to import
-
-    end = time.monotonic() + 60 * minutes if minutes else math.inf
-    out, features = call.out, call.settings["evaluate_features"]
-    rows, runs = read(out), [name for name in names if name in RUNS]
-    read(out, "speed.csv")  # a damaged table must be refused before hours of work
-    read(out, "prior.csv")
-    check_same(rows, out, features=features)
-    left = runs_left(runs, rows)
-    tests_prior = names == ["prior"] or ("prior" in names and not minutes)
-    if left:
-        weights = call.settings["inception_weights"]
-        load_extractor(features, call.device, Path(weights) if weights else None, "--features")
-    if left or tests_prior or "rates" in names:
-        call.read_images()
-        check_same(rows, out, data=call.images_name)
-    say(f"{counted(len(left), 'run')} of {sum(RUNS[name].seeds for name in runs)} to go")
-    if left:
-        commands = [command_of(run, seed, call.data, **call.settings) for run, seed in runs_left(list(RUNS), [])]
-        (out / "commands.txt").write_text("".join(f"{command}\n" for command in commands))
-    stopped = train_all(call, left, end) or ("rates" in names and measure_rates(call))
-    with alone(out / ".lock"):
-        rows = read(out)
-        if summary := summarize(rows):  # empty before two runs can be compared
-            write_csv(out / "summary.csv", summary)
-        if rows:
-            tables = ("distances.csv", "speed.csv", "summary.csv", "commands.txt")
-            figures = draw(rows, read(out, "speed.csv"), out)
-            say_files(out, *(name for name in tables if (out / name).exists()), *figures)
-    if left:
-        remaining = len(runs_left(runs, rows))
-        say(f"{counted(remaining, 'run')} to go: the same command resumes" if remaining else "all runs are done")
-    if tests_prior and not stopped:
-        with alone(out / ".prior.lock"):  # a call that waits here finds what this one has measured
-            test_prior(call)
-
-
 def train_all(call: Call, left: list[tuple[Run, int]], end: float) -> bool:
     """Train these runs one after the other, but not those of other calls, until time.monotonic() is `end`. Returns
     whether Ctrl-C or SIGTERM ended it."""
@@ -236,7 +183,7 @@ def measure_rates(call: Call) -> bool:
                 return True
             speed = speed_of(run, Path(folder), call.gpu)
         with alone(call.out / ".lock"):
-            write_csv(call.out / "speed.csv", in_order([*read(call.out, "speed.csv"), speed], "gpu"))
+            write_csv(call.out / "speed.csv", [*read(call.out, "speed.csv"), speed])
     return False
 
 

@@ -22,7 +22,7 @@ def written(folder, name="some"):
 
 
 def test_a_bench_is_written_as_json_and_as_csv(tmp_path):
-    bench = clock.run("some", "title", [("part", rows_then())], CPU, tmp_path, {"way": "way"}, batch=3)
+    bench = clock.run("some", "title", [("part", rows_then())], CPU, tmp_path, "way", batch=3)
     assert bench == written(tmp_path) and bench["batch"] == 3 and bench["left_out"] == {}
     assert bench["hardware"]["device"] == "cpu"
     with open(tmp_path / "some.csv", newline="") as file:
@@ -33,7 +33,7 @@ def test_a_bench_is_written_as_json_and_as_csv(tmp_path):
 def test_a_part_that_fails_is_left_out_and_the_others_are_measured(tmp_path, capsys):
     memory = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …")
     parts = [("one", rows_then(memory)), ("two", rows_then(RuntimeError("no disk\nand more"))), ("three", rows_then())]
-    bench = clock.run("some", "title", parts, CPU, tmp_path, {})
+    bench = clock.run("some", "title", parts, CPU, tmp_path)
     assert [row["way"] for row in bench["rows"]] == ["a", "a", "a", "b"]
     assert bench["left_out"] == written(tmp_path)["left_out"] == {"one": "not enough memory", "two": "no disk"}
     said = capsys.readouterr().out
@@ -43,13 +43,13 @@ def test_a_part_that_fails_is_left_out_and_the_others_are_measured(tmp_path, cap
 def test_one_of_several_processes_does_not_go_on_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(clock, "ranks", lambda: (1, 2))
     with pytest.raises(RuntimeError, match="no disk"):
-        clock.run("some", "title", [("one", rows_then(RuntimeError("no disk")))], CPU, tmp_path, {})
+        clock.run("some", "title", [("one", rows_then(RuntimeError("no disk")))], CPU, tmp_path)
     assert list(tmp_path.iterdir()) == []  # and only the first of them writes
 
 
 def test_what_was_measured_is_on_the_disk_when_the_call_is_stopped(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        clock.run("some", "title", [("one", rows_then(KeyboardInterrupt()))], CPU, tmp_path, {})
+        clock.run("some", "title", [("one", rows_then(KeyboardInterrupt()))], CPU, tmp_path)
     assert [row["way"] for row in written(tmp_path)["rows"]] == ["a"]
 
 

@@ -279,17 +279,19 @@ def test_a_call_that_began_with_other_features_adds_nothing(tmp_path):
     assert len(proof.read(tmp_path)) == 1
 
 
-def test_a_curve_is_of_one_training():
+def test_a_curve_is_of_one_training(tmp_path):
     def rows(*distances, gpu):
-        return [dict(run="random", seed=0, images=32 * number, steps=2, distance=distance, gpu=gpu)
+        return [dict(ROW, images=32 * number, distance=distance, gpu=gpu)
                 for number, distance in enumerate(distances, 1)]
 
-    other = [dict(run="random", seed=1, images=32, steps=2, distance=9.0, gpu="A")]
-    first = rows(3.0, 2.0, gpu="A")
-    longer = rows(3.0, 2.0, 1.0, gpu="B")
-    assert proof.joined([*first, *other], longer) == [*first, longer[2], *other]
-    assert proof.joined([*first, *other], rows(3.1, gpu="B")) == [*first, *other]  # trained again, not so far yet
-    assert proof.joined([*first, *other], rows(3.1, 2.1, gpu="B")) == [*rows(3.1, 2.1, gpu="B"), *other]
+    other = [dict(ROW, seed=1, distance=9.0, gpu="A")]
+    first, longer = rows(3.0, 2.0, gpu="A"), rows(3.0, 2.0, 1.0, gpu="B")
+    for new, expected in ((other, other), (first, [*first, *other]), ([], [*first, *other]),
+                          (rows(3.1, gpu="B"), [*first, *other]),  # trained again, not so far yet
+                          (longer, [*first, longer[2], *other]),
+                          (rows(3.1, 2.1, 1.1, gpu="B"), [*rows(3.1, 2.1, 1.1, gpu="B"), *other])):
+        proof.add(new, tmp_path)
+        assert proof.read(tmp_path) == expected
 
 
 def test_speed_is_the_mean_over_the_lines_after_two(tmp_path):
