@@ -1,18 +1,13 @@
-"""2D flows that differ only in how noise and data were paired for training.
-
-Network, data, steps, seeds and learning rate are equal for every way of pairing. Two kinds of numbers are measured:
-
-    training pairs      path length, and the share of pairs of straight lines z → x that cross
-    the learned flow    straightness of its paths, and the squared Wasserstein-2 distance of its samples to the
-                        target, W2², in 1, 2, 4, 8 and 50 sampling steps
-"""
+"""2D flows that differ only in how noise and data were paired for training: network, data, steps and seeds are equal.
+Measured are the pairs (length, share that crosses) and the learned flow (straightness, squared Wasserstein-2 distance
+of its samples to the target, W2², by sampling steps)."""
 
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, count, islice
 from pathlib import Path
 from statistics import fmean, median
 
@@ -20,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import dansm
-from dansm.scale.base.files import write_csv, write_json
+from dansm.scale.base.files import make_folder, write_csv, write_json
 from dansm.scale.base.statistics import crossing_lines, inter_path_distance, mean_and_std, squared_distances
 from dansm.scale.base.text import counted, say_files
 
@@ -31,7 +26,8 @@ BATCH = 256
 POINTS = 1000  # for each measure: W2² between more points takes seconds, between fewer it has a higher floor
 STEPS_SHOWN = (1, 2, 4, 8, 50)
 AT_MOST = {"random": 1, "optimal": 128, "nearest": 16}  # match_size: larger ones make optimal slow, nearest biased
-MEASURES = ("path_length", "crossing", "straightness", *(f"w2_{steps}_steps" for steps in STEPS_SHOWN), "w2_floor")
+MEASURES = {"path length": "path_length", "share crossing": "crossing", "median bend": "straightness",
+            **{f"W2² {counted(steps, 'step')}": f"w2_{steps}_steps" for steps in STEPS_SHOWN}}
 
 
 class MLP(nn.Module):
@@ -45,19 +41,13 @@ class MLP(nn.Module):
         self.register_buffer("of_place", torch.tensor([1.0, 2.0, 4.0]))
         self.register_buffer("of_time", torch.tensor([0.5, 1.0, 2.0]) * math.pi)
         self.layers = nn.Sequential(
-            nn.Linear(2 * (1 + 2 * 3) + 1 + 2 * 3, width), nn.SiLU(),
-            nn.Linear(width, width), nn.SiLU(),
-            nn.Linear(width, width), nn.SiLU(),
-            nn.Linear(width, 2),
-        )
+            nn.Linear(2 * (1 + 2 * 3) + 1 + 2 * 3, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
+            nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         t = t[:, None] / 999
         angles = torch.cat([(x[:, :, None] * self.of_place).flatten(1), t * self.of_time], 1)
         return self.layers(torch.cat([x, t, angles.sin(), angles.cos()], 1))
-
-
-# ------------ Points and pairs ----------------------------------------------------------------------------------------
 
 
 def seed_for(purpose: str, seed: int) -> int:
@@ -73,25 +63,17 @@ def points(shape: str, count: int, purpose: str, seed: int, device="cpu") -> Ten
     return SHAPES[shape](count, generator).to(device)
 
 
-def batches(shape: str, seed: int, device="cpu") -> Iterator[Tensor]:
-    """Endless fresh points of the shape, (BATCH, 2) at a time."""
-    generator = torch.Generator().manual_seed(seed_for("data", seed))
-    while True:
-        yield from SHAPES[shape](64 * BATCH, generator).to(device).split(BATCH)
-
-
 def training_pairs(shape: str, method: str, match_size: int, seed: int, device="cpu") -> Iterator[tuple]:
-    """The endless pairs (x, z) that a training with this method and seed sees."""
-    return dansm.pairs(batches(shape, seed, device), method, match_size, seed=seed_for("noise", seed))
+    """The endless pairs (x, z) that a training with this method and seed sees, (BATCH, 2) each."""
+    generator = torch.Generator().manual_seed(seed_for("data", seed))
+    drawn = (SHAPES[shape](64 * BATCH, generator).to(device).split(BATCH) for _ in count())
+    return dansm.pairs(chain.from_iterable(drawn), method, match_size, seed=seed_for("noise", seed))
 
 
 def pool_from(z: Tensor, x: Tensor, match_size: int) -> Tensor:
     """The noises that x gets from pools of `match_size` filled from z in order. x, z: (N, 2) → (N, 2)."""
     groups = zip(x.split(match_size), z.split(match_size), strict=True)
     return torch.cat([noise[dansm.greedy(dansm.cost_matrix(samples, noise))] for samples, noise in groups])
-
-
-# ------------ Training and measures -----------------------------------------------------------------------------------
 
 
 def train_flow(pairs: Iterable, steps: int, seed: int, device="cpu",
@@ -118,9 +100,9 @@ def wasserstein2(a: Tensor, b: Tensor) -> float:
 
 def measure_pairs(pairs: Iterable, match_size: int) -> dict[str, float]:
     """Measure whole pools of pairs: the samples served first get the nearest noises, so a part would flatter."""
-    count = math.ceil(POINTS / match_size) * match_size
-    x, z = (torch.cat(part)[:count] for part in zip(*islice(pairs, math.ceil(count / BATCH)), strict=True))
-    evenly = torch.arange(POINTS) * count // POINTS
+    total = math.ceil(POINTS / match_size) * match_size
+    x, z = (torch.cat(part)[:total] for part in zip(*islice(pairs, math.ceil(total / BATCH)), strict=True))
+    evenly = torch.arange(POINTS) * total // POINTS
     return {"path_length": dansm.path_length(x, z), "crossing": crossing_share(x[evenly], z[evenly]),
             "inter_path_mean": inter_path_distance(x[evenly], z[evenly]).mean}
 
@@ -134,13 +116,12 @@ def path_of(net: nn.Module, z: Tensor, steps: int) -> Tensor:
 def measure_flow(net: nn.Module, x: Tensor, z: Tensor) -> dict:
     """Straightness, and W2² by sampling steps. x: (N, 2) points of the target, z: (N, 2) noises to start from.
 
-    Straightness is the median over paths. A path that ends near its start divides by almost nothing, and in 2D a few
+    Straightness is the median over paths: a path that ends near its start divides by almost nothing, and in 2D a few
     such paths would decide the mean.
     """
-    flow = dansm.RectifiedFlow()
-    path = path_of(net, z, STEPS_SHOWN[-1])
-    w2 = {steps: wasserstein2(flow.sample(net, z, steps), x) for steps in STEPS_SHOWN}
-    return {"straightness": median(dansm.straightness(line) for line in path.split(1, 1)), "w2": w2}
+    bends = [dansm.straightness(path) for path in path_of(net, z, STEPS_SHOWN[-1]).split(1, 1)]
+    w2 = {steps: wasserstein2(dansm.RectifiedFlow().sample(net, z, steps), x) for steps in STEPS_SHOWN}
+    return {"straightness": median(bends), "w2": w2}
 
 
 # ------------ The run -------------------------------------------------------------------------------------------------
@@ -177,7 +158,7 @@ def run(shape: str, settings: Settings, out: Path) -> None:
 def run_shape(shape: str, settings: Settings, out: Path) -> tuple[list[dict], dict]:
     """`run` for one shape. Returns all trainings, and (network, training) of the first seed by method. toy.json and
     results.csv are written after every seed, so they stay when the run is stopped."""
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     trainings, shown = [], {}
     seeds = range(settings.seed, settings.seed + settings.seeds)
     for by_method in each_seed(partial(train_and_measure, shape, settings), dansm.METHODS, seeds, out / "toy.json"):
@@ -188,10 +169,8 @@ def run_shape(shape: str, settings: Settings, out: Path) -> tuple[list[dict], di
         if not shown:
             shown = by_method
             draw(shape, shown, settings, out)
-    columns = {"path length": "path_length", "share crossing": "crossing", "median bend": "straightness"}
-    columns |= {f"W2² {counted(steps, 'step')}": f"w2_{steps}_steps" for steps in STEPS_SHOWN}
     lines = [{"way": f"{training['method']} {training['match_size']:,}"}
-             | {column: training[name] for column, name in columns.items()} for training in trainings]
+             | {column: training[name] for column, name in MEASURES.items()} for training in trainings]
     floor = fmean(training["w2_floor"] for training in trainings)
     print_table(lines, f"{shape}, {settings.steps:,} steps of {BATCH}",
                 f"W2² after 1, 2, … sampling steps; other points of the target have {floor:.3f}.")
@@ -225,15 +204,11 @@ def rows_of(shape: str, trainings: list[dict]) -> list[dict]:
     for method in dict.fromkeys(training["method"] for training in trainings):
         same = [training for training in trainings if training["method"] == method]
         row = {"shape": shape, "method": method, "match_size": same[0]["match_size"], "seeds": len(same)}
-        for measure in MEASURES:
+        for measure in (*MEASURES.values(), "w2_floor"):
             value = mean_and_std([training[measure] for training in same])
-            row[measure] = round(value["mean"], 5)
-            row[f"{measure}_std"] = round(value["std"], 5)
+            row |= {measure: round(value["mean"], 5), f"{measure}_std": round(value["std"], 5)}
         rows.append(row)
     return rows
-
-
-# ------------ Pictures ------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -245,11 +220,10 @@ def draw(shape: str, shown: dict, settings: Settings, out: Path) -> None:
     planes = {}
     for match_size in (1, 10, 100, 1000):
         noise = pool_from(z, x, match_size)
-        lines = torch.stack([noise[::4], x[::4]])  # all 1,000 would be a tangle
         note = f"{crossing_share(x, noise):.1%} of pairs cross\nmean length {dansm.path_length(x, noise):.2f}"
-        planes["random pairs" if match_size == 1 else f"match size {match_size:,}"] = lines, note
+        name = "random pairs" if match_size == 1 else f"match size {match_size:,}"
+        planes[name] = torch.stack([noise[::4], x[::4]]), note  # all 1,000 would be a tangle
     pictures.draw_planes(planes, out / "pairs.png")
-
     paths, grid, movies = {}, {}, {}
     for method, (net, training) in shown.items():
         name = name_of(training)

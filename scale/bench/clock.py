@@ -92,11 +92,8 @@ def peak_mb(device: torch.device) -> float | None:
 
 
 def image_like(count: int, shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:
-    """Samples (count, *shape) in [−1, 1], smooth and of unequal contrast and brightness, as photographs are. They want
-    the same noises, which is harder to match than random numbers."""
+    """Samples (count, C, H, W) in [−1, 1], smooth and of unequal brightness: as photographs, they want equal noises."""
     generator = torch.Generator().manual_seed(seed)
-    if len(shape) != 3:
-        return 0.5 * torch.randn(count, *shape, generator=generator).to(device)
     coarse = torch.randn(count, shape[0], 4, 4, generator=generator)
     contrast = torch.rand(count, 1, 1, 1, generator=generator)
     brightness = 0.4 * torch.randn(count, 1, 1, 1, generator=generator)

@@ -16,13 +16,8 @@ INCEPTION = "torch_fidelity.feature_extractor_inceptionv3"
 
 
 def row_of(features: str, images: Tensor, seed: int, device: torch.device) -> Iterator[dict]:
-    """The row of an extractor. Inception's weights are untrained: its features mean nothing, their time does.
-
-    features_s           for all images, from uint8 in memory to the mean and covariance of their features
-    frechet_s            for the distance of the images compared to all, from their features
-    kernel_s, reach_s    for the kernel distance; for precision and recall
-    within_s             for the features of all and the Fréchet distance
-    """
+    """The row of an extractor, Inception's with untrained weights: seconds for all images' features with their mean and
+    covariance, and for each measure on the features. reach: precision and recall; within: features and Fréchet."""
     with patch(f"{INCEPTION}.load_state_dict_from_url", lambda *_, **__: {}), \
             patch(f"{INCEPTION}.FeatureExtractorInceptionV3.load_state_dict"):
         extractor = load_extractor(features, device)

@@ -1,13 +1,9 @@
-"""What matching a batch costs, in one run on one machine: this project, other libraries, and the machine's own limits.
+"""What matching a batch costs: ours over a pool's whole life, other libraries, and the machine's own limits."""
 
-Every way is timed for one batch against a pool of match_size noises, a pool of ours over its whole life.
-"""
-
-import importlib
 import statistics
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 
 import torch
@@ -37,8 +33,7 @@ def parts_of(x: Tensor, match_sizes: list[int], seed: int, rates: dict) -> Itera
 
 
 def row_of(name: str, way: tuple, x: Tensor, match_size: int, last: dict, rates: dict) -> Iterator[dict]:
-    """The row of one way; none where memory does not suffice, or one call would take longer than PATIENCE. A pool of
-    ours gets the machine's floor, and how many times quicker it is than the paper's loop, both on a full pool."""
+    """The row of one way; none where memory does not suffice, or one call would take longer than PATIENCE."""
     needed, power, measure = way
     size, ms = last.get(name, (match_size, 0.0))
     if 1.1 * needed > free_memory(x.device) or ms * (match_size / size) ** power > 1000 * clock.PATIENCE:
@@ -54,37 +49,29 @@ def row_of(name: str, way: tuple, x: Tensor, match_size: int, last: dict, rates:
 
 
 def ways(x: Tensor, match_size: int, seed: int) -> dict[str, tuple[int, float, Callable[[], dict]]]:
-    """What this machine has: the bytes that a way needs, the power of match_size with which the time of a call grows,
-    and a function that measures it."""
+    """By name: the bytes that a way needs, the power of match_size with which its time grows, and what measures it."""
     pool = 4 * match_size * x[0].numel()
     life = partial(life_of_a_pool, x, match_size, seed)
-    found = {LOOP: (2 * pool, 1, partial(timed_on_full_pool, x, match_size, 3, paper_loop))}
+
+    def on_full_pool(repeats: int, work: Callable[[Tensor, Tensor], Tensor]) -> dict:
+        return spread(timed(x.device, repeats, work, x, torch.randn(match_size, *x.shape[1:], device=x.device)))
+
+    found = {LOOP: (2 * pool, 1, lambda: on_full_pool(3, paper_loop))}
     for cost in dansm.COSTS:
         found[f"ours, {cost}"] = pool, 1.5, partial(life, cost=cost)
     if x.device.type == "cuda":
         found["ours, tf32"] = pool, 1.5, partial(life, tf32=True)
         found["ours, bf16"] = pool // 2, 1.5, partial(life, dtype=torch.bfloat16)
-    found["bare product"] = 2 * pool, 1, partial(timed_on_full_pool, x, match_size, 15, bare_product)
+    found["bare product"] = 2 * pool, 1, lambda: on_full_pool(15, lambda x, z: products(x.flatten(1), z.flatten(1)))
     found["nearest of k"] = 3 * pool, 1, lambda: spread(timed(x.device, 5, dansm.nearest_of_k, x, match_size))
     for name, solve in assignments(x.device).items():
         found[name] = 12 * match_size**2, 3, partial(assignment, x, match_size, solve, seed)
     return found
 
 
-def timed_on_full_pool(x: Tensor, match_size: int, repeats: int, work: Callable[[Tensor, Tensor], Tensor]) -> dict:
-    return spread(timed(x.device, repeats, work, x, torch.randn(match_size, *x.shape[1:], device=x.device)))
-
-
-def bare_product(x: Tensor, noise: Tensor) -> Tensor:
-    return products(x.flatten(1), noise.flatten(1))
-
-
 def paper_loop(x: Tensor, noise: Tensor) -> Tensor:
-    """The matching of the paper's code: one sample after the other against the whole pool.
-
-    x: (B, ...), noise: (M, ...) → picks (min(B, M),). It is made as quick as such a loop gets: differences go to one
-    buffer again and again, which alone makes it three times quicker on a CPU, and what is taken is only marked.
-    """
+    """The paper's matching, one sample after the other. x: (B, ...), noise: (M, ...) → picks (min(B, M),). It is as
+    quick as such a loop gets: one buffer for all differences makes it three times quicker on a CPU."""
     taken = torch.zeros(len(noise), device=x.device, dtype=x.dtype)
     difference = torch.empty_like(noise)
     picks = []
@@ -96,12 +83,7 @@ def paper_loop(x: Tensor, noise: Tensor) -> Tensor:
 
 
 def life_of_a_pool(x: Tensor, match_size: int, seed: int, **settings) -> dict:
-    """Time every batch of a pool's whole life, after one life that is not counted.
-
-    full_ms   of the first batch of a full pool
-    whole_ms  of the whole life
-    peak_mb   most memory used on a GPU, the noises and the batches included
-    """
+    """Time every batch of a pool's whole life, after one life that is not counted. full_ms: of a full pool's first."""
     device = x.device
     clock.reset_peak(device)
     pool = dansm.NoisePool(match_size, x.shape[1:], device=device, seed=seed, **settings)
@@ -130,28 +112,21 @@ def assignments(device: torch.device) -> dict[str, Callable[[Tensor], object]]:
     solvers = {"scipy, assignment": lambda cost: linear_sum_assignment(cost.cpu().numpy())}
     if gpu.working("auction", device):
         solvers["ours, assignment"] = dansm.optimal
-    if pot := _installed("ot"):
-        solvers["POT emd"] = lambda cost: pot.emd([], [], cost.double().cpu().numpy(), numItermax=10**8)
-    if (theirs := _installed("torch_linear_assignment")) and device.type == "cuda":
-        solvers["torch-linear-assignment"] = lambda cost: theirs.batch_linear_assignment(cost[None])
+    with suppress(ImportError):
+        import ot
+
+        solvers["POT emd"] = lambda cost: ot.emd([], [], cost.double().cpu().numpy(), numItermax=10**8)
+    with suppress(ImportError):
+        from torch_linear_assignment import batch_linear_assignment
+
+        if device.type == "cuda":
+            solvers["torch-linear-assignment"] = lambda cost: batch_linear_assignment(cost[None])
     return solvers
 
 
-def _installed(module: str):
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return importlib.import_module(module)
-    except Exception:  # not there, or not built for this machine
-        return None
-
-
 def assignment(x: Tensor, match_size: int, solve: Callable[[Tensor], object], seed: int) -> dict:
-    """Assign match_size noises to as many samples, with the costs known already. A batch counts with its share.
-
-    saved  of a random pairing's cost, the share that the assignment saves
-    gap    the share of that which is not proven
-    """
+    """Assign match_size noises to as many samples, with the costs known already. A batch counts with its share. saved:
+    of a random pairing's cost, the share that the assignment saves; gap: the share of that which is not proven."""
     samples = image_like(match_size, x.shape[1:], seed, x.device)
     noise = torch.randn(samples.shape, device=x.device, generator=torch.Generator(x.device).manual_seed(seed))
     cost = squared_distances(samples, noise)
@@ -183,34 +158,22 @@ def rates(device: torch.device) -> dict[str, float]:
 
 
 def floor_ms(rates: dict, row: dict, batch: int, numbers: int) -> float:
-    """The least time of the median batch of a pool's life: half of the noises are left, and each of them has to be read
-    once, and multiplied with each sample."""
+    """The least time of the median batch of a pool's life: half of its noises are read once and multiplied."""
     left = row["match_size"] / 2 * numbers
     reading = left * getattr(torch, row["dtype"]).itemsize / rates["bytes_per_second"]
     operations = rates[f"{'tf32' if row['tf32'] else row['dtype']}_operations_per_second"]
     return 1000 * max(reading, 2 * batch * left / operations)
 
 
-def spread_life(batch: int, **settings) -> Iterator[dict]:
-    """The row of the life of a pool over all ranks, after one that is not counted: times, megabytes that a rank
-    receives for a batch, and how many samples get another noise than in one process that has the joined batch."""
-    pool = dansm.NoisePool(match_scope="global", **settings)
-    alone = dansm.NoisePool(**settings)
-    alone.stream = ()  # it stands for one process, with the noises that one process has
-    device = alone.noise.device
-    generator = torch.Generator(device).manual_seed(0)
-    batches = -(-pool.match_size // (batch * pool.ranks))
-    times, received, noises = [], [], []
-    other = torch.zeros((), dtype=torch.int64, device=device)
+def spread_life(x: Tensor, match_size: int, seed: int) -> Iterator[dict]:
+    """The row of the life of a pool over all ranks, after one that is not counted: times, and megabytes received."""
+    pool = dansm.NoisePool(match_size, x.shape[1:], device=x.device, seed=seed, match_scope="global")
+    batches = -(-match_size // (len(x) * pool.ranks))
+    times, received = [], []
     for _ in range(2 * batches):
-        x = torch.randn(pool.ranks, batch, *pool.shape, device=device, generator=generator)
         before = pool.received
         group.barrier()
-        times.append(milliseconds(device, lambda samples: noises.append(pool(samples)), x[pool.rank]))
+        times.append(milliseconds(x.device, pool, x))
         received.append((pool.received - before) / 1e6)
-        expected = alone(x.flatten(0, 1)).unflatten(0, (pool.ranks, batch))[pool.rank]
-        other += (noises.pop() != expected).flatten(1).any(1).sum()
-    group.all_reduce(other)
-    yield {"match_size": pool.match_size, "ranks": pool.ranks, "batch_a_rank": batch, **spread(times[batches:]),
-           "received_mb_median": round(statistics.median(received[batches:]), 3),
-           "samples_compared": 2 * batches * batch * pool.ranks, "other_than_one_process": other.item()}
+    yield {"match_size": match_size, "ranks": pool.ranks, "batch_a_rank": len(x), **spread(times[batches:]),
+           "received_mb_median": round(statistics.median(received[batches:]), 3)}

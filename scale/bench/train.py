@@ -1,7 +1,4 @@
-"""What training costs, in one run on one machine: whole steps, their input, sampling, and what a step is made of.
-
-A step is all that `dansm train` does for one. Its time is the GPU's own, from its beginning to that of the next.
-"""
+"""What training costs: whole steps as `dansm train` makes them, their input, sampling, and what a step is made of."""
 
 import os
 import subprocess
@@ -79,12 +76,8 @@ def synthetic(case: Case, seed: int, device: torch.device) -> Tensor:
 
 
 def training(case: Case, way: str, match_size: int, seed: int, device: torch.device) -> Iterator[dict]:
-    """The row of one way of training; for ours also the step without matching, and its profile.
-
-    first_step_s  from making the network to the end of the first step: kernels are compiled and a graph recorded,
-                  but for kernels that an earlier run on this machine has left
-    peak_mb       most memory allocated at once on a GPU, the images and the pool of noises included
-    """
+    """The row of one way of training; for ours also the step without matching, and its profile. first_step_s: from
+    making the network to the end of the first step, with the compiling of kernels that no earlier run has left."""
     images = synthetic(case, seed, device)
     clock.reset_peak(device)  # the memory of the way before would count as this one's
     before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, way != PLAIN  # as the trainer does
@@ -137,10 +130,7 @@ def steps(run: dansm.Training, batches: Iterator[Tensor], pool: dansm.NoisePool,
 
 def timed_steps(moments: Iterator, case: Case, way: str, match_size: int, device: torch.device) -> dict:
     """The row of as many steps as a pool lives, 40 at least, after ten that are not counted; on a CPU two after one.
-
-    matching_share  of the time, the sum over these steps: few batches pay for the draw of the next pool
-    mfu             share of the GPU's peak in bf16, in all rows, that the network has
-    """
+    Times are the GPU's own, from the beginning of a step to that of the next. mfu: of its peak in bf16, in all rows."""
     gpu = device.type == "cuda"
     take(moments, 10 if gpu else 1)
     counted = list(islice(moments, max(40, -(-match_size // case.batch)) if gpu else 2))
@@ -183,8 +173,7 @@ def between(before: float | torch.cuda.Event, after: float | torch.cuda.Event) -
 
 
 def inputs(case: Case, seed: int, device: torch.device) -> Iterator[dict]:
-    """Batches and nothing else: from images that live on the device, and from a file that was just written, so that it
-    comes from memory where there is enough, not from the disk."""
+    """Batches alone: of images on the device, and of a file just written, which memory holds where there is enough."""
     several = 40 if device.type == "cuda" else 4
     images = synthetic(case, seed, device)
     with tempfile.TemporaryDirectory() as folder:
@@ -215,8 +204,7 @@ def sampling(case: Case, samples: int, seed: int, device: torch.device) -> Itera
 
 
 def starting(case: Case, match_size: int, seed: int, device: torch.device) -> Iterator[dict]:
-    """`dansm train` as it is called, on synthetic latents, until the first line of its log: compiled and not, with no
-    kernel compiled before."""
+    """`dansm train` until the first line of its log: compiled and not, with no kernel compiled before."""
     clock.reset_peak(device)  # gives back what is free, for the other process to have it
     with tempfile.TemporaryDirectory() as folder:
         latents = Path(folder) / "latents.npy"

@@ -33,8 +33,7 @@ OUT = Path("runs/bench")
 MatchSizes = Annotated[list[str], typer.Option(
     help="comma-separated pool sizes", callback=lambda sizes: parse_counts("--match-size", ",".join(sizes), 2))]
 Batch = Annotated[int, typer.Option(min=1, help="samples in a batch")]
-Shape = Annotated[str, typer.Option(help="shape of one sample, as CxHxW", callback=parse_shape)]
-Square = Annotated[str, typer.Option(help="shape of one image or latent, as CxHxW", callback=parse_square)]
+Shape = Annotated[str, typer.Option(help="shape of one image or latent, as CxHxW", callback=parse_square)]
 
 
 @app.callback()
@@ -72,11 +71,10 @@ def spread(match_size: MatchSizes = ("1000,10000",), batch: Batch = 250, shape: 
                        "spread")
     out = make_folder(out)
     with processes(pick_device(device)) as device, quiet(group.get_rank() > 0):
-        parts = [(f"{size:,}", spread_life(batch, match_size=size, shape=shape, device=device, seed=seed))
-                 for size in match_size]
-        columns = "match_size batch_a_rank median_ms least_ms most_ms received_mb_median other_than_one_process"
-        clock.run("spread", f"One pool over {group.get_world_size()} processes", parts, device, out, columns,
-                  shape=shape)
+        x = clock.image_like(batch, shape, seed + group.get_rank(), device)
+        parts = [(f"{size:,}", spread_life(x, size, seed)) for size in match_size]
+        clock.run("spread", f"One pool over {group.get_world_size()} processes", parts, device, out,
+                  "match_size batch_a_rank median_ms least_ms most_ms received_mb_median", shape=shape)
 
 
 @app.command()
@@ -84,7 +82,7 @@ def train(
     network: Annotated[Literal["ncsnpp", "ddpm", "small"] | None, typer.Option(
         help="at --batch and --shape", show_default="the paper's two at their own")] = None,
     batch: Annotated[int, typer.Option(min=1, help="images a step, with --network")] = 250,
-    shape: Square = "4x32x32",
+    shape: Shape = "4x32x32",
     match_size: Annotated[int, typer.Option(min=2, help="noises in the pool")] = 10_000,
     samples: Annotated[int | None, typer.Option(min=1, help="images to sample [10,000, on a CPU 4]")] = None,
     first_step: Annotated[bool, typer.Option("--first-step", help="also run dansm train to its first step")] = False,
@@ -136,7 +134,7 @@ def evaluate(
 
 @app.command()
 def autoencoder(
-    shape: Square = "4x32x32",
+    shape: Shape = "4x32x32",
     samples: Annotated[int | None, typer.Option(min=1, help="image files [8,192, on a CPU 8]")] = None,
     seed: Seed = 0, device: Device = "auto", out: Out = OUT,
 ) -> None:

@@ -25,5 +25,5 @@ def test_both_halves_and_the_commands_are_timed(run, refused, tmp_path, monkeypa
     for row in rows:
         assert row["least_ms"] <= row["median_ms"] <= row["most_ms"] and row["images_per_second"] > 0
     assert rows[0]["operations_per_image"] > 1e6 and (tmp_path / "autoencoder.csv").read_text().count("\n") == 7
-    assert "images/s" in said
+    assert "dansm encode" in said
     assert "4x4" in refused("bench", "autoencoder", "--shape", "4x4", "--device", "cpu", "--out", tmp_path)

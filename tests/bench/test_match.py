@@ -85,4 +85,4 @@ def test_a_spread_pool_is_measured(run, refused, tmp_path, monkeypatch):
     code, said, err = run(*command)
     assert (code, err) == (0, "") and "spread.json" in said
     row, = json.loads((tmp_path / "spread.json").read_text())["rows"]
-    assert row["other_than_one_process"] == 0 and row["samples_compared"] == 32 and row["calls"] == 2
+    assert row["batch_a_rank"] == 8 and row["received_mb_median"] == 0 and row["calls"] == 2
