@@ -6,16 +6,13 @@ from typing import Annotated
 
 import torch
 import typer
-from torch import Tensor
 
 from dansm import BadInput
 
-from ..base.files import make_folder, write_json
-from ..base.machine import hardware, pick_device
-from ..base.statistics import mean_and_std, squared_distances
-from ..base.text import say, say_files
+from ..base import files, machine, statistics, text
+from ..model.load import load_models
 from ..studies import figures
-from ..studies.pairs import load_models, own_pairs
+from ..studies.pairs import own_pairs
 from .options import Batch, Device, Labels, Models, Out, Precision, SampleSteps, Seed, command_app
 
 app = command_app()
@@ -37,9 +34,13 @@ def compare(
     """Compare what several models make of the same noises (the paper's first foundation)."""
     if len(models) < 2:
         raise BadInput(f"MODELS is {models[0]} alone: expected two or more to compare")
-    device = pick_device(device)
-    loaded = load_models(models, device, steps=[steps], labels=labels, precision=precision)
-    make_folder(out)
+    device = machine.pick_device(device)
+    loaded = [model.on(device, precision) for model in load_models(models, [steps], labels=labels)]
+    for model in loaded[1:]:
+        if model.shape != loaded[0].shape:
+            raise BadInput(f"{model.path} makes samples {model.shape}, {loaded[0].path} {loaded[0].shape}: expected "
+                           "models of one shape, as they get the same noise")
+    files.make_folder(out)
     images = []
     for model in loaded:
         x, z, _ = own_pairs(model, range(count), steps, seed=seed, batch=batch, device=device)
@@ -48,19 +49,18 @@ def compare(
                    for i, j in combinations(range(len(loaded)), 2)]
     for pair in comparisons:
         same, unequal = ("{mean:.2f} ± {std:.2f}".format(**pair[noise]) for noise in ("same", "unequal"))
-        say(f"{' – '.join(pair['models'])}: {same} apart from the same noise, {unequal} from unequal noises;",
-            f"ratio {pair['ratio']:.3f} (1: the noise decides nothing), nearest is own {pair['nearest']:.1%}")
-    write_json(out / "compare.json", {
+        text.say(f"{' – '.join(pair['models'])}: {same} apart from the same noise, {unequal} from unequal noises;",
+                 f"ratio {pair['ratio']:.3f} (1: the noise decides nothing), nearest is own {pair['nearest']:.1%}")
+    files.write_json(out / "compare.json", {
         "models": [model.described() for model in loaded], "noises": count, "steps": steps, "seed": seed,
-        "precision": precision, "pairs": comparisons, "hardware": hardware(device)})
+        "precision": precision, "pairs": comparisons, "hardware": machine.hardware(device)})
     pictures = loaded[0].draws_images  # latents are none
     rows = {model.label: x[:shown] for model, x in zip(loaded, images, strict=True) if pictures}
-    say_files(out, "compare.json", *figures.draw_compare(rows, z[:shown], comparisons, out / "compare"))
+    text.say_files(out, "compare.json", *figures.draw_compare(rows, z[:shown], comparisons, out / "compare"))
 
 
-def compare_images(a: Tensor, b: Tensor) -> dict:
-    """How much nearer the images of two models are if they come from the same noise. a, b: (N, ...), N ≥ 2, a_i and
-    b_i from noise i.
+def compare_images(a: torch.Tensor, b: torch.Tensor) -> dict:
+    """How much nearer images a_i and b_i of two models are, as both are from noise i. a, b: (N, ...), N ≥ 2.
 
     same, unequal  ‖a_i − b_j‖ over i = j, and over all i ≠ j: mean and standard deviation
     ratio          of the two means: 0 for equal models, 1 if the noise decides nothing
@@ -68,9 +68,9 @@ def compare_images(a: Tensor, b: Tensor) -> dict:
     """
     a, b = a.flatten(1).float(), b.flatten(1).float()
     same = (a - b).norm(dim=1)  # by differences: equal images are 0 apart, not a rounding error
-    distances = squared_distances(a, b).clamp_min_(0).sqrt_()
+    distances = statistics.squared_distances(a, b).clamp_min_(0).sqrt_()
     distances.diagonal().copy_(same)
     nearest = (distances.argmin(1) == torch.arange(len(a), device=a.device)).float().mean().item()
     unequal = distances[~torch.eye(len(a), dtype=torch.bool, device=a.device)]
-    return {"same": mean_and_std(same), "unequal": mean_and_std(unequal),
+    return {"same": statistics.mean_and_std(same), "unequal": statistics.mean_and_std(unequal),
             "ratio": (same.mean() / unequal.mean()).item(), "nearest": nearest}

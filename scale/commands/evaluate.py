@@ -1,31 +1,30 @@
 """dansm evaluate: how close samples are to real images."""
 
 import json
+import math
 import os
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from rich.progress import Progress
 
 from dansm import BadInput, Diffusion
 
 from ..base.files import make_folder, write_csv, write_json
 from ..base.machine import hardware, number_type, pick_device
-from ..base.text import Stopped, console, counted, say, say_files, table
+from ..base.text import Stopped, console, counted, say, say_files, table, with_bar
 from ..data.latents import known_on_disk
 from ..data.loader import stream_images
 from ..data.read import Source
-from ..evaluate.extractors import INCEPTION, LITE0, Extractor, digest_of_weights, draw_features, load_extractor
+from ..evaluate.extractors import INCEPTION, LITE0, Extractor, digest_of_weights, features_of_all, load_extractor
 from ..evaluate.measures import floor, score
 from ..evaluate.real import VERSION, Real, digest_of, real_features
 from ..model.load import Model, load_models
 from ..model.recipe import parse_counts
-from ..model.sampling import at_once
+from ..model.sampling import at_once, sample_images
 from . import options
 
 app = options.command_app()
@@ -63,12 +62,13 @@ def evaluate(
     trained = [model.with_decoder(autoencoder, on, precision, memory)
                for model in load_models(models, step_counts, solver=solver)]
     make_folder(out)
-    known = read_rows(out / "evaluate.json")
+    before = json.loads((out / "evaluate.json").read_text())["rows"] if (out / "evaluate.json").exists() else []
+    known = {row["made_from"]: row for row in before}
     extractor = load_extractor(features, on, inception_weights)
     source, images = find_real(trained, data, size, skip_unreadable)
-    real = real_features(images, extractor, on, cache=cache.expanduser(), check=partial(check_shape, trained, source))
+    real = real_features(images, extractor, on, cache=cache.expanduser(), check=partial(check_images, trained, source))
     if data is None:
-        check_counts(trained, source, real.count)
+        check_images(trained, source, real.shape, real.count)
     common = {"features": extractor.name, "data": source, "real_images": real.count, "real_digest": real.digest[:8],
               "seed": seed}
     made_from = digest_of("floor", [VERSION, real.digest, count, seed])
@@ -76,21 +76,17 @@ def evaluate(
     for model in trained:
         jobs += jobs_of(model, step_counts, common, real, count, solver, number_type(precision, on))
     rows = []
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("", total=count * len(trained) * sum(step_counts))
-        try:
-            for model, row in jobs:
-                bar.update(task, description=row["model"])
-                key = row["made_from"]
-                if key not in known:
-                    known[key] = row | measure(model, row, real, extractor, on, precision, batch,
-                                               partial(bar.advance, task))
-                    write_json(out / "evaluate.json", {"rows": list(known.values()), "hardware": hardware(on)})
-                    write_csv(out / "evaluate.csv", list(known.values()))
-                rows.append(known[key] | {name: row[name] for name in ("model", "data", "file") if name in row})
-        except KeyboardInterrupt:
-            if not rows:
-                raise
+    try:
+        for model, row in jobs:
+            key = row["made_from"]
+            if key not in known:
+                known[key] = row | measure(model, row, real, extractor, on, precision, batch)
+                write_json(out / "evaluate.json", {"rows": list(known.values()), "hardware": hardware(on)})
+                write_csv(out / "evaluate.csv", list(known.values()))
+            rows.append(known[key] | {name: row[name] for name in ("model", "data", "file") if name in row})
+    except KeyboardInterrupt:
+        if not rows:
+            raise
     report(rows, [model.label if model else "real images" for model, _ in jobs], extractor, count, len(real.mean))
     say_files(out, "evaluate.json", "evaluate.csv")
     if len(rows) < len(jobs):
@@ -118,20 +114,15 @@ def find_real(models: list[Model], data: str | None, size: int | None, skip_unre
     return data, stream_images(data, size=size, skip_unreadable=skip_unreadable)
 
 
-def check_counts(models: list[Model], source: str, count: int) -> None:
-    """BadInput if a model was trained on more or fewer images than lie there now."""
-    for model in models:
-        if model.draws_images and model.about["images"] not in (None, count):
-            raise BadInput(f"{model.path} was trained on {counted(model.about['images'], 'image')}, {source} holds "
-                           f"{count:,} now: expected --data, the images to compare with")
-
-
-def check_shape(models: list[Model], source: str, shape: tuple[int, int, int]) -> None:
-    """BadInput if the real images (C, H, W) are of another size than those of a model."""
+def check_images(models: list[Model], source: str, shape: tuple[int, int, int], count: int | None = None) -> None:
+    """BadInput for real images (C, H, W) of another size than a model's, or not as many as it was trained on."""
     for model in models:
         if shape[1:] != (model.pixels, model.pixels):
             raise BadInput(f"{model.path} makes images of {model.pixels}×{model.pixels} pixels, those of {source} are "
                            f"{shape[2]}×{shape[1]}: expected equal sizes; --size {model.pixels} makes the real ones so")
+        if count and model.draws_images and model.about["images"] not in (None, count):
+            raise BadInput(f"{model.path} was trained on {counted(model.about['images'], 'image')}, {source} holds "
+                           f"{count:,} now: expected --data, the images to compare with")
 
 
 def jobs_of(model: Model, step_counts: list[int], common: dict, real: Real, count: int, solver: str,
@@ -150,31 +141,21 @@ def jobs_of(model: Model, step_counts: list[int], common: dict, real: Real, coun
 
 
 def measure(model: Model | None, row: dict, real: Real, extractor: Extractor, device: torch.device, precision: str,
-            batch: int, advance: Callable[[int], None]) -> dict:
-    """The measures of one row, in how many seconds and on which GPU: calls on several machines add up.
-
-    advance  gets the number of steps that were made for all images, some at a time
-    """
+            batch: int) -> dict:
+    """The measures of one row, in how many seconds and on which GPU: calls on several machines add up."""
     begin = time.monotonic()
     if model is None:
         measures = floor(real, row["count"], extractor, seed=row["seed"], device=device)
     else:
-        features, logits = draw_features(
-            model.on(device, precision).net, model.flow, range(row["count"]), model.shape, row["steps"], extractor,
-            device, seed=row["seed"], batch=batch or at_once(model.net, device), decode=model.decode,
-            advance=lambda images: advance(images * row["steps"]))
+        net = model.on(device, precision).net
+        batch = batch or at_once(model.net, device)
+        drawn = sample_images(net, model.flow, range(row["count"]), model.shape, row["steps"], seed=row["seed"],
+                              batch=batch, device=device, decode=model.decode)
+        bar = with_bar(drawn, f"{model.label}, {counted(row['steps'], 'step')}", math.ceil(row["count"] / batch))
+        features, logits = features_of_all(bar, extractor, device)
         model.net.cpu()  # only one of the models is on the GPU at a time
         measures = score(features, real, extractor, logits=logits, seed=row["seed"], device=device)
     return {**measures, "seconds": round(time.monotonic() - begin, 2), "gpu": hardware(device)["gpu"] or "CPU"}
-
-
-def read_rows(path: Path) -> dict[str, dict]:
-    """The rows of earlier calls by what they were made from. BadInput for a file that no dansm evaluate wrote."""
-    try:
-        return {row["made_from"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
-    except (ValueError, LookupError, TypeError) as error:
-        raise BadInput(f"{path} cannot be read ({error!r}): expected what dansm evaluate wrote, or another --out"
-                       ) from error
 
 
 def report(rows: list[dict], labels: list[str], extractor: Extractor, count: int, dimensions: int) -> None:
@@ -192,8 +173,7 @@ def report(rows: list[dict], labels: list[str], extractor: Extractor, count: int
     available, taken = rows[0]["real_images"], rows[0]["count"]
     console.print(table(f"Distances by {extractor.name} to {available:,} images of {rows[0]['data']}",
                         ["model", "steps", "images", *measures, "precision", "recall"], lines))
-    bound = "no model can be expected to beat them" if taken == count else f"{count:,} would have a lower distance"
-    say(f"real images: {taken:,} of the {available:,} at random, against all; {bound}")
+    say(f"real images: {taken:,} of the {available:,} at random, against all")
     if min(count, available) < dimensions:
         say(f"{min(count, available):,} images are fewer than the {dimensions:,} features: distances are much too "
             "large; compare only those of equally many images")

@@ -1,17 +1,17 @@
 """dansm grid: samples by models and counts of steps."""
 
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..base.files import make_folder, write_json
-from ..base.machine import hardware, pick_device
-from ..base.text import say_files
+from ..base import files, machine, text
 from ..data.pixels import from_uint8
+from ..model.load import load_models
 from ..model.recipe import parse_counts
 from ..studies import figures
-from ..studies.pairs import load_models, own_pairs
+from ..studies.pairs import own_pairs
 from .options import Batch, DecodeMemory, DecodeWith, Device, Labels, Models, Out, Precision, Seed, command_app
 
 app = command_app()
@@ -33,17 +33,15 @@ def grid(
 ) -> None:
     """Draw samples by counts of steps (rows) and models (columns), all from the same noises."""
     counts = parse_counts("--steps", steps)
-    device = pick_device(device)
-    loaded = [model.with_decoder(autoencoder, device, precision, memory)
-              for model in load_models(models, device, steps=counts, labels=labels, precision=precision)]
-    make_folder(out)
-
-    def images(model, count):
+    device = machine.pick_device(device)
+    loaded = [model.on(device, precision).with_decoder(autoencoder, device, precision, memory)
+              for model in load_models(models, counts, labels=labels)]
+    files.make_folder(out)
+    cells = []
+    for count, model in product(counts, loaded):
         x, *_ = own_pairs(model, range(side * side), count, seed=seed, batch=batch, device=device)
-        return from_uint8(model.decode(x)) if model.decode else x
-
-    cells = [[images(model, count) for model in loaded] for count in counts]
-    write_json(out / "grid.json", {
+        cells.append(from_uint8(model.decode(x)) if model.decode else x)
+    files.write_json(out / "grid.json", {
         "models": [model.described() for model in loaded], "steps": counts, "side": side, "seed": seed,
-        "precision": precision, "autoencoder": autoencoder and str(autoencoder), "hardware": hardware(device)})
-    say_files(out, "grid.json", *figures.draw_grid(cells, loaded, counts, side, out / "grid"))
+        "precision": precision, "autoencoder": autoencoder and str(autoencoder), "hardware": machine.hardware(device)})
+    text.say_files(out, "grid.json", *figures.draw_grid(cells, loaded, counts, side, out / "grid"))

@@ -7,15 +7,12 @@ from typing import Annotated
 
 import torch
 import typer
-from torch import Tensor
 
-from ..base.files import make_folder, write_json
-from ..base.machine import hardware, pick_device
-from ..base.text import say, say_files, with_bar
-from ..model.load import Model as LoadedModel
+from ..base import files, machine, text
+from ..model import load
 from ..model.recipe import parse_counts
 from ..studies import figures
-from ..studies.pairs import data_pairs, load_data, load_models, own_pairs
+from ..studies.pairs import data_pairs, load_data, own_pairs
 from .options import Batch, Data, Device, Labels, Model, Out, Precision, SampleSteps, Seed, Size, command_app
 
 TIMES = [(i + 0.5) / 20 for i in range(20)]
@@ -40,11 +37,12 @@ def loss(
     out: Out = Path("runs/loss"),
 ) -> None:
     """Measure a model's loss by time t under random, matched and its own pairs."""
-    device = pick_device(device)
+    device = machine.pick_device(device)
     match_sizes = parse_counts("--match-size", match_size, at_least=2) if match_size else None
-    (loaded,) = load_models([model], device, steps=[steps], labels=labels, precision=precision)
+    (loaded,) = load.load_models([model], [steps], labels=labels)
+    loaded = loaded.on(device, precision)
     images, match_sizes, served = load_data(data, [loaded], match_sizes, count=count, size=size, default=(10_000,))
-    make_folder(out)
+    files.make_folder(out)
     curves = {}
     for pool in (0, *match_sizes):
         x, z = data_pairs(images, pool, count, served, seed=seed, device=device)
@@ -52,25 +50,22 @@ def loss(
     x, z, _ = own_pairs(loaded, range(count), steps, seed=seed, batch=batch, device=device)
     curves["own"] = loss_by_time(loaded, x, z, TIMES, batch)
     for name, curve in curves.items():
-        say(f"{name} pairs: loss {fmean(curve['mean']):.4f}, mean over all times")
-    write_json(out / "loss.json", {
+        text.say(f"{name} pairs: loss {fmean(curve['mean']):.4f}, mean over all times")
+    files.write_json(out / "loss.json", {
         "models": [loaded.described()], "data": data or loaded.about["data"], "count": count, "steps": steps,
-        "seed": seed, "times": TIMES, "curves": curves, "hardware": hardware(device)})
-    say_files(out, "loss.json", *figures.draw_loss(TIMES, curves, loaded.about["flow"], out / "loss"))
+        "seed": seed, "times": TIMES, "curves": curves, "hardware": machine.hardware(device)})
+    text.say_files(out, "loss.json", *figures.draw_loss(TIMES, curves, loaded.about["flow"], out / "loss"))
 
 
 @torch.no_grad()
-def loss_by_time(model: LoadedModel, x: Tensor, z: Tensor, times: list[float], batch: int = 64) -> dict:
-    """The flow's loss for the pairs (x, z), (N, C, H, W) each, N ≥ 2, at each time: mean and its standard error.
-
-    A flow's loss is a mean over its batch, so the error comes from the means of parts: at least eight, of at most
-    `batch` samples.
-    """
+def loss_by_time(model: load.Model, x: torch.Tensor, z: torch.Tensor, times: list[float], batch: int = 64) -> dict:
+    """The flow's loss for the pairs (x, z), (N, C, H, W) each, N ≥ 2, at each time: mean and its standard error. A
+    flow's loss is a mean over its batch, so the error comes from the means of eight parts or more."""
     count = min(len(x), max(8, math.ceil(len(x) / batch)))
     parts = list(zip(x.tensor_split(count), z.tensor_split(count), strict=True))
     weights = torch.tensor([len(part) for part, _ in parts], dtype=torch.float64) / len(x)
     means, errors = [], []
-    for t in with_bar(times, f"loss of {model.label}"):
+    for t in text.with_bar(times, f"loss of {model.label}"):
         losses = [model.flow.loss(model.net, samples, noises, torch.full((len(samples),), t, device=x.device))
                   for samples, noises in parts]
         losses = torch.stack(losses).cpu().double()

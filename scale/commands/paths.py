@@ -8,13 +8,11 @@ from torch import Tensor
 
 import dansm
 
-from ..base.files import make_folder, write_csv, write_json
-from ..base.machine import hardware, pick_device
-from ..base.statistics import inter_path_distance, mean_and_std
-from ..base.text import say, say_files
+from ..base import files, machine, statistics, text
+from ..model.load import load_models
 from ..model.recipe import parse_counts
 from ..studies import figures
-from ..studies.pairs import data_pairs, load_data, load_models, own_pairs, summarize
+from ..studies.pairs import data_pairs, load_data, own_pairs, summarize
 from .options import Batch, Data, Device, Labels, Out, Precision, SampleSteps, Seed, Size, command_app
 
 app = command_app()
@@ -40,11 +38,11 @@ def paths(
     out: Out = Path("runs/paths"),
 ) -> None:
     """Measure how long paths are and how near they come to each other: random, matched, and models' own pairs."""
-    device = pick_device(device)
+    device = machine.pick_device(device)
     match_sizes = parse_counts("--match-size", match_size, at_least=2) if match_size else None
-    loaded = load_models(models or [], device, steps=[steps], labels=labels, precision=precision)
+    loaded = [model.on(device, precision) for model in load_models(models or [], [steps], labels=labels)]
     images, match_sizes, served = load_data(data, loaded, match_sizes, count=count, size=size)
-    make_folder(out)
+    files.make_folder(out)
     rows = []
     for draw in range(seed, seed + seeds):
         for pool in (0, *match_sizes):
@@ -58,22 +56,22 @@ def paths(
     for row in summary:
         if row["pairs"].startswith("matched"):
             row["over_random"] = growth_over_random(rows, row["pairs"])
-    write_json(out / "paths.json", {
+    files.write_json(out / "paths.json", {
         "models": [model.described() for model in loaded], "data": data or loaded[0].about["data"],
         "shape": list(images.shape[1:]), "count": count, "match_sizes": match_sizes, "steps": steps, "seed": seed,
-        "seeds": seeds, "summary": summary, "rows": rows, "hardware": hardware(device)})
-    write_csv(out / "paths.csv", rows)
+        "seeds": seeds, "summary": summary, "rows": rows, "hardware": machine.hardware(device)})
+    files.write_csv(out / "paths.csv", rows)
     for row in summary:
-        say(f"{row['pairs']}: length {row['path_length']['mean']:.2f}, two paths are at least",
-            f"{row['inter_path_mean']['mean']:.2f} apart, nearest ones {row['inter_path_minimum']['mean']:.2f};",
-            f"{row['own_noise_nearest']['mean']:.1%} of the samples have no nearer noise than their own")
-    say_files(out, "paths.json", "paths.csv", *figures.draw_paths(summary, seeds, out / "paths"))
+        text.say(f"{row['pairs']}: length {row['path_length']['mean']:.2f}, two paths are at least",
+                 f"{row['inter_path_mean']['mean']:.2f} apart, nearest ones {row['inter_path_minimum']['mean']:.2f};",
+                 f"{row['own_noise_nearest']['mean']:.1%} of the samples have no nearer noise than their own")
+    text.say_files(out, "paths.json", "paths.csv", *figures.draw_paths(summary, seeds, out / "paths"))
 
 
 def measure_paths(x: Tensor, z: Tensor) -> dict[str, float]:
     """Measures of the straight paths z_i → x_i, (N, C, H, W) each, N ≥ 2. The minimum of the distances and the share
     of own noises that are nearest depend on N: among more paths neighbours are nearer."""
-    distance = inter_path_distance(x, z)
+    distance = statistics.inter_path_distance(x, z)
     return {"path_length": dansm.path_length(x, z), "own_noise_nearest": dansm.own_noise_nearest(x, z),
             **{f"inter_path_{name}": value for name, value in vars(distance).items()}}
 
@@ -83,5 +81,5 @@ def growth_over_random(rows: list[dict], pairs: str) -> dict[str, dict]:
     standard deviation over the seeds, which is far less than that of the measures."""
     random = {row["seed"]: row for row in rows if row["pairs"] == "random"}
     matched = [row for row in rows if row["pairs"] == pairs]
-    return {name: mean_and_std([row[name] / random[row["seed"]][name] - 1 for row in matched])
+    return {name: statistics.mean_and_std([row[name] / random[row["seed"]][name] - 1 for row in matched])
             for name in ("path_length", "inter_path_mean", "inter_path_minimum")}

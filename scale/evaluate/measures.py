@@ -6,6 +6,7 @@ Only on the features of the standard Inception network are Fréchet and kernel d
 import numpy as np
 import torch
 from torch import Tensor
+from torch_fidelity import metric_fid, metric_isc, metric_kid, metric_prc
 
 from .extractors import Extractor
 from .real import Real
@@ -16,9 +17,8 @@ SUBSETS, SUBSET = 100, 1000  # of the kernel distance: how many are drawn, and i
 
 def score(features: Tensor, real: Real, extractor: Extractor, *, logits: Tensor | None = None, seed: int = 0,
           device: torch.device | str = "cpu", measures: str = "all") -> dict[str, float]:
-    """Measure generated images against the real ones.
+    """Measure the features (N, D) of generated images, N ≥ 2, against the real ones.
 
-    features  (N, D) of the generated images, N ≥ 2
     logits    (N, classes) of them, for the Inception Score
     measures  "all", or "distance" for the Fréchet distance alone
 
@@ -29,7 +29,6 @@ def score(features: Tensor, real: Real, extractor: Extractor, *, logits: Tensor 
     precision, recall   share of generated images within reach of a real one, and of real ones within reach of a
                         generated; against N real images, or all if there are fewer. On these features, not on VGG16's
                         as in Kynkäänniemi et al. 2019
-    (frechet_distance, kernel_distance instead of fid, kid for other features than Inception's.)
     """
     frechet, kernel = extractor.distances
     row = {frechet: frechet_distance(features, real)}
@@ -43,9 +42,8 @@ def score(features: Tensor, real: Real, extractor: Extractor, *, logits: Tensor 
 
 def floor(real: Real, count: int, extractor: Extractor, *, seed: int = 0, device: torch.device | str = "cpu",
           measures: str = "all") -> dict[str, float]:
-    """The measures of `count` random real images: no generator can be expected to beat them.
+    """The measures of `count` random real images, half of all if there are no more: what no generator should beat.
 
-    The Fréchet distance is to all real images. All of them would be at distance 0, so at most half of them are taken.
     Kernel distance, precision and recall compare two halves that share no image. "count" tells how many were taken.
     """
     count = min(count, len(real.features))
@@ -67,33 +65,26 @@ def shuffled(features: Tensor, seed: int) -> Tensor:
 
 def frechet_distance(features: Tensor, real: Real) -> float:
     """By torch-fidelity, from features (N, D) in float64. `base.statistics` has the same of two sets."""
-    from torch_fidelity import metric_fid as fid
-
-    statistics = fid.fid_features_to_statistics(features.cpu().double())
+    statistics = metric_fid.fid_features_to_statistics(features.cpu().double())
     statistics["sigma"] = np.atleast_2d(statistics["sigma"])
     real_statistics = {"mu": real.mean, "sigma": real.covariance}
-    return fid.fid_statistics_to_metric(statistics, real_statistics, False)[fid.KEY_METRIC_FID]
+    return metric_fid.fid_statistics_to_metric(statistics, real_statistics, False)[metric_fid.KEY_METRIC_FID]
 
 
 def kernel_distance(features: Tensor, others: Tensor, name: str) -> dict[str, float]:
-    from torch_fidelity import metric_kid as kid
-
-    distance = kid.kid_features_to_metric(features, others, kid_subsets=SUBSETS, verbose=False,
-                                          kid_subset_size=min(SUBSET, len(features), len(others)))
-    return {name: distance[kid.KEY_METRIC_KID_MEAN], f"{name}_std": distance[kid.KEY_METRIC_KID_STD]}
+    result = metric_kid.kid_features_to_metric(features, others, kid_subsets=SUBSETS, verbose=False,
+                                               kid_subset_size=min(SUBSET, len(features), len(others)))
+    return {name: result[metric_kid.KEY_METRIC_KID_MEAN], f"{name}_std": result[metric_kid.KEY_METRIC_KID_STD]}
 
 
 def inception_score(logits: Tensor) -> dict[str, float]:
-    from torch_fidelity import metric_isc as isc
-
-    result = isc.isc_features_to_metric(logits.cpu(), splits=min(10, len(logits)))
-    return {"inception_score": result[isc.KEY_METRIC_ISC_MEAN], "inception_score_std": result[isc.KEY_METRIC_ISC_STD]}
+    result = metric_isc.isc_features_to_metric(logits.cpu(), splits=min(10, len(logits)))
+    return {"inception_score": result[metric_isc.KEY_METRIC_ISC_MEAN],
+            "inception_score_std": result[metric_isc.KEY_METRIC_ISC_STD]}
 
 
 def precision_recall(features: Tensor, others: Tensor, device: torch.device | str) -> dict[str, float]:
-    from torch_fidelity import metric_prc as prc
-
-    result = prc.prc_features_to_metric(features.to(device), others.to(device), prc_batch_size=5000, verbose=False,
-                                        prc_neighborhood=min(NEIGHBOUR, len(features) - 1, len(others) - 1),
-                                        save_cpu_ram=True)
-    return {"precision": result[prc.KEY_METRIC_PRECISION], "recall": result[prc.KEY_METRIC_RECALL]}
+    neighbour = min(NEIGHBOUR, len(features) - 1, len(others) - 1)
+    result = metric_prc.prc_features_to_metric(features.to(device), others.to(device), prc_neighborhood=neighbour,
+                                               prc_batch_size=5000, save_cpu_ram=True, verbose=False)
+    return {"precision": result[metric_prc.KEY_METRIC_PRECISION], "recall": result[metric_prc.KEY_METRIC_RECALL]}

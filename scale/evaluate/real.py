@@ -33,21 +33,14 @@ DIGEST = 16  # bytes of an image's digest: 48 MB for three million images
 
 
 class Real(NamedTuple):
-    """What is known of the real images.
+    """What is known of the real images."""
 
-    digest      of all images in their order, and of the extractor
-    shape       (C, H, W) of one image
-    mean        (D,) of the features of all, float64
-    covariance  (D, D) of them, float64
-    features    (M, D) float32 of M images chosen at random: of all, or of KEPT if there are more
-    """
-
-    digest: str
+    digest: str  # of all images in their order, and of the extractor
     count: int
-    shape: tuple[int, int, int]
-    mean: np.ndarray
-    covariance: np.ndarray
-    features: Tensor
+    shape: tuple[int, int, int]  # (C, H, W) of one image
+    mean: np.ndarray  # (D,) of the features of all, float64
+    covariance: np.ndarray  # (D, D) of them, float64
+    features: Tensor  # (M, D) float32 of M images chosen at random: of all, or of KEPT if there are more
 
 
 def real_features(images: Source | Tensor | np.ndarray, extractor: Extractor, device: torch.device, *,

@@ -75,8 +75,8 @@ def draw_distances(axes, comparisons: list[dict]) -> None:
 
 
 @matplotlib.rc_context(STYLE)
-def draw_grid(images: list[list[Tensor]], models: list[Model], counts: list[int], side: int, path: Path) -> list[str]:
-    """images[row][column]: (side², C, H, W), of models[column] in counts[row] steps."""
+def draw_grid(images: list[Tensor], models: list[Model], counts: list[int], side: int, path: Path) -> list[str]:
+    """Rows of steps, columns of models. images: (side², C, H, W) each, row by row."""
     width = COLUMN if len(models) <= 3 else PAGE
     cell = (width - 0.45) / max(len(models), 2)
     titles = [textwrap.fill(model.label, max(8, int(cell * 15))) for model in models]
@@ -85,10 +85,10 @@ def draw_grid(images: list[list[Tensor]], models: list[Model], counts: list[int]
     figure = Figure(size, layout="constrained")
     figure.get_layout_engine().set(h_pad=0.03, w_pad=0.03, hspace=0.0, wspace=0.0)
     panels = figure.subplots(len(counts), len(models), squeeze=False)
-    for row, cells, count in zip(panels, images, counts, strict=True):
-        for axes, cell_images in zip(row, cells, strict=True):
-            show_images(axes, cell_images, side)
-        row[0].set_ylabel(str(count), rotation=0, ha="right", va="center")
+    for axes, cell_images in zip(panels.flat, images, strict=True):
+        show_images(axes, cell_images, side)
+    for axes, count in zip(panels[:, 0], counts, strict=True):
+        axes.set_ylabel(str(count), rotation=0, ha="right", va="center")
     for axes, title in zip(panels[0], titles, strict=True):
         axes.set_title(title, fontsize=7.5, pad=3)
     figure.supylabel("steps", fontsize=8)
@@ -108,8 +108,7 @@ def draw_tsne(panels: list[dict], draws: int, path: Path) -> list[str]:
         axes.scatter(*x.T, s=26, color=DATA, marker="^", label="sample", **DOT)
         axes.set_title(f"{shorten(panel['name'], 44)}: {panel['crossings']} crossings", loc="left", pad=13)
         note = "these points paired by chance: {mean:.0f} ± {std:.0f}".format(**panel["by_chance"])
-        if draws > 1:
-            note = counted(draws, "draw") + ": {mean:.0f} ± {std:.0f}; ".format(**panel["over_draws"]) + note
+        note = counted(draws, "draw") + ": {mean:.0f} ± {std:.0f}; ".format(**panel["over_draws"]) + note
         axes.text(0, 1.015, note, transform=axes.transAxes, fontsize=7, color=NOTE, va="bottom")
         axes.margins(0.06)
         axes.set(xlabel="t-SNE 1 (no unit)", ylabel="t-SNE 2 (no unit)", xticks=[], yticks=[])

@@ -15,22 +15,10 @@ from ..base.noise import path_noise
 from ..base.statistics import mean_and_std
 from ..base.text import counted, with_bar
 from ..data import loader
-from ..model import load
 from ..model.load import Model
 
 MATCH_SIZES = (100, 1000, 10_000)  # the paper's
 SERVED_AT_ONCE = 250  # samples, the paper's batch
-
-
-def load_models(paths: list[Path], device: torch.device, *, steps: list[int], labels: list[str] | None = None,
-                precision: str = "auto") -> list[Model]:
-    """Models on the device, to be given the same noises: see `load.load_models`. BadInput for unequal shapes."""
-    models = [model.on(device, precision) for model in load.load_models(paths, steps, labels=labels)]
-    for model in models:
-        if model.shape != models[0].shape:
-            raise BadInput(f"{model.path} makes samples {model.shape}, {models[0].path} {models[0].shape}: expected "
-                           "models of one shape, as they get the same noise")
-    return models
 
 
 @torch.no_grad()
@@ -66,9 +54,10 @@ def load_data(source: str | None, models: list[Model], match_sizes: list[int] | 
         settings = {"skip_unreadable": recipe.get("skip_unreadable", False),
                     "cache": Path(recipe["cache"]) if recipe.get("cache") else None}
     images = loader.load_images(source, size=size or recipe.get("size") or None, **settings)
-    if models and tuple(images.shape[1:]) != models[0].shape:
-        raise BadInput(f"{source} holds samples {tuple(images.shape[1:])}, {models[0].path} makes {models[0].shape}: "
-                       "expected the same; --size N makes images N pixels square")
+    for model in models:
+        if tuple(images.shape[1:]) != model.shape:
+            raise BadInput(f"{source} holds samples {tuple(images.shape[1:])}, {model.path} makes {model.shape}: "
+                           "expected the same; --size N makes images N pixels square")
     if match_sizes is None:
         match_sizes = [number for number in default if number <= len(images)] or [len(images)]
     multiple = math.lcm(*match_sizes)

@@ -23,22 +23,17 @@ SERIES = {"random": dict(color=RANDOM, marker="o", linestyle=(0, (4, 2))),
 
 
 def save(figure: Figure, path: Path) -> list[str]:
-    """Write path.png and path.svg and return their names. The same figure always gives the same bytes, so that
-    figures redrawn from unchanged tables show no difference in git."""
+    """Write path.png and path.svg, the same bytes for the same figure, and return their names."""
     png, svg = (path.with_name(f"{path.name}.{kind}") for kind in ("png", "svg"))
     with replacing(png) as partial:
         figure.savefig(partial, format="png", dpi=200)
     drawing = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": path.name}):  # without one, ids are random
         figure.savefig(drawing, format="svg", metadata={"Date": None})
-    with replacing(svg) as partial:
-        partial.write_text(with_numbered_clips(drawing.getvalue()), encoding="utf-8")
-    return [png.name, svg.name]
-
-
-def with_numbered_clips(svg: str) -> str:
-    """The SVG with its clip paths numbered. Matplotlib names them by hashes of their places, whose last bits differ
-    between two calls of its constrained layout."""
-    names = dict.fromkeys(re.findall(r"url\(#(p\w{10})\)", svg))
+    # Clip paths are named by hashes of their places, whose last bits differ between two calls of the layout.
+    names = dict.fromkeys(re.findall(r"url\(#(p\w{10})\)", drawing.getvalue()))
     numbers = {name: f"clip{number}" for number, name in enumerate(names)}
-    return re.sub(r"\bp\w{10}\b", lambda name: numbers.get(name[0], name[0]), svg)
+    with replacing(svg) as partial:
+        numbered = re.sub(r"\bp\w{10}\b", lambda name: numbers.get(name[0], name[0]), drawing.getvalue())
+        partial.write_text(numbered, encoding="utf-8")
+    return [png.name, svg.name]

@@ -26,32 +26,30 @@ LINES = 40  # drawn in the figure; more would be a tangle
 BINS = np.linspace(-5, 5, 41)
 
 
-def measure(images: Tensor, draws: int, match_sizes: tuple[int, ...] = MATCH_SIZES,
-            nearest_of: int = NEAREST_OF) -> dict:
-    """Everything that the page reports. images: (N, D) in [−1, 1].
+def measure(images: Tensor, draws: int) -> dict:
+    """Everything that the page reports. images: (N, D) in [−1, 1], N ≥ 4,000.
 
-    Each draw takes as many images and noises as the largest pool, and pairs these in pools of each size: 4,000 in 40
-    pools of 100, in 4 of 1,000 and in one of 4,000. So each of `match_sizes` divides the largest, which is at most N.
+    Each draw takes 4,000 images and noises, and pairs these in 40 pools of 100, in 4 of 1,000 and in one of 4,000.
     """
     variances, directions = torch.linalg.eigh(torch.cov(images.T))
     directions = directions.flip(1)  # the first is the one along which images differ most
     first = directions[:, 0]
-    middle = match_sizes[len(match_sizes) // 2]
+    middle = MATCH_SIZES[len(MATCH_SIZES) // 2]
     rows, prior_rows, picture = [], [], None
     for draw in with_bar(range(draws), "pairing images with noises"):
-        x, z = draw_ends(images, max(match_sizes), draw)
+        x, z = draw_ends(images, max(MATCH_SIZES), draw)
         rows.append({"draw": draw, "match_size": 1, "way": "random", **spread_along(x, z, directions)})
-        for match_size in match_sizes:
+        for match_size in MATCH_SIZES:
             rows += [{"draw": draw, "match_size": match_size, **row}
                      for row in measure_pools(x, z, match_size, directions)]
-        nearest = dansm.nearest_of_k(x[:nearest_of], nearest_of, generator=dansm.noise_generator(draw, "cpu", 1))
+        nearest = dansm.nearest_of_k(x[:NEAREST_OF], NEAREST_OF, generator=dansm.noise_generator(draw, "cpu", 1))
         seen = {"drawn": z, "matched": match_in_pools(x, z, middle, "squared"), "nearest": nearest}
         prior_rows += [{"draw": draw, **row} for row in measure_prior(seen, first)]
         picture = picture or picture_data(x, seen, first)
     return {"data": {"images": len(images), "numbers": images.shape[1],
                      "squared_norm": images.square().sum(1).mean().item(),
                      "share_of_first_direction": (variances[-1] / variances.sum()).item()},
-            "draws": draws, "match_sizes": list(match_sizes), "nearest_of": nearest_of, "pictured_match_size": middle,
+            "draws": draws, "match_sizes": list(MATCH_SIZES), "nearest_of": NEAREST_OF, "pictured_match_size": middle,
             "summary": summarize(rows, "match_size", "way"), "prior": summarize(prior_rows, "way"), "rows": rows,
             "prior_rows": prior_rows, "picture": picture, "hardware": hardware("cpu")}
 
@@ -117,14 +115,10 @@ def spread_along(x: Tensor, z: Tensor, directions: Tensor) -> dict[str, float]:
     a, b = a - a.mean(0), b - b.mean(0)
     correlation = (a * b).mean(0) / (a.square().mean(0) * b.square().mean(0)).sqrt()
     variance = a.square().mean(0)
-    return {"first_correlation": correlation[0].item(), "first_crossing": crossing(a[:, 0], b[:, 0]),
+    crossing = (a[:, None, 0] - a[:, 0]) * (b[:, None, 0] - b[:, 0]) < 0
+    return {"first_correlation": correlation[0].item(),
+            "first_crossing": crossing.sum().item() / (len(a) * (len(a) - 1)),
             "explained": ((variance * correlation.square()).sum() / variance.sum()).item()}
-
-
-def crossing(a: Tensor, b: Tensor) -> float:
-    """The share of all pairs of lines from b_i to a_i, (N,) each, that cross."""
-    crossed = (a[:, None] - a) * (b[:, None] - b) < 0
-    return crossed.sum().item() / (len(a) * (len(a) - 1))
 
 
 def measure_prior(seen: dict[str, Tensor], first: Tensor) -> list[dict]:

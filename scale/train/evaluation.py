@@ -2,7 +2,7 @@
 
 import importlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,10 +14,10 @@ from dansm import BadInput
 from ..base.processes import everyones, first_before_others, ranks
 from ..base.text import counted, say
 from ..data.latents import known_of
-from ..evaluate.extractors import draw_features, load_extractor
+from ..evaluate.extractors import features_of_all, load_extractor
 from ..evaluate.real import check_real, real_features
 from ..model.recipe import Recipe
-from ..model.sampling import at_once, check_steps, sampler
+from ..model.sampling import at_once, check_steps, sample_images, sampler
 from .step import FastTraining
 
 SEED = 0  # of the noises, as for dansm evaluate by default: runs compare pair by pair
@@ -58,6 +58,8 @@ class Evaluation:
         with first_before_others():  # it may download them
             self.extractor = load_extractor(recipe.evaluate_features, device, weights)
         if self.rank == 0:
+            from ..evaluate.measures import floor
+
             self.real = real_features(images, self.extractor, device, cache=CACHE.expanduser())
             self.floor = floor(self.real, recipe.evaluate_count, self.extractor, seed=SEED, device=device,
                                measures=recipe.evaluate_measures)
@@ -65,6 +67,8 @@ class Evaluation:
     def __call__(self, seconds: float, show: Callable[[str], None]) -> dict:
         """A line of the log: "frechet_distance/5" is of images drawn in 5 steps, "…/real" of real images. Empty on all
         processes but the first. The run has trained `seconds`; `show` takes the text of the live line."""
+        from ..evaluate.measures import score
+
         run, recipe = self.run, self.run.recipe
         begin = time.monotonic()
         net = sampler(run.average, run.device, recipe.precision, recipe.compile)
@@ -91,16 +95,17 @@ class Evaluation:
 
     def _draw(self, net, steps: int, show: Callable[[str], None]) -> tuple:
         """Features and logits of all images."""
-        count = self.run.recipe.evaluate_count
-        done = 0
-
-        def advance(images: int) -> None:
-            nonlocal done
-            done += images * self.processes
-            show(f"evaluating: {min(done, count):,} of {count:,} images in {counted(steps, 'step')}")
-
+        run, count = self.run, self.run.recipe.evaluate_count
         share = range(count * self.rank // self.processes, count * (self.rank + 1) // self.processes)
-        drawn = draw_features(net, self.flow, share, self.run.net.shape, steps, self.extractor, self.run.device,
-                              seed=SEED, advance=advance, batch=at_once(self.run.average, self.run.device))
+
+        def draw() -> Iterator[torch.Tensor]:
+            done = 0
+            for images in sample_images(net, self.flow, share, run.net.shape, steps, seed=SEED, device=run.device,
+                                        batch=at_once(run.average, run.device)):
+                done += len(images) * self.processes
+                show(f"evaluating: {min(done, count):,} of {count:,} images in {counted(steps, 'step')}")
+                yield images
+
+        drawn = features_of_all(draw(), self.extractor, run.device)
         features, logits = zip(*everyones(drawn), strict=True)
         return torch.cat(features), None if logits[0] is None else torch.cat(logits)

@@ -2,11 +2,11 @@
 
 import pytest
 
-from dansm.scale.evaluate import measures
-
 pytest.importorskip("torch_fidelity")
 
 
 @pytest.fixture(autouse=True)
 def few_subsets(monkeypatch):
+    from dansm.scale.evaluate import measures
+
     monkeypatch.setattr(measures, "SUBSETS", 3)  # 100 take a second

@@ -13,7 +13,7 @@ from support import files_of, make_images, noise_image, packed
 import dansm
 from dansm.scale.base.statistics import frechet_distance
 from dansm.scale.commands import evaluate
-from dansm.scale.data import loader, read
+from dansm.scale.data import read
 from dansm.scale.evaluate import real as room
 from dansm.scale.model import checkpoint, load
 
@@ -89,7 +89,7 @@ def test_the_same_call_again_measures_nothing_and_says_the_same(run, model, tmp_
     rows = rows_of(tmp_path / "out")
     run("export", model, "--out", "w.safetensors")
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "draw_features", lambda *_, **__: pytest.fail("drawn again"))
+        patch.setattr(evaluate, "sample_images", lambda *_, **__: pytest.fail("drawn again"))
         patch.setattr(room, "_measure", lambda *_: pytest.fail("measured again"))
         patch.setattr(read, "read_image", lambda *_: pytest.fail("decoded again"))
         assert run("evaluate", model, *options(tmp_path))[1].partition("Distances")[2] == first
@@ -115,7 +115,7 @@ def test_equal_weights_that_predict_something_else_are_another_row(run, images, 
 
 
 def test_ctrl_c_keeps_the_rows_that_are_done_and_the_same_command_resumes(run, model, tmp_path, monkeypatch):
-    draw = evaluate.draw_features
+    draw = evaluate.sample_images
 
     def interrupted(net, flow, numbers, shape, steps, *arguments, **settings):
         if steps == 3:
@@ -123,7 +123,7 @@ def test_ctrl_c_keeps_the_rows_that_are_done_and_the_same_command_resumes(run, m
         return draw(net, flow, numbers, shape, steps, *arguments, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "draw_features", interrupted)
+        patch.setattr(evaluate, "sample_images", interrupted)
         code, said, err = run("evaluate", model, *options(tmp_path))
     assert code == 130 and "2 rows of 3 kept" in err and "real images" in said
     kept = rows_of(tmp_path / "out")
@@ -176,7 +176,7 @@ def test_real_images_need_not_fit_in_the_memory(run, model, images, tmp_path, mo
     run("evaluate", model, *options(tmp_path))
     expected = [row["frechet_distance"] for row in rows_of(tmp_path / "out")]
     archive = packed(tmp_path / "a.tar.gz", {path.name: path.read_bytes() for path in sorted(images.iterdir())})
-    monkeypatch.setattr(loader, "free_memory", lambda _: 0)
+    monkeypatch.setattr("dansm.scale.base.machine.free_memory", lambda _: 0)
     for number, more in enumerate(([], ["--data", archive])):
         out = tmp_path / f"out-{number}"
         code, _, err = run("evaluate", model, *options(tmp_path, *more, "--cache", tmp_path / f"cache-{number}",
@@ -205,7 +205,7 @@ def test_bad_input_is_one_line_that_names_it(refused, model, images, tmp_path):
 
     assert "none" in refuses(tmp_path / "none", *options(tmp_path))
     assert "--steps is '3,x'" in refuses(model, *options(tmp_path, "--steps", "3,x"))
-    assert "--features is nothing" in refuses(model, *options(tmp_path, "--features", "nothing"))
+    assert "is nothing, which" in refuses(model, *options(tmp_path, "--features", "nothing"))
     diffusion = make_run(tmp_path / "diffusion", "diffusion", data=images)
     assert "--steps is 1" in refuses(diffusion, *options(tmp_path, "--steps", "1"))
     assert "--solver" in refuses(diffusion, *options(tmp_path, "--solver", "heun"))
@@ -223,11 +223,3 @@ def test_bad_input_is_one_line_that_names_it(refused, model, images, tmp_path):
     assert "other.png" in refuses(model, *options(tmp_path, "--data", mixed))
     assert "count" in refused("evaluate", model, *options(tmp_path, "--count", 1))
     assert files_of(tmp_path / "out") == []
-
-
-@pytest.mark.parametrize("content", ["{", "[]", '{"rows": [{}]}', '{"rows": 3}'])
-def test_a_file_that_is_not_ours_is_left_as_it_is(refused, model, tmp_path, content):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "evaluate.json").write_text(content)
-    assert "evaluate.json" in refused("evaluate", model, *options(tmp_path))
-    assert (tmp_path / "out" / "evaluate.json").read_text() == content

@@ -12,7 +12,7 @@ from features import digits, untrained_inception
 
 from dansm import BadInput
 from dansm.scale.evaluate import extractors
-from dansm.scale.evaluate.extractors import INCEPTION, LITE0, Extractor, draw_features, features_of, load_extractor
+from dansm.scale.evaluate.extractors import INCEPTION, LITE0, Extractor, features_of, features_of_all, load_extractor
 
 CPU = torch.device("cpu")
 
@@ -31,9 +31,7 @@ def test_features_are_measured_without_gradients_and_not_more_at_once_than_fit(m
     monkeypatch.setattr(extractors, "MOST_AT_ONCE", 7)
     images = digits(20)[0]
     assert not features_of(images[:5], extractor, CPU)[1].requires_grad
-    monkeypatch.setattr(extractors, "sample_images", lambda *_, **__: iter([images]))
-    features, logits = draw_features(None, None, range(20), (3, 8, 8), 1, extractor, CPU, seed=0, batch=20,
-                                     advance=lambda count: None)
+    features, logits = features_of_all([images], extractor, CPU)
     assert at_once == [5, 7, 7, 6] and len(features) == 20 and not logits.requires_grad
 
 
@@ -68,7 +66,7 @@ def test_without_weights_and_network_one_line_says_what_to_do(monkeypatch, capsy
         raise urllib.error.URLError("no route to host")
 
     monkeypatch.setattr(inception, "load_state_dict_from_url", unreachable)
-    with pytest.raises(BadInput, match=r"--inception-weights.*no route to host.*--features efficientnet-lite0"):
+    with pytest.raises(BadInput, match=r"--inception-weights.*no route to host.*efficientnet-lite0"):
         load_extractor(INCEPTION, CPU)
     assert capsys.readouterr().err == ""
 
@@ -89,7 +87,7 @@ def test_files_that_hold_no_weights_of_inception_are_refused(tmp_path):
             with pytest.raises(BadInput, match=rf"--inception-weights is .*{name}") as refusal:
                 load_extractor(INCEPTION, CPU, tmp_path / name)
         assert "\n" not in str(refusal.value)
-    with pytest.raises(BadInput, match=r"--inception-weights.*--features efficientnet-lite0"):
+    with pytest.raises(BadInput, match=r"--inception-weights.*efficientnet-lite0"):
         load_extractor(LITE0, CPU, tmp_path / "others.pth")
 
 

@@ -64,9 +64,15 @@ def small():
     return (brightness + 0.5 * torch.randn(300, 12, generator=numbers)) / 2
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(autouse=True)
+def fewer(monkeypatch):
+    monkeypatch.setattr(theory, "MATCH_SIZES", SIZES)
+    monkeypatch.setattr(theory, "NEAREST_OF", 30)
+
+
+@pytest.fixture
 def result(small):
-    return theory.measure(small, draws=2, match_sizes=SIZES, nearest_of=30)
+    return theory.measure(small, draws=2)
 
 
 def test_the_measured_ways_are_ordered_as_they_must_be(result):
@@ -114,10 +120,12 @@ def test_only_the_nearest_of_many_bends_the_prior(result):
 
 
 def test_crossing_counts_pairs_that_change_sides():
+    def crossing(a, b):
+        return theory.spread_along(a[:, None], b[:, None], torch.eye(1))["first_crossing"]
+
     order = torch.arange(20.0)
-    assert theory.crossing(order, order) == 0
-    assert theory.crossing(order, -order) == 1
-    assert theory.crossing(torch.tensor([0.0, 1, 2]), torch.tensor([0.0, 2, 1])) == pytest.approx(1 / 3)
+    assert crossing(order, order) == 0 and crossing(order, -order) == 1
+    assert crossing(torch.tensor([0.0, 1, 2]), torch.tensor([0.0, 2, 1])) == pytest.approx(1 / 3)
 
 
 def test_a_linear_guess_explains_what_it_can():
@@ -134,7 +142,7 @@ def test_a_linear_guess_explains_what_it_can():
 def test_too_few_images_and_latents_are_refused(refused, tmp_path):
     images = make_images(tmp_path / "images", 3)
     np.save(tmp_path / "latents.npy", np.zeros((8, 4, 2, 2), np.float32))
-    for data, words in ((images, ("3 samples", "4,000")), (tmp_path / "latents.npy", ("latents.npy", "float32"))):
+    for data, words in ((images, ("3 samples", "200")), (tmp_path / "latents.npy", ("latents.npy", "float32"))):
         said = refused("theory", "--data", data, "--out", tmp_path / "out")
         assert "--data" in said and all(word in said for word in words)
         assert not (tmp_path / "out").exists()
@@ -143,9 +151,6 @@ def test_too_few_images_and_latents_are_refused(refused, tmp_path):
 def test_the_command_measures_and_writes(run, small, tmp_path, monkeypatch):
     images = torch.randint(0, 256, (300, 3, 2, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(command, "load_images", lambda source: images)
-    monkeypatch.setattr(theory, "MATCH_SIZES", SIZES)
-    measure = theory.measure
-    monkeypatch.setattr(theory, "measure", lambda x, draws: measure(x, draws, SIZES, nearest_of=30))
     code, said, _ = run("theory", "--data", "d", "--draws", 2, "--out", tmp_path)
     result = json.loads((tmp_path / "theory.json").read_text())
     assert code == 0 and {row["draw"] for row in result["rows"]} == {0, 1}
@@ -160,7 +165,7 @@ def test_what_the_page_says_in_words_holds_in_every_draw():
     rows = {(row["draw"], row["match_size"], row["way"]): row for row in record["rows"]}
     for draw in range(record["draws"]):
         assert rows[draw, 1000, "squared"]["gain"] > rows[draw, 100, "optimal"]["gain"]
-        for size in theory.MATCH_SIZES:
+        for size in record["match_sizes"]:
             assert rows[draw, size, "squared"]["gain"] < rows[draw, size, "inner"]["gain"]
             assert rows[draw, size, "squared"]["quarter_4"] < rows[draw, size, "inner"]["quarter_4"]
             first, last = ([rows[draw, size, way][f"first_variance_{i}"] for way in ("inner", "squared", "optimal")]
