@@ -27,8 +27,6 @@ EXPECTED = ("expected a diffusers folder (config.json and .safetensors, or with 
             ".ckpt with keys first_stage_model.…")
 FILES = [f"diffusion_pytorch_model{kind}" for kind in (".safetensors", ".fp16.safetensors", ".bin")]
 OLDER_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-BATCH = {"cuda": 64, "cpu": 8}  # images encoded or decoded together, by device; more would be no faster
-LOG_VARIANCES = -30.0, 20.0  # AutoencoderKL itself cuts them to these
 
 
 class Autoencoder:
@@ -83,7 +81,7 @@ class _Half:
         self.autoencoder, self.device, self.memory = autoencoder, device, memory
         self.dtype = number_type(precision, device)
         self.precision = str(self.dtype).removeprefix("torch.")
-        self.batch = BATCH.get(device.type, 8)
+        self.batch = 64 if device.type == "cuda" else 8  # more would be no faster
         parts = [getattr(autoencoder.network, name) for name in self.parts]
         net = nn.Sequential(*(part for part in parts if part is not None))  # the settings may leave quant_conv out
         self.net = copy.deepcopy(net).to(device, self.dtype)  # as it is: torch's group norm is slow with channels last
@@ -101,7 +99,7 @@ class Encoder(_Half):
         x = from_uint8(images.to(self.device, non_blocking=True))
         mean, log_variance = self.net(x.to(self.dtype)).float().chunk(2, 1)
         factor = self.autoencoder.factor
-        log_variance = log_variance.clamp(*LOG_VARIANCES) + 2 * torch.tensor(factor).abs().log().item()
+        log_variance = log_variance.clamp(-30.0, 20.0) + 2 * torch.tensor(factor).abs().log().item()
         return torch.cat([(mean - self.autoencoder.shift) * factor, log_variance], 1)
 
 
@@ -137,8 +135,7 @@ class Decoder(_Half):
     def fits(self, size: int) -> int:
         """How many latents of `size` numbers square can be decoded at a time within the memory, at least one.
 
-        About seven of the largest tensor that one becomes are there at once: the branch that is kept, the norm's
-        float32 copy, what goes into a convolution, what comes out, and what it works in.
+        About seven of the largest tensor that one becomes are there at once, in a residual block.
         """
         widths = self.autoencoder.network.config.block_out_channels
         largest = widths[min(1, len(widths) - 1)] * (size * self.autoencoder.shrinks) ** 2
@@ -162,9 +159,6 @@ def _new_network(settings: dict) -> nn.Module:
     return AutoencoderKL.from_config({**blocks, **settings})
 
 
-# ------------------------------------------------------------------------------- reading files
-
-
 def read_autoencoder(path: Path) -> Autoencoder:
     """The autoencoder in a diffusers folder, or in one file with the names that Stable Diffusion's authors gave.
 
@@ -175,10 +169,14 @@ def read_autoencoder(path: Path) -> Autoencoder:
 
     folder = path / "vae" if (path / "vae").is_dir() else path
     file = next((folder / name for name in FILES if (folder / name).is_file()), path)
+    config = file.with_name("config.json")
     try:
         weights = _read_weights(file)
+        settings = json.loads(config.read_text()) if config.exists() else SETTINGS
+        if settings.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
+            raise ValueError(f"config.json describes {settings['_class_name']}")
         with torch.device("meta"):
-            network = _new_network(_read_settings(file.with_name("config.json")))
+            network = _new_network(settings)
         if any(".resnets." in name for name in weights):
             for older, newer in OLDER_NAMES.items():
                 weights = {name.replace(older, newer): weight for name, weight in weights.items()}
@@ -199,24 +197,13 @@ def read_autoencoder(path: Path) -> Autoencoder:
     return Autoencoder(path, network)
 
 
-class _Inert:
-    """Stands for a class that checkpoints of Stable Diffusion name among their notes, and that is not needed."""
-
-
 def _read_weights(file: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     if file.suffix == ".safetensors":
         return load_file(file)
     mapped = zipfile.is_zipfile(file)  # files of a very old torch are none and cannot be mapped
-    with torch.serialization.safe_globals([(_Inert, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]):
+    # checkpoints of Stable Diffusion name this class among their notes, and need it for nothing
+    with torch.serialization.safe_globals([(object, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]):
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     return content.get("state_dict", content)
-
-
-def _read_settings(config: Path) -> dict:
-    settings = json.loads(config.read_text()) if config.exists() else SETTINGS
-    kind = settings.get("_class_name", "AutoencoderKL")
-    if kind != "AutoencoderKL":
-        raise ValueError(f"config.json describes {kind}")
-    return settings

@@ -25,11 +25,8 @@ from .read import Source, files_of
 
 
 def decode(source: Path, decoder: Decoder, out: Path, count: int | None = None, batch: int = 0) -> None:
-    """Write the first `count` latents of `source`, or all, as 000000.png and so on into `out`. The same call resumes
-    one that was stopped.
-
-    batch  most latents decoded at a time; 0: as many as fit
-    """
+    """Write the first `count` latents of `source`, or all, as 000000.png and so on into `out`, up to `batch` at
+    a time (0: as many as fit). The same call resumes one that was stopped."""
     check_out(str(source), out)
     files = Source(source, files_of(source))
     encoded = read_latents(files, decoder.autoencoder)
@@ -37,10 +34,10 @@ def decode(source: Path, decoder: Decoder, out: Path, count: int | None = None, 
     begin = time.perf_counter()
     fits = decoder.fits(max(encoded.shape[2:]))
     batch = min(batch or fits, fits)
-    numbers, existing = range(min(count or len(encoded), len(encoded))), set(os.listdir(out))
-    missing = [number for number in numbers if _name(number) not in existing]
+    existing = set(os.listdir(out))
+    missing = [number for number in range(len(encoded))[:count] if f"{number:06d}.png" not in existing]
     if not missing:
-        say(f"{out} holds {counted(len(numbers), 'image')} already: nothing to do")
+        say(f"{out} holds all images already: nothing to do")
         return
     images = _decoded(encoded, decoder, missing, batch)
     try:
@@ -51,7 +48,7 @@ def decode(source: Path, decoder: Decoder, out: Path, count: int | None = None, 
         say(f"images that are done are kept in {out}; the same command resumes")
         raise
     say(f"{counted(len(missing), 'image')} in {time.perf_counter() - begin:.1f} s, {batch} at a time")
-    say_files(out, _name(0))
+    say_files(out, "000000.png")
 
 
 def read_latents(source: Source, autoencoder: Autoencoder):
@@ -71,27 +68,21 @@ def _check_decoded(out: Path, source: Source, decoder: Decoder) -> None:
     made_from = {"source": str(source.path), "latents": source.digest, **decoder.autoencoder.identity,
                  "precision": decoder.precision}
     note = out / "decode.json"
-    strange = min(out.glob("[0-9]*.png"), default=None)
-    if note.exists():
-        latents.check_same(out, json.loads(note.read_text()), made_from)
-    elif strange:
-        raise BadInput(f"--out is {out}, which holds {strange.name} of another origin: expected one without images")
+    before = json.loads(note.read_text()) if note.exists() else {}
+    latents.check_same(out, before, made_from, "[0-9]*.png")
     write_json(note, made_from)
 
 
 def _decoded(encoded, decoder: Decoder, missing: list[int], batch: int) -> Iterator[tuple[int, Tensor]]:
     """The missing images by their numbers. They are decoded in the batches of all, of which some may exist."""
     for number, of_batch in groupby(missing, lambda number: number // batch):
-        start, numbers = number * batch, list(of_batch)
+        numbers = list(of_batch)
+        start = number * batch
         images = decoder.decode(torch.as_tensor(encoded[start : numbers[-1] + 1]), start).cpu()
         yield from ((number, images[number - start]) for number in numbers)
 
 
-def _name(number: int) -> str:
-    return f"{number:06d}.png"
-
-
 def _save(out: Path, numbered: tuple[int, Tensor]) -> None:
     number, image = numbered
-    with replacing(out / _name(number)) as partial:
+    with replacing(out / f"{number:06d}.png") as partial:
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(partial, "PNG")

@@ -76,23 +76,12 @@ def encode(source: Path, autoencoder: Autoencoder, device: torch.device, out: Pa
         first = ranks()[0] == 0
         with owning(out, "encoded") if first else nullcontext(), quiet(not first):
             job = Job(images, Encoder(autoencoder, device, settings.precision), out, settings)
-            before = _read_earlier(job)
+            before = latents.known_on_disk(out)
+            latents.check_same(out, before, job.described, "*.npy")
             if before and not job.missing(before["images"]):
                 say(f"{out} holds the latents of all {counted(before['images'], 'image')} already: nothing to do")
             else:
                 _encode(job)
-
-
-def _read_earlier(job: Job) -> dict:
-    """The index of an encode into `out` that came to its end or not, {} without; BadInput if it is of other latents."""
-    before = latents.known_on_disk(job.out)
-    strange = min(job.out.glob("*.npy"), default=None)
-    if strange and not before:
-        raise BadInput(f"--out is {job.out}, which holds {strange.name} of another origin, or of an encode whose "
-                       "index.json is gone: expected another --out, or one without .npy files")
-    if before:
-        latents.check_same(job.out, before, job.described)
-    return before
 
 
 def _encode(job: Job) -> None:

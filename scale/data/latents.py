@@ -15,7 +15,7 @@ from dansm import BadInput
 
 from ..base.files import replacing, write_json
 from ..base.text import say
-from .read import Unreadable, check_alike, check_finite, open_npy
+from .read import Unreadable, check_finite, open_npy
 
 VERSION = 2  # of the index
 KNOWN = "autoencoder", "factor", "shift", "moments", "flips", "size", "source"  # that a run keeps of its latents
@@ -36,11 +36,8 @@ class Shards:
     def __init__(self, files: list[Path], about: dict):
         self.files, self.about, self.moments = files, about, about["moments"]
         self.parts = [_mapped(path) for path in files]
-        first = self.parts[0]
-        for path, part in zip(files, self.parts, strict=True):
-            check_alike(path, part, files[0], first)
         self.ends = np.cumsum([len(part) for part in self.parts])
-        self.dtype, self.stored = first.dtype, first.shape[1:]
+        self.dtype, self.stored = self.parts[0].dtype, self.parts[0].shape[1:]
         self.shape = (int(self.ends[-1]), self.stored[0] // (1 + self.moments), *self.stored[1:])
         self.nbytes = sum(part.nbytes for part in self.parts)
 
@@ -58,8 +55,6 @@ class Shards:
     def take(self, rows: np.ndarray, axis: int = 0, out: np.ndarray | None = None, mode: str = "raise") -> np.ndarray:
         """The samples of these numbers, (rows, *stored). Each file is read from once, in its order."""
         rows = np.asarray(rows, dtype=int)
-        if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
-            raise IndexError(f"rows {rows.min()} to {rows.max()} of {len(self)}")
         samples = np.empty((len(rows), *self.stored), self.dtype)
         files = np.searchsorted(self.ends, rows, side="right")
         for file in np.unique(files):
@@ -83,8 +78,9 @@ class Shards:
 def _mapped(path: Path) -> np.ndarray:
     """Like `open_npy`, but no file stays open: there may be more shards than a process may have open files."""
     array = open_npy(path)
-    begin, kind = array.offset // array.itemsize, getattr(torch, str(array.dtype))
-    return torch.from_file(str(path), size=begin + array.size, dtype=kind)[begin:].numpy().reshape(array.shape)
+    begin = array.offset // array.itemsize
+    numbers = torch.from_file(str(path), size=begin + array.size, dtype=getattr(torch, str(array.dtype)))
+    return numbers[begin:].numpy().reshape(array.shape)
 
 
 def known_of(images) -> dict | None:
@@ -98,21 +94,17 @@ def known_on_disk(folder: Path) -> dict:
     another version."""
     try:
         index = json.loads((folder / "index.json").read_text())
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # another program may have files of that name
+        version = index["dansm_latents"]
+    except (FileNotFoundError, NotADirectoryError, ValueError, LookupError, TypeError):  # or it is another program's
         return {}
-    if not isinstance(index, dict) or "dansm_latents" not in index:
-        return {}
-    if index["dansm_latents"] != VERSION:
-        raise BadInput(f"{folder} holds latents of version {index['dansm_latents']}: expected {VERSION}; encode again")
+    if version != VERSION:
+        raise BadInput(f"{folder} holds latents of version {version}: expected {VERSION}, encode the images again")
     return index
 
 
 def open_encoded(folder: Path, index: dict) -> Shards:
-    """The latents that dansm encode wrote into `folder`, memory-mapped. index: see `known_on_disk`. Where an encode is
-    unfinished, these are its whole shards, and a line says so.
-
-    Raises BadInput for shards that are missing, cut off or of unequal shapes.
-    """
+    """The latents that dansm encode wrote into `folder`, memory-mapped; of an unfinished one the shards so far, and a
+    line says so. index: see `known_on_disk`. BadInput for shards that are missing or cut off."""
     notes = read_notes(folder)
     filled = [note for note in notes if note["count"]]
     done = sum(note["count"] // (1 + index["flips"]) + len(note["left_out"]) for note in notes)
@@ -127,10 +119,15 @@ def open_encoded(folder: Path, index: dict) -> Shards:
         raise BadInput(f"{error}; the same dansm encode makes again what is missing") from error
 
 
-def check_same(out: Path, before: dict, now: dict) -> None:
-    """BadInput if what `out` holds was made otherwise, by its note of `before`, than what is to be made now."""
-    differing = [OTHERS.get(name) or f"{name} {before.get(name)} → {value}" for name, value in now.items()
-                 if name != "source" and before.get(name) != value]
+def check_same(out: Path, before: dict, now: dict, files: str) -> None:
+    """BadInput if what `out` holds was made otherwise, by its note of `before`, than what is to be made now, or if it
+    holds files of that pattern and no note."""
+    strange = min(out.glob(files), default=None)
+    if strange and not before:
+        raise BadInput(f"--out is {out}, which holds {strange.name} and no note of what it was made from: expected a "
+                       f"folder without {files}")
+    differing = [OTHERS.get(name) or f"{name} {before[name]} → {value}" for name, value in now.items()
+                 if name != "source" and before and before.get(name) != value]
     if differing:
         raise BadInput(f"{out} holds results that were made otherwise ({', '.join(differing)}): expected the same "
                        "settings, or another --out")
@@ -159,11 +156,8 @@ def read_notes(folder: Path) -> list[dict]:
 
 def is_whole(path: Path) -> bool:
     """Whether a shard has a note and is as noted. Where no image was readable there is a note alone."""
-    note = path.with_suffix(".json")
-    if not note.exists():
-        return False
-    note = json.loads(note.read_text())
     try:
+        note = json.loads(path.with_suffix(".json").read_text())
         return not note["count"] or open_npy(path).shape == (note["count"], *note["shape"])
-    except BadInput:
+    except (FileNotFoundError, BadInput):
         return False

@@ -1,5 +1,8 @@
 """Images from files to the device: decoded once, kept as one array, shuffled and flipped there."""
 
+import hashlib
+import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
@@ -13,16 +16,20 @@ from torch import Tensor
 
 from dansm import BadInput
 
-from ..base.machine import free_memory
+from ..base.files import replacing, write_json
+from ..base.locks import alone
+from ..base.machine import check_memory, free_memory
 from ..base.text import say, with_bar
 from ..base.threads import ahead
-from .cache import OPTION, SHARED, Decoded, cached
 from .latents import Shards, known_on_disk, open_encoded
 from .pixels import from_uint8
 from .read import Source, check_finite, files_of, open_npy, square
 
+SHARED = Path("~/.cache/dansm/images")  # where processes of one machine find what one of them has decoded
 RESIDENT = 1 / 2  # share of the device's free memory that the data may take: the rest is for training
 AHEAD, READERS = 4, 2  # batches read before they are asked for, and threads that read them
+
+Decoded = tuple[np.ndarray, list[Path]]  # (N, C, H, W), and the files that were left out
 
 
 def load_images(source: str, *, size: int | None = None, skip_unreadable: bool = False,
@@ -30,21 +37,19 @@ def load_images(source: str, *, size: int | None = None, skip_unreadable: bool =
                 share: bool = False) -> Tensor | np.ndarray | Shards:
     """All of `source` as one array (N, C, H, W): uint8 for images, float16 or float32 for latents.
 
-    source  images: a folder, read with its subfolders in the order of their names; a .zip, .tar, .tar.gz, .tar.bz2 or
-            .tar.xz of them (.tar.zst from Python 3.14 on), read without unpacking; an LSUN lmdb, a folder with
-            data.mdb; or "cifar10", which torchvision downloads into data/ at first use.
+    source  images: a folder with its subfolders, in the order of their names; a .zip, .tar, .tar.gz, .tar.bz2, .tar.xz
+            (from Python 3.14 on also .tar.zst) of them, read without unpacking; an LSUN lmdb, a folder with data.mdb;
+            or "cifar10", which torchvision downloads into data/ at first use.
             Latents: a folder that dansm encode wrote; a .npy file (N, C, H, W) or (C, H, W), or a folder of such
             files, all of one kind.
     size    shorter side to this many pixels, then the centre square; None takes the images as they are.
     left_out  gets the paths of the files that `skip_unreadable` left out.
-    cache   a folder that keeps what was decoded: the array stays on the disk, memory-mapped, and the next call for
-            the same files decodes nothing. Of several processes one decodes and the others wait for it.
-    share   use `cache.SHARED` if no cache is given.
+    cache   a folder that keeps what was decoded, memory-mapped: the next call for the same files decodes nothing.
+    share   use SHARED if no cache is given.
 
     Returns a tensor in memory, an np.memmap of a cache or a .npy file, or the `Shards` of an encode; `batches` takes
-    any of them. Raises BadInput for a source that is missing, empty or damaged, for an unreadable file (named; left
-    out if `skip_unreadable`), for unequal sizes (two files named), for latents that are not finite, for an array of
-    more than half of the free memory without a cache, and for a cache on a disk without room for it.
+    any of them. Raises BadInput for a source that is missing, empty, damaged, of unequal shapes, not finite, or larger
+    than half of the free memory (without a cache), and for an unreadable file, which it names.
     """
     encoded = known_on_disk(Path(source)) if source else {}
     files = None if encoded else find_source(source, size, skip_unreadable)
@@ -65,7 +70,7 @@ def load_images(source: str, *, size: int | None = None, skip_unreadable: bool =
     else:
         folder = cache or SHARED.expanduser()
         check_out(files.path, folder, "--cache")
-        array, missing = cached(folder, files, partial(_decode_all, files))
+        array, missing = _cached(folder, files)
         if cache is None:
             say(f"decoded images: {array.filename}, {array.nbytes / 1e9:,.1f} GB; every later run of several processes",
                 "finds it there, delete it if none will")
@@ -120,11 +125,62 @@ def _decode_all(source: Source, make_array: Callable[[tuple[int, ...], np.dtype]
 
 
 def _make_in_memory(source: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    needed, free = int(np.prod(shape)) * dtype.itemsize, free_memory("cpu")
-    if needed > free / 2:
-        raise BadInput(f"{source} takes {needed / 1e9:,.1f} GB decoded, half of the free memory is {free / 2e9:,.1f} "
-                       f"GB: expected smaller images (--size), or a folder to keep them in ({OPTION})")
+    what = f"{source} decoded, and as much again to work with (--cache keeps it on the disk, --size makes it smaller)"
+    check_memory(what, 2 * int(np.prod(shape)) * dtype.itemsize, "cpu")
     return np.empty(shape, dtype)
+
+
+def _cached(cache: Path, source: Source) -> Decoded:
+    """What the folder `cache` holds of these very files, memory-mapped. What is missing is decoded into it first. Of
+    several processes that ask at once one decodes, the others wait."""
+    name = f"{source.path.resolve()} {source.size}"
+    key = hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=4).hexdigest()
+    kept = cache / f"{source.path.name}-{source.size or 'whole'}-{key}.npy"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with alone(kept.with_suffix(".lock")):
+            if _find(kept, source) is None:
+                _decode_into(kept, source)
+            return _find(kept, source)
+    except OSError as error:
+        raise BadInput(f"the decoded images cannot be kept in {cache}: {error.strerror}; expected a folder that can be "
+                       f"written to (--cache)") from error
+
+
+def _find(kept: Path, source: Source) -> Decoded | None:
+    """What an earlier call has kept, None if it is of other files or not whole."""
+    try:
+        index = json.loads(kept.with_suffix(".json").read_text())
+        array = np.load(kept, mmap_mode="c", allow_pickle=False)
+        if index["digest"] != source.digest or (index["left_out"] and not source.skip_unreadable):
+            return None
+        return array[: index["count"]], [Path(path) for path in index["left_out"]]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _decode_into(kept: Path, source: Source) -> None:
+    """Write the array, then its index. A kill in between leaves no index of another array."""
+    digest = source.digest  # of the files as they are before they are decoded
+    with replacing(kept) as part:
+        array, left_out = _decode_all(source, partial(_make_on_disk, part))
+        array.flush()
+        kept.with_suffix(".json").unlink(missing_ok=True)
+    write_json(kept.with_suffix(".json"), {
+        "digest": digest, "source": str(source.path), "size": source.size, "count": len(array),
+        "left_out": [str(path) for path in left_out]})
+
+
+def _make_on_disk(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:
+    """A memory-mapped array with all its room taken at once: a disk that fills up under a map ends the process."""
+    array = np.lib.format.open_memmap(path, "w+", dtype, shape=shape)
+    try:
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError as error:
+        raise BadInput(f"the decoded images take {array.nbytes / 1e9:,.1f} GB, {path.parent} has no room for them "
+                       f"({error.strerror}): expected another --cache, or smaller images (--size)") from error
+    return array
 
 
 def check_out(source: str | Path, out: Path, option: str = "--out") -> None:
@@ -141,9 +197,6 @@ def stream_images(source: str, *, size: int | None = None, skip_unreadable: bool
     if images.holds_latents:
         raise BadInput(f"{source} holds latents: expected images")
     return images
-
-
-# ------------------------------------------------------------------------------- to the device
 
 
 def look(images: Tensor | np.ndarray | Shards) -> list[float]:
@@ -251,17 +304,20 @@ def _shares(length: int, seed: int, flip: bool, first: int, share: int, batch: i
 
     def draw(epoch: int):
         numbers = np.random.default_rng([seed, epoch])
-        rows, mirrored = numbers.permutation(length), numbers.random(length) < (0.5 if flip else 0)
+        rows = numbers.permutation(length)
+        mirrored = numbers.random(length) < (0.5 if flip else 0)
         return _send([torch.from_numpy(rows), torch.from_numpy(mirrored)], device, side)
 
     with closing(ahead(draw, count(first // length), threads=1, depth=1)) as epochs:
-        order, begin = _received(*next(epochs)), first % length
+        order = _received(*next(epochs))
+        begin = first % length
         while True:
             while len(order[0]) < begin + share:
                 order = [torch.cat(parts) for parts in zip(order, _received(*next(epochs)), strict=True)]
             yield [part[begin : begin + share] for part in order]
             served = min(begin + batch, len(order[0]))
-            order, begin = [part[served:] for part in order], begin + batch - served
+            order = [part[served:] for part in order]
+            begin += batch - served
 
 
 def _send(tensors: list[Tensor], device: torch.device, side):

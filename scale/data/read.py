@@ -97,10 +97,7 @@ class Source:
     def decoded(self, entries: Entries, work: Callable | None = None, threads: int = 0,
                 depth: int = 0) -> Iterator[tuple]:
         """Yield (place, path, array (n, C, H, W), work(array)) of each entry, computed by threads up to `depth` and a
-        few ahead.
-
-        The array is None for an unreadable file that is left out. BadInput for arrays that differ in shape or type.
-        """
+        few ahead. The array is None for a file that is left out. BadInput for arrays that differ in shape or type."""
 
         def decode(entry: tuple) -> tuple:
             place, path, read = entry
@@ -165,7 +162,10 @@ def read_image(path: Path, read: Callable[[], bytes], size: int | None = None) -
     try:
         with Image.open(BytesIO(read())) as image:
             if image.mode.startswith(("I", "F")):  # more than 8 bits a pixel, which convert would cut off at 255
-                image = Image.fromarray(_from_16_bits(np.asarray(image)))
+                pixels = np.asarray(image)
+                if pixels.dtype.kind == "f" or pixels.min() < 0 or pixels.max() > 65535:
+                    raise ValueError("neither 8 nor 16 bits a pixel: the value of white is unknown")
+                image = Image.fromarray((pixels // 257).astype(np.uint8))
             return np.ascontiguousarray(square(image.convert("RGB"), size).transpose(2, 0, 1))[None]
     except MemoryError:
         raise
@@ -178,12 +178,6 @@ def read_image(path: Path, read: Callable[[], bytes], size: int | None = None) -
 def square(image: Image.Image, size: int | None) -> np.ndarray:
     """The centre square of `image`, `size` pixels wide, or all of it for None, as (H, W, 3) uint8."""
     return np.asarray(image if size is None else ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
-
-
-def _from_16_bits(pixels: np.ndarray) -> np.ndarray:
-    if pixels.dtype.kind == "f" or pixels.min() < 0 or pixels.max() > 65535:
-        raise ValueError("neither 8 nor 16 bits a pixel: the value of white is unknown")
-    return (pixels // 257).astype(np.uint8)
 
 
 # ------------------------------------------------------------------------------- archives
@@ -281,23 +275,18 @@ def _open_lmdb(folder: Path) -> Iterator[Opened]:
     """The images of an LSUN lmdb, whose values are image files, in the order of its keys."""
     import lmdb
 
-    def read(key: bytes) -> bytes:
-        with store.begin() as transaction:
-            return transaction.get(key)
-
     def entries() -> Entries:
-        with _naming(folder), store.begin() as transaction, transaction.cursor() as cursor:
-            for place, key in enumerate(cursor.iternext(values=False)):
-                yield place, folder / key.decode("ascii", "backslashreplace"), partial(read, key)
+        with _naming(folder):
+            for place, (key, value) in enumerate(transaction.cursor()):
+                yield place, folder / bytes(key).decode("ascii", "backslashreplace"), partial(bytes, value)
 
     with _naming(folder):
         store = lmdb.open(str(folder), readonly=True, lock=False, readahead=False)
-    with closing(store):
+    with closing(store), store.begin(buffers=True) as transaction:  # values are views of the file, until it ends
         needed = (store.info()["last_pgno"] + 1) * store.stat()["psize"]
         if (folder / "data.mdb").stat().st_size < needed:  # to touch a page that is not there ends the process
             raise BadInput(f"{folder / 'data.mdb'} is cut off: expected {needed:,} bytes")
-        with closing(entries()) as images:
-            yield store.stat()["entries"], images
+        yield store.stat()["entries"], entries()
 
 
 # ------------------------------------------------------------------------------- latents

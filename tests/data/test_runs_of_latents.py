@@ -181,7 +181,7 @@ def test_a_model_of_latents_is_evaluated_against_the_images_it_was_encoded_from(
     data = encoded()
     assert trained(data, 2)[0] == 0
     with monkeypatch.context() as patch:
-        patch.setattr(loader, "free_memory", lambda _: 0)  # three million images do not fit, and need not
+        patch.setattr("dansm.scale.base.machine.free_memory", lambda _: 0)  # images need not fit
         code, said, err = run(*evaluating(tmp_path / "run", "--autoencoder", weights))
     assert (code, err) == (0, ""), said
     rows = json.loads((tmp_path / "evaluated" / "evaluate.json").read_text())["rows"]
