@@ -1,8 +1,6 @@
-"""Write the tables of all pages from the records in results/: what `make docs` runs.
-
-A page marks a table by the lines <!-- table: NAME --> and <!-- end -->. NAME is a function below, with dashes for
-underscores; words after it are its arguments, run@images for a row of the proof. It returns rows, the header first.
-"""
+"""Write the tables of all pages from the records in results/: what `make docs` runs. A page marks a table by the lines
+<!-- table: NAME --> and <!-- end -->. NAME is a function below, with dashes for underscores; words after it are its
+arguments, run@images for a row of the proof. It returns rows, the header first."""
 
 import csv
 import json

@@ -24,11 +24,8 @@ def compare(ways: dict[str, Callable[[int], tuple]], images: Tensor, seeds: int,
             step_counts=(1, 2, 5, 10)) -> list[dict]:
     """Train each of `ways` with each seed, print the table that ends an example, return its rows {"way", "seed", …}.
 
-    The distance is Fréchet's in the pixels, of a few hundred samples: it ranks the rows of one table and compares with
-    no FID. The caption gives the distance of as many real images from all others, the least that samples can reach.
-
     ways    by name: seed → ({measure: value}, draw), where draw(count, steps, generator) returns samples (count, ...)
-    images  (N, ...) that were trained on
+    images  (N, ...) that were trained on. The Fréchet distance of samples to them, in the pixels, compares with no FID
     """
     rows = []
     for seed in range(seeds):

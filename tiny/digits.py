@@ -1,12 +1,8 @@
-"""First images: the 1,797 handwritten digits that come with scikit-learn, 8×8 pixels, paired at random and matched.
-
-The trainings of a seed differ only in their pairs; their networks draw from the same noises in several step counts. The
-distance is Fréchet's in the space of the 64 pixels: no feature network is needed, and it compares with no FID.
-"""
+"""First images: scikit-learn's 1,797 handwritten digits of 8×8 pixels. The trainings of a seed differ only in their
+pairs. The distance is Fréchet's in the space of the 64 pixels, without a feature network: it compares with no FID."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
 from statistics import fmean
@@ -17,13 +13,9 @@ from torch import Tensor
 
 import dansm
 from dansm.scale.base import colours
-from dansm.scale.base.files import make_folder, write_json
-from dansm.scale.base.machine import hardware
 from dansm.scale.base.noise import path_noise
 from dansm.scale.base.statistics import frechet_distance
-from dansm.scale.base.text import counted, say_files
-
-from .comparison import each_seed, print_table
+from dansm.scale.base.text import counted
 
 STEP_COUNTS = (1, 2, 3, 5, 10)
 CURVES = (1, 2, 5, 10)  # the step counts with a curve
@@ -57,36 +49,9 @@ def load_digits() -> Tensor:
     return torch.from_numpy(load_digits().images).float()[:, None] / 8 - 1
 
 
-def run(settings: Settings, device: torch.device, out: Path) -> None:
-    """Train and evaluate every way with every seed. digits.json and the pictures are written after each seed, so they
-    stay when the run is stopped; curve.png is drawn if there are several marks."""
-    images = load_digits().to(device)
-    halves = np.array_split(np.random.default_rng(0).permutation(len(images)), 2)
-    floor = frechet_distance(*(images[half] for half in halves))
-    result = {"data": "1,797 digits of scikit-learn, 8×8", **asdict(settings), "step_counts": STEP_COUNTS,
-              "hardware": hardware(device), "runs": [], "real_half_against_half": floor}
-    (make_folder(out) / "curve.png").unlink(missing_ok=True)  # from an earlier call
-    for by_way in each_seed(partial(train_and_evaluate, images, settings), settings.ways, settings.seeds,
-                            out / "digits.json"):
-        result["runs"] += [run for runs, _ in by_way.values() for run in runs]
-        write_json(out / "digits.json", result)
-        draw_picture(result, settings, {way: samples for way, (_, samples) in by_way.items()}, out / "digits.png")
-        if len(settings.marks) > 1:
-            draw_curve(result, settings, out / "curve.png")
-    rows = [{"way": settings.name(run["method"]), "path length": run["path_length"]}
-            | {counted(count, "step"): distance for count, distance in run["distance"].items()}
-            for run in result["runs"] if run["trained_steps"] == settings.steps]
-    print_table(rows, f"Digits, {settings.steps:,} steps of {settings.batch}",
-                f"Steps: Fréchet distance in 64 pixels; real digits, half against half: {floor:.2f}.")
-    say_files(out, *(name for name in ("digits.png", "curve.png", "digits.json") if (out / name).exists()))
-
-
 def train_and_evaluate(images: Tensor, settings: Settings, way: str, seed: int) -> tuple[list[dict], dict[int, Tensor]]:
-    """Train once. Returns the runs of digits.json, one for each mark, and the samples of the last by step count.
-
-    For other batches than BATCH the learning rate grows with their root, as their gradients' noise falls with it, and
-    the average is over as many images.
-    """
+    """Train once. Returns the runs of digits.json, one for each mark, and the samples of the last by step count. The
+    learning rate grows with the root of the batch, and the average is over equally many images."""
     noise = path_noise(range(len(images)), images.shape[1:], seed, images.device)  # the same for every network
     torch.manual_seed(seed)  # equal first weights and training times for every way
     share = settings.batch / BATCH
@@ -111,9 +76,6 @@ def paired(images: Tensor, way: str, settings: Settings, seed: int) -> Iterator[
     picks = (torch.from_numpy(draw.integers(len(images), size=settings.batch)) for _ in count())
     match_size = settings.batch if way == "optimal" else settings.match_size
     return dansm.pairs((images[pick.to(images.device)] for pick in picks), way, match_size, seed=seed)
-
-
-# ------------ Pictures ------------------------------------------------------------------------------------------------
 
 
 def draw_picture(result: dict, settings: Settings, samples: dict[str, dict[int, Tensor]], path: Path) -> None:
@@ -150,10 +112,7 @@ def draw_curve(result: dict, settings: Settings, path: Path) -> None:
 
 
 def draw_distances(panel, result: dict, settings: Settings, across: Sequence[float], cells: list[tuple]) -> None:
-    """Draw the distances of every way: the mean over seeds as a line, their range as a band.
-
-    cells: (training steps, sampling steps) at each of `across`
-    """
+    """Draw the distances of every way, mean and range over seeds, for (training, sampling steps) at each `across`."""
     from .pictures import name_axes
 
     for way in settings.ways:

@@ -1,5 +1,4 @@
-"""The pictures of the toy, the digits and the lesson: noise is soft blue, data a warm red, and a line goes from one to
-the other."""
+"""The pictures of toy, digits and lesson: noise is soft blue, data a warm red, a line goes from one to the other."""
 
 import io
 from collections.abc import Iterable, Sequence
@@ -28,9 +27,6 @@ plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 10, "text.color"
                      "axes.titlepad": 4, "legend.frameon": False, "legend.fontsize": 9})
 
 
-# ------------ The toy -------------------------------------------------------------------------------------------------
-
-
 def draw_planes(planes: dict[str, tuple[Tensor, str]], path: Path) -> None:
     """A row of planes by title: (paths (steps + 1, N, 2), note below)."""
     figure, panels = make_panels(1, len(planes))
@@ -57,8 +53,7 @@ def draw_samples(grid: dict[str, dict[str, tuple[Tensor, Tensor, str]]], path: P
 
 
 def draw_flow(target: Tensor, movies: dict[str, dict[int, tuple[Tensor, str]]], path: Path, frames: int = 24) -> None:
-    """A moving picture of noise on its way to data, a panel for each title. A movie has (states (steps + 1, N, 2), note
-    at the end) by the count of steps; they are shown one after the other."""
+    """A moving picture, a panel for each title: (states (steps + 1, N, 2), note at the end) by steps, one by one."""
     figure, panels = make_panels(1, len(movies), side=3.2)
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.07, top=0.9, wspace=0.02)
     moving = []
@@ -116,8 +111,7 @@ def draw_lines_that_cross(x: Tensor, z: Tensor, path: Path) -> Image.Image:
 
 
 def draw_average(x: Tensor, one_step: Tensor, bent: Iterable[Tensor], w2: dict[int, float], path: Path) -> Image.Image:
-    """Two lines that meet; where the perfect network for random pairs ends in one step, and its paths in many.
-    All (N, 2)."""
+    """Two lines that meet; where the perfect network for random pairs ends in one step, and its paths. All (N, 2)."""
     figure, (meeting, one, many) = page_row(0, 3)
     for panel in (meeting, one, many):
         draw_dots(panel, x, PALE, 6, layer=1)
@@ -152,8 +146,8 @@ def draw_pool(data: Tensor, x: Tensor, z: Tensor, moments: Sequence[int], path: 
 
 
 def draw_prior(x: Tensor, noises: dict[str, Tensor], match_size: int, batch: int, path: Path) -> Image.Image:
-    """The lengths of the lines to x in the order served, from the first of the noises, a pool's; and the lengths of all
-    noises, next to that of N(0, I), whose density in the plane is r·exp(−r²/2). All (N, 2)."""
+    """Lengths of the lines from the first of the noises, a pool's, to x in the order served; and of all noises. All
+    (N, 2). The length of a noise of N(0, I) has the density r·exp(−r²/2) in the plane."""
     figure, (order, prior) = page_row(2, width_ratios=(1.25, 1))
     lengths = (x - next(iter(noises.values()))).norm(dim=1)
     draw_dots(order, torch.stack([torch.arange(len(x)), lengths], 1), NOISE, 5).set_label("one line")
@@ -194,8 +188,7 @@ def draw_match_sizes(measured: dict[int, dict[str, float]], shortest: float, pat
 
 def draw_trainings(losses: dict[str, list], least: float, paths: dict[str, Iterable[Tensor]],
                    found: dict[str, dict], path: Path) -> Image.Image:
-    """Left the losses of both trainings and the least that random pairs allow; right the paths learned, (N, 2) each
-    step, with the bend `toy.measure_flow` found."""
+    """The losses of both trainings, the least that random pairs allow; the paths learned, (N, 2) a step, their bend."""
     figure, (curves, *planes) = page_row(1, 2)
     for method, of_method in losses.items():
         smooth = torch.stack(list(of_method)).unfold(0, 20, 1).mean(1)
@@ -213,8 +206,7 @@ def draw_trainings(losses: dict[str, list], least: float, paths: dict[str, Itera
 
 def draw_batches(crossing: dict[int, float], of_pool: float, x: Tensor, noises: dict[str, Tensor],
                  path: Path) -> Image.Image:
-    """The share of lines that cross by batch size, assigned within each batch, and from the pool; and some lines of
-    each, from their noises to x, all (N, 2)."""
+    """Share of lines that cross by batch size, assigned within it, and from the pool; some lines. x, noises: (N, 2)."""
     figure, (curves, *planes) = page_row(1, 2)
     curves.plot(list(crossing), [100 * share for share in crossing.values()], **LOOKS["random"],
                 label="assigned within the batch")
@@ -228,8 +220,8 @@ def draw_batches(crossing: dict[int, float], of_pool: float, x: Tensor, noises: 
 
 def draw_dimensions(images: Tensor, distances: dict[str, Tensor], shares: dict[str, dict[int, float]],
                     path: Path) -> Image.Image:
-    """Some images (N, 1, H, W); how far all noises are from a sample, (N, M); lengths of lines by match_size, as shares
-    of those of random pairs. Both of the plane, then of images."""
+    """Some images (N, 1, H, W); and of the plane and of images, how far all noises are from a sample, (N, M), and the
+    lengths of lines by match_size, as shares of those of random pairs."""
     figure, (some, near, curves) = page_row(3)
     show_images(some, images[:36], rows=6)
     some.set_title("samples of 64 numbers")
@@ -245,7 +237,7 @@ def draw_dimensions(images: Tensor, distances: dict[str, Tensor], shares: dict[s
     return save(figure, path, LESSON_DPI)
 
 
-# ------------ Figures and files ---------------------------------------------------------------------------------------
+# ------------ What all share ------------------------------------------------------------------------------------------
 
 
 def make_panels(rows: int, columns: int, side: float = 2.6, limit: float = 2.7):
@@ -284,9 +276,6 @@ def to_image(figure, **settings) -> Image.Image:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", **settings)
     return Image.open(buffer).convert("RGB")
-
-
-# ------------ What stands in a panel ----------------------------------------------------------------------------------
 
 
 def draw_lines(panel, path: Tensor, size: float = 4, width: float = 0.6) -> None:

@@ -11,7 +11,6 @@ from ..evaluate.measures import frechet_distance, kernel_distance, precision_rec
 from ..evaluate.real import feature_batch, real_features
 from .clock import milliseconds
 
-COMPARED = 10_000  # generated images that are scored against all
 INCEPTION = "torch_fidelity.feature_extractor_inceptionv3"
 
 
@@ -24,13 +23,9 @@ def row_of(features: str, images: Tensor, seed: int, device: torch.device) -> It
     batch = feature_batch(device)
     features_of(images[:batch], extractor, device)  # what is loaded and chosen at the first call
     measured = []
-
-    def measure_all() -> None:
-        measured.append(real_features(images, extractor, device, batch=batch))
-
-    seconds = {"features_s": milliseconds(device, measure_all) / 1000}
-    real = measured.pop()
-    some = shuffled(real.features, seed)[:COMPARED]
+    ms = milliseconds(device, lambda: measured.append(real_features(images, extractor, device)))
+    real, seconds = measured[0], {"features_s": ms / 1000}
+    some = shuffled(real.features, seed)[:10_000]  # generated images are scored against all
     for name, measure, *arguments in (("frechet_s", frechet_distance, some, real),
                                       ("kernel_s", kernel_distance, some, real.features, "kernel"),
                                       ("reach_s", precision_recall, some, some, device)):

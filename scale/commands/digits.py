@@ -1,13 +1,17 @@
 """dansm digits: first images, handwritten digits of 8×8 pixels."""
 
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 
 from dansm import BadInput
 
-from ..base.machine import pick_device
+from ..base import files, machine, text
+from ..base.statistics import frechet_distance
 from ..model.recipe import parse_counts
 from .options import Device, Out, Seed, command_app
 
@@ -28,11 +32,30 @@ def digits(
     out: Out = Path("runs/digits"),
 ) -> None:
     """First images in three minutes: handwritten digits, paired at random and matched, side by side."""
-    from dansm.tiny.digits import Settings, run
+    from dansm.tiny import comparison
+    from dansm.tiny import digits as tiny
 
     marks = parse_counts("--evaluate-at", evaluate_at) if evaluate_at else []
     if marks and max(marks) > steps:
         raise BadInput(f"--evaluate-at is {max(marks):,}: expected at most --steps, {steps:,}")
     ways = ["random", "optimal", "greedy"] if optimal else ["random", "greedy"]
-    settings = Settings(match_size, batch, ways, steps, sorted({*marks, steps}), list(range(seed, seed + seeds)))
-    run(settings, pick_device(device), out)
+    settings = tiny.Settings(match_size, batch, ways, steps, sorted({*marks, steps}), list(range(seed, seed + seeds)))
+    images = tiny.load_digits().to(machine.pick_device(device))
+    halves = np.array_split(np.random.default_rng(0).permutation(len(images)), 2)
+    floor = frechet_distance(*(images[half] for half in halves))
+    result = {"data": "1,797 digits of scikit-learn, 8×8", **asdict(settings), "step_counts": tiny.STEP_COUNTS,
+              "hardware": machine.hardware(images.device), "runs": [], "real_half_against_half": floor}
+    (files.make_folder(out) / "curve.png").unlink(missing_ok=True)  # from an earlier call
+    for by_way in comparison.each_seed(partial(tiny.train_and_evaluate, images, settings), ways, settings.seeds,
+                                       out / "digits.json"):
+        result["runs"] += [run for runs, _ in by_way.values() for run in runs]
+        files.write_json(out / "digits.json", result)  # after each seed: it stays when the command is stopped
+        tiny.draw_picture(result, settings, {way: samples for way, (_, samples) in by_way.items()}, out / "digits.png")
+        if len(settings.marks) > 1:
+            tiny.draw_curve(result, settings, out / "curve.png")
+    rows = [{"way": settings.name(run["method"]), "path length": run["path_length"]}
+            | {text.counted(count, "step"): distance for count, distance in run["distance"].items()}
+            for run in result["runs"] if run["trained_steps"] == steps]
+    comparison.print_table(rows, f"Digits, {steps:,} steps of {batch}",
+                           f"Steps: Fréchet distance in 64 pixels; real digits, half against half: {floor:.2f}.")
+    text.say_files(out, *(name for name in ("digits.png", "curve.png", "digits.json") if (out / name).exists()))

@@ -9,10 +9,7 @@ import typer
 
 from dansm import check_choice
 
-from ..base.files import make_folder, write_csv
-from ..base.locks import alone
-from ..base.machine import pick_device
-from ..base.text import counted, say, say_files
+from ..base import files, locks, machine, text
 from .options import Device, InceptionWeights, command_app
 
 app = command_app()
@@ -45,7 +42,9 @@ def proof(
     end = time.monotonic() + 60 * minutes if minutes else math.inf
     settings = {"evaluate_features": features, "inception_weights": str(inception_weights or ""),
                 "cache": str(cache or "")}
-    call = study.Call(data, make_folder(out), work or out / "runs", pick_device(device), settings)
+    device = machine.pick_device(device)
+    gpu = machine.hardware(device)["gpu"] or "CPU"
+    call = study.Call(data, files.make_folder(out), work or out / "runs", device, settings, gpu)
     rows, runs = study.read(out), [name for name in names if name in RUNS]
     study.read(out, "speed.csv")  # a damaged table must be refused before hours of work
     study.read(out, "prior.csv")
@@ -57,22 +56,21 @@ def proof(
     if left or tests_prior or "rates" in names:
         call.read_images()
         study.check_same(rows, out, data=call.images_name)
-    say(f"{counted(len(left), 'run')} of {sum(RUNS[name].seeds for name in runs)} to go")
+    text.say(f"{text.counted(len(left), 'run')} of {sum(RUNS[name].seeds for name in runs)} to go")
     if left:
         commands = [command_of(run, seed, data, **settings) for run, seed in runs_left(list(RUNS), [])]
         (out / "commands.txt").write_text("".join(f"{command}\n" for command in commands))
     stopped = study.train_all(call, left, end) or ("rates" in names and study.measure_rates(call))
-    with alone(out / ".lock"):
+    with locks.alone(out / ".lock"):
         rows = study.read(out)
         if summary := summarize(rows):  # empty before two runs can be compared
-            write_csv(out / "summary.csv", summary)
+            files.write_csv(out / "summary.csv", summary)
         if rows:
             tables = ("distances.csv", "speed.csv", "summary.csv", "commands.txt")
             figures = draw(rows, study.read(out, "speed.csv"), out)
-            say_files(out, *(name for name in tables if (out / name).exists()), *figures)
-    if left:
-        remaining = len(runs_left(runs, rows))
-        say(f"{counted(remaining, 'run')} to go: the same command resumes" if remaining else "all runs are done")
+            text.say_files(out, *(name for name in tables if (out / name).exists()), *figures)
+    if remaining := left and runs_left(runs, rows):
+        text.say(f"{text.counted(len(remaining), 'run')} to go: the same command resumes")
     if tests_prior and not stopped:
-        with alone(out / ".prior.lock"):  # a call that waits here finds what this one has measured
+        with locks.alone(out / ".prior.lock"):  # a call that waits here finds what this one has measured
             study.test_prior(call)

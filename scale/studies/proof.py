@@ -1,8 +1,6 @@
-"""Does matching pay, when, and by how much? Trainings that are equal in all but their pairs.
-
-Each run's evaluations go into distances.csv as soon as its training ends, and are not measured again: calls add up, and
-several share the runs, one on each GPU. How fast each run trains is measured apart, in speed.csv.
-"""
+"""Does matching pay, when, and by how much? Trainings that are equal in all but their pairs. Each run's evaluations go
+into distances.csv as soon as its training ends, and are not measured again: calls add up, and several share the runs,
+one on each GPU. How fast each run trains is measured apart, in speed.csv."""
 
 import csv
 import gc
@@ -20,10 +18,7 @@ from torch import Tensor
 
 from dansm import BadInput
 
-from ..base.files import make_folder, read_csv, write_csv
-from ..base.locks import InUse, alone, owning
-from ..base.machine import hardware
-from ..base.text import say, say_files, with_bar
+from ..base import files, locks, text
 from ..data.pixels import from_uint8
 from ..evaluate.real import check_real, digest_of_images
 from ..model.recipe import Recipe
@@ -43,7 +38,7 @@ def read(out: Path, name: str = "distances.csv") -> list[dict]:
     """The rows of a table. BadInput for a damaged table, and for one with the names of an earlier version."""
     types = TABLES[name].items()
     try:
-        rows = [line | {column: kind(line[column]) for column, kind in types} for line in read_csv(out / name)]
+        rows = [line | {column: kind(line[column]) for column, kind in types} for line in files.read_csv(out / name)]
         if strange := {row["run"] for row in rows if "run" in row} - RUNS.keys():
             raise ValueError(f"it holds a run {min(strange)!r}, expected one of {', '.join(RUNS)}")
     except (KeyError, TypeError, ValueError, OSError, csv.Error) as error:
@@ -61,12 +56,10 @@ def check_same(rows: list[dict], out: Path, **now: str) -> None:
 
 
 def add(new: list[dict], out: Path) -> None:
-    """Put all evaluations so far of a run of one seed into the table, to which other calls may have added.
-
-    Evaluations that are known keep their row, which names the GPU. A run that was trained again, as its checkpoints
-    were lost, takes the place of the old one once it has come as far: a curve of two trainings is none.
-    """
-    with alone(out / ".lock"):
+    """Put all evaluations so far of a run of one seed into the table, to which other calls may have added. Those known
+    keep their row, which names the GPU. A run trained again, as its checkpoints were lost, replaces the old one once it
+    has come as far: a curve of two trainings is none."""
+    with locks.alone(out / ".lock"):
         rows = read(out)
         old = [row for row in rows if new and (row["run"], row["seed"]) == (new[0]["run"], new[0]["seed"])]
         if new and len(new) >= len(old):
@@ -76,7 +69,7 @@ def add(new: list[dict], out: Path) -> None:
             order = list(RUNS)
             rows = sorted([*(row for row in rows if row not in old), *new], key=lambda row: (
                 order.index(row["run"]), row["seed"], row["images"], row["steps"]))
-            write_csv(out / "distances.csv", rows)
+            files.write_csv(out / "distances.csv", rows)
 
 
 def lines_of(folder: Path) -> list[dict]:
@@ -96,8 +89,7 @@ def rows_of(run: Run, seed: int, folder: Path, **more: str) -> list[dict]:
 
 
 def speed_of(run: Run, folder: Path, gpu: str) -> dict:
-    """How fast a training was: means over the lines of its log without the first two, in which it warms up. `matching`
-    is a share of the time; `distance` that of the pairs, `distance_random` of random ones."""
+    """How fast a training was: means over the lines of its log without the first two, in which it warms up."""
     lines = [line for line in lines_of(folder) if "loss" in line][2:]
     rates = [line["images_per_second"] for line in lines]
     means = {name: round(statistics.fmean(line[name] for line in lines), 4)
@@ -108,55 +100,43 @@ def speed_of(run: Run, folder: Path, gpu: str) -> dict:
 
 @dataclass
 class Call:
-    """What all parts of one call share.
-
-    out       folder of the tables and figures
-    work      folder of the runs themselves, with their checkpoints: the next call resumes what this one did not finish
-    settings  of every run, such as the features
-    """
+    """What all parts of one call share."""
 
     data: str
-    out: Path
-    work: Path
+    out: Path  # folder of the tables and figures
+    work: Path  # folder of the runs, with their checkpoints: the next call resumes what this one did not finish
     device: torch.device
-    settings: dict
+    settings: dict  # of every run, such as the features
+    gpu: str  # and images_name: in the tables
     images: Tensor | np.ndarray | None = None
-    images_name: str = ""  # in the tables
-
-    @property
-    def gpu(self) -> str:
-        return hardware(self.device)["gpu"] or "CPU"
-
-    def recipe(self, run: Run, seed: int = 0, **more) -> Recipe:
-        return recipe_of(run, seed, self.data, **self.settings, **more)
+    images_name: str = ""
 
     def read_images(self) -> None:
-        self.images, _ = training.read_data(self.recipe(RUNS[RANDOM]))
+        self.images, _ = training.read_data(recipe_of(RUNS[RANDOM], 0, self.data, **self.settings))
         check_real(self.images)
         self.images_name = f"{len(self.images):,} images, {digest_of_images(np.asarray(self.images))[:8]}"
 
 
 def train_all(call: Call, left: list[tuple[Run, int]], end: float) -> bool:
-    """Train these runs one after the other, but not those of other calls, until time.monotonic() is `end`. Returns
-    whether Ctrl-C or SIGTERM ended it."""
+    """Train the runs until time.monotonic() is `end`, but not those of other calls. Returns whether it was stopped."""
     for run, seed in left:
         minutes = (end - time.monotonic()) / 60
         if minutes <= 0:
             break
-        folder = make_folder(call.work / f"{run.name}-{seed}", "--work")
-        recipe = call.recipe(run, seed, minutes=0.0 if end == math.inf else minutes)
+        folder = files.make_folder(call.work / f"{run.name}-{seed}", "--work")
+        recipe = recipe_of(run, seed, call.data, **call.settings, minutes=0.0 if end == math.inf else minutes)
         try:
-            with owning(folder):
+            with locks.owning(folder):
                 if (run, seed) not in runs_left([run.name], read(call.out)):
                     continue  # another call has ended it
-                say(f"{run.name}, seed {seed}: {command_of(run, seed, call.data, **call.settings)}")
+                text.say(f"{run.name}, seed {seed}: {command_of(run, seed, call.data, **call.settings)}")
                 summary = fit(call, recipe, folder)
                 add(rows_of(run, seed, folder, features=recipe.evaluate_features, data=call.images_name, gpu=call.gpu),
                     call.out)
                 if summary["stopped_early"]:
                     return True
-        except InUse as other:
-            say(f"{run.name}, seed {seed}, is left to another call: {other}")
+        except locks.InUse as other:
+            text.say(f"{run.name}, seed {seed}, is left to another call: {other}")
     return False
 
 
@@ -169,21 +149,20 @@ def fit(call: Call, recipe: Recipe, folder: Path) -> dict:
 
 
 def measure_rates(call: Call) -> bool:
-    """Measure how fast each run trains that has no rate on this kind of device yet, in trainings of their own. Returns
-    whether Ctrl-C or SIGTERM ended it."""
-    say("rates are measured: nothing else may run on this device meanwhile")
-    make_folder(call.work, "--work")
+    """Measure how fast each run trains that has no rate on this kind of device. Returns whether it was stopped."""
+    text.say("rates are measured: nothing else may run on this device meanwhile")
+    files.make_folder(call.work, "--work")
     for run in RUNS.values():
         if (run.name, call.gpu) in {(row["run"], row["gpu"]) for row in read(call.out, "speed.csv")}:
             continue
-        say(f"{run.name}: how fast it trains")
+        text.say(f"{run.name}: how fast it trains")
         with tempfile.TemporaryDirectory(dir=call.work, prefix="rate-") as folder:
-            summary = fit(call, timed(call.recipe(run)), Path(folder))
+            summary = fit(call, timed(recipe_of(run, 0, call.data, **call.settings)), Path(folder))
             if summary["interrupted"]:
                 return True
             speed = speed_of(run, Path(folder), call.gpu)
-        with alone(call.out / ".lock"):
-            write_csv(call.out / "speed.csv", [*read(call.out, "speed.csv"), speed])
+        with locks.alone(call.out / ".lock"):
+            files.write_csv(call.out / "speed.csv", [*read(call.out, "speed.csv"), speed])
     return False
 
 
@@ -191,7 +170,7 @@ def test_prior(call: Call) -> None:
     """Test the prior of the ways of pairing that are not in prior.csv yet, on as many images as fill whole pools."""
     count = len(call.images) // PRIOR * PRIOR
     if not count:
-        say(f"the prior is not tested: that takes {PRIOR:,} images, and there are {len(call.images):,}")
+        text.say(f"the prior is not tested: that takes {PRIOR:,} images, and there are {len(call.images):,}")
         return
     rows = read(call.out, "prior.csv")
     check_same(rows, call.out, data=call.images_name)
@@ -201,7 +180,7 @@ def test_prior(call: Call) -> None:
         return
     some = np.random.default_rng(0).permutation(len(call.images))[:count]
     images = from_uint8(torch.from_numpy(np.asarray(call.images)[some]).to(call.device))
-    for row in with_bar(prior(images, ways), "testing the prior", len(ways)):
+    for row in text.with_bar(prior(images, ways), "testing the prior", len(ways)):
         rows.append({**row, "data": call.images_name})
-        write_csv(call.out / "prior.csv", rows)
-    say_files(call.out, "prior.csv")
+        files.write_csv(call.out / "prior.csv", rows)
+    text.say_files(call.out, "prior.csv")

@@ -1,5 +1,4 @@
-"""The figures of `proof`: distance against images and minutes, what share of the images matching needs, and all ways of
-pairing side by side."""
+"""The figures of `proof`: distance against images and minutes, the share of images needed, ways side by side."""
 
 from pathlib import Path
 from statistics import fmean
@@ -38,9 +37,9 @@ def draw(rows: list[dict], speeds: list[dict], out: Path) -> list[str]:
 
 
 def at_their_rate(rows: list[dict], speeds: list[dict]) -> tuple[list[dict], str]:
-    """`rows` with the seconds that their images take at the rate of their run, and the card of the rates: the one with
-    most, as two cards do not compare. (Clocks do not either: some runs compiled kernels first, many shared a card.)
-    Runs without a rate are left out."""
+    """The rows whose run has a rate, with the seconds that their images take at it, and the card of the rates: the one
+    with most, as two cards do not compare. (Clocks do not either: some runs compiled kernels first, many shared one.)
+    """
     cards = [speed["gpu"] for speed in speeds]
     card = max(cards, key=cards.count, default="")
     rates = {speed["run"]: speed["images_per_second"] for speed in speeds if speed["gpu"] == card}
@@ -49,8 +48,7 @@ def at_their_rate(rows: list[dict], speeds: list[dict]) -> tuple[list[dict], str
 
 @matplotlib.rc_context(STYLE)
 def draw_curves(rows: list[dict], looks: dict[str, dict], card: str = "") -> Figure | None:
-    """Distance against images or, with a card, against minutes: a panel for each count of sampling steps. Against
-    images, below it the share of the images that each run needs. None without rows."""
+    """Distance against minutes on a card, or against images, with the share that each run needs below; by steps."""
     rows = [row for row in rows if row["run"] in looks]
     if not rows:
         return None
@@ -81,8 +79,7 @@ def draw_curves(rows: list[dict], looks: dict[str, dict], card: str = "") -> Fig
 
 
 def draw_run(axes: Axes, rows: list[dict], look: dict, column: str, unit: float) -> None:
-    """The mean over the seeds that have come farthest, as a mean that some leave half way would jump; and where there
-    are several seeds a band from the least to the most. column: of x, in `unit`."""
+    """The mean over the seeds that have come farthest, as one that some leave half way would jump; a band over all."""
     groups = [[row for row in rows if row["images"] == images] for images in sorted({row["images"] for row in rows})]
     if not groups:
         return
@@ -103,8 +100,7 @@ def mean(rows: list[dict], column: str) -> float:
 
 
 def draw_shares(panels: list[Axes], shares: list[dict], looks: dict[str, dict], counts: list[int]) -> None:
-    """A row of panels: of the images that random pairs were trained on, the share that a run needs to come to their
-    distance."""
+    """A row of panels: of random pairs' images, the share that a run needs to come to their distance."""
     top = 0.2 + max([1.0, *(1 / row["ratio"] for row in shares if row["ratio"])])
     for axes, steps in zip(panels, counts, strict=True):
         axes.axhline(1, linewidth=1.1, **{**SERIES["random"], "marker": ""})
@@ -150,8 +146,8 @@ def few_plain_numbers(axis, leading: tuple[float, ...]) -> None:
 
 @matplotlib.rc_context(STYLE)
 def side_by_side(rows: list[dict], names: list[str], images: int | None) -> Figure | None:
-    """Distance of each run ÷ that of random pairs, after so many images (None: all that it saw): a mark for each count
-    of sampling steps, with a line from the least to the most of the seeds. None without rows."""
+    """Distance of each run ÷ that of random pairs, after so many images (None: all that it saw): mean, range, by steps.
+    """
     measured = {row["run"] for row in rows}
     ratios = {name: ratios_of(rows, name, images) for name in names if name in measured}
     ratios = {name: by_steps for name, by_steps in ratios.items() if by_steps}
@@ -169,7 +165,11 @@ def side_by_side(rows: list[dict], names: list[str], images: int | None) -> Figu
                 axes.plot([min(by_steps[steps]), max(by_steps[steps])], [y, y], color=color, linewidth=1)
                 axes.plot(fmean(by_steps[steps]), y, MARKERS[number % 5], color=color, markersize=3.5)
     axes.axvline(1, color=INK, linewidth=0.6)
-    labels = [label_of(name, by_steps, images) for name, by_steps in reversed(ratios.items())]
+    labels = []
+    for name, by_steps in reversed(ratios.items()):
+        seeds = min(map(len, by_steps.values()))
+        label = f"{RUNS[name].label}, {seeds} seeds" if seeds > 1 else RUNS[name].label
+        labels.append(label if images else f"{label}\nafter {RUNS[name].images:,} images")
     axes.set_yticks(range(len(ratios)), labels, fontsize=6.5)
     after = f"after {images / 1e6:.2f} million training images" if images else "after equally many images"
     figure.supxlabel(f"Fréchet distance ÷ that of random pairs\n(same seed, {after})", fontsize=7)
@@ -178,12 +178,6 @@ def side_by_side(rows: list[dict], names: list[str], images: int | None) -> Figu
     figure.legend(title="sampling steps", title_fontsize=7, loc="outside upper center", ncols=5, frameon=False,
                   handletextpad=0.1, columnspacing=0.8)
     return figure
-
-
-def label_of(name: str, by_steps: dict[int, list[float]], images: int | None) -> str:
-    run, seeds = RUNS[name], min(map(len, by_steps.values()))
-    label = f"{run.label}, {seeds} seeds" if seeds > 1 else run.label
-    return label if images else f"{label}\nafter {run.images:,} images"
 
 
 def ratios_of(rows: list[dict], name: str, images: int | None) -> dict[int, list[float]]:

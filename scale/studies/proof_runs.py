@@ -1,5 +1,4 @@
-"""The runs that `proof` compares, and what their distances mean: how many images a way of pairing needs for the quality
-of random pairs."""
+"""The runs that `proof` compares, and how many images a way of pairing needs for the distance of random pairs."""
 
 import dataclasses
 import math
@@ -96,14 +95,12 @@ def timed(recipe: Recipe) -> Recipe:
 def summarize(rows: list[dict]) -> list[dict]:
     """A row for each run, steps and images at which both the run and random pairs were measured from equal seeds:
 
-    distance, random  means over the `seeds` with which both have come so far
+    distance, random  means over the `seeds` with which both have come so far; of_random: their ratio
     spread, random_spread   standard deviations over seeds, None for one
-    of_random         distance / random
-    images_random     that random pairs need for the run's distance, and `saved`, 1 − images / images_random; None where
-                      they never come to it. least_saved, most_saved: over all pairs of seeds, None unless each has one
-    images_ours       that the run needs for the distance of random pairs, and ratio, images / images_ours, with its
-                      least and most. If it was lower at its first mark: that mark, and at_least, as the ratio may be
-                      larger
+    images_random     that random pairs need for the run's distance, and `saved`, 1 − images / images_random, with its
+                      least and most over all pairs of seeds; None where (one of) them never comes to it
+    images_ours       that the run needs for the distance of random pairs, and ratio, images / images_ours. If it was
+                      lower at its first mark: that mark, and at_least, as the ratio may be larger
     """
     summary = []
     for name, run in RUNS.items():
