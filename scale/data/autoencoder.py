@@ -7,6 +7,7 @@ import copy
 import hashlib
 import json
 import pickle
+import warnings
 import zipfile
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +27,7 @@ SETTINGS = {"in_channels": 3, "out_channels": 3, "latent_channels": 4, "block_ou
 EXPECTED = ("expected a diffusers folder (config.json and .safetensors, or with these in vae/), or a .safetensors or "
             ".ckpt with keys first_stage_model.…")
 FILES = [f"diffusion_pytorch_model{kind}" for kind in (".safetensors", ".fp16.safetensors", ".bin")]
+# in diffusers' first folders → now
 OLDER_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
@@ -99,7 +101,8 @@ class Encoder(_Half):
         x = from_uint8(images.to(self.device, non_blocking=True))
         mean, log_variance = self.net(x.to(self.dtype)).float().chunk(2, 1)
         factor = self.autoencoder.factor
-        log_variance = log_variance.clamp(-30.0, 20.0) + 2 * torch.tensor(factor).abs().log().item()
+        clamped = log_variance.clamp(-30.0, 20.0)  # as AutoencoderKL itself does
+        log_variance = clamped + 2 * torch.tensor(factor).abs().log().item()
         return torch.cat([(mean - self.autoencoder.shift) * factor, log_variance], 1)
 
 
@@ -202,8 +205,9 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
 
     if file.suffix == ".safetensors":
         return load_file(file)
-    mapped = zipfile.is_zipfile(file)  # files of a very old torch are none and cannot be mapped
-    # checkpoints of Stable Diffusion name this class among their notes, and need it for nothing
-    with torch.serialization.safe_globals([(object, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]):
+    note = object, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"  # in some files, needed for nothing
+    with torch.serialization.safe_globals([note]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mapped = zipfile.is_zipfile(file)  # files of a very old torch are none and cannot be mapped
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     return content.get("state_dict", content)

@@ -25,15 +25,14 @@ from .read import Source, files_of
 
 
 def decode(source: Path, decoder: Decoder, out: Path, count: int | None = None, batch: int = 0) -> None:
-    """Write the first `count` latents of `source`, or all, as 000000.png and so on into `out`, up to `batch` at
-    a time (0: as many as fit). The same call resumes one that was stopped."""
+    """Write the first `count` latents of `source`, or all, as 000000.png and so on into `out`, up to `batch` at a
+    time (0: as many as fit). The same call resumes one that was stopped."""
     check_out(str(source), out)
     files = Source(source, files_of(source))
     encoded = read_latents(files, decoder.autoencoder)
     _check_decoded(make_folder(out), files, decoder)
     begin = time.perf_counter()
-    fits = decoder.fits(max(encoded.shape[2:]))
-    batch = min(batch or fits, fits)
+    batch = min(batch or decoder.batch, decoder.fits(max(encoded.shape[2:])))
     existing = set(os.listdir(out))
     missing = [number for number in range(len(encoded))[:count] if f"{number:06d}.png" not in existing]
     if not missing:

@@ -126,7 +126,7 @@ def check_same(out: Path, before: dict, now: dict, files: str) -> None:
     if strange and not before:
         raise BadInput(f"--out is {out}, which holds {strange.name} and no note of what it was made from: expected a "
                        f"folder without {files}")
-    differing = [OTHERS.get(name) or f"{name} {before[name]} → {value}" for name, value in now.items()
+    differing = [OTHERS.get(name) or f"{name} {before.get(name)} → {value}" for name, value in now.items()
                  if name != "source" and before and before.get(name) != value]
     if differing:
         raise BadInput(f"{out} holds results that were made otherwise ({', '.join(differing)}): expected the same "

@@ -81,10 +81,10 @@ def load_images(source: str, *, size: int | None = None, skip_unreadable: bool =
 
 def find_source(name: str, size: int | None, skip_unreadable: bool) -> Source:
     """The source of that name, or cifar10. BadInput for one that is missing or empty."""
-    if not str(name):
+    if not name:
         raise BadInput("the folder of images is '': expected a path, or cifar10")
     path = Path(name)
-    if str(name) == "cifar10" and not path.exists():
+    if name == "cifar10" and not path.exists():
         return Source(path, [], size, array=_cifar10(size))
     return Source(path, files_of(path), size, skip_unreadable)
 
@@ -144,7 +144,7 @@ def _cached(cache: Path, source: Source) -> Decoded:
             return _find(kept, source)
     except OSError as error:
         raise BadInput(f"the decoded images cannot be kept in {cache}: {error.strerror}; expected a folder that can be "
-                       f"written to (--cache)") from error
+                       "written to (--cache)") from error
 
 
 def _find(kept: Path, source: Source) -> Decoded | None:

@@ -298,7 +298,7 @@ def open_npy(path: Path, dims: tuple[int, ...] = (4,)) -> np.ndarray:
     Raises Unreadable for what is no such file, and BadInput for any other array; no pickled object is read.
     """
     try:
-        array = np.lib.format.open_memmap(path, "c")
+        array = np.lib.format.open_memmap(path, mode="c")
     except Exception as error:  # a header is parsed as Python
         raise Unreadable(f"{path} cannot be read as latents ({error}): expected a whole .npy file of float16 or "
                          "float32 numbers") from error
