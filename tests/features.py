@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 
+from dansm.scale.evaluate import real
 from dansm.scale.evaluate.extractors import Extractor
 
 
@@ -35,6 +36,11 @@ def digits(count=600):
     known = load_digits()
     images = torch.from_numpy(np.round(known.images * 15.9375).astype(np.uint8))[:, None].expand(-1, 3, -1, -1)
     return images[:count].contiguous(), torch.from_numpy(known.target[:count])
+
+
+def features_in_batches(batch, *arguments, **settings):
+    with patch.object(real, "feature_batch", lambda device: batch):
+        return real.real_features(*arguments, **settings)
 
 
 def untrained_inception(folder):

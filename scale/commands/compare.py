@@ -11,7 +11,6 @@ from dansm import BadInput
 
 from ..base import files, machine, statistics, text
 from ..model.load import load_models
-from ..studies import figures
 from ..studies.pairs import own_pairs
 from .options import Batch, Device, Labels, Models, Out, Precision, SampleSteps, Seed, command_app
 
@@ -32,6 +31,8 @@ def compare(
     out: Out = Path("runs/compare"),
 ) -> None:
     """Compare what several models make of the same noises (the paper's first foundation)."""
+    from ..studies import figures
+
     if len(models) < 2:
         raise BadInput(f"MODELS is {models[0]} alone: expected two or more to compare")
     device = machine.pick_device(device)
@@ -54,9 +55,8 @@ def compare(
     files.write_json(out / "compare.json", {
         "models": [model.described() for model in loaded], "noises": count, "steps": steps, "seed": seed,
         "precision": precision, "pairs": comparisons, "hardware": machine.hardware(device)})
-    pictures = loaded[0].draws_images  # latents are none
-    rows = {model.label: x[:shown] for model, x in zip(loaded, images, strict=True) if pictures}
-    text.say_files(out, "compare.json", *figures.draw_compare(rows, z[:shown], comparisons, out / "compare"))
+    text.say_files(out, "compare.json", *figures.draw_compare(
+        loaded, [x[:shown] for x in images], z[:shown], comparisons, out / "compare"))
 
 
 def compare_images(a: torch.Tensor, b: torch.Tensor) -> dict:

@@ -20,7 +20,6 @@ from ..data.latents import known_on_disk
 from ..data.loader import stream_images
 from ..data.read import Source
 from ..evaluate.extractors import INCEPTION, LITE0, Extractor, digest_of_weights, features_of_all, load_extractor
-from ..evaluate.measures import floor, score
 from ..evaluate.real import VERSION, Real, digest_of, real_features
 from ..model.load import Model, load_models
 from ..model.recipe import parse_counts
@@ -95,15 +94,15 @@ def evaluate(
 
 def find_real(models: list[Model], data: str | None, size: int | None, skip_unreadable: bool) -> tuple[str, Source]:
     """The name of the real images, and these: of --data, or what the models were trained on, read as it was then."""
-    recipes = [model.about["recipe"] for model in models]
     if data is None:
+        recipe = models[0].about["recipe"]
         sources = {os.path.realpath(name): name for name in (str(model.about["data"]) for model in models)}
         if len(sources) > 1 or "" in sources.values():
             raise BadInput(f"the models were trained on {', '.join(sorted(map(repr, sources.values())))}: expected "
                            "--data, the images to compare all of them with")
         (data,) = sources.values()
-        size = size or recipes[0].get("size") or None
-        skip_unreadable = skip_unreadable or recipes[0].get("skip_unreadable", False)
+        size = size or recipe.get("size") or None
+        skip_unreadable = skip_unreadable or recipe.get("skip_unreadable", False)
         if not models[0].draws_images:
             encoded = known_on_disk(Path(data))
             latents = models[0].about["latents"] or encoded
@@ -143,6 +142,8 @@ def jobs_of(model: Model, step_counts: list[int], common: dict, real: Real, coun
 def measure(model: Model | None, row: dict, real: Real, extractor: Extractor, device: torch.device, precision: str,
             batch: int) -> dict:
     """The measures of one row, in how many seconds and on which GPU: calls on several machines add up."""
+    from ..evaluate.measures import floor, score
+
     begin = time.monotonic()
     if model is None:
         measures = floor(real, row["count"], extractor, seed=row["seed"], device=device)

@@ -10,7 +10,6 @@ from ..base import files, machine, text
 from ..data.pixels import from_uint8
 from ..model.load import load_models
 from ..model.recipe import parse_counts
-from ..studies import figures
 from ..studies.pairs import own_pairs
 from .options import Batch, DecodeMemory, DecodeWith, Device, Labels, Models, Out, Precision, Seed, command_app
 
@@ -32,6 +31,8 @@ def grid(
     out: Out = Path("runs/grid"),
 ) -> None:
     """Draw samples by counts of steps (rows) and models (columns), all from the same noises."""
+    from ..studies import figures
+
     counts = parse_counts("--steps", steps)
     device = machine.pick_device(device)
     loaded = [model.on(device, precision).with_decoder(autoencoder, device, precision, memory)

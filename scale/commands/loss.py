@@ -11,7 +11,6 @@ import typer
 from ..base import files, machine, text
 from ..model import load
 from ..model.recipe import parse_counts
-from ..studies import figures
 from ..studies.pairs import data_pairs, load_data, own_pairs
 from .options import Batch, Data, Device, Labels, Model, Out, Precision, SampleSteps, Seed, Size, command_app
 
@@ -37,10 +36,11 @@ def loss(
     out: Out = Path("runs/loss"),
 ) -> None:
     """Measure a model's loss by time t under random, matched and its own pairs."""
+    from ..studies import figures
+
     device = machine.pick_device(device)
     match_sizes = parse_counts("--match-size", match_size, at_least=2) if match_size else None
-    (loaded,) = load.load_models([model], [steps], labels=labels)
-    loaded = loaded.on(device, precision)
+    loaded = load.load_models([model], [steps], labels=labels)[0].on(device, precision)
     images, match_sizes, served = load_data(data, [loaded], match_sizes, count=count, size=size, default=(10_000,))
     files.make_folder(out)
     curves = {}

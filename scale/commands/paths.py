@@ -11,7 +11,6 @@ import dansm
 from ..base import files, machine, statistics, text
 from ..model.load import load_models
 from ..model.recipe import parse_counts
-from ..studies import figures
 from ..studies.pairs import data_pairs, load_data, own_pairs, summarize
 from .options import Batch, Data, Device, Labels, Out, Precision, SampleSteps, Seed, Size, command_app
 
@@ -38,6 +37,8 @@ def paths(
     out: Out = Path("runs/paths"),
 ) -> None:
     """Measure how long paths are and how near they come to each other: random, matched, and models' own pairs."""
+    from ..studies import figures
+
     device = machine.pick_device(device)
     match_sizes = parse_counts("--match-size", match_size, at_least=2) if match_size else None
     loaded = [model.on(device, precision) for model in load_models(models or [], [steps], labels=labels)]
@@ -56,29 +57,26 @@ def paths(
     for row in summary:
         if row["pairs"].startswith("matched"):
             row["over_random"] = growth_over_random(rows, row["pairs"])
+        text.say(f"{row['pairs']}: length {row['path_length']['mean']:.2f}, distance of two paths",
+                 f"{row['inter_path_mean']['mean']:.2f}, to the nearest {row['inter_path_minimum']['mean']:.2f};",
+                 f"own noise is the nearest of {row['own_noise_nearest']['mean']:.1%}")
     files.write_json(out / "paths.json", {
         "models": [model.described() for model in loaded], "data": data or loaded[0].about["data"],
         "shape": list(images.shape[1:]), "count": count, "match_sizes": match_sizes, "steps": steps, "seed": seed,
         "seeds": seeds, "summary": summary, "rows": rows, "hardware": machine.hardware(device)})
     files.write_csv(out / "paths.csv", rows)
-    for row in summary:
-        text.say(f"{row['pairs']}: length {row['path_length']['mean']:.2f}, two paths are at least",
-                 f"{row['inter_path_mean']['mean']:.2f} apart, nearest ones {row['inter_path_minimum']['mean']:.2f};",
-                 f"{row['own_noise_nearest']['mean']:.1%} of the samples have no nearer noise than their own")
     text.say_files(out, "paths.json", "paths.csv", *figures.draw_paths(summary, seeds, out / "paths"))
 
 
 def measure_paths(x: Tensor, z: Tensor) -> dict[str, float]:
-    """Measures of the straight paths z_i → x_i, (N, C, H, W) each, N ≥ 2. The minimum of the distances and the share
-    of own noises that are nearest depend on N: among more paths neighbours are nearer."""
+    """Measures of the straight paths z_i → x_i, (N, C, H, W) each, N ≥ 2: among more paths neighbours are nearer."""
     distance = statistics.inter_path_distance(x, z)
     return {"path_length": dansm.path_length(x, z), "own_noise_nearest": dansm.own_noise_nearest(x, z),
             **{f"inter_path_{name}": value for name, value in vars(distance).items()}}
 
 
 def growth_over_random(rows: list[dict], pairs: str) -> dict[str, dict]:
-    """By what share three measures of these matched pairs exceed those of random pairs of the same samples: mean and
-    standard deviation over the seeds, which is far less than that of the measures."""
+    """By what share measures of these pairs exceed those of random pairs of the same samples, over the seeds."""
     random = {row["seed"]: row for row in rows if row["pairs"] == "random"}
     matched = [row for row in rows if row["pairs"] == pairs]
     return {name: statistics.mean_and_std([row[name] / random[row["seed"]][name] - 1 for row in matched])

@@ -12,7 +12,6 @@ from dansm import BadInput
 from ..base import files, text
 from ..data.loader import load_images
 from ..data.pixels import from_uint8
-from ..studies import theory as study
 from .options import Out, command_app
 
 app = command_app()
@@ -25,6 +24,8 @@ def theory(
     out: Out = Path("runs/theory"),
 ) -> None:
     """Measure what matching gains along the images' principal directions, and what the prior keeps. No model."""
+    from ..studies import theory as study
+
     images = load_images(data)
     if "uint8" not in str(images.dtype) or len(images) < max(study.MATCH_SIZES):
         raise BadInput(f"--data is {data}, {text.counted(len(images), 'sample')} of {images.dtype}: expected at least "

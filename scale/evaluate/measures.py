@@ -1,7 +1,4 @@
-"""How close generated images are to real ones, by torch-fidelity's measures on their features.
-
-Only on the features of the standard Inception network are Fréchet and kernel distance called FID and KID.
-"""
+"""How close generated images are to real ones, by torch-fidelity's measures on features (Inception's: FID and KID)."""
 
 import numpy as np
 import torch
@@ -23,8 +20,7 @@ def score(features: Tensor, real: Real, extractor: Extractor, *, logits: Tensor 
     measures  "all", or "distance" for the Fréchet distance alone
 
     fid                 Fréchet distance of the Gaussians around both sets of features; against all real images
-    kid, kid_std        squared distance of their means under a cubic kernel: mean and deviation over 100 draws of up
-                        to 1,000 images of each; unlike the first it has no bias for small N
+    kid, kid_std        squared distance of their means under a cubic kernel, over 100 draws of up to 1,000 of each
     inception_score, …  exp of the mutual information of image and class; with logits only
     precision, recall   share of generated images within reach of a real one, and of real ones within reach of a
                         generated; against N real images, or all if there are fewer. On these features, not on VGG16's
@@ -36,7 +32,9 @@ def score(features: Tensor, real: Real, extractor: Extractor, *, logits: Tensor 
         return row
     row |= kernel_distance(features, real.features, kernel)
     if logits is not None:
-        row |= inception_score(logits)
+        result = metric_isc.isc_features_to_metric(logits.cpu(), splits=min(10, len(logits)))
+        row |= {"inception_score": result[metric_isc.KEY_METRIC_ISC_MEAN],
+                "inception_score_std": result[metric_isc.KEY_METRIC_ISC_STD]}
     return row | precision_recall(features, shuffled(real.features, seed)[-len(features) :], device)
 
 
@@ -75,12 +73,6 @@ def kernel_distance(features: Tensor, others: Tensor, name: str) -> dict[str, fl
     result = metric_kid.kid_features_to_metric(features, others, kid_subsets=SUBSETS, verbose=False,
                                                kid_subset_size=min(SUBSET, len(features), len(others)))
     return {name: result[metric_kid.KEY_METRIC_KID_MEAN], f"{name}_std": result[metric_kid.KEY_METRIC_KID_STD]}
-
-
-def inception_score(logits: Tensor) -> dict[str, float]:
-    result = metric_isc.isc_features_to_metric(logits.cpu(), splits=min(10, len(logits)))
-    return {"inception_score": result[metric_isc.KEY_METRIC_ISC_MEAN],
-            "inception_score_std": result[metric_isc.KEY_METRIC_ISC_STD]}
 
 
 def precision_recall(features: Tensor, others: Tensor, device: torch.device | str) -> dict[str, float]:

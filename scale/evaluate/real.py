@@ -44,17 +44,15 @@ class Real(NamedTuple):
 
 
 def real_features(images: Source | Tensor | np.ndarray, extractor: Extractor, device: torch.device, *,
-                  batch: int | None = None, cache: Path | None = None,
-                  check: Callable[[tuple[int, int, int]], None] = lambda shape: None) -> Real:
+                  cache: Path | None = None, check: Callable[[tuple], None] = lambda shape: None) -> Real:
     """Features of all images, 4 or more: uint8 (N, C, H, W), or a Source that decodes them as they are needed.
 
-    batch  images measured together; None: what `feature_batch` gives
     cache  a folder that keeps features
     check  gets (C, H, W) before anything is measured
     Raises BadInput.
     """
     source = images if isinstance(images, Source) else Source(Path(), [], array=np.asarray(images))
-    read = partial(_read, source, extractor, batch or feature_batch(device), check)
+    read = partial(_read, source, extractor, feature_batch(device), check)
     if cache is None:
         return _measure(read, extractor, device)
     index = cache / f"files-{digest_of(source.digest, source.skip_unreadable, extractor.key)}.json"
@@ -79,29 +77,20 @@ def real_features(images: Source | Tensor | np.ndarray, extractor: Extractor, de
 
 
 def feature_batch(device: torch.device | str) -> int:
-    """How many real images are measured together. On a CPU fewer, so that the remaining time can be estimated."""
+    """How many real images are measured together: on a CPU fewer, for an estimate of the remaining time."""
     return MOST_AT_ONCE if torch.device(device).type == "cuda" else 64
 
 
 def check_real(images: Tensor | np.ndarray) -> None:
     """BadInput for latents, and for too few images."""
-    if "uint8" not in str(images.dtype):
-        raise BadInput(f"the images are {images.dtype} of {images.shape[1]} channels, latents: expected images")
-    _check_enough(len(images))
-
-
-def _check_enough(count: int) -> None:
-    if count < 4:
-        raise BadInput(f"there are {counted(count, 'real image')}: expected at least 4, better thousands")
+    if "uint8" not in str(images.dtype) or len(images) < 4:
+        raise BadInput(f"there are {counted(len(images), 'sample')} of {images.dtype}: expected 4 images or more")
 
 
 def _read(source: Source, extractor: Extractor, batch: int, check: Callable,
           use: Callable) -> tuple[str, int, tuple[int, int, int]]:
-    """Decode all images and call use(places (B,), lots (B,), images (B, C, H, W)) for one batch after the other.
-
-    An archive gives the images in another order than that of their places. An image's lot is a random number that
-    depends on its place alone. Returns digest, count and shape as in `Real`.
-    """
+    """Decode all images, call use(places (B,), lots (B,), images (B, C, H, W)) for each batch, and return digest, count
+    and shape as in `Real`. Places are those in the order of names, lots random numbers that depend on them alone."""
     shape = None
     with source.open() as (count, files), closing(source.decoded(files, _digest_of_image, depth=batch)) as entries:
         digests = np.zeros((count, DIGEST), np.uint8)
@@ -116,13 +105,14 @@ def _read(source: Source, extractor: Extractor, batch: int, check: Callable,
             digests[places] = part_digests
             use(places, lots[places], images)
     digests = digests[digests.any(1)]  # those of unreadable images are still 0
-    _check_enough(len(digests))
+    if len(digests) < 4:
+        raise BadInput(f"there are {counted(len(digests), 'real image')}: expected at least 4, better thousands")
     pixels = digest_of(shape, hashlib.blake2b(digests, digest_size=DIGEST).hexdigest())
     return digest_of(VERSION, KEPT, extractor.key, pixels), len(digests), shape
 
 
 def _measure(read: Callable, extractor: Extractor, device: torch.device) -> Real:
-    """Sums are float64 and taken batch by batch: three million features fit in no memory."""
+    """Measure what `read` decodes. Sums are float64, taken batch by batch: three million features fit in no memory."""
     total = products = 0
     shift = None  # the first batch's mean, which is subtracted so that squares do not get large, losing digits
     sample = []  # a heap of (-lot, place, features) of the KEPT images with the least lots

@@ -40,16 +40,18 @@ def show_images(axes, images: Tensor, columns: int, gap: int = 1) -> None:
 
 
 @matplotlib.rc_context(STYLE)
-def draw_compare(images: dict[str, Tensor], z: Tensor, comparisons: list[dict], path: Path) -> list[str]:
-    """Above, a column for each noise z (N, C, H, W): what each model makes of it; nothing if `images` is empty. Below,
-    the distances of `commands.compare.compare_images`."""
-    rows = {"the noise of each column": (z / 3).clamp(-1, 1), **images} if images else {}
+def draw_compare(models: list[Model], images: list[Tensor], z: Tensor, comparisons: list[dict],
+                 path: Path) -> list[str]:
+    """Above, a column for each noise z (N, C, H, W): what each model makes of it, unless it makes latents. Below, the
+    distances of `commands.compare.compare_images`."""
+    rows = [("the noise of each column", (z / 3).clamp(-1, 1))] if models[0].draws_images else []
+    rows += [(model.label, x) for model, x in zip(models, images, strict=True) if model.draws_images]
     heights = [((COLUMN - 0.1) / len(z) + 0.19) * len(rows), 0.65 + 0.32 * len(comparisons)]
     figure = Figure((COLUMN, sum(heights)), layout="constrained")
     below = figure
     if rows:
         above, below = figure.subfigures(2, 1, height_ratios=heights)
-        for axes, (label, row) in zip(above.subplots(len(rows), 1), rows.items(), strict=True):
+        for axes, (label, row) in zip(above.subplots(len(rows), 1), rows, strict=True):
             show_images(axes, row, len(row), gap=2)
             axes.set_title(shorten(label, 58), loc="left", pad=2, fontsize=7)
     figure.get_layout_engine().set(h_pad=0.015, w_pad=0.03, hspace=0.0)

@@ -45,15 +45,14 @@ def load_data(source: str | None, models: list[Model], match_sizes: list[int] | 
     size         make images squares of this many pixels; None: of as many as the model's
     Raises BadInput for other shapes than the model's, and if one pass over the data does not empty such pools.
     """
-    if source is None and not models:
+    if not source and not models:
         raise BadInput("--data is not given, nor a model that was trained on some: expected images or latents")
     recipe = models[0].about["recipe"] if models else {}
-    settings = {}
-    if source is None:
-        source = models[0].about["data"]
-        settings = {"skip_unreadable": recipe.get("skip_unreadable", False),
-                    "cache": Path(recipe["cache"]) if recipe.get("cache") else None}
-    images = loader.load_images(source, size=size or recipe.get("size") or None, **settings)
+    read_as = {} if source else recipe
+    source = source or models[0].about["data"]
+    images = loader.load_images(source, size=size or recipe.get("size") or None,
+                                skip_unreadable=read_as.get("skip_unreadable", False),
+                                cache=Path(read_as["cache"]) if read_as.get("cache") else None)
     for model in models:
         if tuple(images.shape[1:]) != model.shape:
             raise BadInput(f"{source} holds samples {tuple(images.shape[1:])}, {model.path} makes {model.shape}: "
@@ -73,8 +72,7 @@ def data_pairs(images, match_size: int, count: int, served: int, *, seed: int,
     """`count` pairs (x, z) of data and noise, (count, C, H, W) each, drawn evenly from `served` that a pool hands out.
 
     match_size  of the pool; 0: random pairs
-    served      a multiple of match_size: a pool's first samples find nearer noises than its last, and training gets
-                whole pools
+    served      a multiple of match_size, for whole pools: a pool's first samples find nearer noises than its last
     The samples depend on the seed alone, so they are the same for every match_size.
     """
     batch = min(SERVED_AT_ONCE, served)
@@ -98,7 +96,7 @@ def summarize(rows: list[dict], *by: str) -> list[dict]:
         groups.setdefault(tuple(row[name] for name in by), []).append(row)
     summary = []
     for key, group in groups.items():
-        measures = [name for name, value in group[0].items() if isinstance(value, float)]
-        spreads = {name: mean_and_std([row[name] for row in group]) for name in measures}
+        spreads = {name: mean_and_std([row[name] for row in group]) for name, value in group[0].items()
+                   if isinstance(value, float)}
         summary.append(dict(zip(by, key, strict=True)) | spreads)
     return summary

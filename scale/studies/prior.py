@@ -32,15 +32,14 @@ ON_A_GPU = [Way("pool of 1,000,000", "greedy", 1_000_000, tf32=True),
 
 
 def prior(images: Tensor, ways: Iterable[Way] = WAYS, seed: int = 0) -> Iterator[dict]:
-    """A row for each way: `tests_of` the noises that it pairs with images, (N, ...) in [−1, 1]. N is a multiple of each
-    smaller match_size, so that pools are whole; a larger pool takes several epochs."""
+    """A row for each way: `tests_of` the noises it pairs with images (N, ...). Pools smaller than N must divide it."""
     for way in ways:
         yield {"way": way.name, **tests_of(paired(images, way, seed))}
 
 
 def paired(images: Tensor, way: Way, seed: int) -> Iterator[Tensor]:
-    """The noises (B, D) of each batch that belong to the part: of one for each image, or of a whole pool. The images of
-    the first epoch are in order, then they are shuffled."""
+    """The noises (B, D) of each batch that belong to the part, of one for each image or of a whole pool. The images are
+    in order in the first epoch, then shuffled."""
     pool = dansm.NoisePool(way.match_size if way.method == "greedy" else 0, images.shape[1:], device=images.device,
                            seed=seed, tf32=way.tf32)
     count = max(len(images), way.match_size)

@@ -24,6 +24,10 @@ NEAREST_OF = 1000
 WAYS = ("squared", "inner", "optimal")  # greedy by either cost, and the linear assignment
 LINES = 40  # drawn in the figure; more would be a tangle
 BINS = np.linspace(-5, 5, 41)
+GAINS = {"optimal": SERIES["own"] | {"label": "optimal"}, "inner": SERIES["random"] | {"label": "greedy, inner"},
+         "squared": SERIES["matched"] | {"label": "greedy, squared"}}
+SMALL = {"font.size": 7, "axes.titlesize": 7.5, "axes.labelsize": 7, "legend.fontsize": 6.5, "xtick.labelsize": 6.5,
+         "ytick.labelsize": 6.5}  # for four panels in one column
 
 
 def measure(images: Tensor, draws: int) -> dict:
@@ -37,7 +41,9 @@ def measure(images: Tensor, draws: int) -> dict:
     middle = MATCH_SIZES[len(MATCH_SIZES) // 2]
     rows, prior_rows, picture = [], [], None
     for draw in with_bar(range(draws), "pairing images with noises"):
-        x, z = draw_ends(images, max(MATCH_SIZES), draw)
+        order = np.random.default_rng(draw).permutation(len(images))[: max(MATCH_SIZES)]
+        x = images[torch.from_numpy(order)]
+        z = torch.randn(x.shape, generator=dansm.noise_generator(draw))
         rows.append({"draw": draw, "match_size": 1, "way": "random", **spread_along(x, z, directions)})
         for match_size in MATCH_SIZES:
             rows += [{"draw": draw, "match_size": match_size, **row}
@@ -52,13 +58,6 @@ def measure(images: Tensor, draws: int) -> dict:
             "draws": draws, "match_sizes": list(MATCH_SIZES), "nearest_of": NEAREST_OF, "pictured_match_size": middle,
             "summary": summarize(rows, "match_size", "way"), "prior": summarize(prior_rows, "way"), "rows": rows,
             "prior_rows": prior_rows, "picture": picture, "hardware": hardware("cpu")}
-
-
-def draw_ends(images: Tensor, count: int, draw: int) -> tuple[Tensor, Tensor]:
-    """`count` different images in random order and as many noises, (count, D) each."""
-    order = np.random.default_rng(draw).permutation(len(images))[:count]
-    z = torch.randn(count, images.shape[1], generator=dansm.noise_generator(draw))
-    return images[torch.from_numpy(order)], z
 
 
 def measure_pools(x: Tensor, z: Tensor, match_size: int, directions: Tensor) -> list[dict]:
@@ -87,8 +86,8 @@ def match_in_pools(x: Tensor, z: Tensor, match_size: int, way: str) -> Tensor:
 
 
 def gains(x: Tensor, paired: Tensor, z: Tensor, match_size: int) -> dict[str, float]:
-    """By what share the mean squared path is shorter than the mean over all pairings of a pool: over whole pools, and
-    over each quarter of their lives. x, paired, z: (N, D)."""
+    """By what share squared paths are shorter than over all pairings of their pool, in all and in each quarter of the
+    pools' lives. x, paired, z: (N, D)."""
     length = (x - paired).square().sum(1).double()
     at_random = torch.cat([samples.square().sum(1) + noises.square().sum(1).mean() - 2 * samples @ noises.mean(0)
                            for samples, noises in zip(x.split(match_size), z.split(match_size), strict=True)]).double()
@@ -122,8 +121,7 @@ def spread_along(x: Tensor, z: Tensor, directions: Tensor) -> dict[str, float]:
 
 
 def measure_prior(seen: dict[str, Tensor], first: Tensor) -> list[dict]:
-    """A row for each set of noises (N, D), "drawn" or seen in training: whether they are those drawn, their variance
-    along the images' first principal direction (D,), and their mean square, both 1 in N(0, I)."""
+    """Whether each set of noises (N, D) is the one drawn, its variance along `first` (D,), and its mean square."""
     drawn = seen["drawn"][seen["drawn"][:, 0].argsort()]
     return [{"way": way, "first_variance": (noises @ first).var().item(), "mean_square": noises.square().mean().item(),
              "the_noises_drawn": torch.equal(noises[noises[:, 0].argsort()], drawn)}
@@ -139,18 +137,9 @@ def picture_data(x: Tensor, seen: dict[str, Tensor], first: Tensor) -> dict:
     return {**ends, "bins": BINS.tolist(), "density": density}
 
 
-# ------------ The figure --------------------------------------------------------------------------
-
-GAINS = {"optimal": SERIES["own"] | {"label": "optimal"}, "inner": SERIES["random"] | {"label": "greedy, inner"},
-         "squared": SERIES["matched"] | {"label": "greedy, squared"}}
-SMALL = {"font.size": 7, "axes.titlesize": 7.5, "axes.labelsize": 7, "legend.fontsize": 6.5, "xtick.labelsize": 6.5,
-         "ytick.labelsize": 6.5}  # for four panels in one column
-
-
 @matplotlib.rc_context(STYLE | SMALL)
 def draw(result: dict, path: Path) -> list[str]:
-    """Above, paths along the images' first principal direction; below, the noises that a training sees along it, and
-    the gain of whole pools and of their last quarters. Writes path.png and path.svg and returns their names."""
+    """Write path.png and path.svg: paths along the first direction, the noises seen along it, the gains of pools."""
     figure = Figure((COLUMN, 3.6), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.03)
     above, below = figure.subfigures(2, 1, height_ratios=(1, 1.12))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from features import PIXELS, SEEN, digits, seen
+from features import PIXELS, SEEN, digits, features_in_batches, seen
 
 from dansm.scale.base.statistics import frechet_distance
 from dansm.scale.evaluate import measures
@@ -74,14 +74,14 @@ def test_our_distance_is_torch_fidelitys_also_where_covariances_are_nearly_singu
 @pytest.mark.parametrize("batch", [7, 64])
 def test_a_set_against_itself_is_at_0_in_any_order_and_any_batches(batch):
     images, _ = digits()
-    real = real_features(images, SEEN, "cpu", batch=600)
+    real = features_in_batches(600, images, SEEN, "cpu")
     scale = np.trace(real.covariance)
     shuffled = images[torch.randperm(len(images))]
     row = measures.score(seen(shuffled), real, SEEN)
     assert abs(row["frechet_distance"]) < 1e-5 * scale
     assert -0.005 < row["kernel_distance"] <= 0  # without bias where no image is in both sets
     assert (row["precision"], row["recall"]) == (1, 1)
-    again = real_features(shuffled, SEEN, "cpu", batch=batch)
+    again = features_in_batches(batch, shuffled, SEEN, "cpu")
     assert np.allclose(again.mean, real.mean, rtol=1e-5)
     assert np.allclose(again.covariance, real.covariance, rtol=1e-3, atol=1e-5 * scale)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from features import PIXELS, SEEN, digits, seen
+from features import PIXELS, SEEN, digits, features_in_batches, seen
 from support import PICTURES, as_folder, lsun, packed, picture
 
 from dansm import BadInput
@@ -56,7 +56,7 @@ def same(real, other):
 
 
 def of_files(source, extractor, cache=None, batch=64, **settings):
-    return real_features(stream_images(str(source), **settings), extractor, "cpu", batch=batch, cache=cache)
+    return features_in_batches(batch, stream_images(str(source), **settings), extractor, "cpu", cache=cache)
 
 
 def kept(cache):
@@ -73,7 +73,7 @@ def test_statistics_taken_as_batches_come_are_torch_fidelitys():
     images, _ = digits(300)
     features = PIXELS.extract(images)[0] + 1000  # far from 0, where sums of squares lose their digits
     far = Extractor("far", "far", lambda images: (PIXELS.extract(images)[0] + 1000, None))
-    real = real_features(images, far, "cpu", batch=77)
+    real = features_in_batches(77, images, far, "cpu")
     expected = metric_fid.fid_features_to_statistics(features.double())
     assert np.allclose(real.mean, expected["mu"], rtol=1e-12)
     assert np.allclose(real.covariance, expected["sigma"], atol=1e-9)
@@ -83,7 +83,7 @@ def test_statistics_taken_as_batches_come_are_torch_fidelitys():
 def test_of_many_real_images_the_features_of_some_are_kept(monkeypatch):
     monkeypatch.setattr(room, "KEPT", 100)
     images, _ = digits(500)
-    real = real_features(images, SEEN, "cpu", batch=64)
+    real = features_in_batches(64, images, SEEN, "cpu")
     assert (real.count, len(real.features)) == (500, 100)
     assert np.allclose(real.mean, seen(images).mean(0), rtol=1e-5)
     assert {tuple(row) for row in real.features.tolist()} <= {tuple(row) for row in seen(images).tolist()}
@@ -164,7 +164,7 @@ def test_images_that_come_one_by_one_are_known_as_those_of_an_array(tmp_path, so
     source = str(STREAMED[source](tmp_path))
     expected = real_features(load_images(source, size=size), SEEN, "cpu")
     shapes = []
-    real = real_features(stream_images(source, size=size), SEEN, "cpu", batch=3, check=shapes.append)
+    real = features_in_batches(3, stream_images(source, size=size), SEEN, "cpu", check=shapes.append)
     assert same(real, expected) and shapes == [(3, 4, size or 6)]
     assert not same(of_files(source, SEEN, size=5), expected)
 
