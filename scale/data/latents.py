@@ -97,7 +97,7 @@ def known_on_disk(folder: Path) -> dict:
         version = index["dansm_latents"]
     except (FileNotFoundError, NotADirectoryError, ValueError, LookupError, TypeError):  # or it is another program's
         return {}
-    if version != VERSION:
+    if version not in (1, VERSION):
         raise BadInput(f"{folder} holds latents of version {version}: expected {VERSION}, encode the images again")
     return index
 
@@ -105,13 +105,14 @@ def known_on_disk(folder: Path) -> dict:
 def open_encoded(folder: Path, index: dict) -> Shards:
     """The latents that dansm encode wrote into `folder`, memory-mapped; of an unfinished one the shards so far, and a
     line says so. index: see `known_on_disk`. BadInput for shards that are missing or cut off."""
-    notes = read_notes(folder)
+    notes = index.get("shards") or read_notes(folder)  # version 1 joined them in the index of a finished encode
     filled = [note for note in notes if note["count"]]
     done = sum(note["count"] // (1 + index["flips"]) + len(note["left_out"]) for note in notes)
-    so_far = f"{folder}: {done:,} of {index['images']:,} images encoded so far; the same dansm encode resumes"
+    images = index.get("images", done)
+    so_far = f"{folder}: {done:,} of {images:,} images encoded so far; the same dansm encode resumes"
     if not filled:
         raise BadInput(f"{so_far}, expected some")
-    if done < index["images"]:
+    if done < images:
         say(so_far)
     try:
         return Shards([folder / note["file"] for note in filled], {name: index[name] for name in KNOWN})

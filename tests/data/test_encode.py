@@ -273,8 +273,21 @@ def test_damaged_shards_are_refused(encoded, not_loaded):
     assert "float64" in not_loaded(out)
     (out / "latents-00001.npy").unlink()
     assert "latents-00001.npy cannot be read" in not_loaded(out)
-    (out / "index.json").write_text(json.dumps({"dansm_latents": 1}))
-    assert "version 1" in not_loaded(out)
+    (out / "index.json").write_text(json.dumps({"dansm_latents": 3}))
+    assert "version 3" in not_loaded(out)
+
+
+def test_latents_of_version_1_whose_index_holds_the_notes_of_all_shards_are_read(encoded):
+    out = encoded()
+    expected = np.asarray(load_images(str(out)))
+    index = json.loads((out / "index.json").read_text())
+    notes = sorted(out.glob("latents-*.json"))
+    index |= {"dansm_latents": 1, "count": len(expected), "shards": [json.loads(note.read_text()) for note in notes]}
+    del index["images"]
+    (out / "index.json").write_text(json.dumps(index))
+    for note in notes:
+        note.unlink()
+    assert np.array_equal(np.asarray(load_images(str(out))), expected)
 
 
 def test_more_shards_than_a_process_may_have_files_open(encoded, monkeypatch):
