@@ -63,13 +63,15 @@ def tsne(
             x, z, _ = own_pairs(loaded[0], numbers, steps, seed=seed, batch=batch, device=device)
         else:
             x, z = data_pairs(images, match_size, pairs, served, seed=seed + number, device=device)
-        x, z = own = embed(x, z, perplexity, seed + number)
+        own = embed(x, z, perplexity, seed + number)
+        above, z = own
         if loaded and data:
-            above = data_pairs(images, 0, pairs, pairs, seed=seed + number, device=device)
-            x, z = embed(*above, perplexity, seed + number)
+            x, z = data_pairs(images, 0, pairs, pairs, seed=seed + number, device=device)
+            above, z = embed(x, z, perplexity, seed + number)
         shuffled = z[np.random.default_rng([seed + number, 0]).permutation(pairs)]
-        drawn.append([{"name": title, "crossings": count_crossings(*ends), "samples": ends[0].tolist(),
-                       "noises": ends[1].tolist()} for title, ends in (("random pairs", (x, shuffled)), (name, own))])
+        halves = {"random pairs": (above, shuffled), name: own}
+        drawn.append([{"name": title, "crossings": count_crossings(x, z), "samples": x.tolist(), "noises": z.tolist()}
+                      for title, (x, z) in halves.items()])
     panels = sorted(drawn, key=lambda panels: panels[1]["crossings"])[(draws - 1) // 2]
     for kept, *of_draws in zip(panels, *drawn, strict=True):
         kept["over_draws"] = statistics.mean_and_std([other["crossings"] for other in of_draws])

@@ -55,7 +55,7 @@ def real_features(images: Source | Tensor | np.ndarray, extractor: Extractor, de
     read = partial(_read, source, extractor, feature_batch(device), check)
     if cache is None:
         return _measure(read, extractor, device)
-    index = cache / f"files-{digest_of(source.digest, source.skip_unreadable, extractor.key)}.json"
+    index = cache / f"{digest_of(source.path.resolve(), source.digest, source.skip_unreadable, extractor.key)}.json"
     with ExitStack() as held:
         with suppress(OSError):  # nothing can be written there, which is said below
             cache.mkdir(parents=True, exist_ok=True)

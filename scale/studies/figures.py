@@ -40,13 +40,12 @@ def show_images(axes, images: Tensor, columns: int, gap: int = 1) -> None:
 
 
 @matplotlib.rc_context(STYLE)
-def draw_compare(models: list[Model], images: list[Tensor], z: Tensor, comparisons: list[dict],
-                 path: Path) -> list[str]:
+def draw_compare(models: list[Model], images: list[Tensor], z: Tensor, pairs: list[dict], path: Path) -> list[str]:
     """Above, a column for each noise z (N, C, H, W): what each model makes of it, unless it makes latents. Below, the
     distances of `commands.compare.compare_images`."""
     rows = [("the noise of each column", (z / 3).clamp(-1, 1))] if models[0].draws_images else []
     rows += [(model.label, x) for model, x in zip(models, images, strict=True) if model.draws_images]
-    heights = [((COLUMN - 0.1) / len(z) + 0.19) * len(rows), 0.65 + 0.32 * len(comparisons)]
+    heights = [((COLUMN - 0.1) / len(z) + 0.19) * len(rows), 0.65 + 0.32 * len(pairs)]
     figure = Figure((COLUMN, sum(heights)), layout="constrained")
     below = figure
     if rows:
@@ -55,20 +54,20 @@ def draw_compare(models: list[Model], images: list[Tensor], z: Tensor, compariso
             show_images(axes, row, len(row), gap=2)
             axes.set_title(shorten(label, 58), loc="left", pad=2, fontsize=7)
     figure.get_layout_engine().set(h_pad=0.015, w_pad=0.03, hspace=0.0)
-    draw_distances(below.subplots(), comparisons)
+    draw_distances(below.subplots(), pairs)
     return save(figure, path)
 
 
-def draw_distances(axes, comparisons: list[dict]) -> None:
-    places = np.arange(len(comparisons))[::-1]
+def draw_distances(axes, pairs: list[dict]) -> None:
+    places = np.arange(len(pairs))[::-1]
     for key, label, style, shift in (("unequal", "unequal noise", SERIES["random"], -0.14),
                                      ("same", "the same noise", SERIES["own"], 0.14)):
-        means, stds = ([pair[key][part] for pair in comparisons] for part in ("mean", "std"))
+        means, stds = ([pair[key][part] for pair in pairs] for part in ("mean", "std"))
         axes.errorbar(means, places + shift, xerr=stds, fmt=style["marker"], color=style["color"],
                       markersize=4.5, linewidth=1.1, capsize=2.5, label=label)
-    labels = [" –\n".join(shorten(name, 16) for name in pair["models"]) for pair in comparisons]
+    labels = [" –\n".join(shorten(name, 16) for name in pair["models"]) for pair in pairs]
     axes.set_yticks(places, labels, fontsize=6.5, linespacing=0.95)
-    axes.set_ylim(-0.6, len(comparisons) - 0.4)
+    axes.set_ylim(-0.6, len(pairs) - 0.4)
     axes.set_xlim(left=0)
     axes.set_xlabel("distance ‖a − b‖, mean ± standard deviation", fontsize=7)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, borderaxespad=0.1, handletextpad=0.3)

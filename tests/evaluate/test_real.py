@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from features import PIXELS, SEEN, digits, features_in_batches, seen
+from PIL import Image
 from support import PICTURES, as_folder, lsun, packed, picture
 
 from dansm import BadInput
@@ -211,6 +212,17 @@ def test_a_changed_file_never_has_the_features_of_what_it_was(counting, folder, 
         expected = real_features(load_images(str(folder)), known, "cpu")
         assert same(of_files(folder, counting, cache), expected)
     assert of_files(folder, counting, cache, size=4).digest != expected.digest
+
+
+def test_another_folder_with_equal_names_sizes_and_dates_has_features_of_its_own(counting, tmp_path):
+    folders = []
+    for name in ("train", "test"):
+        folders.append(as_folder(tmp_path / name, PICTURES))
+        for path in folders[-1].rglob("*.*"):
+            Image.fromarray(np.full((4, 6, 3), 9 * len(path.name) + len(name), np.uint8)).save(path, "bmp")
+            os.utime(path, ns=(0, 0))
+    first, second = (of_files(folder, counting, tmp_path / "cache") for folder in folders)
+    assert first.digest != second.digest and counting.extract.images == 2 * len(PICTURES)
 
 
 def test_a_file_that_changes_while_it_is_read_leaves_no_index_of_the_files(counting, folder, tmp_path):
