@@ -61,8 +61,7 @@ def evaluate(
     trained = [model.with_decoder(autoencoder, on, precision, memory)
                for model in load_models(models, step_counts, solver=solver)]
     make_folder(out)
-    before = json.loads((out / "evaluate.json").read_text())["rows"] if (out / "evaluate.json").exists() else []
-    known = {row["made_from"]: row for row in before}
+    known = read_rows(out / "evaluate.json")
     extractor = load_extractor(features, on, inception_weights)
     source, images = find_real(trained, data, size, skip_unreadable)
     real = real_features(images, extractor, on, cache=cache.expanduser(), check=partial(check_images, trained, source))
@@ -90,6 +89,16 @@ def evaluate(
     say_files(out, "evaluate.json", "evaluate.csv")
     if len(rows) < len(jobs):
         raise Stopped(f"stopped; {counted(len(rows), 'row')} of {len(jobs)} kept, the same command resumes")
+
+
+def read_rows(path: Path) -> dict[str, dict]:
+    """The rows of earlier calls, by what they were made from. BadInput for a file of another program."""
+    if not path.exists():
+        return {}
+    try:
+        return {row["made_from"]: row for row in json.loads(path.read_text())["rows"]}
+    except (ValueError, LookupError, TypeError) as error:
+        raise BadInput(f"{path} was not written by dansm evaluate ({error}): expected another --out") from error
 
 
 def find_real(models: list[Model], data: str | None, size: int | None, skip_unreadable: bool) -> tuple[str, Source]:

@@ -40,6 +40,8 @@ class Extractor(NamedTuple):
 def load_extractor(features: str, device: torch.device, weights: Path | None = None) -> Extractor:
     """The network called `features`, on the device. weights: a file with Inception's, None: downloaded at first use."""
     importlib.import_module("torch_fidelity")  # which every evaluation needs
+    if features == "scale.evaluate:efficientnet_lite0":
+        raise BadInput(f"features of {features} are now called {LITE0}")
     if features == INCEPTION:
         return _load_inception(device, weights)
     if weights is not None:

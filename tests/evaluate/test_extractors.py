@@ -114,3 +114,8 @@ def test_what_makes_no_features_is_refused(features, named):
     with pytest.raises(BadInput) as refusal:
         features_of(digits(24)[0], load_extractor(features, CPU), CPU)
     assert "--features" in str(refusal.value) and named in str(refusal.value)
+
+
+def test_the_former_name_of_lite0_is_refused_naming_the_new_one():
+    with pytest.raises(BadInput, match=f"efficientnet_lite0.*{LITE0}"):
+        load_extractor("scale.evaluate:efficientnet_lite0", torch.device("cpu"))
