@@ -1,6 +1,5 @@
-"""Draw docs/rooms.svg from the imports in the code. `make docs` runs this.
-
-An arrow points from a room to one that it imports; one that follows from two others is left out. Dashed: lazily."""
+"""Draw docs/rooms.svg from the imports in the code, in `make docs`. An arrow points from a room to one that it imports;
+one that follows from two others is left out. Dashed: lazily."""
 
 import ast
 import re
@@ -18,8 +17,7 @@ markerHeight="8" refX="6" refY="3" orient="auto"><path d="M0 0L6 3L0 6z" style="
 
 
 def imported(folder):
-    """The rooms that the files of a folder import: ..base.files and dansm.scale.base.files are base, dansm is dansm.py.
-    """
+    """The rooms that a folder's files import: ..base.files and dansm.scale.base.files are base, dansm is dansm.py."""
     code = "\n".join(path.read_text("utf-8") for path in folder.glob("*.py"))
     for module in re.findall(r"^ *(?:from|import) (?:dansm\b|\.\.)(\S*)", code, re.MULTILINE):
         yield next((part for part in module.split(".") if part in FILES), "dansm.py")

@@ -5,6 +5,7 @@ arguments, run@images for a row of the proof. It returns rows, the header first.
 import csv
 import json
 import re
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -58,33 +59,36 @@ def numbers(column, digits=1, unit="", scale=1):
     return write
 
 
-def of_proof(table, names, write):
+def of_proof(table, write, *names):
     """A row for each run@images of the proof, a column for each count of sampling steps."""
     runs = [name.split("@") for name in names]
     rows = {f"{RUNS[run].label}, {int(images):,} images": {"run": run, "images": images} for run, images in runs}
     return pivot(read(f"proof/{table}"), rows, {f"{steps} steps": ({"steps": steps}, write) for steps in STEPS})
 
 
-def proof(*names):
-    return of_proof("distances.csv", names, numbers("distance"))
-
-
-def proof_ratio(*names):
-    return of_proof("summary.csv", names, numbers("of_random", 2))
-
-
-def proof_images(*names):
+def needed(records):
     """How many thousand images a run needs for what random pairs have, and the range over all pairs of seeds."""
-    def needed(records):
-        row, = records
-        images = f"{float(row['images_ours']) / 1000:,.0f}"
-        if row["at_least"] == "True":
-            return f"≤ {images}"
-        if not row["least_ratio"]:
-            return f"{images}, not all"
-        least, most = (float(row["images"]) / 1000 / float(row[name]) for name in ("most_ratio", "least_ratio"))
-        return f"{images} ({least:,.0f}–{most:,.0f})"
-    return of_proof("summary.csv", names, needed)
+    row, = records
+    images = f"{float(row['images_ours']) / 1000:,.0f}"
+    if row["at_least"] == "True":
+        return f"≤ {images}"
+    if not row["least_ratio"]:
+        return f"{images}, not all"
+    least, most = (float(row["images"]) / 1000 / float(row[name]) for name in ("most_ratio", "least_ratio"))
+    return f"{images} ({least:,.0f}–{most:,.0f})"
+
+
+proof = partial(of_proof, "distances.csv", numbers("distance"))
+proof_ratio = partial(of_proof, "summary.csv", numbers("of_random", 2))
+proof_images = partial(of_proof, "summary.csv", needed)
+proof_prior = partial(listing, read("proof/prior.csv"), ["way"], {"noises": numbers("noises", 0)} | {
+    f"p: {name}s": numbers(f"{name}_p", 3) for name in ("size", "mean", "variance", "covariance")})
+paths = partial(listing, read("foundations/paths.csv"), ["pairs"], {
+    "length": numbers("path_length"), "own noise is the nearest": numbers("own_noise_nearest", 1, " %", 100),
+    "distance of two paths": numbers("inter_path_mean"), "to the nearest": numbers("inter_path_minimum")})
+train_rates = partial(listing, read("bench/train/train.csv", part="steps"), ["case", "way"], {
+    "ms a step": numbers("median_ms"), "images/s": numbers("images_per_second", 0),
+    "matching": numbers("matching_share", 1, " %", 100), "MFU": numbers("mfu", 0, " %", 100)})
 
 
 def proof_short(*names):
@@ -96,11 +100,6 @@ def proof_speed():
     records = [record | {"pairs": RUNS[record["run"]].label} for record in read("proof/speed.csv")]
     rates = {name: numbers(name, 0) for name in ("images_per_second", "least", "most")}
     return listing(records, ["pairs"], rates | {"matching": numbers("matching", 1, " %", 100)})
-
-
-def proof_prior():
-    tests = {f"p: {name}s": numbers(f"{name}_p", 3) for name in ("size", "mean", "variance", "covariance")}
-    return listing(read("proof/prior.csv"), ["way"], {"noises": numbers("noises", 0)} | tests)
 
 
 def digits(folder):
@@ -118,22 +117,10 @@ def theory(column):
     return pivot(read("theory/theory.csv"), sizes, columns)
 
 
-def paths():
-    return listing(read("foundations/paths.csv"), ["pairs"], {
-        "length": numbers("path_length"), "own noise is the nearest": numbers("own_noise_nearest", 1, " %", 100),
-        "distance of two paths": numbers("inter_path_mean"), "to the nearest": numbers("inter_path_minimum")})
-
-
 def match_cost():
     ways = "paper's loop", "nearest of k", "ours, squared", "ours, tf32", "ours, bf16"
     sizes = {f"{size:,}": ({"match_size": str(size)}, numbers("median_ms", 2)) for size in (10**3, 10**4, 10**5, 10**6)}
     return pivot(read("bench/h100/match.csv"), {way: {"way": way} for way in ways}, sizes)
-
-
-def train_rates():
-    return listing(read("bench/train/train.csv", part="steps"), ["case", "way"], {
-        "ms a step": numbers("median_ms"), "images/s": numbers("images_per_second", 0),
-        "matching": numbers("matching_share", 1, " %", 100), "MFU": numbers("mfu", 0, " %", 100)})
 
 
 if __name__ == "__main__":

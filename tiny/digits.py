@@ -56,7 +56,8 @@ def train_and_evaluate(images: Tensor, settings: Settings, way: str, seed: int) 
     torch.manual_seed(seed)  # equal first weights and training times for every way
     share = settings.batch / BATCH
     training = dansm.Training(dansm.UNet(**NETWORK).to(images.device), lr=RATE * share**0.5, decay=DECAY**share)
-    flow, lengths, runs = dansm.RectifiedFlow(), [], []
+    flow = dansm.RectifiedFlow()
+    lengths, runs = [], []
     for step, (x, z) in enumerate(islice(paired(images, way, settings, seed), settings.steps), 1):
         training.gradients(flow, x, z)
         training.update()

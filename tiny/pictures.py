@@ -4,10 +4,6 @@ import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only, so that no screen is needed
-
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -23,6 +19,7 @@ from dansm.scale.base.colours import DATA, INK, NOISE, NOTE, PALE
 
 FROM_NOISE_TO_DATA = LinearSegmentedColormap.from_list("flow", [NOISE, "#d98e6a", DATA])
 
+plt.switch_backend("Agg")  # files only, so that no screen is needed
 plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 10, "text.color": INK, "axes.titlesize": 11,
                      "axes.titlepad": 4, "legend.frameon": False, "legend.fontsize": 9})
 
@@ -31,8 +28,7 @@ def draw_planes(planes: dict[str, tuple[Tensor, str]], path: Path) -> None:
     """A row of planes by title: (paths (steps + 1, N, 2), note below)."""
     figure, panels = make_panels(1, len(planes))
     for panel, (name, (lines, text)) in zip(panels[0], planes.items(), strict=True):
-        draw_lines(panel, lines)
-        panel.set_title(name)
+        draw_lines(panel, lines, name)
         note(panel, text)
     save(figure, path)
 
@@ -98,15 +94,13 @@ def draw_lines_that_cross(x: Tensor, z: Tensor, path: Path) -> Image.Image:
     clouds.set_title("noise z (pale), data x (dark)")
     draw_dots(line, x, PALE, 6, layer=1)
     ends = torch.tensor([[[-1.9, -1.9]], [[0.35, 1.15]]])
-    draw_lines(line, ends, size=45, width=2)
+    draw_lines(line, ends, "one line: x_t = t·x + (1 − t)·z", size=45, width=2)
     for t in (0, 0.25, 0.5, 0.75, 1):
         x_t = torch.lerp(*ends[:, 0], t)
         if 0 < t < 1:
             draw_dots(line, x_t[None], INK, 18)
         label(line, f"t = {t:g}", x_t, (8, -7))
-    line.set_title("one line: x_t = t·x + (1 − t)·z")
-    draw_lines(lines, torch.stack([z[:60], x[:60]]), size=12, width=0.8)
-    lines.set_title("sixty lines, paired at random")
+    draw_lines(lines, torch.stack([z[:60], x[:60]]), "sixty lines, paired at random", size=12, width=0.8)
     return save(figure, path, LESSON_DPI)
 
 
@@ -117,18 +111,16 @@ def draw_average(x: Tensor, one_step: Tensor, bent: Iterable[Tensor], w2: dict[i
         draw_dots(panel, x, PALE, 6, layer=1)
     ends = torch.tensor([[[-1.1, -1.24], [-2.3, 1.6]], [[-0.3, 1.44], [0.9, -1.4]]])
     middle, mean = ends.mean((0, 1)), ends[1].mean(0)
-    draw_lines(meeting, ends, size=45, width=2)
+    draw_lines(meeting, ends, "two lines meet at t = ½", size=45, width=2)
     draw_dots(meeting, middle[None], INK, 30)
     arrow = dict(arrowstyle="-|>", color=INK, linewidth=2, shrinkA=0, shrinkB=0)
     meeting.annotate("", mean.tolist(), middle.tolist(), arrowprops=arrow)
     label(meeting, "the average", mean, (6, 0))
-    meeting.set_title("two lines meet at t = ½")
     draw_dots(one, one_step, INK, 14)
     label(one, "every noise\nends here", one_step.mean(0), (8, 0))
     one.set_title(f"perfect network, 1 step: W2² {w2[1]:.3f}")
     bent = torch.stack(list(bent))
-    draw_lines(many, bent, size=8)
-    many.set_title(f"{len(bent) - 1} steps: W2² {w2[len(bent) - 1]:.3f}")
+    draw_lines(many, bent, f"{len(bent) - 1} steps: W2² {w2[len(bent) - 1]:.3f}", size=8)
     return save(figure, path, LESSON_DPI)
 
 
@@ -137,17 +129,16 @@ def draw_pool(data: Tensor, x: Tensor, z: Tensor, moments: Sequence[int], path: 
     figure, planes = page_row(0, len(moments))
     for panel, served in zip(planes, moments, strict=True):
         draw_dots(panel, data, PALE, 3, alpha=0.6, layer=1)
-        draw_lines(panel, torch.stack([z[:served], x[:served]]), size=26, width=1.8)
+        title = f"{served} served, {len(z) - served} left"
+        draw_lines(panel, torch.stack([z[:served], x[:served]]), title, size=26, width=1.8)
         panel.scatter(*z[served:].numpy().T, s=26, facecolors="white", edgecolors=NOISE, linewidths=1.5, zorder=3)
         for number, place in enumerate(x[:served], 1):
             label(panel, str(number), place, (5, 5))
-        panel.set_title(f"{served} served, {len(z) - served} left")
     return save(figure, path, LESSON_DPI)
 
 
 def draw_prior(x: Tensor, noises: dict[str, Tensor], match_size: int, batch: int, path: Path) -> Image.Image:
-    """Lengths of the lines from the first of the noises, a pool's, to x in the order served; and of all noises. All
-    (N, 2). The length of a noise of N(0, I) has the density r·exp(−r²/2) in the plane."""
+    """Lengths of the lines from the first of the noises, a pool's, to x in the order served; of all noises. (N, 2)."""
     figure, (order, prior) = page_row(2, width_ratios=(1.25, 1))
     lengths = (x - next(iter(noises.values()))).norm(dim=1)
     draw_dots(order, torch.stack([torch.arange(len(x)), lengths], 1), NOISE, 5).set_label("one line")
@@ -165,7 +156,7 @@ def draw_prior(x: Tensor, noises: dict[str, Tensor], match_size: int, batch: int
     looks = dict(color=NOISE, alpha=0.7), dict(color=DATA, histtype="step", linewidth=1.8)
     for (name, noise), look in zip(noises.items(), looks, strict=True):
         prior.hist(noise.norm(dim=1).numpy(), bins, density=True, label=name, **look)
-    prior.plot(bins, bins * np.exp(-(bins**2) / 2), color=INK, linestyle="--", label="N(0, I)")
+    prior.plot(bins, bins * np.exp(-(bins**2) / 2), color=INK, linestyle="--", label="N(0, I)")  # its density in 2D
     name_axes(prior, "length of the noises used, ‖z‖", "density")
     return save(figure, path, LESSON_DPI)
 
@@ -199,8 +190,8 @@ def draw_trainings(losses: dict[str, list], least: float, paths: dict[str, Itera
     curves.set(ylim=(0, 2))
     name_axes(curves, "training step", "loss, mean of 20 steps")
     for panel, (method, states) in zip(planes, paths.items(), strict=True):
-        draw_lines(panel, torch.stack(list(states)), size=8)
-        panel.set_title(f"{NAMES[method]}: bend {found[method]['straightness']:.2f}")
+        title = f"{NAMES[method]}: bend {found[method]['straightness']:.2f}"
+        draw_lines(panel, torch.stack(list(states)), title, size=8)
     return save(figure, path, LESSON_DPI)
 
 
@@ -213,15 +204,14 @@ def draw_batches(crossing: dict[int, float], of_pool: float, x: Tensor, noises: 
     curves.plot(list(crossing), [100 * of_pool] * len(crossing), **LOOKS["greedy"], label="pool")
     name_axes(curves, "batch size", "pairs of lines that cross, %", crossing, (0.5, 1, 2, 5, 10, 20, 50))
     for panel, (name, noise) in zip(planes, noises.items(), strict=True):
-        draw_lines(panel, torch.stack([noise[::20], x[::20]]), size=8)  # from all over the pools, which begin well
-        panel.set_title(name)
+        draw_lines(panel, torch.stack([noise[::20], x[::20]]), name, size=8)  # from all over, as pools begin well
     return save(figure, path, LESSON_DPI)
 
 
 def draw_dimensions(images: Tensor, distances: dict[str, Tensor], shares: dict[str, dict[int, float]],
                     path: Path) -> Image.Image:
-    """Some images (N, 1, H, W); and of the plane and of images, how far all noises are from a sample, (N, M), and the
-    lengths of lines by match_size, as shares of those of random pairs."""
+    """Images (N, 1, H, W); all noises' distances from samples (N, M), and lengths as shares of random pairs', by space.
+    """
     figure, (some, near, curves) = page_row(3)
     show_images(some, images[:36], rows=6)
     some.set_title("samples of 64 numbers")
@@ -278,7 +268,7 @@ def to_image(figure, **settings) -> Image.Image:
     return Image.open(buffer).convert("RGB")
 
 
-def draw_lines(panel, path: Tensor, size: float = 4, width: float = 0.6) -> None:
+def draw_lines(panel, path: Tensor, title: str, size: float = 4, width: float = 0.6) -> None:
     """Lines from dot to dot, coloured by time. path: (steps + 1, N, 2)."""
     if len(path) == 2:  # a straight line in pieces, for the sake of its colours
         path = torch.lerp(path[0], path[1], torch.linspace(0, 1, 21, device=path.device)[:, None, None])
@@ -287,6 +277,7 @@ def draw_lines(panel, path: Tensor, size: float = 4, width: float = 0.6) -> None
     draw_dots(panel, path[0], NOISE, size)
     panel.add_collection(LineCollection(pieces.reshape(-1, 2, 2), colors=FROM_NOISE_TO_DATA(times), linewidths=width))
     draw_dots(panel, path[-1], DATA, size)
+    panel.set_title(title)
 
 
 def draw_dots(panel, x: Tensor, color: str, size: float, alpha: float = 1.0, layer: float = 3):
@@ -312,8 +303,7 @@ def show_images(panel, images: Tensor, rows: int) -> None:
 
 
 def name_axes(panel, x: str, y: str, x_ticks: Iterable[float] = (), y_ticks: Iterable[float] = ()) -> None:
-    """Name the axes and the curves, those with a label, of a chart. An axis with ticks becomes logarithmic, and they
-    are plain numbers: 1,000 and not 10³."""
+    """Name the axes and the labelled curves of a chart. An axis with ticks becomes logarithmic: 1,000 and not 10³."""
     panel.set(xlabel=x, ylabel=y)
     for axis, ticks in (panel.xaxis, list(x_ticks)), (panel.yaxis, list(y_ticks)):
         if ticks:

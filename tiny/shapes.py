@@ -1,5 +1,4 @@
-"""The 2D targets. Every shape is a function (n, generator) → (n, 2) float32, mean 0 and variance
-about 1 in each direction, as the noise has."""
+"""The 2D targets: functions (n, generator) → (n, 2) float32, mean 0 and variance about 1 as the noise has."""
 
 import math
 

@@ -1,6 +1,5 @@
-"""2D flows that differ only in how noise and data were paired for training: network, data, steps and seeds are equal.
-Measured are the pairs (length, share that crosses) and the learned flow (straightness, squared Wasserstein-2 distance
-of its samples to the target, W2², by sampling steps)."""
+"""2D flows that differ only in how noise and data were paired for training. Measured are the pairs (length, share that
+crosses) and the flow (straightness, squared Wasserstein-2 distance of samples to the target, W2², by steps)."""
 
 import math
 import zlib
@@ -31,10 +30,8 @@ MEASURES = {"path length": "path_length", "share crossing": "crossing", "median 
 
 
 class MLP(nn.Module):
-    """The velocity in 2D: (B, 2) and times (B,) in [0, 999] → (B, 2). 9,858 parameters.
-
-    It sees place and time also as waves: with them it learns the fine parts of a shape in a third of the steps.
-    """
+    """The velocity in 2D: (B, 2) and times (B,) in [0, 999] → (B, 2). It sees place and time also as waves, which makes
+    it learn the fine parts of a shape in a third of the steps."""
 
     def __init__(self, width: int = 64):
         super().__init__()
@@ -114,11 +111,8 @@ def path_of(net: nn.Module, z: Tensor, steps: int) -> Tensor:
 
 @torch.no_grad()
 def measure_flow(net: nn.Module, x: Tensor, z: Tensor) -> dict:
-    """Straightness, and W2² by sampling steps. x: (N, 2) points of the target, z: (N, 2) noises to start from.
-
-    Straightness is the median over paths: a path that ends near its start divides by almost nothing, and in 2D a few
-    such paths would decide the mean.
-    """
+    """Straightness, and W2² by sampling steps. x: (N, 2) points of the target, z: (N, 2) noises to start from. The
+    median of straightness, as the few paths that end near their start would decide the mean."""
     bends = [dansm.straightness(path) for path in path_of(net, z, STEPS_SHOWN[-1]).split(1, 1)]
     w2 = {steps: wasserstein2(dansm.RectifiedFlow().sample(net, z, steps), x) for steps in STEPS_SHOWN}
     return {"straightness": median(bends), "w2": w2}
@@ -139,30 +133,33 @@ class Settings:
 
 
 def run(shape: str, settings: Settings, out: Path) -> None:
-    """Train, measure and draw one shape into `out`; "all": each shape into its own folder, and a table and a picture of
-    all of them into `out`."""
+    """Train, measure and draw one shape into `out`; "all": each into its own folder, and a table and picture of all."""
+    from .pictures import draw_samples
+
     dansm.NoisePool(settings.match_size, (2,), device=settings.device)  # refused here, not after other trainings
     torch.set_num_threads(1)  # on two threads such a small network takes half as long again
     if shape != "all":
         run_shape(shape, settings, out)
         return
-    rows, shown = [], {}
+    rows, grid = [], {}
     for name in SHAPES:
-        trainings, shown[name] = run_shape(name, settings, out / name)
+        trainings, shown = run_shape(name, settings, out / name)
         rows += rows_of(name, trainings)
         write_csv(out / "results.csv", rows)
-    draw_all(shown, settings, out / "shapes.png")
+        for method in ("random", "greedy"):
+            row = grid.setdefault(f"{name_of(shown[method][1])}, 2 steps", {})
+            row[name.replace("-", " ")] = samples_of(name, *shown[method], 2, settings)
+    draw_samples(grid, out / "shapes.png")
     say_files(out, "results.csv", "shapes.png")
 
 
 def run_shape(shape: str, settings: Settings, out: Path) -> tuple[list[dict], dict]:
-    """`run` for one shape. Returns all trainings, and (network, training) of the first seed by method. toy.json and
-    results.csv are written after every seed, so they stay when the run is stopped."""
+    """`run` for one shape. Returns all trainings, and (network, training) of the first seed by method."""
     make_folder(out)
     trainings, shown = [], {}
     seeds = range(settings.seed, settings.seed + settings.seeds)
     for by_method in each_seed(partial(train_and_measure, shape, settings), dansm.METHODS, seeds, out / "toy.json"):
-        trainings += [training for _, training in by_method.values()]
+        trainings += [training for _, training in by_method.values()]  # written now: they stay when it is stopped
         write_json(out / "toy.json", {"shape": shape, **asdict(settings), "batch": BATCH, "points": POINTS,
                                       "trainings": trainings})
         write_csv(out / "results.csv", rows_of(shape, trainings))
@@ -238,22 +235,9 @@ def draw(shape: str, shown: dict, settings: Settings, out: Path) -> None:
     pictures.draw_flow(x, movies, out / "flow.gif")
 
 
-def draw_all(shown: dict[str, dict], settings: Settings, path: Path) -> None:
-    """Draw samples of every shape in two steps, with random pairs above and matched pairs below."""
-    from . import pictures
-
-    grid = {}
-    for shape, by_method in shown.items():
-        for method in ("random", "greedy"):
-            row = grid.setdefault(f"{name_of(by_method[method][1])}, 2 steps", {})
-            row[shape.replace("-", " ")] = samples_of(shape, *by_method[method], 2, settings)
-    pictures.draw_samples(grid, path)
-
-
 def samples_of(shape: str, net: nn.Module, training: dict, steps: int, settings: Settings) -> tuple:
-    """Points of the target, samples in `steps` steps, and their W2² as text. Three times the points measured: denser is
-    easier to see."""
-    target, start = target_and_start(shape, settings.seed, settings.device, times=3)
+    """Points of the target, samples in `steps` steps, and their W2² as text."""
+    target, start = target_and_start(shape, settings.seed, settings.device, times=3)  # denser is easier to see
     return target, dansm.RectifiedFlow().sample(net, start, steps), f"{training[f'w2_{steps}_steps']:.3f}"
 
 

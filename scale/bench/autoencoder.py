@@ -15,7 +15,6 @@ from ..data import decode, encode
 from ..data.autoencoder import Autoencoder, Decoder, Encoder
 from ..data.pixels import to_uint8
 from . import clock
-from .clock import image_like, milliseconds, spread, timed
 
 BATCHES = {"cuda": (16, 64), "cpu": (1, 4)}
 DIFFERENT = 256  # images among the files of the commands, so that making them takes no time
@@ -36,9 +35,9 @@ def half_rows(autoencoder: Autoencoder, half: type, shape: tuple[int, ...], devi
         x = (255 * x).byte() if half is Encoder else x
         clock.reset_peak(device)
         work(x)  # its algorithms are picked now
-        times = timed(device, REPEATS, work, x)
+        times = clock.timed(device, REPEATS, work, x)
         row = {"what": "encode" if half is Encoder else "decode", "way": "alone", "precision": part.precision,
-               "batch": batch, **spread(times, batch), "peak_mb": clock.peak_mb(device),
+               "batch": batch, **clock.spread(times, batch), "peak_mb": clock.peak_mb(device),
                "operations_per_image": operations}
         if best := peak(device):
             row["mfu"] = round(row["images_per_second"] * operations / best, 4)
@@ -53,15 +52,15 @@ def command_rows(autoencoder: Autoencoder, size: int, count: int, device: torch.
         settings = encode.Settings(size, shard=4096)
         for repeat in range(COMMANDS):
             latents, images = Path(folder) / f"latents-{repeat}", Path(folder) / f"images-{repeat}"
-            encoding.append(milliseconds(device, encode.encode, source, autoencoder, device, latents, settings))
-            decoding.append(milliseconds(device, decode.decode, latents, Decoder(autoencoder, device), images))
+            encoding.append(clock.milliseconds(device, encode.encode, source, autoencoder, device, latents, settings))
+            decoding.append(clock.milliseconds(device, decode.decode, latents, Decoder(autoencoder, device), images))
     for what, way, times in ("dansm encode", "JPEG files", encoding), ("dansm decode", "PNG files", decoding):
-        yield {"what": what, "way": way, "batch": count, **spread(times, count)}
+        yield {"what": what, "way": way, "batch": count, **clock.spread(times, count)}
 
 
 def zip_of_photographs(path: Path, size: int, count: int) -> Path:
     """JPEG images about as LSUN has them: shorter side as asked for, 4:3, smooth with some grain."""
-    images = image_like(min(count, DIFFERENT), (3, size, size * 4 // 3), 0, torch.device("cpu"))
+    images = clock.image_like(min(count, DIFFERENT), (3, size, size * 4 // 3), 0, torch.device("cpu"))
     images = to_uint8(images + 0.1 * torch.rand_like(images)).permute(0, 2, 3, 1).numpy()
     with zipfile.ZipFile(path, "w") as archive:
         for number, image in enumerate(islice(cycle(images), count)):

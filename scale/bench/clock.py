@@ -19,13 +19,10 @@ PATIENCE = 20.0  # seconds that the calls of one piece of work may take
 
 def run(name: str, title: str, parts: Iterable[tuple[str, Iterable[dict]]], device: torch.device, out: Path,
         columns: str = "", caption: str = "", **about) -> dict:
-    """Measure one part after the other. Writes name.json after every row, and name.csv at the end; prints a table.
-
-    title  of table and figure; the hardware is added
-    parts  (name, rows) each. A row is measured when it is asked for. A part that fails, by lack of memory or anything
-           else, is named under "left_out", and the others are still measured
-    about  what the figures depend on, kept next to them
-    """
+    """Measure the rows of one part after the other. Writes name.json after every row and name.csv at the end into `out`
+    and prints a table of `columns`. A part that fails is named under "left_out", and the others are still measured.
+    about: what the figures depend on, kept next to them. The title is completed by the hardware."""
+    files.make_folder(out)
     hardware = machine.hardware(device)
     title = f"{title}, {hardware['gpu'] or '{cpu}, {threads} threads'.format(**hardware)}"
     bench = {"title": title, "hardware": hardware, **about, "left_out": {}, "rows": []}
@@ -119,17 +116,14 @@ def cell(value: str | float | None, name: str = "") -> str:
         return value or ""
     if "share" in name or name == "mfu":
         return f"{100 * value:.1f} %"
-    digits = 0 if isinstance(value, int) or value >= 100 else 1 if value >= 10 else 3
-    return f"{value:,.{digits}f}"
+    return f"{value:,.0f}" if isinstance(value, int) or value >= 100 else f"{value:,.3f}"
 
 
-def draw(title: str, rows: dict[str, dict], path: Path, kinds: dict[str, dict[str, float]] | None = None,
-         scale: str = "linear") -> None:
+def draw(title: str, rows: dict[str, dict], kinds: dict[str, dict[str, float]], path: Path, scale="linear") -> None:
     """A bar for each row by its label, as long as its median, with a line from its least to its most and a mark at its
     floor. kinds: label → the milliseconds that its bar is cut into, by name."""
     import matplotlib.pyplot as plt
 
-    kinds = kinds or {}
     median, least, most, floor = ([row.get(f"{name}_ms", math.nan) for row in rows.values()]
                                   for name in ("median", "least", "most", "floor"))
     figure, axes = plt.subplots(figsize=(9.0, 2.0 + 0.32 * len(rows)), layout="constrained")

@@ -20,9 +20,6 @@ from . import clock
 from .clock import image_like, milliseconds, spread, timed
 
 LOOP = "paper's loop"
-LEGEND = """\
-ours: over the pool's whole life, draw included.  times faster: than the paper's loop, both on a full pool (full_ms).
-nearest of k: k is match_size.  floor: reading or multiplying half a pool, whichever is longer."""
 
 
 def parts_of(x: Tensor, match_sizes: list[int], seed: int, rates: dict) -> Iterator[tuple[str, Iterator[dict]]]:

@@ -1,11 +1,12 @@
 """What training costs: whole steps as `dansm train` makes them, their input, sampling, and what a step is made of."""
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from itertools import islice
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 import dansm
+from dansm import BadInput
 
 from ..base.machine import peak
 from ..data import loader
@@ -24,13 +26,10 @@ from ..model.recipe import Recipe
 from ..model.sampling import at_once, operations_per_image, sample_images, sampler
 from ..train import step
 from . import clock
-from .clock import image_like, spread, timed
-from .profile import profile
 
 OURS, UNMATCHED, EAGER, PLAIN = "ours", "ours, no matching", "plain, --no-compile", "plain float32"
 IMAGES = 50_000  # as many as CIFAR-10 has
 EULER_STEPS = 5
-HOME = Path(dansm.__file__).parent
 TIMES = "images_per_second median_ms least_ms most_ms"
 TABLES = {  # part → title, columns
     "steps": ("training steps", f"way {TIMES} mfu peak_mb first_step_s matching_share"),
@@ -39,6 +38,26 @@ TABLES = {  # part → title, columns
     "sampling": ("sampling", f"way images {TIMES}"),
     "start": ("until the first step is done", "way median_ms"),
 }
+PROFILED = 8  # steps: every eighth batch of 250 draws a part of the next pool
+REST = "everything else"
+NOTES = "Optimizer.", "ProfilerStep"  # begin the names of spans that are no kernels
+# Names of kernels hold those of others: the first that fits counts. A triton kernel's name may end in its types.
+KINDS = [(kind, re.compile(pattern, re.IGNORECASE)) for kind, pattern in [
+    ("norm, SiLU and dropout", r"^_(forward|backward)(_\d\w*)?$|group_?norm|rowwisemoments|gammabeta"),
+    ("sums and resampling", r"^_(sum|sum_backward|halve|double)(_\d\w*)?$|upsample|avg_pool"),
+    ("matching", r"^_(shortlist|choose|hand_out)(_\d\w*)?$|normal_and_transform"),
+    ("attention", r"sdpa|flash|fmha|attention|softmax"),
+    ("casts and copies", r"nchwtonhwc|nhwctonchw|multi_tensor_apply.*copy"),
+    ("convolution, weight gradient", r"wgrad"),
+    ("convolution, input gradient", r"dgrad"),
+    ("convolution, forward", r"fprop|implicit_gemm|convol|conv2d|cudnn"),
+    ("matching", r"sgemm|gemm_f32f32_f32f32"),  # no other product of a step is in float32
+    ("concatenation", r"catarray"),
+    ("optimizer and averages", r"fusedoptimizer|adam|multi_tensor_apply|lerp"),
+    ("matrix products", r"nvjet|gemm|gemv|cutlass|cublas"),
+    ("reductions", r"reduce"),
+    ("casts and copies", r"copy|memcpy|memset|fill"),
+]]
 
 
 class Case(NamedTuple):
@@ -71,7 +90,7 @@ def parts_of(cases: list[Case], match_size: int, samples: int, first_step: bool,
 
 def synthetic(case: Case, seed: int, device: torch.device) -> Tensor:
     """Images as a run keeps them: uint8 where they are grey or in colour, float16 where they are latents."""
-    images = image_like(IMAGES, case.shape, seed, device)
+    images = clock.image_like(IMAGES, case.shape, seed, device)
     return ((images + 1) * 127.5).byte() if case.shape[0] in (1, 3) else images.half()
 
 
@@ -92,8 +111,7 @@ def training(case: Case, way: str, match_size: int, seed: int, device: torch.dev
             clock.wait(device)
             first_step = round(time.perf_counter() - begin, 2)
             row = timed_steps(moments, case, way, match_size, device)
-            row |= {"first_step_s": first_step, "peak_mb": clock.peak_mb(device),
-                    "compiled": getattr(run, "compiled", False)}
+            row |= {"first_step_s": first_step, "peak_mb": clock.peak_mb(device)}
             yield row
             if way == OURS:
                 unmatched = steps(run, batches, dansm.NoisePool(0, case.shape, device=device, seed=seed), device)
@@ -138,7 +156,7 @@ def timed_steps(moments: Iterator, case: Case, way: str, match_size: int, device
     clock.wait(device)
     times = [between(begin, end) for (begin, _, _), end in zip(counted, ends, strict=True)]
     matching = [between(before, after) for _, before, after in counted]
-    row = {"part": "steps", "case": case.name, "way": way, **spread(times, case.batch),
+    row = {"part": "steps", "case": case.name, "way": way, **clock.spread(times, case.batch),
            "matching_ms": round(sum(matching) / len(matching), 4),
            "matching_share": round(sum(matching) / sum(times), 4)}
     if floor := floor_ms(case, device):
@@ -182,8 +200,9 @@ def inputs(case: Case, seed: int, device: torch.device) -> Iterator[dict]:
         for way, source in ("on the device", images), ("memory-mapped", np.load(path, mmap_mode="r")):
             with closing(loader.batches(source, case.batch, seed=seed, device=device,
                                         resident=source is images)) as batches:
-                times = timed(device, 5, take, batches, several)
-            yield {"part": "input", "case": case.name, "way": way, **spread([ms / several for ms in times], case.batch)}
+                times = clock.timed(device, 5, take, batches, several)
+            row = clock.spread([ms / several for ms in times], case.batch)
+            yield {"part": "input", "case": case.name, "way": way, **row}
 
 
 def sampling(case: Case, samples: int, seed: int, device: torch.device) -> Iterator[dict]:
@@ -197,7 +216,7 @@ def sampling(case: Case, samples: int, seed: int, device: torch.device) -> Itera
                            batch=together, device=device), samples)
 
     row = {"part": "sampling", "case": case.name, "way": f"{EULER_STEPS} Euler steps, {together} at once",
-           "images": samples, **spread(timed(device, 3, draw_images), samples)}
+           "images": samples, **clock.spread(clock.timed(device, 3, draw_images), samples)}
     if floor := floor_ms(case, device):  # forward is a third of a training step
         row["floor_ms"] = round(floor / 3 / case.batch * samples * EULER_STEPS, 1)
     yield row
@@ -208,14 +227,48 @@ def starting(case: Case, match_size: int, seed: int, device: torch.device) -> It
     clock.reset_peak(device)  # gives back what is free, for the other process to have it
     with tempfile.TemporaryDirectory() as folder:
         latents = Path(folder) / "latents.npy"
-        np.save(latents, image_like(4 * case.batch, case.shape, seed, torch.device("cpu")).half().numpy())
+        np.save(latents, clock.image_like(4 * case.batch, case.shape, seed, torch.device("cpu")).half().numpy())
         for option in "--compile", "--no-compile":
             out = Path(folder) / option
-            command = [sys.executable, HOME / "dansm.py", "train", latents, "--network", case.network, "--batch",
+            command = [sys.executable, dansm.__file__, "train", latents, "--network", case.network, "--batch",
                        case.batch, "--match-size", match_size, option, "--device", device.type, "--steps", 1,
                        "--log-steps", 1, "--sample-steps", 1, "--out", out]
             begin = time.time()
             subprocess.run(map(str, command), check=True, stdout=subprocess.DEVNULL,
                            env={**os.environ, "TRITON_CACHE_DIR": f"{folder}/kernels{option}"})
             seconds = (out / "metrics.jsonl").stat().st_mtime - begin
-            yield {"part": "start", "case": case.name, "way": f"dansm train {option}", **spread([1000 * seconds])}
+            yield {"part": "start", "case": case.name, "way": f"dansm train {option}", **clock.spread([1000 * seconds])}
+
+
+def kind_of(kernel: str) -> str:
+    """The kind of work that a kernel of this name does."""
+    return next((kind for kind, pattern in KINDS if pattern.search(kernel)), REST)
+
+
+def profile(case: str, moments: Iterator) -> Iterator[dict]:
+    """A row for each kind of work and for the 25 longest kernels, the longest first: milliseconds of one step."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as listen
+
+    for name, value in ("DISABLE_CUPTI_LAZY_REINIT", "1"), ("TEARDOWN_CUPTI", "0"):
+        os.environ.setdefault(name, value)  # listening to a graph a second time is an error of CUDA else
+    for steps_heard in (1, PROFILED):  # the first time is not counted: it loses kernels while it begins
+        with listen(activities=[ProfilerActivity.CUDA]) as heard:
+            take(moments, steps_heard)
+            torch.cuda.synchronize()
+    kinds, longest, calls = Counter(), Counter(), Counter()
+    for event in heard.events():
+        note = getattr(event, "is_user_annotation", False) or event.name.startswith(NOTES)
+        if event.device_type == torch.autograd.DeviceType.CUDA and not note:
+            ms = event.time_range.elapsed_us() / 1000 / PROFILED
+            kinds[kind_of(event.name)] += ms
+            longest[event.name] += ms
+            calls[event.name] += 1
+    if not kinds:
+        raise BadInput("the profiler saw no kernel: expected a torch with CUPTI, and the right to profile")
+    for kind, ms in kinds.most_common():
+        yield {"part": "profile", "case": case, "kind": kind, "ms": round(ms, 3),
+               "share": round(ms / sum(kinds.values()), 4)}
+    for name, ms in longest.most_common(25):
+        yield {"part": "kernels", "case": case, "kernel": name[:200], "kind": kind_of(name), "ms": round(ms, 4),
+               "calls": round(calls[name] / PROFILED, 2)}

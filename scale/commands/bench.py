@@ -1,39 +1,42 @@
 """dansm bench: what matching, training and evaluating cost here."""
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal
+from unittest.mock import patch
 
 import torch
 import torch.distributed as group
 import typer
+from torch import Tensor
 
 import dansm
 from dansm import BadInput
 
-from ..base.files import make_folder
 from ..base.machine import pick_device
 from ..base.processes import processes, quiet
 from ..base.text import console, say
 from ..bench import clock
 from ..model.recipe import parse_counts
-from .options import Device, Out, Seed, parse_shape
+from .options import Device, Out, Seed
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
-def parse_square(text: str) -> tuple[int, ...]:
-    shape = parse_shape(text)
-    if len(shape) != 3 or shape[1] != shape[2]:
-        raise BadInput(f"--shape is {text}: expected that of square images or latents, as in 4x32x32")
-    return shape
+def parse_shape(text: str) -> tuple[int, ...]:
+    sizes = text.lower().split("x")
+    whole = all(size.isdecimal() and 0 < int(size) < 2**16 for size in sizes)
+    if not whole or len(sizes) != 3 or sizes[1] != sizes[2]:
+        raise BadInput(f"--shape is {text!r}: expected that of square images or latents, as 4x32x32")
+    return tuple(map(int, sizes))
 
 
 OUT = Path("runs/bench")
 MatchSizes = Annotated[list[str], typer.Option(
     help="comma-separated pool sizes", callback=lambda sizes: parse_counts("--match-size", ",".join(sizes), 2))]
 Batch = Annotated[int, typer.Option(min=1, help="samples in a batch")]
-Shape = Annotated[str, typer.Option(help="shape of one image or latent, as CxHxW", callback=parse_square)]
+Shape = Annotated[str, typer.Option(help="shape of one image or latent, as CxHxW", callback=parse_shape)]
 
 
 @app.callback()
@@ -45,19 +48,20 @@ def describe() -> None:
 def match(match_size: MatchSizes = ("1000,10000",), batch: Batch = 250, shape: Shape = "4x32x32", seed: Seed = 0,
           device: Device = "auto", out: Out = OUT) -> None:
     """What matching one batch costs: the paper's loop, other libraries, ours, and the machine's floor."""
-    from ..bench.match import LEGEND, parts_of, rates
+    from ..bench.match import parts_of, rates
 
-    device, out = pick_device(device), make_folder(out)
+    device = pick_device(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     dansm.NoisePool(max(match_size), shape, device=device, dtype=dtype)  # refused before anything is measured
     x = clock.image_like(batch, shape, seed, device)
     measured = rates(device)
     bench = clock.run("match", f"Matching a batch of {batch} samples of {'×'.join(map(str, shape))}",
                       parts_of(x, match_size, seed, measured), device, out,
-                      "way match_size median_ms least_ms most_ms times_faster floor_ms", LEGEND, batch=batch,
-                      shape=shape, rates=measured)
+                      "way match_size median_ms least_ms most_ms times_faster floor_ms",
+                      "ours: over a pool's life. times faster: than the paper's loop, both on a full pool (full_ms). "
+                      "floor: reading or multiplying half a pool", batch=batch, shape=shape, rates=measured)
     rows = {f"{row['way']}, {row['match_size']:,}": row for row in bench["rows"]}
-    clock.draw(bench["title"], rows, out / "match.png", scale="log")
+    clock.draw(bench["title"], rows, {}, out / "match.png", scale="log")
 
 
 @app.command()
@@ -69,7 +73,6 @@ def spread(match_size: MatchSizes = ("1000,10000",), batch: Batch = 250, shape: 
     if "RANK" not in os.environ:
         raise BadInput("bench is spread: expected several processes, as in torchrun --nproc-per-node 2 dansm.py bench "
                        "spread")
-    out = make_folder(out)
     with processes(pick_device(device)) as device, quiet(group.get_rank() > 0):
         x = clock.image_like(batch, shape, seed + group.get_rank(), device)
         parts = [(f"{size:,}", spread_life(x, size, seed)) for size in match_size]
@@ -91,7 +94,7 @@ def train(
     """What training costs: whole steps, input, sampling, and where the time goes. For a GPU."""
     from ..bench.train import OURS, PAPER, TABLES, Case, parts_of
 
-    device, out = pick_device(device), make_folder(out)
+    device = pick_device(device)
     cases = [Case(network, shape, batch)] if network else PAPER
     if device.type != "cuda":
         say("on a CPU a step of these networks takes a minute and more: this is for a GPU, or --network small")
@@ -112,7 +115,7 @@ def train(
             clock.show(f"{case.name}: {heading}", [row for row in rows if row["part"] == part], columns)
         bars |= {f"{row['way']}\n{case.name}": row for row in rows if row["part"] == "steps"}
         kinds[f"{OURS}\n{case.name}"] = {row["kind"]: row["ms"] for row in rows if row["part"] == "profile"}
-    clock.draw(bench["title"], bars, out / "train.png", kinds)
+    clock.draw(bench["title"], bars, kinds, out / "train.png")
 
 
 @app.command()
@@ -121,14 +124,40 @@ def evaluate(
     seed: Seed = 0, device: Device = "auto", out: Out = OUT,
 ) -> None:
     """What evaluating costs: the features of many images, and each measure."""
-    from ..bench.evaluate import row_of
-
-    device, out = pick_device(device), make_folder(out)
+    device = pick_device(device)
     count = samples or (50_000 if device.type == "cuda" else 1000)
     images = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-    parts = [(features, row_of(features, images, seed, device)) for features in ("efficientnet-lite0", "inception")]
+    names = "efficientnet-lite0", "inception"
+    parts = [(features, evaluation_row(features, images, seed, device)) for features in names]
     clock.run("evaluate", f"Evaluating {count:,} images of 3×32×32", parts, device, out,
               "features images_per_second features_s frechet_s kernel_s reach_s within_s", images=count)
+
+
+def evaluation_row(features: str, images: Tensor, seed: int, device: torch.device) -> Iterator[dict]:
+    """Seconds for the features of all images with their mean and covariance, and for each measure on them. Inception's
+    weights are untrained. reach: precision and recall; within: features and Fréchet distance."""
+    from ..evaluate import measures
+    from ..evaluate.extractors import features_of, load_extractor
+    from ..evaluate.real import feature_batch, real_features
+
+    def seconds(work: Callable, *arguments) -> float:
+        return round(clock.milliseconds(device, work, *arguments) / 1000, 4)
+
+    inception = "torch_fidelity.feature_extractor_inceptionv3"
+    with patch(f"{inception}.load_state_dict_from_url", lambda *_, **__: {}), \
+            patch(f"{inception}.FeatureExtractorInceptionV3.load_state_dict"):
+        extractor = load_extractor(features, device)
+    features_of(images[: feature_batch(device)], extractor, device)  # what is loaded and chosen at the first call
+    measured = []
+    row = {"features": features, "features_s": seconds(
+        lambda: measured.append(real_features(images, extractor, device)))}
+    real = measured[0]
+    some = measures.shuffled(real.features, seed)[:10_000]  # generated images are scored against all
+    row |= {"frechet_s": seconds(measures.frechet_distance, some, real),
+            "kernel_s": seconds(measures.kernel_distance, some, real.features, "kernel"),
+            "reach_s": seconds(measures.precision_recall, some, some, device)}
+    yield {**row, "within_s": round(row["features_s"] + row["frechet_s"], 4), "dimensions": some.shape[1],
+           "images_per_second": round(len(images) / row["features_s"], 1)}
 
 
 @app.command()
@@ -141,7 +170,7 @@ def autoencoder(
     from ..bench.autoencoder import command_rows, half_rows
     from ..data import autoencoder, encode
 
-    device, out = pick_device(device), make_folder(out)
+    device = pick_device(device)
     network = autoencoder.random_autoencoder({"latent_channels": shape[0]}, seed)
     size = shape[1] * network.shrinks
     count = samples or (8192 if device.type == "cuda" else 8)

@@ -8,8 +8,6 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from dansm import BadInput
-
 from ..base import files, machine, text
 from ..base.statistics import frechet_distance
 from ..model.recipe import parse_counts
@@ -35,9 +33,7 @@ def digits(
     from dansm.tiny import comparison
     from dansm.tiny import digits as tiny
 
-    marks = parse_counts("--evaluate-at", evaluate_at) if evaluate_at else []
-    if marks and max(marks) > steps:
-        raise BadInput(f"--evaluate-at is {max(marks):,}: expected at most --steps, {steps:,}")
+    marks = parse_counts("--evaluate-at", evaluate_at, at_most=steps) if evaluate_at else []
     ways = ["random", "optimal", "greedy"] if optimal else ["random", "greedy"]
     settings = tiny.Settings(match_size, batch, ways, steps, sorted({*marks, steps}), list(range(seed, seed + seeds)))
     images = tiny.load_digits().to(machine.pick_device(device))

@@ -5,8 +5,6 @@ from typing import Annotated, Literal
 
 import typer
 
-from dansm import BadInput
-
 
 def command_app() -> typer.Typer:
     """The Typer app of one command's file."""
@@ -42,12 +40,3 @@ DecodeMemory = Annotated[float | None, typer.Option(
     "--memory", min=0.0, help="gigabytes to decode latents in", show_default="a quarter of what is free")]
 SkipUnreadable = Annotated[bool, typer.Option("--skip-unreadable", help="leave out images that cannot be read")]
 InceptionWeights = Annotated[Path | None, typer.Option(help="file with them, where nothing can be downloaded")]
-
-
-def parse_shape(text: str) -> tuple[int, ...]:
-    """The numbers of a shape: 4x32x32 → (4, 32, 32)."""
-    sizes = text.lower().split("x")
-    if not all(size.isdecimal() and 0 < int(size) < 2**16 for size in sizes):
-        raise BadInput(f"--shape is {text!r}: expected whole numbers from 1 to 65,535, as in 4x32x32")
-    return tuple(map(int, sizes))
-

@@ -1,13 +1,10 @@
 """dansm toy: 2D flows with every way of pairing."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from dansm import check_choice
-
-from ..base.files import make_folder
 from ..base.machine import pick_device
 from .options import Device, MatchSize, Out, Seed, command_app
 
@@ -16,8 +13,7 @@ app = command_app()
 
 @app.command()
 def toy(
-    shape: Annotated[str, typer.Option(
-        help="swiss-roll, eight-gaussians, two-moons, checkerboard, pinwheel, or all")] = "swiss-roll",
+    shape: Literal["swiss-roll", "eight-gaussians", "two-moons", "checkerboard", "pinwheel", "all"] = "swiss-roll",
     match_size: MatchSize = 1000,
     steps: Annotated[int, typer.Option(min=1, help="training steps for each way of pairing")] = 800,
     seeds: Annotated[int, typer.Option(min=1, help="trainings for each way of pairing, for the spread")] = 3,
@@ -28,5 +24,4 @@ def toy(
     """See in a minute what matching does: 2D flows, each way of pairing, pictures and a table."""
     from dansm.tiny import toy
 
-    check_choice("--shape", shape, (*toy.SHAPES, "all"))
-    toy.run(shape, toy.Settings(match_size, steps, seeds, seed, str(pick_device(device))), make_folder(out))
+    toy.run(shape, toy.Settings(match_size, steps, seeds, seed, str(pick_device(device))), out)

@@ -1,6 +1,5 @@
-"""Does matching pay, when, and by how much? Trainings that are equal in all but their pairs. Each run's evaluations go
-into distances.csv as soon as its training ends, and are not measured again: calls add up, and several share the runs,
-one on each GPU. How fast each run trains is measured apart, in speed.csv."""
+"""Does matching pay, when, and by how much? Trainings that are equal in all but their pairs. Calls add up: each run's
+evaluations go into distances.csv as soon as its training ends, and several calls share the runs, one on each GPU."""
 
 import csv
 import gc
@@ -174,8 +173,8 @@ def test_prior(call: Call) -> None:
         return
     rows = read(call.out, "prior.csv")
     check_same(rows, call.out, data=call.images_name)
-    known = [row["way"] for row in rows]
-    ways = [way for way in WAYS + (ON_A_GPU if call.device.type == "cuda" else []) if way.name not in known]
+    ways = WAYS + (ON_A_GPU if call.device.type == "cuda" else [])
+    ways = [way for way in ways if way.name not in {row["way"] for row in rows}]
     if not ways:
         return
     some = np.random.default_rng(0).permutation(len(call.images))[:count]

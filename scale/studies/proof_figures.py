@@ -1,5 +1,6 @@
 """The figures of `proof`: distance against images and minutes, the share of images needed, ways side by side."""
 
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 
@@ -37,9 +38,8 @@ def draw(rows: list[dict], speeds: list[dict], out: Path) -> list[str]:
 
 
 def at_their_rate(rows: list[dict], speeds: list[dict]) -> tuple[list[dict], str]:
-    """The rows whose run has a rate, with the seconds that their images take at it, and the card of the rates: the one
-    with most, as two cards do not compare. (Clocks do not either: some runs compiled kernels first, many shared one.)
-    """
+    """The rows whose run has a rate, with the seconds that their images take at it (clocks do not compare: some runs
+    compiled kernels first, many shared a card), and the card of the rates: the one with most."""
     cards = [speed["gpu"] for speed in speeds]
     card = max(cards, key=cards.count, default="")
     rates = {speed["run"]: speed["images_per_second"] for speed in speeds if speed["gpu"] == card}
@@ -58,22 +58,24 @@ def draw_curves(rows: list[dict], looks: dict[str, dict], card: str = "") -> Fig
     panels, *below = figure.subplots(2 if shares else 1, len(counts), squeeze=False, sharex=True)
     for axes, steps in zip(panels, counts, strict=True):
         axes.set(xscale="log", yscale="log")
-        few_plain_numbers(axes.xaxis, (1, 3))
-        few_plain_numbers(axes.yaxis, (1, 1.5, 2, 3, 4, 5, 7))
+        for axis, leading in (axes.xaxis, (1, 3)), (axes.yaxis, (1, 1.5, 2, 3, 4, 5, 7)):
+            axis.set_major_locator(LogLocator(subs=leading, numticks=8))  # a few plain numbers, no powers of ten
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_minor_locator(NullLocator())
+            axis.grid(color=PALE, linewidth=0.5)
         axes.set_title(f"{steps} sampling steps", pad=3)
         for name, look in looks.items():
             draw_run(axes, [row for row in rows if (row["run"], row["steps"]) == (name, steps)], look,
                      *(("seconds", 60) if card else ("images", 1e6)))
     features = rows[0]["features"]
     panels[0].set_ylabel(DISTANCES.get(features, f"Fréchet distance\n({features.rpartition(':')[2]})"))
-    handles, labels = panels[0].get_legend_handles_labels()
     along = f"minutes of training on one {card}, without the start" if card else "training images, millions"
     if shares:
         draw_shares(below[0], shares, looks, counts)
-        more_handles, more_labels = below[0][0].get_legend_handles_labels()
-        handles, labels = handles + more_handles, labels + more_labels
         along += " (lower row: of random pairs)"
     figure.supxlabel(along, fontsize=8)
+    legends = [row[0].get_legend_handles_labels() for row in (panels, *below)]
+    handles, labels = (list(chain.from_iterable(part)) for part in zip(*legends, strict=True))
     figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
     return figure
 
@@ -136,21 +138,11 @@ def draw_share(axes: Axes, shares: list[dict], look: dict, top: float) -> None:
                       [1 / row["least_ratio"] for row in band], color=color, alpha=0.25, linewidth=0)
 
 
-def few_plain_numbers(axis, leading: tuple[float, ...]) -> None:
-    """Label a logarithmic axis with these numbers times 0.1, 1, 10, … instead of powers of ten."""
-    axis.set_major_locator(LogLocator(subs=leading, numticks=8))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_locator(NullLocator())
-    axis.grid(color=PALE, linewidth=0.5)
-
-
 @matplotlib.rc_context(STYLE)
 def side_by_side(rows: list[dict], names: list[str], images: int | None) -> Figure | None:
     """Distance of each run ÷ that of random pairs, after so many images (None: all that it saw): mean, range, by steps.
     """
-    measured = {row["run"] for row in rows}
-    ratios = {name: ratios_of(rows, name, images) for name in names if name in measured}
-    ratios = {name: by_steps for name, by_steps in ratios.items() if by_steps}
+    ratios = {name: by_steps for name in names if name in RUNS and (by_steps := ratios_of(rows, name, images))}
     if not ratios:
         return None
     counts = sorted({steps for by_steps in ratios.values() for steps in by_steps})

@@ -138,9 +138,10 @@ def compare(own: list[Curve], base: list[Curve], images: int) -> dict:
     needed = images_to(distance, mean_curve(base))
     least, most = range_of(images_to(goal, curve) for goal in distances for curve in base)
     needs = images_to(base_distance, mean_curve(own), or_less=True)
+    spreads = [round(mean_and_std(each)["std"], 3) if len(each) > 1 else None for each in (distances, base_distances)]
     quick, slow = range_of(images_to(goal, curve, True) for goal in base_distances for curve in own)
     return {"distance": round(distance, 3), "random": round(base_distance, 3), "seeds": len(distances),
-            "spread": spread_of(distances), "random_spread": spread_of(base_distances),
+            "spread": spreads[0], "random_spread": spreads[1],
             "of_random": round(distance / base_distance, 4),
             "images_random": needed and round(needed), "saved": needed and round(1 - images / needed, 3),
             "least_saved": least and round(1 - images / least, 3), "most_saved": most and round(1 - images / most, 3),
@@ -172,7 +173,3 @@ def range_of(numbers: Iterable[float | None]) -> tuple[float | None, float | Non
     """The least and most over pairs of seeds; None unless each pair has a number, or there would be half a range."""
     numbers = list(numbers)
     return (None, None) if None in numbers else (min(numbers), max(numbers))
-
-
-def spread_of(distances: list[float]) -> float | None:
-    return round(mean_and_std(distances)["std"], 3) if len(distances) > 1 else None

