@@ -38,7 +38,7 @@ cifar10: $(READY)  ## train on CIFAR-10 for eight minutes (on a GPU), samples in
 	$(DANSM) train $(CIFAR10) --network ddpm --batch 256 --lr 3e-4 --ema-decay 0.9999 --minutes 8.2 --sample-steps 20 \
 	  --out runs/cifar10
 
-latent-bedroom: $(READY)  ## LSUN encoded, trained on, sampled, FID; each stage goes on where it was stopped
+latent-bedroom: $(READY)  ## LSUN encoded, trained on, sampled, FID; each stage resumes where it was stopped
 	$(DANSM) encode $(LSUN) --autoencoder $(AUTOENCODER) --out data/latent-bedroom $(ENCODE)
 	$(DANSM) train latent-bedroom --all-steps $(TRAIN)
 	$(DANSM) sample runs/latent-bedroom --autoencoder $(AUTOENCODER) --steps 5 --out runs/latent-bedroom-samples $(SAMPLE)
@@ -66,7 +66,7 @@ bench: $(READY)  ## what matching costs here: the paper's loop, other libraries,
 bench-train: $(READY)  ## what training costs here: steps, input, sampling, a profile, in runs/bench (for a GPU)
 	$(DANSM) bench train
 
-proof: $(READY)  ## does matching pay? trains and judges what runs/proof lacks (hours, on a GPU; goes on where it was stopped)
+proof: $(READY)  ## does matching pay? trains and evaluates what runs/proof lacks (hours, on a GPU; resumes)
 	$(DANSM) proof --data $(CIFAR10) $(PROOF)
 
 clean:  ## remove the environment and the caches; runs and data stay

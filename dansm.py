@@ -1,4 +1,4 @@
-"""DANSM: pair each data sample with a nearby noise, and flows draw good samples in few steps earlier in training.
+"""DANSM: match each data sample with a near noise, so that a flow needs less training to sample well in few steps.
 
 A rectified flow learns to carry noise z to data x along straight lines. Usually each x gets a random z, so the lines
 cross, and where they cross the network can only learn their average. Distance-aware noise-sample matching (ICLR 2025,
@@ -6,15 +6,16 @@ cross, and where they cross the network can only learn their average. Distance-a
 nearest noise left in a pool of `match_size` noises: the lines cross less. Read this file from top to bottom:
 
     1 matching    cost_matrix, greedy, optimal, nearest_of_k, NoisePool, pairs
-    2 flows       RectifiedFlow, Diffusion: loss(net, x, z) and sample(net, z, steps)
-    3 network     UNet: the paper's two networks
+    2 flows       RectifiedFlow, Diffusion: loss(net, x, z), path and sample(net, z, steps)
+    3 network     UNet: the paper's two networks, and a small one
     4 training    train: the plain loop
     5 measures    path length, straightness, how often a sample's own noise is the nearest
-    6 checks      what is refused, in one line each
+    6 checks      what is refused, with a message of one line
     7 commands    main: hands the command line to scale/commands
 
 Names: x is data, z is noise, both (B, C, H, W) or any other (B, ...); t runs from noise (0) to data (1). B is the batch
-size, M the pool's match_size, D the count of numbers in one sample.
+size, M the pool's match_size, D how many numbers one sample has. Skip each `fast` on a first reading: the code after it
+is the rule, and gives the same numbers.
 """
 
 import copy
@@ -33,7 +34,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-# Where `dansm.scale` and `dansm.tiny` lie: next to this file in a checkout, in the folder dansm/ where it is installed.
+# This file is a package too: dansm.scale and dansm.tiny lie next to it in a checkout, in dansm/ where it is installed.
 _here = Path(__file__).parent
 __path__ = [str(home) for home in (_here / "dansm", _here) if (home / "scale" / "matching").is_dir()]
 
@@ -42,10 +43,10 @@ class BadInput(ValueError):
     """What was given cannot be used. The commands print the message as one line and exit with code 2."""
 
 
-def scaled(room: str):
-    """`dansm.scale.<room>`, or None where this file stands alone: then everything below goes the plain way."""
+def scaled(part: str):
+    """`dansm.scale.<part>`, or None where this file stands alone: then everything below goes the plain way."""
     try:
-        return importlib.import_module(f"dansm.scale.{room}")
+        return importlib.import_module(f"dansm.scale.{part}")
     except ModuleNotFoundError as error:
         if error.name in ("dansm", "dansm.scale") or str(error.name).startswith("dansm.scale."):
             return None
@@ -59,7 +60,7 @@ METHODS = ("random", "greedy", "optimal", "nearest")
 
 
 def fast_matching():
-    """The room with the same products, assignments and pools, only faster; None where this file stands alone."""
+    """dansm.scale.matching: the same products, assignments and pools, only faster. None if this file stands alone."""
     return scaled("matching")
 
 
@@ -68,14 +69,19 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def rows(x: Tensor) -> Tensor:
+    """Each sample as one row. (B, ...) → (B, D), where D is 1 for (B,)."""
+    return x.reshape(len(x), x.shape[1:].numel())
+
+
 def squared_norms(x: Tensor) -> Tensor:
     """‖x_i‖² of each sample. (B, ...) → (B,), in float32 at least."""
-    return at_least_float32(x.flatten(1)).square().sum(1)
+    return at_least_float32(rows(x)).square().sum(1)
 
 
 def inner_products(x: Tensor, z: Tensor) -> Tensor:
     """⟨x_i, z_j⟩ for every i and j. x: (B, ...), z: (M, ...) → (B, M), in float32 at least."""
-    x, z = x.flatten(1), z.flatten(1)
+    x, z = rows(x), rows(z)
     if fast := fast_matching():
         return fast.products(x, z)
     exact = torch.float32 if x.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
@@ -88,7 +94,7 @@ def cost_matrix(x: Tensor, z: Tensor, cost: str = "squared") -> Tensor:
     "squared"  ‖z‖² − 2⟨x, z⟩: the paper's ‖x − z‖² without ‖x‖², which is the same for every noise and, where it is
                large, would only round the rest away. (The paper takes the mean over D, not the sum: the same order.)
     "inner"    −⟨x, z⟩: over a whole pool Σ‖z‖² is the same for every pairing, so only Σ⟨x, z⟩ can be gained. On images
-               greedy picks come nearer to the optimum by it, and yet samples get worse (docs/results.md).
+               greedy picks come nearer to the optimum by it, and yet samples mostly get worse (docs/results.md).
     """
     check_choice("cost", cost, COSTS)
     return costs_from(inner_products(x, z), squared_norms(z), cost)
@@ -104,17 +110,17 @@ def costs_from(products: Tensor, z_squared: Tensor, cost: str) -> Tensor:
 def greedy(cost: Tensor) -> Tensor:
     """The paper's rule: in batch order, each sample takes the nearest noise that is still free.
 
-    cost: (B, M) with B ≤ M; a noise that is already taken costs inf. Returns the (B,) int64 indices of the noises
+    cost: (B, M) with B ≤ M; inf forbids a noise. Returns the (B,) int64 indices of the noises
     picked, no index twice. Of equal costs the lower index wins.
     """
     check_sides(cost)
-    rows = at_least_float32(cost.detach()).cpu().numpy()
-    taken = np.zeros(rows.shape[1], rows.dtype)
-    picks = np.empty(len(rows), np.int64)
-    for i, row in enumerate(rows):
+    costs = at_least_float32(cost.detach()).cpu().numpy()
+    taken = np.zeros(costs.shape[1], costs.dtype)
+    picks = np.empty(len(costs), np.int64)
+    for i, row in enumerate(costs):
         picks[i] = (row + taken).argmin()
         if not np.isfinite(row[picks[i]] + taken[picks[i]]):
-            raise BadInput("a sample's costs are NaN, or infinite for every noise that is left: expected a finite one")
+            raise BadInput("a sample's least cost is NaN or infinite: expected a finite one among the noises left")
         taken[picks[i]] = np.inf
     return torch.from_numpy(picks).to(cost.device)
 
@@ -131,8 +137,8 @@ def optimal(cost: Tensor, gap: float = 1e-3) -> Assignment:
     """Linear assignment: the pairing of least total cost. cost: (B, M), B ≤ M, finite.
 
     Exact on the CPU, by scipy in about M³ operations: 10 ms for 250, half a second for 1,000, half a minute for 4,096.
-    On a GPU an auction, until total − bound is at most `gap` of what the pairing saves over a random one, or as near
-    as prices in float32 come.
+    With scale/ on a GPU an auction, until total − bound is at most `gap` of what the pairing saves over a random one,
+    or as near as prices in float32 come.
     """
     check_sides(cost)
     cost = at_least_float32(cost.detach())
@@ -149,28 +155,28 @@ def optimal(cost: Tensor, gap: float = 1e-3) -> Assignment:
 
 
 def nearest_of_k(x: Tensor, k: int, cost: str = "squared", generator: torch.Generator | None = None) -> Tensor:
-    """Draw k fresh noises for each sample and keep the nearest. x: (B, ...) → z: (B, ...). For comparison.
+    """Draw k fresh noises for each sample and keep the nearest. x: (B, ...) → z: (B, ...). Only to compare with.
 
     It needs no pool but changes the prior: the other k − 1 noises are thrown away, so the noises trained on crowd
     where the data is, while sampling still starts from N(0, I).
     """
     check_count("k", k)
     check_choice("cost", cost, COSTS)
-    flat = x.detach().float().flatten(1)
+    flat = rows(x.detach().float())
     nearest = torch.empty_like(flat)
     block = max(1, 2**24 // (k * flat.shape[1]))  # samples at a time, so that their noises take about 64 MB
-    for rows, out in zip(flat.split(block), nearest.split(block), strict=True):
-        z = torch.randn(len(rows), k, flat.shape[1], device=x.device, generator=generator)
-        scores = torch.einsum("bkd,bd->bk", z, rows)
+    for samples, out in zip(flat.split(block), nearest.split(block), strict=True):
+        z = torch.randn(len(samples), k, flat.shape[1], device=x.device, generator=generator)
+        scores = torch.einsum("bkd,bd->bk", z, samples)
         if cost == "squared":
             scores -= z.square().sum(2) / 2  # ‖x − z‖² = ‖x‖² − 2 (⟨x, z⟩ − ‖z‖²/2)
-        out.copy_(z[torch.arange(len(rows), device=x.device), scores.argmax(1)])
+        out.copy_(z[torch.arange(len(samples), device=x.device), scores.argmax(1)])
     return nearest.view(x.shape).to(x)
 
 
 def noise_generator(seed: int, device="cpu", *stream: int) -> torch.Generator:
-    """A generator of noise. Each `stream` of a seed has numbers of its own, unlike those torch draws from that seed, as
-    data or weights drawn from it would be the very noise."""
+    """A generator for one `stream` of a seed. The seed is mixed first: used as it is, data or weights that torch draws
+    from it would equal the noise."""
     mixed = np.random.SeedSequence([seed, 0xDA45, *stream]).generate_state(1, np.uint64)
     return torch.Generator(device).manual_seed(int(mixed[0]))
 
@@ -210,7 +216,7 @@ class NoisePool:
 
     def __new__(cls, *args, **settings):
         if cls is NoisePool and (fast := fast_matching()):
-            cls = fast.pool_class(*args, **settings)
+            cls = fast.pool_class(*args, **settings)  # whose __init__ Python calls then
         return super().__new__(cls)
 
     def __init__(self, match_size: int, shape, *, cost: str = "squared", device="cpu", dtype=torch.float32,
@@ -222,7 +228,7 @@ class NoisePool:
         process = process_number()
         self.stream = (process,) if process else ()  # pools of several processes must not be equal
         self.generator = noise_generator(self.seed, device, 0, process)  # of `fresh`
-        self.number = 0  # of the pool: the first is 1
+        self.number = 0  # of the pool: the first is 1, as stream 0 is that of `fresh`
         self.noise = torch.empty(0, self.shape.numel(), device=device, dtype=check_choice("dtype", dtype, self.dtypes))
         self.index = torch.empty(0, device=device, dtype=torch.int32)  # of each free noise in the pool as it was drawn
 
@@ -261,8 +267,8 @@ class NoisePool:
     def _drawn(self, number: int) -> Tensor:
         """All noises of pool `number`, (match_size, D)."""
         noise = self.noise.new_empty(self.match_size, self.noise.shape[1])
-        for chunk, rows in enumerate(noise.split(max(1, self.numbers_per_chunk // self.noise.shape[1]))):
-            rows.normal_(generator=noise_generator(self.seed, noise.device, number, chunk, *self.stream))
+        for chunk, part in enumerate(noise.split(max(1, self.numbers_per_chunk // self.noise.shape[1]))):
+            part.normal_(generator=noise_generator(self.seed, noise.device, number, chunk, *self.stream))
         return noise
 
     def fresh(self, x: Tensor) -> Tensor:
@@ -280,17 +286,17 @@ class NoisePool:
                 "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Resume where `state_dict` was taken, by a pool made with the same arguments."""
+        """Resume where `state_dict` was taken, by a pool made with the same arguments, of any seed."""
         check_state(state, self._made_for())
         self.seed, self.number = state["seed"], state["number"]
         self.generator.set_state(state["generator"].cpu())
-        self.index = state["index"].to(self.noise.device).sort().values
+        self.index = state["index"].to(self.noise.device).sort().values  # the kernels' pools leave it unsorted
         self.noise = self._drawn(self.number)[self.index.long()] if len(self.index) else self.noise[:0]
 
     def _made_for(self) -> dict:
         made_for = {"match_size": self.match_size, "shape": list(self.shape), "cost": self.cost, "rank": 0, "ranks": 1,
-                    "dtype": str(self.noise.dtype), "device": self.noise.device.type}
-        return made_for | {"process": self.stream[0]} if self.stream else made_for
+                    "dtype": str(self.noise.dtype), "device": self.noise.device.type}  # a SpreadPool has more ranks
+        return made_for | ({"process": self.stream[0]} if self.stream else {})
 
 
 def pairs(batches: Iterable[Tensor], method: str = "greedy", match_size: int = 10_000, *, cost: str = "squared",
@@ -312,7 +318,7 @@ def pairs(batches: Iterable[Tensor], method: str = "greedy", match_size: int = 1
     check_choice("method", method, METHODS)
     check_choice("cost", cost, COSTS)
     match_size = check_count("match_size", match_size, at_least=0 if method in ("random", "greedy") else 1)
-    return _pairs(iter(batches), method, match_size, cost, seed, pool)
+    return _pairs(iter(batches), method, match_size, cost, seed, pool)  # a generator would check only when first asked
 
 
 def _pairs(batches: Iterator[Tensor], method: str, match_size: int, cost: str, seed: int | None,
@@ -323,25 +329,27 @@ def _pairs(batches: Iterator[Tensor], method: str, match_size: int, cost: str, s
             size = match_size if method == "greedy" else 0  # the other methods need only its generator
             pool = NoisePool(size, x.shape[1:], cost=cost, device=x.device, seed=seed)
         if method == "optimal":
-            yield from _optimal_pairs(chain([x], batches), match_size, cost, pool)
+            yield from _optimal_pairs(chain([x], batches), match_size, cost, pool)  # takes all that is left
         elif method == "greedy":
             yield x, pool(x)
         else:
             pool.check(x)
-            yield x, nearest_of_k(x, match_size, cost, pool.generator) if method == "nearest" else pool.fresh(x)
+            z = nearest_of_k(x, match_size, cost, pool.generator) if method == "nearest" else pool.fresh(x)
+            yield x, z
 
 
 def _optimal_pairs(batches: Iterator[Tensor], match_size: int, cost: str,
                    pool: NoisePool) -> Iterator[tuple[Tensor, Tensor]]:
     waiting = deque()  # the batches that are not handed out yet
     x = torch.empty(0, *pool.shape, device=pool.noise.device)  # their samples
-    z = x  # the noises of the first of these samples
+    z = x[:0]  # the noises of the first len(z) of them
     for batch in chain(batches, [None]):  # None: no more batches, match what is left
         if batch is not None:
             pool.check(batch)
             waiting.append(batch)
             x = torch.cat([x, batch.detach().to(x)])
-        while len(x) - len(z) >= (1 if batch is None else match_size):
+        least = 1 if batch is None else match_size
+        while len(x) - len(z) >= least:
             group = x[len(z) : len(z) + match_size]
             noise = pool.fresh(group)
             z = torch.cat([z, noise[optimal(cost_matrix(group, noise, cost)).picks]])
@@ -358,7 +366,7 @@ TARGETS = ("noise", "velocity")
 
 
 def draw_times(count: int, times: str, device=None) -> Tensor:
-    """Times in (0, 1): uniform as in the paper, or the sigmoid of a standard normal, which favours the middle,
+    """Times in [0, 1): uniform as in the paper, or the sigmoid of a standard normal, which favours the middle,
     where paths are nearest to each other (Esser et al. 2024)."""
     return torch.rand(count, device=device) if times == "uniform" else torch.randn(count, device=device).sigmoid()
 
@@ -383,11 +391,11 @@ class RectifiedFlow:
 
     def loss(self, net: nn.Module, x: Tensor, z: Tensor, t: Tensor | None = None) -> Tensor:
         """Mean squared error of the velocity for pairs x, z: (B, ...), a scalar; at random times, or at t: (B,) in
-        [0, 1]. The network is given 999·t, so that its time embedding spans what it does for a diffusion."""
+        [0, 1], moved to [0.001, 1]. The network is given 999·t, the range of a diffusion's levels."""
         if t is None:
             t = draw_times(len(x), self.times, x.device)
         t = self._shifted(t)
-        x_t = over(t, x) * x + over(1 - t, x) * z
+        x_t = (over(t, x) * x + over(1 - t, x) * z).to(x.dtype)
         return F.mse_loss(net(x_t, 999 * t), x - z)
 
     def path(self, net: nn.Module, z: Tensor, steps: int) -> Iterator[Tensor]:
@@ -416,15 +424,16 @@ class RectifiedFlow:
 
 class Diffusion:
     """Denoising diffusion: the network learns the noise in √ᾱ·x + √(1−ᾱ)·z (DDPM, Ho et al. 2020), and DDIM takes few
-    steps back without randomness (Song et al. 2020). It has the two methods of `RectifiedFlow`.
+    steps back without randomness (Song et al. 2020). It has the methods of `RectifiedFlow`.
 
     Its 1,000 levels of noise are counted from the data's side: level 0 is almost data, level 999 almost noise. β rises
     from 1e-4 to 0.02, and ᾱ is the running product of 1 − β.
 
     times   as in `RectifiedFlow`
-    target  what the network predicts: "noise", as in the paper, or "velocity", √ᾱ·z − √(1−ᾱ)·x (Salimans and Ho 2022),
-            from which the noise is √(1−ᾱ)·x_t + √ᾱ·velocity. The loss is that of the noise either way. A network of
-            norms hardly sees how large its input is, an error that DDIM divides by √ᾱ; as velocity the size is in x_t
+    target  what the network predicts: "noise", as in the paper, or "velocity", √ᾱ·z − √(1−ᾱ)·x (Salimans and Ho 2022;
+            towards noise, unlike RectifiedFlow's), from which the noise is √(1−ᾱ)·x_t + √ᾱ·velocity. The loss is that
+            of the noise either way. Norms hide the size of x_t from the network, and DDIM divides its error by √ᾱ;
+            by velocity that size comes from x_t itself
     bound   of the data, 1 for pixels, or None: while sampling, each estimate of x is cut to [−bound, bound]
     """
 
@@ -435,7 +444,7 @@ class Diffusion:
         self.target = check_choice("target", target, TARGETS)
         self.bound = bound
         self.alpha_bar = (1 - torch.linspace(1e-4, 0.02, self.levels, dtype=torch.float64)).cumprod(0)  # ᾱ
-        self.alpha_bar_there = self.alpha_bar  # on the device where it was used last
+        self.alpha_bar_on_device = self.alpha_bar  # on the device where it was used last
 
     def loss(self, net: nn.Module, x: Tensor, z: Tensor, t: Tensor | None = None) -> Tensor:
         """Mean squared error of the noise for pairs x, z: (B, ...), a scalar; at random levels, or at t: (B,) in
@@ -455,30 +464,30 @@ class Diffusion:
 
     def _alpha_bar_on(self, device) -> Tensor:
         """ᾱ on the device. It stays there: copying it in each step would make a GPU wait."""
-        if self.alpha_bar_there.device != device:
+        if self.alpha_bar_on_device.device != device:
             exact = self.alpha_bar.float() if device.type == "mps" else self.alpha_bar  # Apple's GPUs have no float64
-            self.alpha_bar_there = exact.to(device)
-        return self.alpha_bar_there
+            self.alpha_bar_on_device = exact.to(device)
+        return self.alpha_bar_on_device
 
     def path(self, net: nn.Module, z: Tensor, steps: int) -> Iterator[Tensor]:
         """Yield the `steps` + 1 states from z: (B, ...) to x, each (B, ...). As in the paper, levels start at 0 with a
         stride of 1000 / steps, so the first one used lies below pure noise: 666 with 3 steps, 900 with 10. BadInput for
-        fewer than 2 steps or more than 1,000."""
+        fewer than 2 steps, as 1 would use level 0 alone, or more than 1,000."""
         steps = check_count("steps", steps, at_least=2)
         if steps > self.levels:
             raise BadInput(f"steps is {steps}: expected at most {self.levels}, the levels of the diffusion")
-        levels = [i * self.levels // steps for i in range(steps)]
+        visited = [i * self.levels // steps for i in range(steps)]
         x = z
         yield x
         for i in reversed(range(steps)):
-            a, b = self._shares(levels[i])
-            noise = self._noise(net, x, torch.full((len(x),), float(levels[i]), device=x.device), a, b)
+            a, b = self._shares(visited[i])
+            noise = self._noise(net, x, torch.full((len(x),), float(visited[i]), device=x.device), a, b)
             clean = (x - b * noise) / a
             if self.bound is not None:
                 clean = clean.clamp(-self.bound, self.bound)
                 noise = (x - a * clean) / b  # the noise that goes with it
-            a, b = self._shares(levels[i - 1]) if i else (1.0, 0.0)
-            x = a * clean + b * noise
+            a_next, b_next = self._shares(visited[i - 1]) if i else (1.0, 0.0)
+            x = a_next * clean + b_next * noise
             yield x
 
     @torch.no_grad()
@@ -499,8 +508,8 @@ FLOWS = {"rectified": RectifiedFlow, "diffusion": Diffusion}
 
 
 class Norm(nn.GroupNorm):
-    """Group norm, then SiLU if `silu`, then dropout: what stands before a convolution. (B, C, H, W) → the same. At most
-    32 groups, of at least 4 channels where `channels` can be divided so."""
+    """Group norm, then SiLU if `silu`, then dropout: what stands before a convolution. (B, C, H, W) → the same. There
+    are gcd(channels, channels // 4) groups, at most 32."""
 
     def __init__(self, channels: int, silu: bool = True, dropout: float = 0.0):
         super().__init__(math.gcd(channels, min(channels // 4, 32)), channels, eps=1e-6)
@@ -560,7 +569,7 @@ class Attention(nn.Module):
 
 
 class Resample(nn.Module):
-    """Double ("up") or halve ("down") the image with a 3×3 convolution, as DDPM does between its levels."""
+    """Double ("up") or halve ("down") the image with a 3×3 convolution, as DDPM does between its resolutions."""
 
     def __init__(self, channels: int, way: str):
         super().__init__()
@@ -585,27 +594,33 @@ class Chain(nn.ModuleList):
 class UNet(nn.Module):
     """The paper's networks: (B, channels, size, size) and times (B,) in [0, 999] → (B, channels, size, size).
 
-    `biggan=True` is NCSN++ (Song et al. 2021, as "DDPM++"): images are halved and doubled inside residual blocks, every
-    sum is scaled by 1/√2, and each level has one attention on the way up. `biggan=False` is DDPM's (Ho et al. 2020).
+    `biggan=True` is NCSN++, in the variant that Song et al. 2021 call DDPM++: images are halved and doubled inside
+    residual blocks, every sum is scaled by 1/√2, and on the way up a level has one attention, not one a block.
+    `biggan=False` is DDPM's network (Ho et al. 2020).
 
     UNet(channels=4)                                             NCSN++  61,806,724 parameters (4×32×32)
     UNet(channels=4, blocks=2, dropout=0.1, biggan=False)        DDPM    35,748,612 parameters (4×32×32)
 
     channels      of the images, in and out
     size          of the square images; divisible by 2 once for each level but the first
-    width         channels at the first level; even
+    width         channels at the first level; even, at least 4
     multipliers   of the width, one for each level
     blocks        residual blocks a level
     attention_at  sizes at which there is attention; the middle always has it
     dropout       share of the activations that a residual block drops in training, 0 to 1
-    Raises BadInput for settings that no network can have.
+    Raises BadInput for numbers that no network can have.
     """
 
     def __init__(self, channels: int = 3, size: int = 32, width: int = 128, multipliers=(1, 2, 2, 2), blocks: int = 4,
                  attention_at=(16,), dropout: float = 0.15, biggan: bool = True):
         super().__init__()
-        self._check(channels, size, width, multipliers, blocks, dropout)
-        self.settings = dict(channels=channels, size=size, width=width, multipliers=list(multipliers), blocks=blocks,
+        channels = check_count("channels", channels)
+        size = check_count("size", size)
+        width = check_count("width", width, at_least=4)
+        blocks = check_count("blocks", blocks)
+        multipliers = [check_count("multipliers", multiplier) for multiplier in multipliers]
+        self._check(size, width, multipliers, dropout)
+        self.settings = dict(channels=channels, size=size, width=width, multipliers=multipliers, blocks=blocks,
                              attention_at=list(attention_at), dropout=dropout, biggan=biggan)
         self.shape = channels, size, size  # of one image
         self.width = width
@@ -624,7 +639,7 @@ class UNet(nn.Module):
         self.up = nn.ModuleList()
         c = width
         skips = [c]  # channels of each state that the way up takes from the way down
-        for level, multiplier in enumerate(multipliers):
+        for level, multiplier in enumerate(multipliers):  # `size` and `c` are now those of the level
             for _ in range(blocks):
                 layers = Chain([res(c, multiplier * width)])
                 c = multiplier * width
@@ -651,12 +666,8 @@ class UNet(nn.Module):
         self._initialise()
 
     @staticmethod
-    def _check(channels, size, width, multipliers, blocks, dropout) -> None:
-        for name, value in {"channels": channels, "size": size, "blocks": blocks}.items():
-            check_count(name, value)
-        for multiplier in multipliers:
-            check_count("multipliers", multiplier)
-        if check_count("width", width, at_least=4) % 2:
+    def _check(size, width, multipliers, dropout) -> None:
+        if width % 2:
             raise BadInput(f"width is {width}: expected an even number")
         if not 0 <= dropout <= 1:
             raise BadInput(f"dropout is {dropout}: expected a share, 0 to 1")
@@ -667,7 +678,7 @@ class UNet(nn.Module):
 
     def _initialise(self) -> None:
         """Draw weights as DDPM does: uniform, with variance 1 / mean of fan-in and fan-out; biases are zero. The last
-        layer of each block is zero too, so that the block starts as the identity."""
+        layer of each block, and of the network, is zero too: a block starts as its skip path alone."""
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
@@ -701,7 +712,7 @@ class UNet(nn.Module):
 NETWORKS = {
     "ncsnpp": dict(),
     "ddpm": dict(blocks=2, dropout=0.1, biggan=False),
-    "small": dict(width=64, multipliers=(1, 2, 2), blocks=2, dropout=0.0),
+    "small": dict(width=64, multipliers=(1, 2, 2), blocks=2, dropout=0.0),  # ours, for quick runs
 }
 
 
@@ -709,7 +720,7 @@ NETWORKS = {
 
 
 class Training:
-    """What training changes: the network, its moving average (the one to sample from), the optimizer. A step is
+    """The state of a run: the network, its moving average (the one to sample from), the optimizer. A step is
     `gradients`, then `update`.
 
     lr     learning rate of Adam; the paper's is 2e-4 for batches of 128
@@ -733,7 +744,7 @@ class Training:
         return loss.detach()
 
     def update(self) -> None:
-        """Move the weights along their gradients, and the average after them."""
+        """Take a step of Adam, and move the average after it."""
         nn.utils.clip_grad_norm_(self.net.parameters(), self.clip)
         self.optimizer.step()
         self.step += 1
@@ -758,10 +769,7 @@ def update_ema(average: nn.Module, net: nn.Module, decay: float, step: int) -> N
 
 
 def train(run: Training, flow, pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
-    """The training loop: one step for each pair (x, z), yielding its loss, for as long as the caller asks.
-
-    Logging, checkpoints and when to stop are the caller's; the pairing comes in with the data.
-    """
+    """The training loop: one step for each pair (x, z), yielding its loss. The caller logs, saves and stops."""
     run.net.train()
     for x, z in pairs:
         loss = run.gradients(flow, x, z)
@@ -774,18 +782,18 @@ def train(run: Training, flow, pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterat
 
 def path_length(x: Tensor, z: Tensor) -> float:
     """Mean ‖x_i − z_i‖ over pairs (B, ...)."""
-    return (x - z).flatten(1).norm(dim=1).mean().item()
+    return rows(x - z).norm(dim=1).mean().item()
 
 
 def own_noise_nearest(x: Tensor, z: Tensor) -> float:
-    """Share of samples whose own noise is the nearest of all, pairs (B, ...): the paper's second foundation."""
+    """Share of samples whose own noise is the nearest of all, pairs (B, ...): see docs/theory.md."""
     nearest = cost_matrix(x.float(), z.float()).argmin(1)
     return (nearest == torch.arange(len(x), device=x.device)).cpu().double().mean().item()
 
 
 def straightness(path: Tensor) -> float:
     """How far paths (steps + 1, B, ...) bend, 0 if straight: the mean squared difference of the velocity from that of
-    the straight line between the ends (Liu et al. 2022), over that line's square. NaN if a path ends where it began."""
+    the line between the ends (Liu et al. 2022), over that line's square: inf or NaN where a path ends as it began."""
     path = path.flatten(2)
     steps = path[1:] - path[:-1]
     line = path[-1] - path[0]
@@ -812,16 +820,16 @@ def check_batch(x, shape: torch.Size) -> None:
                        f"({', '.join(['B', *map(str, shape)])})")
 
 
-NO_DISTANCE = "holds NaN, infinite or huge values: expected finite data, below 1e15"
+NO_DISTANCE = "holds NaN, infinite or huge values: expected finite data, in size below 1e15"
 
 
 def has_distances(x: Tensor) -> Tensor:
-    """Whether all of x is below 1e15, so that ‖x‖² fits float32, as a bool tensor. NaN is not."""
+    """Whether all of x is in size below 1e15, so that ‖x‖² fits float32, as a bool tensor. NaN is not."""
     return torch.linalg.vector_norm(x.detach(), math.inf) < 1e15
 
 
 def check_finite_batch(x: Tensor) -> None:
-    """BadInput for a batch with NaN, infinity or values beyond 1e15."""
+    """BadInput for a batch with NaN, infinity or values from 1e15 on in size."""
     if x.numel() and not has_distances(x):
         raise BadInput(f"the batch of shape {tuple(x.shape)} {NO_DISTANCE}")
 
@@ -848,7 +856,7 @@ def check_finite_costs(cost: Tensor) -> None:
 
 
 def check_shape(shape) -> torch.Size:
-    """The shape as a torch.Size. BadInput if it is not one or several whole numbers from 1 on."""
+    """The shape as a torch.Size. BadInput for anything but whole numbers from 1 on, or one of them."""
     try:
         return torch.Size([check_count("shape", size) for size in ((shape,) if isinstance(shape, int) else shape)])
     except (TypeError, BadInput) as error:

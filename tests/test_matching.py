@@ -93,7 +93,7 @@ def test_greedy_refuses_a_sample_that_can_have_no_noise(match, noises, wrong):
     cost = torch.rand(3, noises)
     cost[1:] = wrong
     cost[1:, 4] = 0.5  # for two samples one noise
-    with pytest.raises(BadInput, match="NaN, or infinite for every noise that is left"):
+    with pytest.raises(BadInput, match="least cost is NaN or infinite"):
         match(cost)
     with pytest.raises(BadInput, match="NaN or infinite"):
         optimal(cost)
@@ -266,6 +266,14 @@ def test_optimal_pairs_are_scipys_on_each_group(match_size, cost):
         assert torch.equal(z[done : done + len(group)], drawn[torch.from_numpy(picks)])
         done += len(group)
     assert done == 45
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_samples_that_are_single_numbers_are_rows_of_one(method):
+    x = torch.randn(3, 10)
+    plain = torch.cat([z for _, z in pairs(x, method, 4, seed=7)])
+    as_rows = torch.cat([z for _, z in pairs(x[..., None], method, 4, seed=7)])
+    assert torch.equal(plain, as_rows[:, 0])
 
 
 def test_greedy_pairs_are_the_pools_and_random_pairs_the_generators():

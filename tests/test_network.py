@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dansm import NETWORKS, Attention, BadInput, RectifiedFlow, ResBlock, Training, UNet, train
+from dansm import NETWORKS, Attention, BadInput, Diffusion, RectifiedFlow, ResBlock, Training, UNet, train
 
 SMALL = dict(channels=2, size=8, width=8, multipliers=(1, 2), blocks=1, attention_at=(4,), dropout=0.0)
 KINDS = pytest.mark.parametrize("biggan", [True, False])
@@ -103,10 +103,16 @@ def test_a_size_that_cannot_be_halved_often_enough_is_refused(size, multipliers)
 
 
 @pytest.mark.parametrize(("name", "value"), [("channels", 0), ("channels", -1), ("multipliers", (0, 1)),
-                                             ("multipliers", (1.5,)), ("dropout", 2), ("dropout", -0.1)])
+                                             ("multipliers", (1.5,)), ("dropout", 2), ("dropout", -0.1),
+                                             ("blocks", 1.5), ("size", "8"), ("width", 8.5)])
 def test_sizes_that_no_network_has_are_refused(name, value):
     with pytest.raises(BadInput, match=f"{name} is"):
         UNet(**SMALL | {name: value})
+
+
+def test_whole_numbers_of_another_type_are_taken():
+    settings = SMALL | dict(width=8.0, blocks=torch.tensor(1), multipliers=[1, 2.0])
+    assert UNet(**settings).settings["multipliers"] == [1, 2]
 
 
 @pytest.mark.parametrize("width", [0, 1, 2, 3, 5, 7, 129])
@@ -205,10 +211,12 @@ def test_the_time_embedding_spans_wavelengths_from_2_pi_to_20000_pi():
     assert waves[1].tolist() == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_float64_network_can_be_trained_and_sampled():
-    net, x = UNet(**SMALL).double(), torch.randn(2, 2, 8, 8, dtype=torch.float64)
-    RectifiedFlow().loss(net, x, x).backward()
-    assert RectifiedFlow().sample(net, x, 2).dtype == torch.float64
+@pytest.mark.parametrize("flow", [RectifiedFlow(), Diffusion()], ids=["rectified", "diffusion"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_network_of_another_type_can_be_trained_and_sampled(flow, dtype):
+    net, x = UNet(**SMALL).to(dtype), torch.randn(2, 2, 8, 8, dtype=dtype)
+    flow.loss(net, x, x).backward()
+    assert flow.sample(net, x, 2).dtype == dtype
 
 
 # ------------------------------------------------------------------------------- training

@@ -138,7 +138,7 @@ def evaluation_row(features: str, images: Tensor, seed: int, device: torch.devic
     weights are untrained. reach: precision and recall; within: features and Fréchet distance."""
     from ..evaluate import measures
     from ..evaluate.extractors import features_of, load_extractor
-    from ..evaluate.real import feature_batch, real_features
+    from ..evaluate.real_features import feature_batch, real_features
 
     def seconds(work: Callable, *arguments) -> float:
         return round(clock.milliseconds(device, work, *arguments) / 1000, 4)

@@ -20,7 +20,7 @@ from ..data.latents import known_on_disk
 from ..data.loader import stream_images
 from ..data.read import Source
 from ..evaluate.extractors import INCEPTION, LITE0, Extractor, digest_of_weights, features_of_all, load_extractor
-from ..evaluate.real import VERSION, Real, digest_of, real_features
+from ..evaluate.real_features import VERSION, Real, digest_of, real_features
 from ..model.load import Model, load_models
 from ..model.recipe import parse_counts
 from ..model.sampling import at_once, sample_images

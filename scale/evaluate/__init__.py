@@ -1,1 +1,1 @@
-"""How good samples are: features of images and the distances between them."""
+"""How good samples are: features of images, kept in a cache, and the distances between them."""

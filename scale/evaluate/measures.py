@@ -6,7 +6,7 @@ from torch import Tensor
 from torch_fidelity import metric_fid, metric_isc, metric_kid, metric_prc
 
 from .extractors import Extractor
-from .real import Real
+from .real_features import Real
 
 NEIGHBOUR = 3  # its distance is an image's reach in precision and recall (k in Kynkäänniemi et al. 2019)
 SUBSETS, SUBSET = 100, 1000  # of the kernel distance: how many are drawn, and images in each

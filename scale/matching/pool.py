@@ -284,7 +284,7 @@ def greedy_by_rounds(cost: Tensor) -> Tensor:
     waiting = order
     while len(waiting):
         if not least.isfinite().all():
-            raise BadInput("a sample's costs are NaN, or infinite for every noise that is left: expected a finite one")
+            raise BadInput("a sample's least cost is NaN or infinite: expected a finite one among the noises left")
         holder.scatter_reduce_(0, picks[waiting], waiting, "amin")
         waiting = order[holder[picks] != order]
         held = holder <= waiting[:, None]

@@ -1,1 +1,1 @@
-"""Networks as they are kept and used: recipes, checkpoints, fused layers, sampling."""
+"""Networks as they are kept and used: checkpoints, the recipes' values, fused layers, sampling."""

@@ -1,4 +1,5 @@
-"""Recipes: the settings of a training run, checked, read from TOML files and written next to the run."""
+"""Recipes: the settings of a training run. Those that come with the project are in recipes/; here settings are checked,
+read from TOML and written next to the run."""
 
 import dataclasses
 import difflib

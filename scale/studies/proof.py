@@ -19,7 +19,7 @@ from dansm import BadInput
 
 from ..base import files, locks, text
 from ..data.pixels import from_uint8
-from ..evaluate.real import check_real, digest_of_images
+from ..evaluate.real_features import check_real, digest_of_images
 from ..model.recipe import Recipe
 from ..train import run as training
 from .prior import ON_A_GPU, WAYS, prior

@@ -1,1 +1,1 @@
-"""A training run: one step, the loop, its folder, and when it stops."""
+"""A training run: one step, the loop, the folder that it resumes from, and when it stops."""

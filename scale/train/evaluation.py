@@ -15,7 +15,7 @@ from ..base.processes import everyones, first_before_others, ranks
 from ..base.text import counted, say
 from ..data.latents import known_of
 from ..evaluate.extractors import features_of_all, load_extractor
-from ..evaluate.real import check_real, real_features
+from ..evaluate.real_features import check_real, real_features
 from ..model.recipe import Recipe
 from ..model.sampling import at_once, check_steps, sample_images, sampler
 from .step import FastTraining

@@ -125,6 +125,8 @@ def check(recipe: Recipe, device: torch.device) -> None:
     if recipe.batch % parts:
         raise BadInput(f"--batch is {recipe.batch}: expected a multiple of {parts}, {counted(processes, 'process')} "
                        f"times --accumulate {recipe.accumulate}")
+    if recipe.match_scope == "global" and not torch.distributed.is_initialized():
+        raise BadInput("--match-scope is global: expected several processes, started by torchrun")
     check_evaluation(recipe)
 
 

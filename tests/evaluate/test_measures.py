@@ -11,7 +11,7 @@ from features import PIXELS, SEEN, digits, features_in_batches, seen
 from dansm.scale.base.statistics import frechet_distance
 from dansm.scale.evaluate import measures
 from dansm.scale.evaluate.extractors import Extractor
-from dansm.scale.evaluate.real import Real, real_features
+from dansm.scale.evaluate.real_features import Real, real_features
 
 
 def real_of(features):

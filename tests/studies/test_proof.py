@@ -14,7 +14,7 @@ from dansm.scale.base.files import write_csv
 from dansm.scale.base.locks import owning
 from dansm.scale.base.machine import hardware
 from dansm.scale.data.loader import load_images
-from dansm.scale.evaluate.real import digest_of_images
+from dansm.scale.evaluate.real_features import digest_of_images
 from dansm.scale.model.recipe import load
 from dansm.scale.studies import prior, proof, proof_runs
 from dansm.scale.studies.proof_runs import RUNS, Run, base_of

@@ -337,6 +337,12 @@ def test_what_cannot_be_done_here_is_refused_before_a_step(refused, images, tmp_
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("option", "value"), [("--accumulate", 3), ("--match-scope", "global"), ("--precision", "x")])
+def test_what_cannot_be_done_here_is_refused_before_the_data_is_read(refused, tmp_path, option, value):
+    (tmp_path / "empty").mkdir()
+    assert option in refused("train", tmp_path / "empty", option, value, "--out", tmp_path / "out")
+
+
 def test_the_log_of_batches_of_one_compares_with_the_noise_before(run, images, tmp_path):
     run("train", images, "--steps", 9, "--log-steps", 1, *FAST, "--batch", 1, "--out", tmp_path / "out")
     lines = losses_of(tmp_path / "out")

@@ -20,7 +20,7 @@ from dansm.scale.data import read
 from dansm.scale.data.loader import load_images, stream_images
 from dansm.scale.evaluate import real as room
 from dansm.scale.evaluate.extractors import Extractor
-from dansm.scale.evaluate.real import real_features
+from dansm.scale.evaluate.real_features import real_features
 
 STREAMED = {"folder": lambda at: as_folder(at / "folder", PICTURES), "zip": lambda at: packed(at / "a.zip", PICTURES),
             "tar": lambda at: packed(at / "a.tar", dict(reversed(PICTURES.items()))),
