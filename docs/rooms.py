@@ -13,7 +13,7 @@ WIDE, GAP, LINE = 350, 16, 16  # pixels: a box, between boxes, a line of text
 CHARACTERS = 52  # that fit a box
 STYLE = """<style>rect{fill:#fff;stroke:#2b2d33}text{font:12px sans-serif;fill:#2b2d33}.name{font-weight:bold}
 .files{fill:#3a5fa8}.uses{fill:#777;font-style:italic}</style>"""
-LEGEND = ["A room imports rooms on the floors below alone. In blue its files, without .py.",
+LEGEND = ["A room uses rooms on the floors below alone. In blue its files, without .py.",
           "*: dansm.py asks for matching and commands when they are first used, and does without if it stands alone."]
 
 
@@ -38,10 +38,10 @@ def texts_of(room, uses):
     about = ast.get_docstring(ast.parse(FIRST[room].read_text("utf-8"))).partition("\n")[0]
     lazy = re.findall(r'scaled\("(\w+)', FIRST[room].read_text("utf-8")) if room == "dansm.py" else []
     names = sorted(uses) + [f"{other}*" for other in lazy]
-    lines = [("name", room)]
+    lines = [("name", str(FIRST[room].relative_to(ROOT)).removesuffix("__init__.py"))]
     lines += [("", line) for line in wrap(about, CHARACTERS)]
     lines += [("files", line) for line in wrap(", ".join(files_of(room)), CHARACTERS)]
-    return lines + [("uses", line) for line in wrap("imports " + ", ".join(names), CHARACTERS)]
+    return lines + [("uses", line) for line in wrap("uses " + ", ".join(names), CHARACTERS)]
 
 
 def drawing():

@@ -1,1 +1,1 @@
-"""What every room may use: files, locks, the machine, messages, processes, statistics."""
+"""What every room may use: files, locks, which device, messages, processes, statistics."""

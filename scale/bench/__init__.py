@@ -1,1 +1,1 @@
-"""What matching, training and evaluating cost, measured side by side."""
+"""What matching, training and the autoencoder cost, measured side by side."""

@@ -218,12 +218,10 @@ def _open_zip(source: Path) -> Iterator[Opened]:
 class _Header(tarfile.TarInfo):
     """Refuses a long name, or what else stands before a file, that would not fit in memory."""
 
-    @classmethod
-    def frombuf(cls, *arguments):
-        header = super().frombuf(*arguments)
-        if not header.isreg() and header.size > HURTS:
-            raise ValueError(f"it names a file by {header.size:,} bytes")
-        return header
+    def _proc_member(self, archive):  # where tarfile has a subclass come in, once it has read a header
+        if not self.isreg() and self.size > HURTS:
+            raise ValueError(f"it names a file by {self.size:,} bytes")
+        return super()._proc_member(archive)
 
 
 @contextmanager

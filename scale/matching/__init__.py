@@ -1,4 +1,4 @@
-"""Noise pools at full speed: on a GPU, over several processes, and linear assignment."""
+"""The same noise pools and assignments at full speed: on a GPU, over several processes."""
 
 from .gpu import working
 from .pool import pool_class

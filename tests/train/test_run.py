@@ -10,7 +10,6 @@ import types
 import numpy as np
 import pytest
 import torch
-from runs import at_step, contents_of, losses_of, same_run
 from support import FAST, files_of, log_of, same, state_of
 
 import dansm
@@ -18,6 +17,7 @@ from dansm.scale.model import checkpoint, sampling
 from dansm.scale.train import run as training
 from dansm.scale.train import watch
 from dansm.scale.train.stop import Decide
+from runs import at_step, contents_of, losses_of, same_run
 
 OFTEN = ("--save-minutes", 1e-9)  # after each step, but not at once
 
