@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 
-from dansm.scale.evaluate import real
+from dansm.scale.evaluate import real_features
 from dansm.scale.evaluate.extractors import Extractor
 
 
@@ -39,8 +39,8 @@ def digits(count=600):
 
 
 def features_in_batches(batch, *arguments, **settings):
-    with patch.object(real, "feature_batch", lambda device: batch):
-        return real.real_features(*arguments, **settings)
+    with patch.object(real_features, "feature_batch", lambda device: batch):
+        return real_features.real_features(*arguments, **settings)
 
 
 def untrained_inception(folder):

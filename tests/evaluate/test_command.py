@@ -14,7 +14,7 @@ import dansm
 from dansm.scale.base.statistics import frechet_distance
 from dansm.scale.commands import evaluate
 from dansm.scale.data import read
-from dansm.scale.evaluate import real as room
+from dansm.scale.evaluate import real_features as room
 from dansm.scale.model import checkpoint, load
 
 NETWORK = dict(width=4, multipliers=[1], blocks=1, attention_at=[], dropout=0.0)

@@ -18,7 +18,7 @@ from support import PICTURES, as_folder, lsun, packed, picture
 from dansm import BadInput
 from dansm.scale.data import read
 from dansm.scale.data.loader import load_images, stream_images
-from dansm.scale.evaluate import real as room
+from dansm.scale.evaluate import real_features as room
 from dansm.scale.evaluate.extractors import Extractor
 from dansm.scale.evaluate.real_features import real_features
 
