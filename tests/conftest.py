@@ -13,6 +13,7 @@ from hypothesis import settings
 from support import TINY, make_images
 
 import dansm
+from dansm.scale.base.text import console
 
 settings.register_profile("dansm", deadline=None, derandomize=True, max_examples=60, print_blob=False, database=None)
 settings.load_profile("dansm")
@@ -29,6 +30,12 @@ def tiny_network(monkeypatch, tmp_path):
     """In the place of "small", which a CPU takes minutes for; and nothing is written into the project by mistake."""
     monkeypatch.setitem(dansm.NETWORKS, "small", TINY)
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def wide_console(monkeypatch):
+    """No word of a table breaks because a number in it, such as a time, is long today."""
+    monkeypatch.setattr(console, "width", 250)
 
 
 @pytest.fixture
