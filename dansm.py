@@ -5,17 +5,15 @@ cross, and where they cross the network can only learn their average. Distance-a
 "Easing Training Process of Rectified Flow Models via Lengthening Inter-Path Distance") lets each sample take the
 nearest noise left in a pool of `match_size` noises: the lines cross less. Read this file from top to bottom:
 
-    1 matching    cost_matrix, greedy, optimal, nearest_of_k, NoisePool, pairs
+    1 matching    cost_matrix, greedy, optimal, NoisePool, GroupedPool for classes, pairs
     2 flows       RectifiedFlow, Diffusion: loss(net, x, z), path and sample(net, z, steps)
     3 network     UNet: the paper's two networks, and a small one
     4 training    train: the plain loop
-    5 measures    path length, straightness, how often a sample's own noise is the nearest
-    6 checks      what is refused, with a message of one line
-    7 commands    main: hands the command line to scale/commands
+    5 checks      what is refused, with a message of one line
+    6 commands    main: hands the command line to scale/commands
 
 Names: x is data, z is noise, both (B, C, H, W) or any other (B, ...); t runs from noise (0) to data (1). B is the batch
-size, M the pool's match_size, D how many numbers one sample has. Skip each `fast` on a first reading: the code after it
-is the rule, and gives the same numbers.
+size, M the pool's match_size, D how many numbers a sample has. Skip each `fast` at first: what follows is the rule.
 """
 
 import copy
@@ -24,7 +22,7 @@ import math
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
-from itertools import chain
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,13 +86,18 @@ def inner_products(x: Tensor, z: Tensor) -> Tensor:
     return (x.to(exact) @ z.to(exact).T).to(torch.promote_types(x.dtype, torch.float32))
 
 
+def path_length(x: Tensor, z: Tensor) -> float:
+    """Mean ‖x_i − z_i‖ over pairs (B, ...)."""
+    return rows(x - z).norm(dim=1).mean().item()
+
+
 def cost_matrix(x: Tensor, z: Tensor, cost: str = "squared") -> Tensor:
     """The cost of giving noise j to sample i, lower is better. x: (B, ...), z: (M, ...) → (B, M).
 
     "squared"  ‖z‖² − 2⟨x, z⟩: the paper's ‖x − z‖² without ‖x‖², which is the same for every noise and, where it is
                large, would only round the rest away. (The paper takes the mean over D, not the sum: the same order.)
-    "inner"    −⟨x, z⟩: over a whole pool Σ‖z‖² is the same for every pairing, so only Σ⟨x, z⟩ can be gained. On images
-               greedy picks come nearer to the optimum by it, and yet samples mostly get worse (docs/results.md).
+    "inner"    −⟨x, z⟩, as Σ‖z‖² over a whole pool is the same for every pairing. Greedy picks come nearer to the best
+               by it, and yet samples of images mostly get worse (docs/results.md).
     """
     check_choice("cost", cost, COSTS)
     return costs_from(inner_products(x, z), squared_norms(z), cost)
@@ -136,42 +139,22 @@ class Assignment(NamedTuple):
 def optimal(cost: Tensor, gap: float = 1e-3) -> Assignment:
     """Linear assignment: the pairing of least total cost. cost: (B, M), B ≤ M, finite.
 
-    Exact on the CPU, by scipy in about M³ operations: 10 ms for 250, half a second for 1,000, half a minute for 4,096.
-    With scale/ on a GPU an auction, until total − bound is at most `gap` of what the pairing saves over a random one,
-    or as near as prices in float32 come.
+    Exact on the CPU, by scipy in about M³ operations: half a second for 1,000. With scale/ on a GPU an auction, until
+    total − bound is at most `gap` of what the pairing saves over a random one, or as near as float32 prices come.
     """
     check_sides(cost)
     cost = at_least_float32(cost.detach())
     fast = fast_matching() if cost.is_cuda and len(cost) else None
     if fast and (kernels := fast.working("auction", cost.device)):
         return Assignment(*kernels.auction(cost, gap))
-    check_finite_costs(cost)
+    if not cost.isfinite().all():
+        raise BadInput(f"the {cost.shape[0]}×{cost.shape[1]} costs hold NaN or infinite values: expected finite ones")
     from scipy.optimize import linear_sum_assignment  # takes a while to import
 
     _, columns = linear_sum_assignment(cost.cpu().numpy())
     picks = torch.from_numpy(columns).to(cost.device)
     total = cost.gather(1, picks[:, None]).sum(dtype=torch.float64).item()
     return Assignment(picks, total, total)
-
-
-def nearest_of_k(x: Tensor, k: int, cost: str = "squared", generator: torch.Generator | None = None) -> Tensor:
-    """Draw k fresh noises for each sample and keep the nearest. x: (B, ...) → z: (B, ...). Only to compare with.
-
-    It needs no pool but changes the prior: the other k − 1 noises are thrown away, so the noises trained on crowd
-    where the data is, while sampling still starts from N(0, I).
-    """
-    check_count("k", k)
-    check_choice("cost", cost, COSTS)
-    flat = rows(x.detach().float())
-    nearest = torch.empty_like(flat)
-    block = max(1, 2**24 // (k * flat.shape[1]))  # samples at a time, so that their noises take about 64 MB
-    for samples, out in zip(flat.split(block), nearest.split(block), strict=True):
-        z = torch.randn(len(samples), k, flat.shape[1], device=x.device, generator=generator)
-        scores = torch.einsum("bkd,bd->bk", z, samples)
-        if cost == "squared":
-            scores -= z.square().sum(2) / 2  # ‖x − z‖² = ‖x‖² − 2 (⟨x, z⟩ − ‖z‖²/2)
-        out.copy_(z[torch.arange(len(samples), device=x.device), scores.argmax(1)])
-    return nearest.view(x.shape).to(x)
 
 
 def noise_generator(seed: int, device="cpu", *stream: int) -> torch.Generator:
@@ -202,25 +185,24 @@ class NoisePool:
     cost        "squared" or "inner", see `cost_matrix`
     device      where the noises are kept
     dtype       of the noises: float32 (M × D × 4 bytes), float64, or bfloat16, which takes half the memory
-    seed        None takes one from torch's generator, so that torch.manual_seed decides. Under torch.distributed each
-                process has noises of its own from the same seed
+    seed        None: from torch's generator. By torch.distributed each process has its own noises from the same seed
+    groups      of samples, such as classes: a pool for each, and z = pool(x, labels), see `GroupedPool`
 
-    This class is the rule. Where scale/ is installed, NoisePool(...) returns a subclass that gives the same noises
-    faster, with more options (match_size=None, tf32, memory, match_scope, compile): dansm.scale.matching.pool.FastPool.
-
-    Raises BadInput for a negative or fractional match_size, and a batch of another shape, of integers or not finite.
+    This class is the rule. With scale/, NoisePool(...) returns a subclass that gives the same noises faster and has
+    more options: dansm.scale.matching.pool.FastPool. BadInput for a batch or an argument that cannot be.
     """
 
     dtypes = (torch.float32, torch.float64, torch.bfloat16)  # float16 overflows in the products of long samples
     numbers_per_chunk = 2**23  # each chunk of a pool has a random stream of its own and can be drawn by itself
 
     def __new__(cls, *args, **settings):
-        if cls is NoisePool and (fast := fast_matching()):
-            cls = fast.pool_class(*args, **settings)  # whose __init__ Python calls then
+        if cls is NoisePool:
+            fast = fast_matching()  # Python calls the __init__ of the class that it is given
+            cls = fast.pool_class(*args, **settings) if fast else GroupedPool if settings.get("groups") else cls
         return super().__new__(cls)
 
     def __init__(self, match_size: int, shape, *, cost: str = "squared", device="cpu", dtype=torch.float32,
-                 seed: int | None = None):
+                 seed: int | None = None, groups: int | None = None):
         self.match_size = check_count("match_size", match_size, at_least=0)
         self.shape = check_shape(shape)
         self.cost = check_choice("cost", cost, COSTS)
@@ -233,8 +215,10 @@ class NoisePool:
         self.index = torch.empty(0, device=device, dtype=torch.int32)  # of each free noise in the pool as it was drawn
 
     @torch.no_grad()
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """Match x: (B, *shape), of any B, dtype and device → z like x, z_i matched to x_i."""
+        if labels is not None:
+            raise BadInput("labels are given to a pool without groups: expected NoisePool(…, groups=N), or x alone")
         self.check(x)
         if self.match_size <= 1:
             return self.fresh(x)
@@ -299,64 +283,96 @@ class NoisePool:
         return made_for | ({"process": self.stream[0]} if self.stream else {})
 
 
-def pairs(batches: Iterable[Tensor], method: str = "greedy", match_size: int = 10_000, *, cost: str = "squared",
-          seed: int | None = None, pool: NoisePool | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pair every batch x with noises z and yield (x, z), the same batches in the same order.
+class GroupedPool(NoisePool):
+    """A pool of `match_size` noises for each group of samples: NoisePool(match_size, shape, groups=10).
 
-    batches     tensors (B, ...) of data or latents; x and z have their shape
+        z = pool(x, labels)     # labels: (B,) whole numbers from 0 to groups − 1, on any device
+
+    One pool for all classes gives each class noises of its own kind; sampling by class starts elsewhere. Here those of
+    each group are N(0, I) by themselves. A group's pool is made when it first comes. BadInput also for other labels.
+    """
+
+    def __init__(self, match_size: int, shape, *, groups: int, **settings):
+        super().__init__(match_size, shape, **settings)
+        self.groups = check_count("groups", groups)
+        self.settings = settings
+        self.pools = {}  # of the groups that came so far
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        self.check(x)
+        z = torch.empty_like(x)
+        for group, members in members_of(labels, len(x), self.groups).items():
+            members = members.to(x.device)
+            z[members] = self._pool(group)(x[members])
+        return z
+
+    def _pool(self, group: int) -> NoisePool:
+        if group not in self.pools:
+            pool = NoisePool(self.match_size, self.shape, **self.settings | {"seed": self.seed})
+            pool.stream = process_number(), 1 + group  # noises of its own
+            pool.generator = noise_generator(self.seed, pool.noise.device, 0, *pool.stream)
+            self.pools[group] = pool
+        return self.pools[group]
+
+    def state_dict(self) -> dict:
+        return super().state_dict() | {"pools": {group: pool.state_dict() for group, pool in self.pools.items()}}
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        self.pools = {}
+        for group, state_of_group in state["pools"].items():
+            self._pool(group).load_state_dict(state_of_group)
+
+    def _made_for(self) -> dict:
+        return super()._made_for() | {"groups": self.groups}
+
+
+def members_of(labels: Tensor | None, samples: int, groups: int) -> dict[int, Tensor]:
+    """The numbers of the samples of each group that comes: (B of the group,), ascending."""
+    labels = check_labels(labels, samples, groups).cpu()
+    return {group: (labels == group).nonzero()[:, 0] for group in labels.unique().tolist()}
+
+
+def pairs(batches: Iterable, method: str = "greedy", match_size: int = 10_000, *, cost: str = "squared",
+          seed: int | None = None, pool: NoisePool | None = None, groups: int | None = None) -> Iterator[tuple]:
+    """Pair every batch x with noises z and yield (x, z), or (x, z, labels), the same batches in the same order.
+
+    batches     tensors x: (B, ...) of data or latents, or tuples (x, labels) with labels: (B,)
     method      "random"   a fresh noise for each sample
                 "greedy"   `NoisePool`, the paper's method
-                "optimal"  collects match_size samples, over several batches if need be, and solves the linear
-                           assignment with as many noises; the last partial group is matched within itself
-                "nearest"  the nearest of match_size fresh noises, see `nearest_of_k`
+                "optimal"  linear assignment of match_size samples to as many noises, or "nearest", the nearest of
+                           match_size fresh ones: to compare with, in dansm.scale.matching.others
     match_size  noises in the pool, samples assigned at once, or noises drawn for each sample, by method
     cost, seed  see `cost_matrix`, `NoisePool`
-    pool        a pool to use, as when a run resumes: "greedy" takes its noises, its match_size and its cost, the other
-                methods its generator
+    pool        to use, as when a run resumes: "greedy" takes its match_size and cost too, others its generator alone
+    groups      match "greedy" and "optimal" within labels from 0 to groups − 1; None: whatever the labels
     Raises BadInput for an unknown method or cost, a match_size that is no whole number, a batch of another shape.
     """
     check_choice("method", method, METHODS)
     check_choice("cost", cost, COSTS)
     match_size = check_count("match_size", match_size, at_least=0 if method in ("random", "greedy") else 1)
-    return _pairs(iter(batches), method, match_size, cost, seed, pool)  # a generator would check only when first asked
+    groups = groups if groups is None else check_count("groups", groups)
+    if method in ("random", "greedy"):
+        return _pairs(iter(batches), method, match_size, cost, seed, pool, groups)  # else checked when first asked
+    if not (fast := fast_matching()):
+        raise BadInput(f"method is {method!r}, which is in scale/: expected random or greedy where dansm.py is alone")
+    return fast.pairs_to_compare(iter(batches), method, match_size, cost, seed, pool, groups)
 
 
-def _pairs(batches: Iterator[Tensor], method: str, match_size: int, cost: str, seed: int | None,
-           pool: NoisePool | None) -> Iterator[tuple[Tensor, Tensor]]:
-    for x in batches:
+def _pairs(batches: Iterator, method: str, match_size: int, cost: str, seed: int | None, pool: NoisePool | None,
+           groups: int | None) -> Iterator[tuple]:
+    for batch in batches:
+        x, *labels = parts_of(batch)
         if pool is None:
             check_tensor(x)
-            size = match_size if method == "greedy" else 0  # the other methods need only its generator
-            pool = NoisePool(size, x.shape[1:], cost=cost, device=x.device, seed=seed)
-        if method == "optimal":
-            yield from _optimal_pairs(chain([x], batches), match_size, cost, pool)  # takes all that is left
-        elif method == "greedy":
-            yield x, pool(x)
+            size = match_size if method == "greedy" else 0
+            pool = NoisePool(size, x.shape[1:], cost=cost, device=x.device, seed=seed, groups=groups)
+        if method == "greedy":
+            yield x, pool(x, *labels if isinstance(pool, GroupedPool) else ()), *labels
         else:
             pool.check(x)
-            z = nearest_of_k(x, match_size, cost, pool.generator) if method == "nearest" else pool.fresh(x)
-            yield x, z
-
-
-def _optimal_pairs(batches: Iterator[Tensor], match_size: int, cost: str,
-                   pool: NoisePool) -> Iterator[tuple[Tensor, Tensor]]:
-    waiting = deque()  # the batches that are not handed out yet
-    x = torch.empty(0, *pool.shape, device=pool.noise.device)  # their samples
-    z = x[:0]  # the noises of the first len(z) of them
-    for batch in chain(batches, [None]):  # None: no more batches, match what is left
-        if batch is not None:
-            pool.check(batch)
-            waiting.append(batch)
-            x = torch.cat([x, batch.detach().to(x)])
-        least = 1 if batch is None else match_size
-        while len(x) - len(z) >= least:
-            group = x[len(z) : len(z) + match_size]
-            noise = pool.fresh(group)
-            z = torch.cat([z, noise[optimal(cost_matrix(group, noise, cost)).picks]])
-        while waiting and len(z) >= len(waiting[0]):
-            done = waiting.popleft()
-            yield done, z[: len(done)].to(done)
-            x, z = x[len(done) :], z[len(done) :]
+            yield x, pool.fresh(x), *labels
 
 
 # ------------ 2  Flows ------------------------------------------------------------------------------------------------
@@ -376,7 +392,14 @@ def over(t: Tensor, x: Tensor) -> Tensor:
     return t.reshape(-1, *[1] * (x.ndim - 1))
 
 
-class RectifiedFlow:
+class Flow:
+    @torch.no_grad()
+    def sample(self, net: nn.Module, z: Tensor, steps: int) -> Tensor:
+        """x from z, both (B, ...), in `steps` steps, without gradients."""
+        return deque(self.path(net, z, steps), maxlen=1).pop()  # keeps only the last state
+
+
+class RectifiedFlow(Flow):
     """Straight paths x_t = t·x + (1 − t)·z, along which the network learns the velocity x − z (Liu et al. 2022).
 
     times   how training times are distributed: "uniform" or "logit-normal"
@@ -410,11 +433,6 @@ class RectifiedFlow:
             x = x + v * dt
             yield x
 
-    @torch.no_grad()
-    def sample(self, net: nn.Module, z: Tensor, steps: int) -> Tensor:
-        """x from z, both (B, ...), in `steps` equal steps, without gradients."""
-        return deque(self.path(net, z, steps), maxlen=1).pop()  # keeps only the last state
-
     def _velocity(self, net, x, t):
         return net(x, 999 * self._shifted(torch.full((len(x),), t, device=x.device)))
 
@@ -422,18 +440,15 @@ class RectifiedFlow:
         return t * (1 - self.first_t) + self.first_t
 
 
-class Diffusion:
+class Diffusion(Flow):
     """Denoising diffusion: the network learns the noise in √ᾱ·x + √(1−ᾱ)·z (DDPM, Ho et al. 2020), and DDIM takes few
-    steps back without randomness (Song et al. 2020). It has the methods of `RectifiedFlow`.
-
-    Its 1,000 levels of noise are counted from the data's side: level 0 is almost data, level 999 almost noise. β rises
-    from 1e-4 to 0.02, and ᾱ is the running product of 1 − β.
+    steps back without randomness (Song et al. 2020). Of its 1,000 levels of noise level 0 is almost data, level 999
+    almost noise: β rises from 1e-4 to 0.02, and ᾱ is the running product of 1 − β.
 
     times   as in `RectifiedFlow`
     target  what the network predicts: "noise", as in the paper, or "velocity", √ᾱ·z − √(1−ᾱ)·x (Salimans and Ho 2022;
-            towards noise, unlike RectifiedFlow's), from which the noise is √(1−ᾱ)·x_t + √ᾱ·velocity. The loss is that
-            of the noise either way. Norms hide the size of x_t from the network, and DDIM divides its error by √ᾱ;
-            by velocity that size comes from x_t itself
+            towards noise, unlike RectifiedFlow's), from which the noise is √(1−ᾱ)·x_t + √ᾱ·velocity: a network of
+            norms hardly sees the size of x_t, and here has it for nothing. The loss is that of the noise either way
     bound   of the data, 1 for pixels, or None: while sampling, each estimate of x is cut to [−bound, bound]
     """
 
@@ -490,18 +505,10 @@ class Diffusion:
             x = a_next * clean + b_next * noise
             yield x
 
-    @torch.no_grad()
-    def sample(self, net: nn.Module, z: Tensor, steps: int) -> Tensor:
-        """x from z, both (B, ...), in `steps` steps, without gradients."""
-        return deque(self.path(net, z, steps), maxlen=1).pop()  # keeps only the last state
-
     def _shares(self, level: int) -> tuple[float, float]:
         """How much of data and of noise there is at a level: √ᾱ and √(1−ᾱ)."""
         signal = self.alpha_bar[level].item()
         return math.sqrt(signal), math.sqrt(1 - signal)
-
-
-FLOWS = {"rectified": RectifiedFlow, "diffusion": Diffusion}
 
 
 # ------------ 3  Network ----------------------------------------------------------------------------------------------
@@ -598,9 +605,6 @@ class UNet(nn.Module):
     residual blocks, every sum is scaled by 1/√2, and on the way up a level has one attention, not one a block.
     `biggan=False` is DDPM's network (Ho et al. 2020).
 
-    UNet(channels=4)                                             NCSN++  61,806,724 parameters (4×32×32)
-    UNet(channels=4, blocks=2, dropout=0.1, biggan=False)        DDPM    35,748,612 parameters (4×32×32)
-
     channels      of the images, in and out
     size          of the square images; divisible by 2 once for each level but the first
     width         channels at the first level; even, at least 4
@@ -608,18 +612,28 @@ class UNet(nn.Module):
     blocks        residual blocks a level
     attention_at  sizes at which there is attention; the middle always has it
     dropout       share of the activations that a residual block drops in training, 0 to 1
+    classes       of images: forward takes labels too, each a learned vector that is added to the time's
+    label_dropout share of the labels that training leaves out, for guidance
     Raises BadInput for numbers that no network can have.
     """
 
     def __init__(self, channels: int = 3, size: int = 32, width: int = 128, multipliers=(1, 2, 2, 2), blocks: int = 4,
-                 attention_at=(16,), dropout: float = 0.15, biggan: bool = True):
+                 attention_at=(16,), dropout: float = 0.15, biggan: bool = True, classes: int = 0,
+                 label_dropout: float = 0.1):
         super().__init__()
         channels = check_count("channels", channels)
         size = check_count("size", size)
         width = check_count("width", width, at_least=4)
         blocks = check_count("blocks", blocks)
         multipliers = [check_count("multipliers", multiplier) for multiplier in multipliers]
-        self._check(size, width, multipliers, dropout)
+        if width % 2:
+            raise BadInput(f"width is {width}: expected an even number")
+        if not 0 <= dropout <= 1 or not 0 <= label_dropout <= 1:
+            raise BadInput(f"dropout is {dropout}, label_dropout {label_dropout}: expected shares, 0 to 1")
+        least = 2 ** max(len(multipliers) - 1, 0)
+        if not multipliers or size % least:
+            raise BadInput(f"the images are {size} pixels wide: expected a multiple of {least} for a network of "
+                           f"{len(multipliers)} levels")
         self.settings = dict(channels=channels, size=size, width=width, multipliers=multipliers, blocks=blocks,
                              attention_at=list(attention_at), dropout=dropout, biggan=biggan)
         self.shape = channels, size, size  # of one image
@@ -664,17 +678,11 @@ class UNet(nn.Module):
                 size *= 2
         self.last = nn.Sequential(Norm(c), conv(c, channels, 3))
         self._initialise()
-
-    @staticmethod
-    def _check(size, width, multipliers, dropout) -> None:
-        if width % 2:
-            raise BadInput(f"width is {width}: expected an even number")
-        if not 0 <= dropout <= 1:
-            raise BadInput(f"dropout is {dropout}: expected a share, 0 to 1")
-        least = 2 ** max(len(multipliers) - 1, 0)
-        if not multipliers or size % least:
-            raise BadInput(f"the images are {size} pixels wide: expected a multiple of {least} for a network of "
-                           f"{len(multipliers)} levels")
+        self.classes = check_count("classes", classes, at_least=0)
+        self.label_dropout = label_dropout
+        if classes:
+            self.label = nn.Embedding(classes + 1, c_time)  # the last one: no label
+            self.settings |= dict(classes=classes, label_dropout=label_dropout)
 
     def _initialise(self) -> None:
         """Draw weights as DDPM does: uniform, with variance 1 / mean of fan-in and fan-out; biases are zero. The last
@@ -688,9 +696,12 @@ class UNet(nn.Module):
         for layer in (*last_layers, self.last[1]):
             nn.init.zeros_(layer.weight)
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """x: (B, channels, size, size); t: (B,), the time as its flow scales it, 0 to 999 → as x."""
-        time = F.silu(self.time(self._waves(t).to(self.first.weight.dtype)))
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """x: (B, channels, size, size), t: (B,) from 0 to 999, labels: (B,) up to `classes`, which is "none" → as x."""
+        time = self.time(self._waves(t).to(self.first.weight.dtype))
+        if self.classes:
+            time = time + self.label(self._known(labels, x))
+        time = F.silu(time)
         h = self.first(x)
         skips = [h]
         for layer in self.down:
@@ -701,6 +712,14 @@ class UNet(nn.Module):
             h = layer(torch.cat([h, skips.pop()], 1), time)
         return self.last(h)
 
+    def _known(self, labels: Tensor | None, x: Tensor) -> Tensor:
+        """The labels, of which training leaves some out."""
+        if labels is None:
+            return torch.full((len(x),), self.classes, device=x.device)
+        if not self.training:
+            return labels
+        return labels.masked_fill(torch.rand(len(x), device=x.device) < self.label_dropout, self.classes)
+
     def _waves(self, t: Tensor) -> Tensor:
         """Sinusoidal embedding of t: (B,) → (B, width), with wavelengths from 2π to 10,000·2π (Vaswani et al. 2017)."""
         half = self.width // 2
@@ -710,8 +729,8 @@ class UNet(nn.Module):
 
 
 NETWORKS = {
-    "ncsnpp": dict(),
-    "ddpm": dict(blocks=2, dropout=0.1, biggan=False),
+    "ncsnpp": dict(),  # the paper's NCSN++: 61,806,724 parameters with 4 channels
+    "ddpm": dict(blocks=2, dropout=0.1, biggan=False),  # the paper's DDPM: 35,748,612
     "small": dict(width=64, multipliers=(1, 2, 2), blocks=2, dropout=0.0),  # ours, for quick runs
 }
 
@@ -720,8 +739,7 @@ NETWORKS = {
 
 
 class Training:
-    """The state of a run: the network, its moving average (the one to sample from), the optimizer. A step is
-    `gradients`, then `update`.
+    """The state of a run: network, moving average (to sample from), optimizer. A step is `gradients`, then `update`.
 
     lr     learning rate of Adam; the paper's is 2e-4 for batches of 128
     decay  of the moving average, which warms up as min(decay, (1 + n) / (10 + n)) after n steps
@@ -736,10 +754,11 @@ class Training:
         self.optimizer = torch.optim.Adam(net.parameters(), lr=lr, fused=next(net.parameters()).is_cuda)
         self.step = 0
 
-    def gradients(self, flow, x: Tensor, z: Tensor) -> Tensor:
-        """Compute the gradients for pairs x, z: (B, ...) and return the loss, a scalar left on the device."""
+    def gradients(self, flow, x: Tensor, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Compute the gradients for pairs x, z: (B, ...) of these labels (B,), and return the loss, on the device."""
         self.optimizer.zero_grad()
-        loss = flow.loss(self.net, x, z)
+        net = self.net if labels is None else partial(self.net, labels=labels)
+        loss = flow.loss(net, x, z)
         loss.backward()
         return loss.detach()
 
@@ -750,16 +769,6 @@ class Training:
         self.step += 1
         update_ema(self.average, self.net, self.decay, self.step)
 
-    def state_dict(self) -> dict:
-        return {"net": self.net.state_dict(), "average": self.average.state_dict(),
-                "optimizer": self.optimizer.state_dict(), "step": self.step}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.net.load_state_dict(state["net"])
-        self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
-
 
 @torch.no_grad()
 def update_ema(average: nn.Module, net: nn.Module, decay: float, step: int) -> None:
@@ -768,48 +777,32 @@ def update_ema(average: nn.Module, net: nn.Module, decay: float, step: int) -> N
     torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), share)
 
 
-def train(run: Training, flow, pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
-    """The training loop: one step for each pair (x, z), yielding its loss. The caller logs, saves and stops."""
+def train(run: Training, flow, pairs: Iterable[tuple[Tensor, ...]]) -> Iterator[Tensor]:
+    """The training loop: a step for each (x, z) or (x, z, labels), yielding its loss. The caller logs, saves, stops."""
     run.net.train()
-    for x, z in pairs:
-        loss = run.gradients(flow, x, z)
+    for x, z, *labels in pairs:
+        loss = run.gradients(flow, x, z, *labels)
         run.update()
         yield loss
 
 
-# ------------ 5  Measures ---------------------------------------------------------------------------------------------
-
-
-def path_length(x: Tensor, z: Tensor) -> float:
-    """Mean ‖x_i − z_i‖ over pairs (B, ...)."""
-    return rows(x - z).norm(dim=1).mean().item()
-
-
-def own_noise_nearest(x: Tensor, z: Tensor) -> float:
-    """Share of samples whose own noise is the nearest of all, pairs (B, ...): see docs/theory.md."""
-    nearest = cost_matrix(x.float(), z.float()).argmin(1)
-    return (nearest == torch.arange(len(x), device=x.device)).cpu().double().mean().item()
-
-
-def straightness(path: Tensor) -> float:
-    """How far paths (steps + 1, B, ...) bend, 0 if straight: the mean squared difference of the velocity from that of
-    the line between the ends (Liu et al. 2022), over that line's square: inf or NaN where a path ends as it began."""
-    path = path.flatten(2)
-    steps = path[1:] - path[:-1]
-    line = path[-1] - path[0]
-    bend = (steps * len(steps) - line).square().sum(2).mean(0)
-    return (bend / line.square().sum(1)).mean().item()
-
-
-# ------------ 6  Checks -----------------------------------------------------------------------------------------------
+# ------------ 5  Checks -----------------------------------------------------------------------------------------------
 
 
 def check_tensor(x) -> None:
     """BadInput for anything but a tensor of floating point numbers."""
     if not isinstance(x, Tensor):
-        raise BadInput(f"the batch is a {type(x).__name__}: expected a tensor of the samples alone, without labels")
+        raise BadInput(f"the batch is a {type(x).__name__}: expected a tensor of the samples alone")
     if not x.is_floating_point():
         raise BadInput(f"the batch is of {x.dtype}: expected floating point data, images in [−1, 1] for instance")
+
+
+def parts_of(batch) -> tuple:
+    """(x,) or (x, labels) of what a data loader gives. BadInput for more parts, or none."""
+    parts = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+    if not 1 <= len(parts) <= 2:
+        raise BadInput(f"the batch has {len(parts)} parts: expected the samples, or (samples, labels)")
+    return parts
 
 
 def check_batch(x, shape: torch.Size) -> None:
@@ -818,6 +811,19 @@ def check_batch(x, shape: torch.Size) -> None:
     if x.shape[1:] != shape or x.ndim == 0:
         raise BadInput(f"the pool holds noises of shape {tuple(shape)}, the batch is {tuple(x.shape)}: expected "
                        f"({', '.join(['B', *map(str, shape)])})")
+
+
+def check_labels(labels, samples: int, groups: int) -> Tensor:
+    """The labels as int64. BadInput for anything but a whole number from 0 to groups − 1 for each sample."""
+    given = type(labels).__name__
+    if isinstance(labels, Tensor):
+        given = f"{labels.dtype} of shape {tuple(labels.shape)}"
+        whole = not labels.is_floating_point() and labels.dtype != torch.bool
+        if whole and labels.shape == (samples,) and (labels < groups).all() and (labels >= 0).all():
+            return labels.long()
+        if whole and labels.numel():
+            given += f", from {labels.min().item()} to {labels.max().item()}"
+    raise BadInput(f"the labels are {given}: expected {samples} whole numbers from 0 to {groups - 1}")
 
 
 NO_DISTANCE = "holds NaN, infinite or huge values: expected finite data, in size below 1e15"
@@ -848,13 +854,6 @@ def check_sides(cost: Tensor) -> None:
         raise BadInput(f"the costs are {tuple(cost.shape)}: expected (samples, noises), samples ≤ noises")
 
 
-def check_finite_costs(cost: Tensor) -> None:
-    """BadInput for costs (B, M) that are not all finite."""
-    if not cost.isfinite().all():
-        raise BadInput(f"the costs of {len(cost)} samples and {cost.shape[1]} noises hold NaN or infinite values: "
-                       "expected finite ones")
-
-
 def check_shape(shape) -> torch.Size:
     """The shape as a torch.Size. BadInput for anything but whole numbers from 1 on, or one of them."""
     try:
@@ -882,7 +881,7 @@ def check_choice(name: str, value, choices):
     return value
 
 
-# ------------ 7  Commands ---------------------------------------------------------------------------------------------
+# ------------ 6  Commands ---------------------------------------------------------------------------------------------
 
 
 def main(arguments: list[str] | None = None) -> None:

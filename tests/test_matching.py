@@ -27,12 +27,12 @@ from dansm import (
     cost_matrix,
     greedy,
     inner_products,
-    nearest_of_k,
     noise_generator,
     optimal,
     pairs,
 )
 from dansm.scale.base.statistics import squared_distances
+from dansm.scale.matching.others import nearest_of_k
 from dansm.scale.matching.pool import greedy_by_rounds
 from dansm.scale.matching.products import products
 
@@ -331,11 +331,68 @@ def test_every_method_refuses_a_batch_of_another_shape_than_the_first(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("batch", [(torch.zeros(2, 3), torch.zeros(2)), np.zeros((2, 3)), None])
+@pytest.mark.parametrize("batch", [(np.zeros((2, 3)), torch.zeros(2)), np.zeros((2, 3)), None])
 def test_every_method_refuses_what_is_no_tensor(method, batch):
-    """A loader of images and labels, for instance."""
-    with pytest.raises(BadInput, match=rf"the batch is a {type(batch).__name__}: expected a tensor"):
+    data = batch[0] if isinstance(batch, tuple) else batch
+    with pytest.raises(BadInput, match=rf"the batch is a {type(data).__name__}: expected a tensor"):
         list(pairs([batch], method, 8))
+
+
+# ------------------------------------------------------------------------------- labels
+
+
+def labelled(sizes, groups, seed=0):
+    """Batches (x, labels) of those sizes, each label with a mean of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    for size in sizes:
+        labels = torch.randint(groups, (size,), generator=generator)
+        yield torch.randn(size, 3, generator=generator) + labels[:, None], labels
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("groups", [None, 4])
+def test_labels_come_out_beside_their_samples(method, groups):
+    batches = list(labelled([5, 1, 0, 7], 4))
+    out = list(pairs(batches, method, 6, seed=1, groups=groups))
+    assert len(out) == 4
+    for (x, labels), (same_x, z, same_labels) in zip(batches, out, strict=True):
+        assert same_x is x and same_labels is labels and z.shape == x.shape
+
+
+@pytest.mark.parametrize("method", ["random", "greedy", "nearest"])
+def test_without_groups_labels_change_no_noise(method):
+    batches = list(labelled([5, 7], 4))
+    plain = [z for _, z in pairs([x for x, _ in batches], method, 6, seed=1)]
+    assert all(torch.equal(z, other) for z, (_, other, _) in zip(plain, pairs(batches, method, 6, seed=1), strict=True))
+
+
+def test_optimal_pairs_within_groups_are_scipys_in_each_group():
+    batches = list(labelled([10, 10, 10], 3))
+    x, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    z = torch.cat([z for _, z, _ in pairs(batches, "optimal", 15, seed=6, groups=3)])
+    for half in (slice(0, 15), slice(15, 30)):
+        for group in labels[half].unique():
+            members = labels[half] == group
+            cost = squared_distances(x[half][members], z[half][members])
+            rows, columns = linear_sum_assignment(cost.numpy())
+            assert cost.diagonal().sum() == pytest.approx(cost[rows, columns].sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["greedy", "optimal"])
+@pytest.mark.parametrize(("labels", "said"), [
+    (None, "NoneType"), (torch.zeros(5), "float32"), (torch.zeros(4, dtype=torch.int64), r"\(4,\)"),
+    (torch.tensor([0, 1, 2, 3, 1]), "from 0 to 3"), (torch.tensor([0, 1, -1, 2, 1]), "from -1 to 2"),
+    (torch.zeros(5, dtype=torch.bool), "bool"), ([0, 1, 2, 0, 1], "list")])
+def test_labels_that_are_none_are_refused(method, labels, said):
+    batch = torch.zeros(5, 3) if labels is None else (torch.zeros(5, 3), labels)
+    with pytest.raises(BadInput, match=f"the labels are .*{said}.*expected 5 whole numbers from 0 to 2"):
+        list(pairs([batch], method, 6, groups=3))
+
+
+def test_a_batch_of_three_parts_is_refused():
+    for method in METHODS:
+        with pytest.raises(BadInput, match="3 parts"):
+            list(pairs([(torch.zeros(2, 3), torch.zeros(2), torch.zeros(2))], method, 6))
 
 
 def test_a_cost_of_another_name_is_refused_wherever_it_is_given():

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from dansm import own_noise_nearest, path_length, straightness
+from dansm import path_length
+from dansm.scale.base.statistics import own_noise_nearest, straightness
 
 # ------------------------------------------------------------------------------- lengths and nearest noises
 

@@ -1,6 +1,5 @@
 """The network and its training loop: sizes from the paper, formulas written out."""
 
-import copy
 import io
 import math
 
@@ -296,37 +295,6 @@ def test_a_small_gradient_is_not_clipped():
 def test_adam_has_the_settings_of_the_paper():
     (group,) = Training(Line(), lr=1e-4).optimizer.param_groups
     assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (1e-4, (0.9, 0.999), 1e-8, 0)
-
-
-@pytest.mark.parametrize("make", [Line, lambda: UNet(**SMALL | dict(dropout=0.1))])
-def test_two_steps_saved_and_two_more_are_four_steps(make):
-    """With dropout and random times, so that the random numbers must be resumed too, by the caller."""
-    shape = (32, 3) if make is Line else (4, 2, 8, 8)
-    batches = [(torch.randn(shape), torch.randn(shape)) for _ in range(4)]
-    whole = Training(make(), lr=1e-2)
-    halves = Training(copy.deepcopy(whole.net), lr=1e-2)
-
-    torch.manual_seed(5)
-    expected = take(4, train(whole, RectifiedFlow(), batches))
-
-    torch.manual_seed(5)
-    first = take(2, train(halves, RectifiedFlow(), batches[:2]))
-    file = io.BytesIO()
-    torch.save(halves.state_dict() | {"random": torch.get_rng_state()}, file)
-
-    torch.manual_seed(99)
-    resumed = Training(make(), lr=1e-2)
-    state = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
-    resumed.load_state_dict(state)
-    torch.set_rng_state(state["random"])
-    second = take(2, train(resumed, RectifiedFlow(), batches[2:]))
-
-    assert torch.equal(torch.cat([first, second]), expected)
-    assert resumed.step == whole.step == 4
-    for part in ("net", "average"):
-        expected, actual = (getattr(run, part).state_dict() for run in (whole, resumed))
-        for name, weight in expected.items():
-            assert torch.equal(actual[name], weight), name
 
 
 def test_training_takes_no_pair_more_than_it_was_asked_for():

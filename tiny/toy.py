@@ -15,7 +15,13 @@ from torch import Tensor, nn
 
 import dansm
 from dansm.scale.base.files import make_folder, write_csv, write_json
-from dansm.scale.base.statistics import crossing_lines, inter_path_distance, mean_and_std, squared_distances
+from dansm.scale.base.statistics import (
+    crossing_lines,
+    inter_path_distance,
+    mean_and_std,
+    squared_distances,
+    straightness,
+)
 from dansm.scale.base.text import counted, say_files
 
 from .comparison import each_seed, print_table
@@ -113,7 +119,7 @@ def path_of(net: nn.Module, z: Tensor, steps: int) -> Tensor:
 def measure_flow(net: nn.Module, x: Tensor, z: Tensor) -> dict:
     """Straightness, and W2² by sampling steps. x: (N, 2) points of the target, z: (N, 2) noises to start from. The
     median of straightness, as the few paths that end near their start would decide the mean."""
-    bends = [dansm.straightness(path) for path in path_of(net, z, STEPS_SHOWN[-1]).split(1, 1)]
+    bends = [straightness(path) for path in path_of(net, z, STEPS_SHOWN[-1]).split(1, 1)]
     w2 = {steps: wasserstein2(dansm.RectifiedFlow().sample(net, z, steps), x) for steps in STEPS_SHOWN}
     return {"straightness": median(bends), "w2": w2}
 

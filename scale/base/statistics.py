@@ -1,4 +1,4 @@
-"""Statistics that several rooms report: spreads, crossings of lines, the Fréchet distance."""
+"""Statistics that several rooms report: spreads, crossings and bends of lines, the Fréchet distance."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +18,22 @@ def mean_and_std(values: Sequence[float] | Tensor) -> dict[str, float]:
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     """‖a_i − b_j‖² for every i and j. a: (N, ...), b: (M, ...) → (N, M)."""
     return cost_matrix(a, b).add_(squared_norms(a)[:, None])
+
+
+def own_noise_nearest(x: Tensor, z: Tensor) -> float:
+    """Share of samples whose own noise is the nearest of all, pairs (B, ...): see docs/theory.md."""
+    nearest = cost_matrix(x.float(), z.float()).argmin(1)
+    return (nearest == torch.arange(len(x), device=x.device)).cpu().double().mean().item()
+
+
+def straightness(path: Tensor) -> float:
+    """How far paths (steps + 1, B, ...) bend, 0 if straight: the mean squared difference of the velocity from that of
+    the line between the ends (Liu et al. 2022), over that line's square: inf or NaN where a path ends as it began."""
+    path = path.flatten(2)
+    steps = path[1:] - path[:-1]
+    line = path[-1] - path[0]
+    bend = (steps * len(steps) - line).square().sum(2).mean(0)
+    return (bend / line.square().sum(1)).mean().item()
 
 
 def crossing_lines(a: Tensor, b: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import dansm
 from ..base.machine import free_memory
 from ..base.statistics import squared_distances
 from ..matching import gpu
+from ..matching.others import nearest_of_k
 from ..matching.products import products
 from . import clock
 from .clock import image_like, milliseconds, spread, timed
@@ -60,7 +61,7 @@ def ways(x: Tensor, match_size: int, seed: int) -> dict[str, tuple[int, float, C
         found["ours, tf32"] = pool, 1.5, partial(life, tf32=True)
         found["ours, bf16"] = pool // 2, 1.5, partial(life, dtype=torch.bfloat16)
     found["bare product"] = 2 * pool, 1, lambda: on_full_pool(15, lambda x, z: products(x.flatten(1), z.flatten(1)))
-    found["nearest of k"] = 3 * pool, 1, lambda: spread(timed(x.device, 5, dansm.nearest_of_k, x, match_size))
+    found["nearest of k"] = 3 * pool, 1, lambda: spread(timed(x.device, 5, nearest_of_k, x, match_size))
     for name, solve in assignments(x.device).items():
         found[name] = 12 * match_size**2, 3, partial(assignment, x, match_size, solve, seed)
     return found

@@ -71,7 +71,7 @@ def paths(
 def measure_paths(x: Tensor, z: Tensor) -> dict[str, float]:
     """Measures of the straight paths z_i → x_i, (N, C, H, W) each, N ≥ 2: among more paths neighbours are nearer."""
     distance = statistics.inter_path_distance(x, z)
-    return {"path_length": dansm.path_length(x, z), "own_noise_nearest": dansm.own_noise_nearest(x, z),
+    return {"path_length": dansm.path_length(x, z), "own_noise_nearest": statistics.own_noise_nearest(x, z),
             **{f"inter_path_{name}": value for name, value in vars(distance).items()}}
 
 

@@ -1,7 +1,8 @@
-"""The same noise pools and assignments at full speed: on a GPU, over several processes."""
+"""The same noise pools and assignments at full speed, on a GPU or over several processes; couplings to compare with."""
 
 from .gpu import working
+from .others import pairs_to_compare
 from .pool import pool_class
 from .products import products
 
-__all__ = ["pool_class", "products", "working"]
+__all__ = ["pairs_to_compare", "pool_class", "products", "working"]

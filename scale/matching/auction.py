@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dansm import check_finite_costs
+from dansm import BadInput
 
 from ..base.launch import on
 
@@ -76,7 +76,8 @@ def _auction(cost, gap):
     shifted = cost - cost.amin(1, keepdim=True)
     cheapest = shifted.amin(0) if samples == noises else torch.zeros_like(shifted[0])
     shifted = shifted.sub_(cheapest).float().contiguous()
-    check_finite_costs(shifted)  # a sample without a nearest noise would never end bidding
+    if not shifted.isfinite().all():  # a sample without a nearest noise would never end bidding
+        raise BadInput(f"the {samples}×{noises} costs hold NaN or infinite values: expected finite ones")
     random = cost.mean(dtype=torch.float64).item() * samples
     words = torch.zeros(noises, dtype=torch.int64, device=cost.device)
     epsilon = shifted.mean(dtype=torch.float64).item() / 4

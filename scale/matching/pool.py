@@ -31,13 +31,18 @@ SCOPES = ("rank", "global")
 
 
 def pool_class(match_size=0, shape=(), *, cost: str = "squared", device="cpu", dtype=torch.float32, tf32: bool = False,
-               match_scope: str = "rank", compile: bool = True, **others) -> type[NoisePool]:
+               match_scope: str = "rank", compile: bool = True, groups: int | None = None, **others) -> type[NoisePool]:
     """The class that serves a pool with these arguments best."""
     if "fast" in others:
         raise BadInput("fast is now called tf32: expected NoisePool(…, tf32=True)")
     check_choice("cost", cost, COSTS)
     check_choice("dtype", dtype, NoisePool.dtypes)
-    if check_choice("match_scope", match_scope, SCOPES) == "global":
+    check_choice("match_scope", match_scope, SCOPES)
+    if groups is not None:
+        from .groups import FastGroupedPool
+
+        return FastGroupedPool
+    if match_scope == "global":
         from .spread import SpreadPool
 
         return SpreadPool
@@ -79,7 +84,7 @@ class FastPool(NoisePool):
 
     def __init__(self, match_size: int | None, shape, *, cost: str = "squared", device="cpu", dtype=torch.float32,
                  seed: int | None = None, tf32: bool = False, memory: float | None = None, match_scope: str = "rank",
-                 compile: bool = True):
+                 compile: bool = True, groups: None = None):
         super().__init__(0, shape, cost=cost, device=device, dtype=dtype, seed=seed)
         self.tf32 = tf32
         self.squared = squared_norms(self.noise)
@@ -91,8 +96,8 @@ class FastPool(NoisePool):
         self._forget()
 
     @torch.inference_mode(False)  # tensors made in that mode could never be written to again
-    def __call__(self, x: Tensor) -> Tensor:
-        return super().__call__(x)
+    def __call__(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        return super().__call__(x, labels)
 
     def _match(self, samples: Tensor) -> Tensor:
         at_once = self._samples_at_once(self.rows)

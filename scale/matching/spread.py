@@ -36,11 +36,11 @@ class SpreadPool(FastPool):
 
         self.stream = ()  # all ranks draw from the streams of one process
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """Match x: (B, *shape), this rank's samples, → z: the same; B may differ between ranks. Where the data of one
         rank is refused all ranks raise, so that none waits for ever."""
         if self.match_size <= 1:
-            return super().__call__(x)
+            return super().__call__(x, labels)
         with torch.no_grad(), torch.inference_mode(False):
             return self._match(x).view(x.shape).to(x)
 

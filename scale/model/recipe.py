@@ -21,6 +21,7 @@ from ..base.files import replacing
 from ..base.text import shorten
 
 RECIPES = Path(__file__).with_name("recipes")
+FLOWS = {"rectified": dansm.RectifiedFlow, "diffusion": dansm.Diffusion}
 RENAMED = {"pool": "pool_dtype", "fast": "tf32", "decay": "ema_decay", "resident": "data_on_gpu"}
 
 
@@ -60,7 +61,7 @@ class Recipe:
     attention_at: tuple[int, ...] | None = in_network("image sizes with attention", None, least=1, empty=True)
     dropout: float | None = in_network("share of activations dropped", None, most=1)
 
-    flow: str = in_flow("what the network learns", "rectified", choices=dansm.FLOWS)
+    flow: str = in_flow("what the network learns", "rectified", choices=FLOWS)
     times: str = in_flow("distribution of the training times t", "uniform", choices=dansm.TIMES)
     target: str = in_flow("what a diffusion's network predicts", "noise", choices=dansm.TARGETS)
     method: str = in_flow("how noises are paired with samples; the paper's is greedy", "greedy", choices=dansm.METHODS)
@@ -119,7 +120,7 @@ def make_flow(recipe: dict, of_images: bool, solver: str = "euler") -> dansm.Rec
     """The flow of a recipe, for images or for latents. A diffusion of images knows that pixels are bounded."""
     if recipe["flow"] == "diffusion":
         return dansm.Diffusion(recipe["times"], recipe["target"], bound=1.0 if of_images else None)
-    return dansm.FLOWS[recipe["flow"]](recipe["times"], solver)
+    return FLOWS[recipe["flow"]](recipe["times"], solver)
 
 
 # ------------ Values --------------------------------------------------------------------------------------------------

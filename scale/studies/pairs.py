@@ -12,7 +12,7 @@ import dansm
 from dansm import BadInput
 
 from ..base.noise import path_noise
-from ..base.statistics import mean_and_std
+from ..base.statistics import mean_and_std, straightness
 from ..base.text import counted, with_bar
 from ..data import loader
 from ..model.load import Model
@@ -32,7 +32,7 @@ def own_pairs(model: Model, numbers: range, steps: int, *, seed: int, batch: int
         path = torch.stack(list(model.flow.path(model.net, noise, steps)))
         x.append(path[-1].clamp(-1, 1) if model.draws_images else path[-1])
         z.append(noise)
-        bend += dansm.straightness(path) * len(noise)
+        bend += straightness(path) * len(noise)
     return torch.cat(x), torch.cat(z), bend / len(numbers)
 
 

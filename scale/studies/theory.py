@@ -15,6 +15,7 @@ import dansm
 from ..base.colours import INK, NOTE, PALE
 from ..base.machine import hardware
 from ..base.text import with_bar
+from ..matching.others import nearest_of_k
 from ..matching.products import products
 from .pairs import summarize
 from .style import COLUMN, SERIES, STYLE, save
@@ -48,7 +49,7 @@ def measure(images: Tensor, draws: int) -> dict:
         for match_size in MATCH_SIZES:
             rows += [{"draw": draw, "match_size": match_size, **row}
                      for row in measure_pools(x, z, match_size, directions)]
-        nearest = dansm.nearest_of_k(x[:NEAREST_OF], NEAREST_OF, generator=dansm.noise_generator(draw, "cpu", 1))
+        nearest = nearest_of_k(x[:NEAREST_OF], NEAREST_OF, generator=dansm.noise_generator(draw, "cpu", 1))
         seen = {"drawn": z, "matched": match_in_pools(x, z, middle, "squared"), "nearest": nearest}
         prior_rows += [{"draw": draw, **row} for row in measure_prior(seen, first)]
         picture = picture or picture_data(x, seen, first)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-import dansm
 from dansm import BadInput
 
 from ..base.processes import everyones, first_before_others, ranks
@@ -16,7 +15,7 @@ from ..base.text import counted, say
 from ..data.latents import known_of
 from ..evaluate.extractors import features_of_all, load_extractor
 from ..evaluate.real_features import check_real, real_features
-from ..model.recipe import Recipe
+from ..model.recipe import FLOWS, Recipe
 from ..model.sampling import at_once, check_steps, sample_images, sampler
 from .step import FastTraining
 
@@ -37,7 +36,7 @@ def check_evaluation(recipe: Recipe) -> None:
     if recipe.evaluate_count < ranks()[1]:
         raise BadInput(f"--evaluate-count is {recipe.evaluate_count}: expected at least an image for each process")
     for steps in recipe.evaluate_steps:
-        check_steps("--evaluate-steps", steps, dansm.FLOWS[recipe.flow])
+        check_steps("--evaluate-steps", steps, FLOWS[recipe.flow])
     importlib.import_module("torch_fidelity")  # which every evaluation needs
 
 

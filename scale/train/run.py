@@ -19,7 +19,7 @@ from ..base.text import counted, say
 from ..data import loader
 from ..data.latents import known_of
 from ..model import sampling
-from ..model.recipe import Recipe, make_flow
+from ..model.recipe import FLOWS, Recipe, make_flow
 from .evaluation import Evaluation, check_evaluation, due
 from .folder import RunFolder
 from .step import FastTraining
@@ -119,7 +119,7 @@ def begin(images, recipe: Recipe, device: torch.device) -> tuple:
 def check(recipe: Recipe, device: torch.device) -> None:
     """BadInput for what this device or this number of processes cannot do, before any data is read."""
     number_type(recipe.precision, device)
-    sampling.check_steps("--sample-steps", recipe.sample_steps, dansm.FLOWS[recipe.flow])
+    sampling.check_steps("--sample-steps", recipe.sample_steps, FLOWS[recipe.flow])
     processes = ranks()[1]
     parts = processes * recipe.accumulate
     if recipe.batch % parts:

@@ -70,7 +70,7 @@ def test_many_small_auctions_end():
 def test_the_auction_refuses_costs_that_are_not_finite(wrong):
     cost = torch.rand(6, 6, device=DEVICE)
     cost[2] = wrong
-    with pytest.raises(BadInput, match="6 samples and 6 noises hold NaN or infinite"):
+    with pytest.raises(BadInput, match="6×6 costs hold NaN or infinite"):
         auction(cost, 1e-3)
 
 

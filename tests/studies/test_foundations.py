@@ -16,7 +16,7 @@ from support import CPU, make_images
 
 import dansm
 from dansm.scale.base.noise import path_noise
-from dansm.scale.base.statistics import inter_path_distance
+from dansm.scale.base.statistics import inter_path_distance, straightness
 from dansm.scale.commands import loss, tsne
 from dansm.scale.commands.compare import compare_images
 from dansm.scale.commands.loss import loss_by_time
@@ -121,7 +121,7 @@ def test_own_pairs_start_from_the_noise_that_dansm_sample_takes(runs):
     drawn = torch.cat(list(sample_images(model.net, model.flow, range(5, 12), model.shape, 3, seed=4)))
     assert torch.equal(to_uint8(x), drawn)
     path = torch.stack(list(model.flow.path(model.net, z, 3)))
-    assert bend == pytest.approx(dansm.straightness(path), rel=1e-4)
+    assert bend == pytest.approx(straightness(path), rel=1e-4)
 
 
 def test_latents_are_compared_without_pictures(result, refused, runs):

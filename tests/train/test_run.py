@@ -10,14 +10,15 @@ import types
 import numpy as np
 import pytest
 import torch
+from runs import at_step, contents_of, losses_of, same_run
 from support import FAST, files_of, log_of, same, state_of
 
 import dansm
+from dansm.scale.matching import others
 from dansm.scale.model import checkpoint, sampling
 from dansm.scale.train import run as training
 from dansm.scale.train import watch
 from dansm.scale.train.stop import Decide
-from runs import at_step, contents_of, losses_of, same_run
 
 OFTEN = ("--save-minutes", 1e-9)  # after each step, but not at once
 
@@ -223,7 +224,7 @@ def test_the_share_of_matching_is_the_time_it_took(run, images, tmp_path, monkey
         return call
 
     monkeypatch.setattr(watch, "time", types.SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0]))
-    monkeypatch.setattr(dansm, "optimal", takes(30, dansm.optimal))
+    monkeypatch.setattr(others, "optimal", takes(30, others.optimal))
     monkeypatch.setattr(dansm.RectifiedFlow, "loss", takes(10, dansm.RectifiedFlow.loss))
     run("train", images, "--method", "optimal", "--match-size", 24, "--log-steps", 3, "--steps", 6, "--save-minutes",
         1e6, "--out", tmp_path / "out", *FAST[:4], *FAST[6:])

@@ -1,0 +1,95 @@
+"""Couplings to compare the pool with: the nearest of k fresh noises, and linear assignment in `dansm.pairs`."""
+
+from collections import deque
+from collections.abc import Iterator
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from dansm import (
+    COSTS,
+    NoisePool,
+    check_choice,
+    check_count,
+    check_labels,
+    check_tensor,
+    cost_matrix,
+    members_of,
+    optimal,
+    parts_of,
+    rows,
+)
+
+
+def nearest_of_k(x: Tensor, k: int, cost: str = "squared", generator: torch.Generator | None = None) -> Tensor:
+    """Draw k fresh noises for each sample and keep the nearest. x: (B, ...) → z: (B, ...).
+
+    It needs no pool but changes the prior: the other k − 1 noises are thrown away, so the noises trained on crowd
+    where the data is, while sampling still starts from N(0, I).
+    """
+    check_count("k", k)
+    check_choice("cost", cost, COSTS)
+    flat = rows(x.detach().float())
+    nearest = torch.empty_like(flat)
+    block = max(1, 2**24 // (k * flat.shape[1]))  # samples at a time, so that their noises take about 64 MB
+    for samples, out in zip(flat.split(block), nearest.split(block), strict=True):
+        z = torch.randn(len(samples), k, flat.shape[1], device=x.device, generator=generator)
+        scores = torch.einsum("bkd,bd->bk", z, samples)
+        if cost == "squared":
+            scores -= z.square().sum(2) / 2  # ‖x − z‖² = ‖x‖² − 2 (⟨x, z⟩ − ‖z‖²/2)
+        out.copy_(z[torch.arange(len(samples), device=x.device), scores.argmax(1)])
+    return nearest.view(x.shape).to(x)
+
+
+def pairs_to_compare(batches: Iterator, method: str, match_size: int, cost: str, seed: int | None,
+                     pool: NoisePool | None, groups: int | None) -> Iterator[tuple[Tensor, ...]]:
+    """`dansm.pairs` by "optimal" or "nearest". The pool is asked for fresh noises alone."""
+    for batch in batches:
+        x, *labels = parts_of(batch)
+        if pool is None:
+            check_tensor(x)
+            pool = NoisePool(0, x.shape[1:], cost=cost, device=x.device, seed=seed)
+        if method == "optimal":
+            yield from _optimal_pairs(chain([batch], batches), match_size, cost, pool, groups)  # takes all that is left
+        else:
+            pool.check(x)
+            yield x, nearest_of_k(x, match_size, cost, pool.generator), *labels
+
+
+def _optimal_pairs(batches: Iterator, match_size: int, cost: str, pool: NoisePool,
+                   groups: int | None) -> Iterator[tuple[Tensor, ...]]:
+    """Collect match_size samples, over several batches if need be, and assign as many noises to them, within each
+    group if there are any. What is left at the end is assigned within itself."""
+    waiting = deque()  # the batches that are not handed out yet
+    x = torch.empty(0, *pool.shape, device=pool.noise.device)  # their samples
+    group = torch.empty(0, dtype=torch.int64)  # of each of these
+    z = x[:0]  # the noises of the first len(z) of them
+    for batch in chain(batches, [None]):  # None: no more batches, match what is left
+        if batch is not None:
+            data, *labels = parts_of(batch)
+            pool.check(data)
+            waiting.append((data, labels))
+            x = torch.cat([x, data.detach().to(x)])
+            of_data = torch.zeros(len(data), dtype=torch.int64)
+            if groups is not None:
+                of_data = check_labels(labels[0] if labels else None, len(data), groups).cpu()
+            group = torch.cat([group, of_data])
+        least = 1 if batch is None else match_size
+        while len(x) - len(z) >= least:
+            now = slice(len(z), len(z) + match_size)
+            z = torch.cat([z, _assigned(x[now], group[now], cost, pool, groups or 1)])
+        while waiting and len(z) >= len(waiting[0][0]):
+            data, labels = waiting.popleft()
+            yield data, z[: len(data)].to(data), *labels
+            x, group, z = x[len(data) :], group[len(data) :], z[len(data) :]
+
+
+def _assigned(x: Tensor, group: Tensor, cost: str, pool: NoisePool, groups: int) -> Tensor:
+    """Fresh noises for x: (B, ...), assigned to the samples of each group (B,) by themselves."""
+    z = torch.empty_like(x)
+    for members in members_of(group, len(x), groups).values():
+        members = members.to(x.device)
+        noise = pool.fresh(x[members])
+        z[members] = noise[optimal(cost_matrix(x[members], noise, cost)).picks]
+    return z
