@@ -43,12 +43,7 @@ class BadInput(ValueError):
 
 def scaled(part: str):
     """`dansm.scale.<part>`, or None where this file stands alone: then everything below goes the plain way."""
-    try:
-        return importlib.import_module(f"dansm.scale.{part}")
-    except ModuleNotFoundError as error:
-        if error.name in ("dansm", "dansm.scale") or str(error.name).startswith("dansm.scale."):
-            return None
-        raise
+    return importlib.import_module(f"dansm.scale.{part}") if __path__ else None
 
 
 # ------------ 1  Matching ---------------------------------------------------------------------------------------------
