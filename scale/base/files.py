@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from dansm import BadInput
 
@@ -50,6 +51,14 @@ def _disk_failure(error: BaseException) -> OSError | None:
 def write_json(path: Path, content: dict) -> None:
     with replacing(path) as partial:
         partial.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. BadInput, naming the file, if it holds no JSON; an OSError if it cannot be opened."""
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path} cannot be read ({error}): expected JSON, as dansm wrote it") from error
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:

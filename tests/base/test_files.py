@@ -10,7 +10,7 @@ from support import ROOT
 
 from dansm import BadInput
 from dansm.scale.base import files
-from dansm.scale.base.files import make_folder, read_csv, replacing, write_csv, write_json
+from dansm.scale.base.files import make_folder, read_csv, read_json, replacing, write_csv, write_json
 
 
 def test_a_block_that_ends_puts_the_new_file_in_place(tmp_path):
@@ -68,6 +68,18 @@ def test_a_kill_leaves_the_old_file_and_the_next_write_is_whole(tmp_path):
     assert path.read_text() == "old"
     write_json(path, {"x": 1})
     assert json.loads(path.read_text()) == {"x": 1} and list(tmp_path.iterdir()) == [path]
+
+
+def test_json_is_read_back_and_what_is_none_is_refused_naming_the_file(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"x": [1, "é"]})
+    assert read_json(path) == {"x": [1, "é"]}
+    for content in (b"", b'{"x": 1', b"\xff\xfe\x00", b"\x80", b"[" * 10**5):
+        path.write_bytes(content)
+        with pytest.raises(BadInput, match=str(path)):
+            read_json(path)
+    with pytest.raises(FileNotFoundError):
+        read_json(tmp_path / "none.json")
 
 
 def test_a_table_has_a_column_for_every_name_that_any_row_has(tmp_path):
