@@ -28,7 +28,7 @@ def tsne(
         help="images or latents for the random pairs", show_default="the model's samples")] = None,
     size: Size = None,
     pairs: Annotated[int, typer.Option(min=2, help="pairs of noise and sample; the paper shows 20 to 23")] = 23,
-    draws: Annotated[int, typer.Option(min=1, help="pictures; crossings are counted in all, the median is kept")] = 10,
+    draws: Annotated[int, typer.Option(min=1, help="crossings are counted in all; one near the medians is drawn")] = 10,
     perplexity: Annotated[float, typer.Option(help="of t-SNE, less than twice the pairs; the paper's 22 to 30")] = 22,
     match_size: Annotated[int, typer.Option(min=2, help="noises in the pool, where no model is given")] = 1000,
     steps: SampleSteps = 50,
@@ -41,8 +41,8 @@ def tsne(
 ) -> None:
     """Draw noises and samples in the plane: random pairs above, a model's own below (the paper's second foundation).
 
-    The picture kept has the median count of crossing lines, as a single t-SNE
-    may be a tangle. With a model and without --data both halves show the
+    The picture kept is the one nearest to the median counts of crossing lines,
+    as a single t-SNE may be a tangle. With a model and without --data both halves show the
     model's samples, so that they differ by the lines alone.
     """
     from ..studies import figures
@@ -72,7 +72,8 @@ def tsne(
         halves = {"random pairs": (above, shuffled), name: own}
         drawn.append([{"name": title, "crossings": count_crossings(x, z), "samples": x.tolist(), "noises": z.tolist()}
                       for title, (x, z) in halves.items()])
-    panels = sorted(drawn, key=lambda panels: panels[1]["crossings"])[(draws - 1) // 2]
+    middle = np.median([[half["crossings"] for half in panels] for panels in drawn], 0)
+    panels = min(drawn, key=lambda panels: abs(np.array([half["crossings"] for half in panels]) - middle).sum())
     for kept, *of_draws in zip(panels, *drawn, strict=True):
         kept["over_draws"] = statistics.mean_and_std([other["crossings"] for other in of_draws])
         kept["by_chance"] = crossings_by_chance(np.array(kept["samples"]), np.array(kept["noises"]), seed)

@@ -62,8 +62,10 @@ def load_data(source: str | None, models: list[Model], match_sizes: list[int] | 
     multiple = math.lcm(*match_sizes)
     served = math.ceil(count / multiple) * multiple
     if served > len(images):
+        most = len(images) // multiple * multiple
+        others = f"a --count of at most {most:,}, or " if most > 1 else ""
         raise BadInput(f"{source} holds {counted(len(images), 'sample')}, and {count:,} from whole pools take "
-                       f"{served:,}: expected fewer, or --match-size smaller or of sizes that divide one another")
+                       f"{served:,}: expected {others}--match-size smaller or of sizes that divide one another")
     return images, match_sizes, served
 
 

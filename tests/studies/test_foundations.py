@@ -185,13 +185,14 @@ def test_tsne_of_a_model_and_data(result, runs, images):
 
 
 def test_crossings_of_tsne_over_draws_are_those_of_one_draw_each(result, images, tmp_path):
-    """The third of three draws is the first of two seeds later, and the picture is the median one."""
+    """The third of three draws is the first of two seeds later, and the picture is near the medians."""
     options = "--data", images, "--pairs", 6, "--perplexity", 4, "--match-size", 12
     three = result("tsne", *options, "--draws", 3, out=tmp_path / "three")[0]["panels"]
     assert three[1]["name"] == "matched, match size 12" and three[0]["samples"] == three[1]["samples"]
     alone = [result("tsne", *options, "--draws", 1, "--seed", seed, out=tmp_path / str(seed))[0]["panels"]
              for seed in range(3)]
-    middle = sorted(range(3), key=lambda seed: alone[seed][1]["crossings"])[1]
+    counts = np.array([[panel["crossings"] for panel in panels] for panels in alone])
+    middle = abs(counts - np.median(counts, 0)).sum(1).argmin()
     for panel, *others in zip(three, *alone, strict=True):
         counts = [other["crossings"] for other in others]
         assert panel["samples"] == others[middle]["samples"] and panel["crossings"] == counts[middle]
