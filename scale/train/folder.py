@@ -39,7 +39,8 @@ class RunFolder:
         if fresh and any(everyones(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))):
             fresh = self.new_metrics.exists()
         self.others = checkpoint.checkpoints(out) if fresh else []  # of no use to this run: they go when it first saves
-        self.log_file = self.new_metrics if self.others else self.metrics
+        self.keeps_other = bool(self.others)  # another run; `others` may also be damaged checkpoints of this one
+        self.log_file = self.new_metrics if self.keeps_other else self.metrics
         self.generators = {"cpu": torch}  # torch's own, of random numbers
         if run.device.type != "cpu":
             self.generators[run.device.type] = torch.get_device_module(run.device)
@@ -47,7 +48,7 @@ class RunFolder:
 
     def resume(self) -> float:
         """Load the newest checkpoint that can be read, unless the run is fresh. Returns the seconds trained before."""
-        newest = None if self.others else checkpoint.load_newest(self.out)
+        newest = None if self.keeps_other else checkpoint.load_newest(self.out)
         seen = everyones(f"{newest[0].name if newest else 'nothing'} and {self.data['images']:,} images")
         if len(set(seen)) > 1:  # after this the first may write into the folder
             raise BadInput(f"--out is {self.out} and --data is {self.data['data']}: the processes find "
@@ -55,7 +56,7 @@ class RunFolder:
         seconds = self._load(*newest) if newest else 0.0
         if self.rank == 0:
             self.new_metrics.unlink(missing_ok=True)  # of a fresh run that was killed, which nothing resumes
-            if self.others:
+            if self.keeps_other:
                 self.new_metrics.touch()
             cut_back(self.log_file, self.run.step)
             with suppress(ImportError):  # TensorBoard drops what a killed run wrote after this step, too
@@ -157,6 +158,6 @@ def cut_back(log: Path, step: int) -> None:
 def step_of(line: str) -> float:
     """The step of a line of the log; infinite if it is not a whole line."""
     try:
-        return json.loads(line)["step"]
-    except ValueError:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
         return math.inf

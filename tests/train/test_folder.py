@@ -182,7 +182,7 @@ def test_lines_after_the_last_checkpoint_and_lines_cut_in_half_are_dropped(train
     train("--steps", 3)
     with open(tmp_path / "out" / "metrics.jsonl", "a") as log:
         log.write('{"step": 50, "loss": 1.0}\n')
-        log.write('\n\0\0\n{"step": 1, "lo\n{"step": 50, "lo')
+        log.write('\n\0\0\n5\n{}\nnull\n{"step": null}\n{"step": 1, "lo\n{"step": 50, "lo')
     train("--steps", 5)
     assert [line["step"] for line in log_of(tmp_path / "out")] == [3, 5]
 
@@ -236,6 +236,28 @@ def test_a_fresh_run_that_fails_before_it_saves_leaves_the_other_and_its_log(tra
     assert [line["step"] for line in log_of(out)] == [2] and (out / "metrics.partial").exists()
     train("--steps", 5)
     assert [line["step"] for line in log_of(out)] == [2, 5] and not (out / "metrics.partial").exists()
+
+
+def test_a_fresh_run_that_torchrun_restarts_twice_is_resumed_though_its_newest_checkpoint_is_damaged(
+        run, train, images, tmp_path, monkeypatch):
+    """What torchrun repeats is the same command: with --fresh it must drop another run's checkpoints, never its own."""
+    out, command = tmp_path / "out", ("--fresh", "--save-minutes", 0, "--keep", 9)
+    train("--steps", 4, *command)
+    damaged = checkpoint.newest(out)
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with monkeypatch.context() as patch:
+        at_step(1, stop_at_once, patch)  # it ends before it saves: the damaged file is still there
+        code, *_ = run("train", images, "--out", out, *FAST, "--steps", 6, *command)
+    assert code == 130 and damaged.exists() and "metrics.partial" not in files_of(out)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    assert f"resuming from step 3 of {out / 'checkpoint-00000003.pt'}" in train("--steps", 6, *command)
+    assert [path.name[-4:-3] for path in checkpoint.checkpoints(out)] == list("654321")
+    assert [line["step"] for line in log_of(out)] == [1, 2, 3, 4, 5, 6]
+
+
+def stop_at_once(loss):
+    raise KeyboardInterrupt
 
 
 def test_a_new_run_has_its_log_before_any_checkpoint(refused, images, tmp_path):
