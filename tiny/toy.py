@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -174,9 +174,10 @@ def run_shape(shape: str, settings: Settings, out: Path) -> tuple[list[dict], di
             draw(shape, shown, settings, out)
     lines = [{"way": f"{training['method']} {training['match_size']:,}"}
              | {column: training[name] for column, name in MEASURES.items()} for training in trainings]
-    floor = fmean(training["w2_floor"] for training in trainings)
+    floor = mean_and_std([training["w2_floor"] for training in trainings])
     print_table(lines, f"{shape}, {settings.steps:,} steps of {BATCH}",
-                f"W2² after 1, 2, … sampling steps; other points of the target have {floor:.3f}.")
+                f"W2² after 1, 2, … sampling steps; other points of the target have {floor['mean']:.3f} ± "
+                f"{floor['std']:.3f}, below which no way is better than another.")
     say_files(out, "toy.json", "results.csv", "pairs.png", "paths.png", "samples.png", "flow.gif")
     return trainings, shown
 
