@@ -51,8 +51,3 @@ def try_alone(file: IO) -> bool:
         warnings.warn(f"the folder cannot be locked ({error.strerror}): take care that no other run trains into it",
                       stacklevel=3)
     return True
-
-
-def share(file: IO) -> None:
-    """Lock an open file together with others that share it, waiting for one that has it alone."""
-    fcntl.flock(file, fcntl.LOCK_SH)

@@ -50,6 +50,8 @@ def free_memory(device) -> int:
     meminfo = Path("/proc/meminfo")
     if meminfo.exists() and (available := re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())):
         return min(1024 * int(available[1]), left_in_container())
+    if not hasattr(os, "sysconf"):  # Windows, where nothing is refused beforehand
+        return 2**62
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -65,7 +67,7 @@ def left_in_container(group: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def check_memory(what: str, needed: int, device) -> None:
-    """BadInput if the device has not so many bytes free."""
+    """BadInput if fewer than `needed` bytes are free on the device."""
     free = free_memory(device)
     if needed > free:
         raise BadInput(f"{what}: that needs {needed / 1e9:,.1f} GB, {device} has {free / 1e9:,.1f} GB free; expected a "

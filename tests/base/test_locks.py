@@ -1,13 +1,15 @@
 """Locks on files: one process at a time, and none left behind."""
 
 import fcntl
+import os
+import socket
 import subprocess
 import sys
 
 import pytest
 from support import ROOT
 
-from dansm.scale.base.locks import InUse, alone, owning, share, try_alone
+from dansm.scale.base.locks import InUse, alone, owning
 
 HOLDER = """
 import sys
@@ -49,14 +51,10 @@ def test_a_lock_ends_with_its_block(tmp_path):
             pass
 
 
-def test_a_shared_lock_lets_others_share_but_nobody_be_alone(tmp_path):
-    path = tmp_path / "shared"
-    with open(path, "w") as first, open(path) as second, open(path) as third:
-        share(first)
-        share(second)
-        assert not try_alone(third)
-    with open(path) as file:
-        assert try_alone(file)
+def test_a_lock_names_its_holder_alone_and_not_those_before(tmp_path):
+    (tmp_path / ".lock").write_text("process 123456789 on a machine of a longer name, which ended long ago\n")
+    with owning(tmp_path):
+        assert (tmp_path / ".lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
 
 
 def test_a_file_system_without_locks_lets_one_in_with_a_warning(tmp_path, monkeypatch):

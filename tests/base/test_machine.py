@@ -1,9 +1,12 @@
 """Devices, their memory and their speed."""
 
+import os
+
 import pytest
 import torch
 
-from dansm import BadInput
+from dansm import BadInput, NoisePool
+from dansm.scale.base import machine
 from dansm.scale.base.machine import (
     check_memory,
     free_memory,
@@ -45,6 +48,14 @@ def test_what_does_not_fit_is_refused_in_gigabytes():
     check_memory("--batch is 4", 1000, CPU)
     with pytest.raises(BadInput, match=r"--batch is 4: .*1,000,000\.0 GB"):
         check_memory("--batch is 4", 10**15, CPU)
+
+
+def test_a_system_that_does_not_tell_its_memory_refuses_no_pool(tmp_path, monkeypatch):
+    """As Windows, which has neither /proc nor os.sysconf."""
+    monkeypatch.setattr(machine, "Path", lambda name: tmp_path / name[1:])
+    monkeypatch.delattr(os, "sysconf")
+    check_memory("--batch is 4", 10**15, CPU)
+    assert NoisePool(10, (3,))(torch.zeros(2, 3)).shape == (2, 3)
 
 
 @pytest.mark.parametrize(("error", "lacks"), [
