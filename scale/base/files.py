@@ -54,11 +54,15 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file. BadInput, naming the file, if it holds no JSON; an OSError if it cannot be opened."""
+    """The names and values in a JSON file. BadInput, naming the file, if it holds none; an OSError if there is no file.
+    """
     try:
-        return json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
     except (ValueError, RecursionError) as error:
-        raise BadInput(f"{path} cannot be read ({error}): expected JSON, as dansm wrote it") from error
+        raise BadInput(f"{path} cannot be read ({error}): expected names and values in JSON") from error
+    return content
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:

@@ -1,6 +1,5 @@
 """dansm evaluate: how close samples are to real images."""
 
-import json
 import math
 import os
 import time
@@ -13,7 +12,7 @@ import typer
 
 from dansm import BadInput, Diffusion
 
-from ..base.files import make_folder, write_csv, write_json
+from ..base.files import make_folder, read_json, write_csv, write_json
 from ..base.machine import hardware, number_type, pick_device
 from ..base.text import Stopped, console, counted, say, say_files, table, with_bar
 from ..data.latents import known_on_disk
@@ -95,9 +94,10 @@ def read_rows(path: Path) -> dict[str, dict]:
     """The rows of earlier calls, by what they were made from. BadInput for a file of another program."""
     if not path.exists():
         return {}
+    content = read_json(path)
     try:
-        return {row["made_from"]: row for row in json.loads(path.read_text())["rows"]}
-    except (ValueError, LookupError, TypeError) as error:
+        return {row["made_from"]: row for row in content["rows"]}
+    except (LookupError, TypeError) as error:
         raise BadInput(f"{path} was not written by dansm evaluate ({error}): expected another --out") from error
 
 

@@ -1,6 +1,5 @@
 """dansm sample: images from a trained network."""
 
-import json
 import math
 import time
 from pathlib import Path
@@ -11,7 +10,7 @@ import typer
 
 from dansm import BadInput
 
-from ..base.files import make_folder, write_json
+from ..base.files import make_folder, read_json, write_json
 from ..base.machine import hardware, pick_device
 from ..base.text import Stopped, counted, say, say_files, with_bar
 from ..model import sampling
@@ -93,7 +92,7 @@ def check_folder(out: Path, made_from: dict, count: int) -> None:
     if not held:
         return
     description = out / "sample.json"
-    before = json.loads(description.read_text()) if description.exists() else {}
+    before = read_json(description) if description.exists() else {}
     differences = [f"{name} {before.get(name)} → {value}" for name, value in made_from.items()
                    if before.get(name) != value]
     if held > count:

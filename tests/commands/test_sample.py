@@ -81,6 +81,10 @@ def test_numbered_images_are_not_mixed_with_those_of_another_call(run, refused, 
     assert "steps 2 → 3" in refused("sample", trained, "--count", 4, "--steps", 3, "--out", out)  # without --files too
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert run(*call, "--count", 5)[0] == 0 and len(list(out.glob("0*.png"))) == 5
+    for damaged in ("", "{", "[]"):
+        (out / "sample.json").write_text(damaged)
+        assert str(out / "sample.json") in refused(*call)
+        assert (out / "sample.json").read_text() == damaged
 
 
 def test_samples_of_others_are_kept(refused, images, trained, tmp_path):

@@ -223,6 +223,7 @@ def test_bad_input_is_one_line_that_names_it(refused, model, images, tmp_path):
     assert "other.png" in refuses(model, *options(tmp_path, "--data", mixed))
     assert "count" in refused("evaluate", model, *options(tmp_path, "--count", 1))
     assert files_of(tmp_path / "out") == []
-    (tmp_path / "out" / "evaluate.json").write_text("[]")
-    assert "evaluate.json" in refuses(model, *options(tmp_path))
-    assert (tmp_path / "out" / "evaluate.json").read_text() == "[]"
+    for damaged in ("[]", "{", '{"rows": 3}', '{"rows": [{}]}'):
+        (tmp_path / "out" / "evaluate.json").write_text(damaged)
+        assert "evaluate.json" in refuses(model, *options(tmp_path))
+        assert (tmp_path / "out" / "evaluate.json").read_text() == damaged
