@@ -2,9 +2,11 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from itertools import cycle
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -27,32 +29,90 @@ def check_steps(option: str, steps: int, flow: type) -> None:
         raise dansm.BadInput(f"{option} is {steps}: expected 2 to {flow.levels:,} for a diffusion")
 
 
-def sample_images(net, flow, images: range, shape, steps: int, *, seed: int = 0, batch: int = 64, device="cpu",
-                  decode: Callable[[Tensor, int], Tensor] | None = None) -> Iterator[Tensor]:
+class Guidance(NamedTuple):
+    """How far samples go beyond what a network predicts for their labels (Ho and Salimans 2022).
+
+    weight    0: as without labels, 1: as with labels, above 1: further in that direction
+    interval  first and last time, from 0 (noise) to 1 (data), at which the weight holds (Kynkäänniemi et al. 2024); at
+              others it is 1
+    """
+
+    weight: float = 1.0
+    interval: tuple[float, float] = (0.0, 1.0)
+
+
+UNGUIDED = Guidance()
+
+
+def guided(net, labels: Tensor | None, guidance: Guidance, flow, steps: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """The network for these labels (B,), as `flow.sample` calls it to take `steps` steps; without labels the network as
+    it is. Where the guidance has an effect, one call of twice the batch predicts with the labels and without."""
+    if labels is None:
+        return net
+    if guidance.weight == 1:
+        return lambda x, t: net(x, t, labels)
+    first, last = guidance.interval
+    inside = cycle([first <= t <= last for t in times_of(flow, steps)])
+    both = torch.cat([labels, torch.full_like(labels, net.classes)])
+
+    def evaluate(x: Tensor, t: Tensor) -> Tensor:
+        if not next(inside):
+            return net(x, t, labels)
+        with_labels, without = net(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+        return without + guidance.weight * (with_labels - without)
+
+    return evaluate
+
+
+def times_of(flow, steps: int) -> list[float]:
+    """The time, from 0 (noise) to 1 (data), of each call of the network while `flow` takes `steps` steps. To read them
+    from the calls themselves would make a GPU wait."""
+    levels = []
+
+    def called(x: Tensor, level: Tensor) -> Tensor:
+        levels.append(level.item())
+        return x
+
+    flow.sample(called, torch.zeros(1), steps)
+    if isinstance(flow, dansm.Diffusion):
+        return [round(1 - level / flow.levels, 6) for level in levels]
+    return [round((level / 999 - flow.first_t) / (1 - flow.first_t), 6) for level in levels]
+
+
+def labels_in_turn(images: Sequence[int], classes: Sequence[int]) -> Tensor:
+    """A label for each image, of the classes in turn by the image's number: (len(images),) int64."""
+    return torch.tensor([classes[image % len(classes)] for image in images])
+
+
+def sample_images(net, flow, images: Sequence[int], shape, steps: int, *, seed: int = 0, batch: int = 64, device="cpu",
+                  decode: Callable[[Tensor, int], Tensor] | None = None, labels: Tensor | None = None,
+                  guidance: Guidance = UNGUIDED) -> Iterator[Tensor]:
     """Draw images by their numbers, `batch` at a time: uint8 (B, C, H, W) on the CPU.
 
     shape   (C, H, W) of one sample
     seed    decides, with an image's number, the noise that it starts from (see `path_noise`)
     decode  makes images of latents x (B, C, H, W) and the number of x[0]; None for a model of images
+    labels  (len(images),) of the images; None for a network without classes
     A GPU draws one batch while the caller uses the one before and a thread draws the noises of the next.
     """
     parts = [images[start : start + batch] for start in range(0, len(images), batch)]
+    labels_of_parts = [None] * len(parts) if labels is None else labels.to(device).split(batch)
     waiting = []
     with closing(ahead(lambda part: path_noise(part, shape, seed), parts, threads=1, depth=1)) as noises:
-        for part, z in zip(parts, noises, strict=True):
-            x = flow.sample(net, z.to(device), steps)
+        for part, of_part, z in zip(parts, labels_of_parts, noises, strict=True):
+            x = flow.sample(guided(net, of_part, guidance, flow, steps), z.to(device), steps)
             waiting.append(decode(x, part[0]) if decode else to_uint8(x))
             if len(waiting) > 1:
                 yield waiting.pop(0).cpu()
     yield from (drawn.cpu() for drawn in waiting)
 
 
-def save_grid(images: Tensor, path: Path, enlarge: int = 2) -> None:
-    """Write uint8 images (N, C, H, W) as one PNG, about square, each pixel `enlarge` pixels wide."""
+def save_grid(images: Tensor, path: Path, enlarge: int = 2, columns: int | None = None) -> None:
+    """Write uint8 images (N, C, H, W) as one PNG, about square without `columns`, each pixel `enlarge` pixels wide."""
     from torchvision.utils import make_grid  # takes a second to import
 
     large = images.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
-    columns = math.ceil(len(images) ** 0.5)
+    columns = columns or math.ceil(len(images) ** 0.5)
     grid = large[0] if len(images) == 1 else make_grid(large, columns, padding=2, pad_value=255)
     with replacing(path) as partial:
         Image.fromarray(rearrange(grid, "c h w -> h w c").numpy().squeeze()).save(partial, "png")
@@ -73,8 +133,8 @@ def fused(net: dansm.UNet) -> bool:
 
 
 def sampler(net: dansm.UNet, device: torch.device, precision: str = "auto",
-            compile: bool = True) -> Callable[[Tensor, Tensor], Tensor]:
-    """The network as a flow samples from it: (B, C, H, W) and times (B,) → (B, C, H, W) float32.
+            compile: bool = True) -> Callable[..., Tensor]:
+    """The network as a flow samples from it: (B, C, H, W), times (B,) and maybe labels (B,) → (B, C, H, W) float32.
 
     compile  use the kernels, if there are any
     """
@@ -82,24 +142,26 @@ def sampler(net: dansm.UNet, device: torch.device, precision: str = "auto",
     to_compile = compile and fused(net)
 
     @torch.no_grad()
-    def evaluate(x: Tensor, t: Tensor) -> Tensor:
+    def evaluate(x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         nonlocal to_compile
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             if to_compile:
                 with compiling_ahead(device):
-                    net(x, t)
+                    net(x, t, labels)
                 to_compile = False
-            return net(x, t).float()
+            return net(x, t, labels).float()
 
+    evaluate.classes = net.classes
     return evaluate
 
 
-def at_once(net: dansm.UNet, device: torch.device) -> int:
+def at_once(net: dansm.UNet, device: torch.device, guidance: Guidance = UNGUIDED) -> int:
     """How many images to sample together: on a GPU those that half of its free memory holds, up to 2,000, as Python
     takes tens of milliseconds to launch a network's layers for any batch."""
     if device.type != "cuda":
         return 64
     image = 20 * 4 * net.width * net.settings["size"] ** 2  # bytes; the paper's networks take 17 times the first level
+    image *= 1 if guidance.weight == 1 else 2
     return max(1, min(2000, free_memory(device) // 2 // image))
 
 

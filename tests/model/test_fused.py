@@ -307,9 +307,9 @@ def batch(n=2, size=8):
     return numbers(n, 2, size, size), torch.linspace(0, 999, n, device=DEVICE)
 
 
-def loss_and_gradients(net, x, t):
+def loss_and_gradients(net, x, t, *labels):
     x = x.detach().requires_grad_()
-    y = net(x, t)
+    y = net(x, t, *labels)
     (y * torch.linspace(-1, 1, y.numel(), device=y.device).view_as(y)).sum().backward()
     return [y, x.grad, *(weight.grad for weight in net.parameters())]
 
@@ -328,6 +328,20 @@ def test_the_fused_network_is_the_plain_one(settings, biggan):
     for name, expected, actual in zip(names, *found, strict=True):
         assert actual.shape == expected.shape, name
         close(actual, expected)
+
+
+@pytest.mark.parametrize("label_dropout", [0.0, 0.5])
+def test_the_fused_network_takes_labels_as_the_plain_one_does(label_dropout):
+    plain, net = two_networks(**SMALL, classes=2, label_dropout=label_dropout)
+    x, t = batch(n=3)
+    labels = torch.tensor([1, 2, 0], device=DEVICE)
+    found = [loss_and_gradients(one, x, t, labels) for one in _together(plain, net)]
+    for expected, actual in zip(*found, strict=True):
+        close(actual, expected)
+    plain.eval()
+    net.eval()
+    for given in (None, labels):
+        close(net(x, t, given), plain(x, t, given))
 
 
 def _together(*nets):
