@@ -16,7 +16,7 @@ def decode(
     source: Annotated[Path, typer.Argument(
         help="latents times the factor: a .npy file, a folder of them, or what dansm encode wrote")],
     autoencoder: Autoencoder,
-    count: Annotated[int | None, typer.Option(min=1, help="only the first so many", show_default="all")] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="decode only the first N", show_default="all")] = None,
     batch: Annotated[int, typer.Option(min=0, help="most latents decoded together; 0: what --memory holds")] = 0,
     memory: DecodeMemory = None,
     precision: Precision = "auto",

@@ -128,11 +128,9 @@ class Decoder(_Half):
         latents = latents.to(self.device, non_blocking=True).float()
         encoded = latents / self.autoencoder.factor + self.autoencoder.shift
         images = self.net(encoded.to(self.dtype)).float()
-        for batch, problem in (latents, "holds NaN or infinite numbers: expected finite ones"), (
-                images, f"decodes to NaN in {self.precision}: expected finite images; --precision fp32 may give them"):
-            wrong = (~batch.isfinite().flatten(1).all(1)).nonzero()
-            if len(wrong):
-                raise BadInput(f"latent {first + wrong[0].item()} {problem}")
+        _check_finite(latents, first, "holds NaN or infinite numbers: expected finite ones")
+        _check_finite(images, first, f"decodes to NaN in {self.precision}: expected finite images, which --precision "
+                                     "fp32 may give")
         return to_uint8(images)
 
     def fits(self, size: int) -> int:
@@ -144,6 +142,13 @@ class Decoder(_Half):
         largest = widths[min(1, len(widths) - 1)] * (size * self.autoencoder.shrinks) ** 2
         memory = free_memory(self.device) / 4 if self.memory is None else 1e9 * self.memory
         return int(max(1, min(self.batch, memory / (7 * largest * self.dtype.itemsize))))
+
+
+def _check_finite(x: Tensor, first: int, problem: str) -> None:
+    """BadInput naming the first latent of which x (B, ...) is not finite. first: the number of x[0]."""
+    wrong = (~x.isfinite().flatten(1).all(1)).nonzero()
+    if len(wrong):
+        raise BadInput(f"latent {first + wrong[0].item()} {problem}")
 
 
 def random_autoencoder(settings: dict | None = None, seed: int = 0) -> Autoencoder:

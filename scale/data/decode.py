@@ -1,6 +1,5 @@
 """Latents through the autoencoder's decoder to PNG files."""
 
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from dansm import BadInput
 
-from ..base.files import make_folder, replacing, write_json
+from ..base.files import make_folder, read_json, replacing, write_json
 from ..base.text import counted, say, say_files, with_bar
 from ..base.threads import ahead
 from . import latents
@@ -67,7 +66,7 @@ def _check_decoded(out: Path, source: Source, decoder: Decoder) -> None:
     made_from = {"source": str(source.path), "latents": source.digest, **decoder.autoencoder.identity,
                  "precision": decoder.precision}
     note = out / "decode.json"
-    before = json.loads(note.read_text()) if note.exists() else {}
+    before = read_json(note) if note.exists() else {}
     latents.check_same(out, before, made_from, "[0-9]*.png")
     write_json(note, made_from)
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
@@ -59,7 +60,7 @@ class Job:
             "shard": settings.shard}
 
     def missing(self, images: int) -> list[int]:
-        """The numbers of the shards of so many images that are not there, or not whole."""
+        """The numbers of the shards that are missing, or not whole, where the source has this many images."""
         numbers = range(math.ceil(images / self.settings.shard))
         return [number for number in numbers if not latents.is_whole(latents.shard_path(self.out, number))]
 
@@ -78,6 +79,11 @@ def encode(source: Path, autoencoder: Autoencoder, device: torch.device, out: Pa
             job = Job(images, Encoder(autoencoder, device, settings.precision), out, settings)
             before = latents.known_on_disk(out)
             latents.check_same(out, before, job.described, "*.npy")
+            if "shards" in before:
+                wait_for_all()  # all have read it, before it is changed
+                if first:
+                    latents.renew(out, before)
+                wait_for_all()
             if before and not job.missing(before["images"]):
                 say(f"{out} holds the latents of all {counted(before['images'], 'image')} already: nothing to do")
             else:
@@ -91,6 +97,10 @@ def _encode(job: Job) -> None:
     with job.source.open() as (count, entries):
         missing = job.missing(count)
         left = sum(min(job.settings.shard, count - number * job.settings.shard) for number in missing)
+        needed, free = 2 * left * (1 + job.settings.flips) * math.prod(job.shape), shutil.disk_usage(job.out).free
+        if needed > free:
+            raise BadInput(f"--out is {job.out}: the latents of {counted(left, 'image')} take {needed / 1e9:,.1f} GB, "
+                           f"its disk has {free / 1e9:,.1f} GB free; expected room for them")
         say(f"{counted(count, 'image')}, {left:,} of them to encode")
         wait_for_all()  # all have the same list, before it is changed
         if rank == 0:

@@ -4,7 +4,6 @@ Each shard is a .npy file, with a note in a .json file of the same name, which i
 """
 
 import io
-import json
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +12,13 @@ from torch import Tensor
 
 from dansm import BadInput
 
-from ..base.files import replacing, write_json
+from ..base.files import read_json, replacing, write_json
 from ..base.text import say
-from .read import Unreadable, check_finite, open_npy
+from .read import check_finite, open_npy
 
 VERSION = 2  # of the index
 KNOWN = "autoencoder", "factor", "shift", "moments", "flips", "size", "source"  # that a run keeps of its latents
+NOTED = {"file", "count", "shape", "left_out"}  # of a shard
 OTHERS = {"source_digest": "of other images, by the names, sizes or times of their files",  # digests mean nothing
           "latents": "of other latents", "autoencoder": "by another autoencoder"}
 
@@ -90,34 +90,48 @@ def known_of(images) -> dict | None:
 
 
 def known_on_disk(folder: Path) -> dict:
-    """The index of the encode that wrote into `folder`, finished or not; {} without an encode. BadInput for one of
-    another version."""
+    """The index of the encode that wrote into `folder`, finished or not; {} without an encode. Version 1 joined the
+    notes of all shards in it, as "shards". BadInput for one of another version, or damaged."""
+    path = folder / "index.json"
     try:
-        index = json.loads((folder / "index.json").read_text())
+        index = read_json(path)
         version = index["dansm_latents"]
     except (FileNotFoundError, NotADirectoryError, ValueError, LookupError, TypeError):  # or it is another program's
         return {}
     if version not in (1, VERSION):
         raise BadInput(f"{folder} holds latents of version {version}: expected {VERSION}, encode the images again")
+    names = *KNOWN, *(("count", "left_out", "shards") if version == 1 else ("images",))
+    if missing := [name for name in names if name not in index]:
+        raise BadInput(f"{path} lacks {', '.join(missing)}: expected it as dansm encode wrote it")
+    if version == 1:
+        images = index["count"] // (1 + index["flips"]) + len(index["left_out"])
+        index |= {"dansm_latents": VERSION, "images": images}
     return index
+
+
+def renew(folder: Path, index: dict) -> None:
+    """Give latents of version 1 the files of this one: a note for each shard, and an index without notes."""
+    for note in index.pop("shards"):
+        write_json((folder / note["file"]).with_suffix(".json"), note)
+    write_json(folder / "index.json", index)
 
 
 def open_encoded(folder: Path, index: dict) -> Shards:
     """The latents that dansm encode wrote into `folder`, memory-mapped; of an unfinished one the shards so far, and a
     line says so. index: see `known_on_disk`. BadInput for shards that are missing or cut off."""
-    notes = index.get("shards") or read_notes(folder)  # version 1 joined them in the index of a finished encode
-    filled = [note for note in notes if note["count"]]
-    done = sum(note["count"] // (1 + index["flips"]) + len(note["left_out"]) for note in notes)
-    images = index.get("images", done)
-    so_far = f"{folder}: {done:,} of {images:,} images encoded so far; the same dansm encode resumes"
-    if not filled:
-        raise BadInput(f"{so_far}, expected some")
-    if done < images:
-        say(so_far)
     try:
-        return Shards([folder / note["file"] for note in filled], {name: index[name] for name in KNOWN})
-    except Unreadable as error:
+        notes = index.get("shards") or read_notes(folder)
+        files = [folder / note["file"] for note in notes if note["count"]]
+        shards = Shards(files, {name: index[name] for name in KNOWN}) if files else None
+    except BadInput as error:
         raise BadInput(f"{error}; the same dansm encode makes again what is missing") from error
+    done = sum(note["count"] // (1 + index["flips"]) + len(note["left_out"]) for note in notes)
+    so_far = f"{folder}: {done:,} of {index['images']:,} images encoded so far; the same dansm encode resumes"
+    if shards is None:
+        raise BadInput(f"{so_far}, expected some")
+    if done < index["images"] and "shards" not in index:  # version 1 has no notes of shards without a latent
+        say(so_far)
+    return shards
 
 
 def check_same(out: Path, before: dict, now: dict, files: str) -> None:
@@ -152,13 +166,20 @@ def write_shard(out: Path, number: int, latents: np.ndarray, left_out: list[Path
 
 def read_notes(folder: Path) -> list[dict]:
     """The notes of the shards in `folder`: the file, how many latents it has, the shape of one, images left out."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("latents-*.json"))]
+    return [_read_note(path) for path in sorted(folder.glob("latents-*.json"))]
+
+
+def _read_note(path: Path) -> dict:
+    note = read_json(path)
+    if not isinstance(note, dict) or not note.keys() >= NOTED:
+        raise BadInput(f"{path} is not the note of a shard: expected {', '.join(sorted(NOTED))} in it")
+    return note
 
 
 def is_whole(path: Path) -> bool:
     """Whether a shard has a note and is as noted. Where no image was readable there is a note alone."""
     try:
-        note = json.loads(path.with_suffix(".json").read_text())
+        note = _read_note(path.with_suffix(".json"))
         return not note["count"] or open_npy(path).shape == (note["count"], *note["shape"])
-    except (FileNotFoundError, BadInput):
+    except (FileNotFoundError, ValueError, TypeError):
         return False

@@ -79,6 +79,18 @@ def load_images(source: str, *, size: int | None = None, skip_unreadable: bool =
     return array
 
 
+def check_latents(source: str) -> None:
+    """BadInput if the data of a recipe for latents is missing, or is images."""
+    path = Path(source)
+    if not source or not path.exists():
+        found = "does not exist"
+    elif known_on_disk(path) or files_of(path)[0].suffix.lower() == ".npy":
+        return
+    else:
+        found = "holds images"
+    raise BadInput(f"{source} {found}: expected latents, which dansm encode makes of images; --data names them")
+
+
 def find_source(name: str, size: int | None, skip_unreadable: bool) -> Source:
     """The source of that name, or cifar10. BadInput for one that is missing or empty."""
     if not name:
@@ -176,7 +188,12 @@ def _make_on_disk(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.mem
     array = np.lib.format.open_memmap(path, "w+", dtype, shape=shape)
     try:
         with open(path, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            else:  # on macOS
+                file.seek(array.offset)
+                for start in range(0, array.nbytes, 2**24):
+                    file.write(bytes(min(2**24, array.nbytes - start)))
     except OSError as error:
         raise BadInput(f"the decoded images take {array.nbytes / 1e9:,.1f} GB, {path.parent} has no room for them "
                        f"({error.strerror}): expected another --cache, or smaller images (--size)") from error

@@ -42,7 +42,7 @@ class Source:
     """Images or latents, and how they are to be read.
 
     files  see `files_of`; none for cifar10
-    size   makes images squares of so many pixels; None leaves them as they are
+    size   pixels on each side of the square that an image is made; None leaves images as they are
     skip_unreadable  leaves out images that cannot be read
     array  the images (N, C, H, W), where they are decoded already
     """

@@ -145,6 +145,12 @@ def test_images_of_other_latents_are_no_part_of_these(decode_command, decoded, r
     assert "000000.png" in refused(*decode_command())
 
 
+def test_a_damaged_note_of_decoded_images_is_named(decode_command, decoded, refused, tmp_path):
+    decoded("--count", 1)
+    (tmp_path / "images" / "decode.json").write_text("")
+    assert str(tmp_path / "images" / "decode.json") in refused(*decode_command())
+
+
 def test_a_full_disk_while_decoding_is_one_line(decode_command, refused, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -187,7 +188,16 @@ def smaller(path):
     np.save(path, np.zeros((3, 4, 4, 4), np.float16))
 
 
-@pytest.mark.parametrize(("how", "finished"), [(Path.unlink, True), (cut, False), (smaller, True), (smaller, False)])
+def empty_note(path):
+    path.with_suffix(".json").write_text("")
+
+
+def poor_note(path):
+    path.with_suffix(".json").write_text(json.dumps({"file": path.name, "shape": [4, 4, 4], "left_out": []}))
+
+
+@pytest.mark.parametrize(("how", "finished"), [(Path.unlink, True), (cut, False), (smaller, True), (smaller, False),
+                                               (empty_note, True), (empty_note, False), (poor_note, True)])
 def test_a_shard_that_is_lost_or_cut_off_is_made_again_and_no_other(how, finished, run, encoded, stopped, contents,
                                                                     encode_command, not_loaded):
     out, whole = encoded() if finished else stopped(before=2), contents(encoded("whole"))
@@ -200,6 +210,24 @@ def test_a_shard_that_is_lost_or_cut_off_is_made_again_and_no_other(how, finishe
     assert code == 0 and contents(out) == whole, err
     assert f"9 images, {4 if finished else 5} of them" in said
     assert kept.items() <= stamps(out).items()
+
+
+def test_an_index_that_lacks_something_is_named(encoded, not_encoded, not_loaded):
+    path = encoded() / "index.json"
+    index = json.loads(path.read_text())
+    for name in ("flips", "images"):
+        path.write_text(json.dumps({key: value for key, value in index.items() if key != name}))
+        assert f"{path} lacks {name}" in not_loaded(path.parent)
+        assert f"{path} lacks {name}" in not_encoded()
+
+
+def test_a_disk_without_room_is_told_before_anything_is_encoded(encoded, not_encoded, monkeypatch, tmp_path):
+    usage, needed = shutil.disk_usage(tmp_path), 9 * 2 * 4 * 4 * 4 * 2
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
+    assert "the latents of 9 images take" in not_encoded("latents", "--flips")
+    assert [path.name for path in (tmp_path / "latents").iterdir()] == [".lock"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed))
+    assert len(load_images(str(encoded("latents", "--flips")))) == 18
 
 
 def test_what_is_left_of_a_damaged_encode_stays_usable_while_it_is_mended(encoded, stopped):
@@ -277,17 +305,40 @@ def test_damaged_shards_are_refused(encoded, not_loaded):
     assert "version 3" in not_loaded(out)
 
 
-def test_latents_of_version_1_whose_index_holds_the_notes_of_all_shards_are_read(encoded):
-    out = encoded()
-    expected = np.asarray(load_images(str(out)))
-    index = json.loads((out / "index.json").read_text())
-    notes = sorted(out.glob("latents-*.json"))
-    index |= {"dansm_latents": 1, "count": len(expected), "shards": [json.loads(note.read_text()) for note in notes]}
+def as_version_1(out):
+    """Latents as version 1 finished them: the index holds the notes of all shards."""
+    index, notes = json.loads((out / "index.json").read_text()), latents.read_notes(out)
     del index["images"]
+    left_out = [name for note in notes for name in note["left_out"]]
+    index |= {"dansm_latents": 1, "count": sum(note["count"] for note in notes), "left_out": left_out,
+              "shards": [note for note in notes if note["count"]]}
     (out / "index.json").write_text(json.dumps(index))
-    for note in notes:
-        note.unlink()
-    assert np.array_equal(np.asarray(load_images(str(out))), expected)
+    for path in out.glob("latents-*.json"):
+        path.unlink()
+
+
+def test_latents_that_version_1_finished_are_read_and_the_same_encode_has_nothing_to_do(run, encoded, encode_command,
+                                                                                        not_encoded, capsys):
+    out = encoded("latents", "--flips")
+    expected = load_images(str(out))[:]
+    as_version_1(out)
+    assert np.array_equal(load_images(str(out))[:], expected) and "so far" not in capsys.readouterr().out
+    before = {name: stamp for name, stamp in stamps(out).items() if name.endswith(".npy")}
+    code, said, err = run(*encode_command("latents", "--flips"))
+    assert code == 0 and "9 images already: nothing to do" in said, err
+    assert before.items() <= stamps(out).items() and np.array_equal(load_images(str(out))[:], expected)
+    as_version_1(out)
+    assert "flips True → False" in not_encoded()
+
+
+def test_a_shard_that_latents_of_version_1_have_lost_is_made_again(run, encoded, encode_command):
+    out = encoded()
+    expected = load_images(str(out))[:]
+    as_version_1(out)
+    (out / "latents-00001.npy").unlink()
+    code, said, err = run(*encode_command())
+    assert code == 0 and "9 images, 4 of them to encode" in said, err
+    assert np.array_equal(load_images(str(out))[:], expected)
 
 
 def test_more_shards_than_a_process_may_have_files_open(encoded, monkeypatch):
