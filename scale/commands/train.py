@@ -93,6 +93,8 @@ def train(
     if recipe not in names() and checkpoint.newest(Path(recipe)):
         raise BadInput(f"{recipe} is a run, not data: expected its recipe, {recipe}/recipe.toml, to resume it")
     settings = load(recipe, {name: value for name, value in given.items() if value is not None})
+    if recipe in names() and recipe.startswith("latent"):
+        loader.check_latents(settings.data)
     finished = run(settings, out or folder_of_run(recipe), device, fresh)
     if all_steps and not finished:
         raise Stopped("not all steps are done, as --all-steps requires")

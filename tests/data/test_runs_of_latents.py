@@ -41,6 +41,13 @@ def test_the_whole_chain_from_an_lmdb_to_pictures(kind, encoded, trained, run, r
         assert str(other) in refused(*drawing(tmp_path / "run", "--autoencoder", other))
 
 
+def test_a_recipe_for_latents_takes_no_images(refused, source, tmp_path):
+    for data, told in ((source, "holds images"), (tmp_path / "nowhere", "does not exist")):
+        message = refused("train", "latent-bedroom", "--data", data, "--device", "cpu", "--out", tmp_path / "run")
+        assert f"{data} {told}" in message and "dansm encode" in message
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_of_an_unfinished_encode_does_not_go_on_with_the_whole(encoded, stopped, trained, refused, tmp_path):
     code, said, err = trained(stopped("part"))
     assert code == 0 and "4 of 9 images" in said and "4 latents of 4×4×4" in said, err
