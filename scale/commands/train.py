@@ -22,7 +22,7 @@ from ..base.text import Stopped, counted, say, say_files, with_bar
 from ..data import loader
 from ..data.latents import known_of
 from ..model import checkpoint
-from ..model.recipe import RENAMED, SETTINGS, Recipe, load, names, shown
+from ..model.recipe import SETTINGS, Recipe, as_option, load, names, shown
 from ..train import run as training
 from .options import Device
 from .sample import check_foreign_samples
@@ -44,10 +44,8 @@ def describe() -> str:
 
 
 def with_settings(command: Callable) -> Callable:
-    """Give the command an option for each setting of a recipe, None where it is not given. Options of earlier versions
-    are hidden: `load` refuses them and names the new one."""
+    """Give the command an option for each setting of a recipe, None where it is not given."""
     options = {name: option_of(name, rules) for name, rules in SETTINGS.items()}
-    options |= {old: option_of(old, SETTINGS[new], hidden=True) for old, new in RENAMED.items()}
     signature = inspect.signature(command)
     parameters = [parameter for name, parameter in signature.parameters.items() if name != "given"]
     parameters += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
@@ -56,19 +54,19 @@ def with_settings(command: Callable) -> Callable:
     return command
 
 
-def option_of(name: str, rules: SimpleNamespace, hidden: bool = False):
+def option_of(name: str, rules: SimpleNamespace):
     """The option called `name` of a setting. Values are taken as text, which the recipe checks as it checks files."""
-    option = name.replace("_", "-")
+    option = as_option(name)
     text = rules.text
     if rules.choices:
         text += ": " + ", ".join(rules.choices)
     if not rules.optional and name != "data":
         text += f" [{shown(rules.default).lower() or 'none'}]"
-    about = dict(help=escape(text), rich_help_panel=rules.part, hidden=hidden)
+    about = dict(help=escape(text), rich_help_panel=rules.part)
     if rules.kind is bool:
-        return Annotated[bool | None, typer.Option(f"--{option}/--no-{option}", **about)]
+        return Annotated[bool | None, typer.Option(f"{option}/--no-{option[2:]}", **about)]
     value = VALUES[rules.kind] + (",…" if rules.several else "")
-    return Annotated[str | None, typer.Option(f"--{option}", metavar=value, **about)]
+    return Annotated[str | None, typer.Option(option, metavar=value, **about)]
 
 
 @app.command(help=describe())

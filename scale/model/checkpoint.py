@@ -103,7 +103,7 @@ def load(path: Path) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["dansm"] != VERSION:
             raise BadInput(f"it is of version {state['dansm']!r:.20}, not {VERSION}")
-        recipe = {RENAMED.get(name, name): value for name, value in state["recipe"].items()}
+        recipe = {RENAMED.get(name) or name: value for name, value in state["recipe"].items()}
         return state | {"recipe": recipe}
 
 

@@ -6,7 +6,7 @@ import difflib
 import json
 import math
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
 from itertools import groupby
@@ -22,7 +22,8 @@ from ..base.text import shorten
 
 RECIPES = Path(__file__).with_name("recipes")
 FLOWS = {"rectified": dansm.RectifiedFlow, "diffusion": dansm.Diffusion}
-RENAMED = {"pool": "pool_dtype", "fast": "tf32", "decay": "ema_decay", "resident": "data_on_gpu"}
+RENAMED = {"pool": "pool_dtype", "fast": "tf32", "decay": "ema_decay", "resident": "data_on_gpu",
+           "ages": ""}  # which was removed
 
 
 def setting(part: str, text: str, default: Any = dataclasses.MISSING, *, least: float = 0, most: float = math.inf,
@@ -200,7 +201,7 @@ def load(source: str, overrides: dict[str, object] | None = None) -> Recipe:
     """The recipe that comes with DANSM under the name `source` or lies in the TOML file `source`, or, where `source` is
     data, the default settings for it. A folder that is called like a recipe is meant by ./name. `overrides` replaces
     settings. BadInput for a source that does not exist or cannot be read, an unknown setting, a wrong value."""
-    overrides = _checked_all(overrides or {}, lambda name: "--" + name.replace("_", "-"))
+    overrides = _checked_all(overrides or {})
     if source in names():
         settings = read(RECIPES / f"{source}.toml")
     elif Path(source).suffix == ".toml":
@@ -224,18 +225,30 @@ def read(path: Path) -> dict:
         settings = tomllib.loads(path.read_bytes().decode("utf-8-sig", "surrogateescape"))  # paths may be of any bytes
     except (tomllib.TOMLDecodeError, OSError) as error:
         raise BadInput(f"{path} cannot be read ({error}): expected a recipe, in lines like lr = 0.0002") from error
-    return _checked_all(settings, lambda name: f"{path}: {name}")
+    return _checked_all(settings, path)
 
 
-def _checked_all(settings: dict, called: Callable[[str], str]) -> dict:
-    """The settings as a recipe keeps them. BadInput for a name that is no setting, or no longer, and for a value."""
+def _checked_all(settings: dict, file: Path | None = None) -> dict:
+    """The settings of a file, or of options, as a recipe keeps them. BadInput for names of earlier versions, all in one
+    line, for a name that is no setting, and for a wrong value."""
+    called = str if file else as_option
+    where = f"{file}: " if file else ""
+    if former := [what_became_of(called(name), called(new)) for name, new in RENAMED.items() if name in settings]:
+        raise BadInput(where + "; ".join(former))
     for name in settings:
-        if name in RENAMED:
-            raise BadInput(f"{called(name)} has a new name: expected {RENAMED[name]}")
         if name not in SETTINGS:
-            raise BadInput(f"{called(name)} is not a setting{_nearest(name, SETTINGS)}: expected one that dansm train "
-                           "--help lists")
-    return {name: checked(name, value, called(name)) for name, value in settings.items()}
+            raise BadInput(f"{where}{called(name)} is not a setting{_nearest(name, SETTINGS)}: expected one that dansm "
+                           "train --help lists")
+    return {name: checked(name, value, where + called(name)) for name, value in settings.items()}
+
+
+def as_option(name: str) -> str:
+    return "--" + name.replace("_", "-") if name else ""
+
+
+def what_became_of(name: str, new: str) -> str:
+    """What to tell who gives a name of an earlier version; `new` is empty for one that was removed."""
+    return f"{name} is now {new}" if new else f"{name} was removed: delete it"
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:

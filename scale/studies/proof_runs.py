@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from ..base.statistics import mean_and_std
-from ..model.recipe import Recipe, load, shown
+from ..model.recipe import Recipe, as_option, load, shown
 
 LONG, MIDDLE, SHORT = 5_120_000, 2_048_000, 1_024_000  # images
 MARKS = (256_000, 512_000, SHORT, MIDDLE, 3_584_000, LONG)  # images after which a run is evaluated
@@ -69,7 +69,7 @@ def command_of(run: Run, seed: int, data: str = "cifar10", **more) -> str:
     for name in dict.fromkeys(("data", *run.settings, *more, *OWN)):
         value = getattr(recipe, name)
         if value != getattr(default, name):
-            words += [f"--{name.replace('_', '-')}", shown(value)]
+            words += [as_option(name), shown(value)]
     return shlex.join(words)
 
 

@@ -77,11 +77,24 @@ def test_a_wrong_value_is_one_line_that_names_the_option(refused, option, text):
     assert option in refused("train", "cifar10", option, text)
 
 
-@pytest.mark.parametrize(("old", "new"), RENAMED.items())
-def test_an_old_option_is_refused_naming_the_new_one(refused, old, new):
-    value = [] if old == "fast" else ["1"]  # a switch
-    said = refused("train", "cifar10", f"--{old}", *value)
-    assert f"--{old} " in said and new in said
+@pytest.mark.parametrize(("command", "option", "words"), [
+    ("train", "--pool", "is now --pool-dtype"), ("train", "--fast", "is now --tf32"),
+    ("train", "--decay", "is now --ema-decay"), ("train", "--resident", "is now --data-on-gpu"),
+    ("train", "--ages", "was removed"), ("digits", "--ages", "was removed"),
+    ("digits", "--assigned", "is now --optimal"), ("digits", "--judge-at", "is now --evaluate-at")])
+def test_an_old_option_is_refused_naming_the_new_one(refused, command, option, words):
+    arguments = [command, "cifar10"] if command == "train" else [command]
+    assert f"{option} {words}" in refused(*arguments, option, 1)
+    assert f"{option} {words}" in refused(*arguments, option)  # as a switch
+
+
+def test_no_old_option_is_suggested(refused):
+    for almost, option in (("--age", "--ages"), ("--pol", "--pool "), ("--fas", "--fast"), ("--deca", "--decay")):
+        assert option not in refused("train", "cifar10", almost, 1)
+
+
+def test_an_option_without_its_value_is_named(refused):
+    assert "--lr" in refused("train", "cifar10", "--lr")
 
 
 def help_of_train(run, monkeypatch, columns):
