@@ -38,7 +38,7 @@ def export(
     with replacing(out) as partial:
         try:
             save_file({name: weight.contiguous() for name, weight in weights.items()}, partial,
-                      {name: json.dumps(about[name]) for name in DESCRIBED})
+                      {name: json.dumps(about[name]) for name in (*DESCRIBED, "classes") if name in about})
         except SafetensorError as error:  # what it raises for a full disk
             raise OSError(None, str(error)) from error
     say(f"step {about['step']:,} of {about['file']}, average of decay {about['decay']}")

@@ -1,7 +1,7 @@
 """Trained models, read from the folder of a run, a checkpoint or an export."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from dansm import BadInput, Diffusion, RectifiedFlow, UNet
 
-from ..base.text import counted
+from ..base.text import counted, shorten
 from ..data.autoencoder import Decoder, read_autoencoder
 from . import checkpoint
 from .recipe import make_flow
-from .sampling import check_steps, sampler
+from .sampling import UNGUIDED, Guidance, check_steps, labels_in_turn, parse_guidance, sampler
 
 DESCRIBED = ("dansm", "network", "flow", "times", "step", "decay", "data", "recipe", "latents", "images")
 
@@ -28,8 +28,10 @@ class Model(NamedTuple):
     net      the averaged network: (B, C, H, W) and times (B,) → (B, C, H, W)
     flow     how to sample from it
     about    "file" it was read from, "step", "decay" of the average, "recipe", "network" (settings of UNet), "flow",
-             "times", "data" it was trained on, "images" (their count), "latents" (see `latents.known_of`)
+             "times", "data" it was trained on, "images" (their count), "latents" (see `latents.known_of`), and
+             "classes" (their names) if it was trained with labels
     decoder  turns its latents into images; None for a model of images, and until `with_decoder` adds one
+    guidance  of its samples
     """
 
     path: Path
@@ -38,6 +40,12 @@ class Model(NamedTuple):
     flow: RectifiedFlow | Diffusion
     about: dict
     decoder: Decoder | None = None
+    guidance: Guidance = UNGUIDED
+
+    @property
+    def classes(self) -> list[str]:
+        """The names of its classes; empty for a network without labels."""
+        return self.about.get("classes", [])
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -59,6 +67,37 @@ class Model(NamedTuple):
     def decode(self) -> Callable | None:
         """What `sample_images` decodes its samples with."""
         return self.decoder.decode if self.decoder else None
+
+    def classes_of(self, names: str | None) -> list[int]:
+        """The numbers of the classes that --class names, by comma-separated names or numbers; None: of all classes.
+        BadInput for a class that does not exist."""
+        if names is None:
+            return list(range(len(self.classes)))
+        if not self.classes:
+            raise BadInput(f"--class is {names}, and {self.path} was trained without labels: expected no --class")
+        numbers = {str(number): number for number in range(len(self.classes))}
+        numbers |= {name: number for number, name in enumerate(self.classes)}
+        parts = [names] if names in numbers else [part.strip() for part in names.split(",")]
+        if unknown := [part for part in parts if part not in numbers]:
+            raise BadInput(f"--class is {unknown[0]!r}: expected one of {shorten(', '.join(self.classes), 300)}, or a "
+                           f"number from 0 to {len(self.classes) - 1}")
+        return [numbers[part] for part in parts]
+
+    def labels_of(self, images: Sequence[int]) -> Tensor | None:
+        """The labels (len(images),) of images by their numbers, all classes in turn; None without classes."""
+        return labels_in_turn(images, range(len(self.classes))) if self.classes else None
+
+    def with_guidance(self, guidance: Guidance) -> Self:
+        """This model with that guidance, which its label names. BadInput for one that it was not trained for."""
+        if guidance.weight == 1:
+            return self
+        if not self.classes:
+            raise BadInput(f"--guidance is {guidance.weight:g}, and {self.path} was trained without labels: expected "
+                           "no --guidance")
+        if not self.about["network"]["label_dropout"]:
+            raise BadInput(f"--guidance is {guidance.weight:g}, and {self.path} was trained with --label-dropout 0, "
+                           "never without a label: expected --guidance 1")
+        return self._replace(guidance=guidance, label=f"{self.label}, guidance {guidance.weight:g}")
 
     def on(self, device: torch.device, precision: str = "auto") -> Self:
         """This model with its network on the device, in that precision, through the kernels if there are any."""
@@ -85,14 +124,21 @@ class Model(NamedTuple):
 
     def described(self) -> dict:
         """What is written into the JSON next to a figure."""
-        return {"label": self.label, "file": str(self.about["file"]), "flow": self.about["flow"],
-                "trained_steps": self.about["step"], "decay": self.about["decay"], "recipe": self.about["recipe"]}
+        described = {"label": self.label, "file": str(self.about["file"]), "flow": self.about["flow"],
+                     "trained_steps": self.about["step"], "decay": self.about["decay"], "recipe": self.about["recipe"]}
+        return described | self.guided_by()
+
+    def guided_by(self) -> dict:
+        """Weight and interval of its guidance, as results keep them; empty for a network without labels."""
+        weight, interval = self.guidance
+        return {"guidance": weight, "guidance_interval": "{:g},{:g}".format(*interval)} if self.classes else {}
 
 
-def load_models(paths: list[Path], steps: list[int], *, solver: str = "euler",
-                labels: list[str] | None = None) -> list[Model]:
-    """The models of several runs' folders, checkpoints or exports, their networks on the CPU. BadInput if one cannot be
-    sampled in these counts of steps. None for `labels` takes the names of folders or files."""
+def load_models(paths: list[Path], steps: list[int], *, solver: str = "euler", labels: list[str] | None = None,
+                guidance: str = "1", interval: str = "0,1") -> list[Model]:
+    """The models of several runs' folders, checkpoints or exports, their networks on the CPU, each once for every
+    weight of `guidance` (see `parse_guidance`). BadInput if one cannot be sampled so, or in these counts of steps. None
+    for `labels` takes the names of folders or files."""
     labels = labels or labels_by_path(paths)
     if len(labels) != len(paths):
         raise BadInput(f"--label is given {counted(len(labels), 'time')} for {counted(len(paths), 'model')}: expected "
@@ -100,7 +146,7 @@ def load_models(paths: list[Path], steps: list[int], *, solver: str = "euler",
     models = [load_model(path, solver, label) for path, label in zip(paths, labels, strict=True)]
     for model, count in product(models, steps):
         check_steps("--steps", count, type(model.flow))
-    return models
+    return [model.with_guidance(weight) for model, weight in product(models, parse_guidance(guidance, interval))]
 
 
 def labels_by_path(paths: Iterable[Path]) -> list[str]:
@@ -126,6 +172,8 @@ def build(weights: dict[str, Tensor], about: dict, solver: str = "euler") -> tup
     with checkpoint.reading(about["file"]):
         net = UNet(**about["network"])
         net.load_state_dict(weights)
+        if len(about.get("classes", [])) != net.classes:
+            raise BadInput(f"it names {counted(len(about.get('classes', [])), 'class')} for a network of {net.classes}")
         return net, make_flow(about["recipe"], about["latents"] is None, solver)
 
 
@@ -147,6 +195,8 @@ def read_average(path: Path, average: int = 0) -> tuple[dict[str, Tensor], dict]
         about = {name: state[name] for name in ("dansm", "network", "data", "recipe", "latents", "images")}
         about |= {"file": path, "flow": recipe["flow"], "times": recipe["times"], "step": state["training"]["step"],
                   "decay": averages[average]["decay"]}
+        if state.get("classes"):
+            about["classes"] = state["classes"]
         return averages[average]["weights"], about
 
 
@@ -162,5 +212,7 @@ def _read_export(path: Path) -> tuple[dict[str, Tensor], dict]:
             about = {name: json.loads(file.metadata()[name]) for name in DESCRIBED}
             if about["dansm"] != checkpoint.VERSION:
                 raise BadInput(f"it is of version {about['dansm']!r:.20}, not {checkpoint.VERSION}")
+            if "classes" in file.metadata():
+                about["classes"] = json.loads(file.metadata()["classes"])
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
     return weights, {"file": path, **about}

@@ -1,6 +1,7 @@
 """From a trained network to images: drawn by their numbers, as bytes, as PNG files."""
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -14,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 import dansm
+from dansm import BadInput
 
 from ..base.files import replacing
 from ..base.launch import compiling_ahead
@@ -22,11 +24,13 @@ from ..base.noise import path_noise
 from ..base.threads import ahead
 from ..data.pixels import to_uint8
 
+NUMBER = re.compile(r"\d+(\.\d*)?|\.\d+")
+
 
 def check_steps(option: str, steps: int, flow: type) -> None:
     """BadInput for a count of steps that the flow cannot take."""
     if issubclass(flow, dansm.Diffusion) and not 2 <= steps <= flow.levels:
-        raise dansm.BadInput(f"{option} is {steps}: expected 2 to {flow.levels:,} for a diffusion")
+        raise BadInput(f"{option} is {steps}: expected 2 to {flow.levels:,} for a diffusion")
 
 
 class Guidance(NamedTuple):
@@ -42,6 +46,22 @@ class Guidance(NamedTuple):
 
 
 UNGUIDED = Guidance()
+
+
+def parse_guidance(weights: str, interval: str) -> list[Guidance]:
+    """A guidance for each weight of --guidance, once and in their order, with that --guidance-interval. BadInput for
+    anything but numbers of at least 0, and two times in [0, 1]."""
+    values, times = ([float(part) if NUMBER.fullmatch(part.strip()) else -1.0 for part in text.split(",")]
+                     for text in (weights, interval))
+    if min(values) < 0:
+        raise BadInput(f"--guidance is {weights!r}: expected comma-separated numbers of at least 0, as in 1,1.5,2")
+    if len(times) != 2 or not 0 <= times[0] <= times[1] <= 1:
+        raise BadInput(f"--guidance-interval is {interval!r}: expected two times from 0 (noise) to 1 (data), as in "
+                       "0.2,0.8")
+    if times != [0, 1] and set(values) == {1}:
+        raise BadInput(f"--guidance-interval is {interval} with --guidance 1, which has no effect: expected another "
+                       "--guidance too")
+    return [UNGUIDED if weight == 1 else Guidance(weight, tuple(times)) for weight in dict.fromkeys(values)]
 
 
 def guided(net, labels: Tensor | None, guidance: Guidance, flow, steps: int) -> Callable[[Tensor, Tensor], Tensor]:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from models import state_to_save
+from models import SMALLEST, awake, state_to_save
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support import CPU, limited_files, same
@@ -108,6 +108,87 @@ def test_labels_that_are_given_are_taken_one_for_each_model(run_folder):
     assert [model.label for model in load_models([run_folder] * 2, [1], labels=["x", "y"])] == ["x", "y"]
     with pytest.raises(BadInput, match=r"--label .*1 time .*2 models"):
         load_models([run_folder] * 2, [1], labels=["x"])
+
+
+# ------------------------------------------------------------------------------- classes and guidance
+
+
+def save_with_classes(folder, names=("cat", "dog", "1"), **settings):
+    net = awake(dansm.UNet(**SMALLEST, classes=3, **settings))
+    return checkpoint.save(folder, state_to_save(net, classes=list(names)))
+
+
+def test_a_model_knows_its_classes_and_so_does_its_export(tmp_path):
+    export(save_with_classes(tmp_path), out=tmp_path / "weights.safetensors")
+    for place in (tmp_path, tmp_path / "weights.safetensors"):
+        model = load_model(place)
+        assert model.classes == ["cat", "dog", "1"] and model.net.classes == 3
+        assert model.labels_of(range(2, 6)).tolist() == [2, 0, 1, 2]
+    x, t, labels = torch.randn(2, 1, 4, 4), torch.tensor([3.0, 900.0]), torch.tensor([1, 0])
+    assert torch.equal(model.on(CPU, "fp32").net(x, t, labels), model.net(x, t, labels))
+    assert not torch.equal(model.net(x, t, labels), model.net(x, t))
+
+
+def test_a_network_without_labels_has_no_classes(run_folder):
+    model = load_model(run_folder)
+    assert model.classes == [] and model.labels_of(range(3)) is None and "guidance" not in model.described()
+
+
+def test_classes_go_by_name_before_number(tmp_path):
+    save_with_classes(tmp_path)
+    model = load_model(tmp_path)
+    assert model.classes_of(None) == [0, 1, 2]
+    assert [model.classes_of(names) for names in ("dog", "0", "1", "2, cat", "dog,dog")] == [
+        [1], [0], [2], [2, 0], [1, 1]]
+    save_with_classes(tmp_path, ["cat,dog", "cat", "x"])
+    assert load_model(tmp_path).classes_of("cat,dog") == [0]
+
+
+def test_a_class_that_is_none_is_refused(tmp_path, run_folder):
+    save_with_classes(tmp_path)
+    for names in ("cow", "cat,3", "", "-1"):
+        with pytest.raises(BadInput, match=r"--class is .*cat, dog, 1, or a number from 0 to 2"):
+            load_model(tmp_path).classes_of(names)
+    with pytest.raises(BadInput, match=r"--class is cat, and .*some-run was trained without labels"):
+        load_model(run_folder).classes_of("cat")
+
+
+def test_each_weight_of_a_guidance_is_a_model_of_its_own(tmp_path):
+    save_with_classes(tmp_path)
+    models = load_models([tmp_path], [1], labels=["x"], guidance="1,2.5,0,2.5", interval="0.25,.5")
+    assert [(model.label, *model.guidance) for model in models] == [
+        ("x", 1, (0, 1)), ("x, guidance 2.5", 2.5, (0.25, 0.5)), ("x, guidance 0", 0, (0.25, 0.5))]
+    assert [model.described()["guidance"] for model in models] == [1, 2.5, 0]
+    assert models[1].described()["guidance_interval"] == "0.25,0.5"
+
+
+@pytest.mark.parametrize(("guidance", "interval", "named"), [
+    ("", "0,1", "--guidance is ''"), ("1,x", "0,1", "--guidance is '1,x'"), ("-1", "0,1", "--guidance is '-1'"),
+    ("nan", "0,1", "--guidance is 'nan'"), ("inf", "0,1", "--guidance is 'inf'"),
+    ("2", "0.5", "--guidance-interval is '0.5'"), ("2", "0.6,0.5", "--guidance-interval is '0.6,0.5'"),
+    ("2", "0,2", "--guidance-interval is '0,2'"), ("2", "0,x", "--guidance-interval is '0,x'"),
+    ("1", "0,0.5", "--guidance-interval is 0,0.5 with --guidance 1")])
+def test_a_guidance_that_is_none_is_refused(tmp_path, guidance, interval, named):
+    save_with_classes(tmp_path)
+    with pytest.raises(BadInput, match=named) as refused:
+        load_models([tmp_path], [1], guidance=guidance, interval=interval)
+    assert "expected" in str(refused.value)
+
+
+def test_guidance_is_for_networks_that_were_trained_with_and_without_labels(tmp_path, run_folder):
+    with pytest.raises(BadInput, match=r"--guidance is 2, and .*some-run was trained without labels"):
+        load_models([run_folder], [1], guidance="1,2")
+    save_with_classes(tmp_path, label_dropout=0.0)
+    with pytest.raises(BadInput, match=r"--guidance is 0, and .* --label-dropout 0"):
+        load_models([tmp_path], [1], guidance="0")
+    assert len(load_models([tmp_path, run_folder], [1])) == 2
+
+
+@pytest.mark.parametrize("names", [[], ["cat", "dog"]])
+def test_names_that_are_not_the_networks_are_refused(tmp_path, names):
+    saved = save_with_classes(tmp_path, names)
+    with pytest.raises(BadInput, match=f"{saved}.*{len(names)} classes for a network of 3"):
+        load_model(saved)
 
 
 @pytest.mark.parametrize(("part", "to"), [("network", "x"), ("network", {"colour": 3}), ("network", {"width": 3}),
