@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dansm import check_choice
+from dansm import BadInput, check_choice
 
 from ..base import files, locks, machine, text
 from .options import Device, InceptionWeights, command_app
@@ -21,7 +21,7 @@ def proof(
     only: Annotated[str | None, typer.Option(
         help="comma-separated run names, prior (tests the noises) or rates (times each run, with nothing else on the "
              "device); an unknown name prints the list", show_default="all but rates")] = None,
-    minutes: Annotated[float, typer.Option(min=0, help="end this call after so many; 0: when all is done")] = 0.0,
+    minutes: Annotated[float, typer.Option(min=0, help="end this call after this many; 0: when all is done")] = 0.0,
     work: Annotated[Path | None, typer.Option(help="folder of the runs", show_default="runs in --out")] = None,
     cache: Annotated[Path | None, typer.Option(help="folder that keeps the decoded images")] = None,
     features: Annotated[str, typer.Option(help="inception makes the distances standard FIDs")] = "efficientnet-lite0",
@@ -55,20 +55,24 @@ def proof(
         load_extractor(features, call.device, inception_weights)
     if left or tests_prior or "rates" in names:
         call.read_images()
+        if names == ["prior"] and len(call.images) < study.PRIOR:
+            raise BadInput(f"--only is prior, and {data} has {text.counted(len(call.images), 'image')}: expected "
+                           f"{study.PRIOR:,} or more")
         study.check_same(rows, out, data=call.images_name)
     text.say(f"{text.counted(len(left), 'run')} of {sum(RUNS[name].seeds for name in runs)} to go")
     if left:
         commands = [command_of(run, seed, data, **settings) for run, seed in runs_left(list(RUNS), [])]
-        (out / "commands.txt").write_text("".join(f"{command}\n" for command in commands))
-    stopped = study.train_all(call, left, end) or ("rates" in names and study.measure_rates(call))
+        with locks.alone(out / ".lock"), files.replacing(out / "commands.txt") as partial:
+            partial.write_text("".join(f"{command}\n" for command in commands))
+    stopped = study.train_all(call, left, end) or ("rates" in names and study.measure_rates(call, end))
     with locks.alone(out / ".lock"):
         rows = study.read(out)
         if summary := summarize(rows):  # empty before two runs can be compared
             files.write_csv(out / "summary.csv", summary)
-        if rows:
-            tables = ("distances.csv", "speed.csv", "summary.csv", "commands.txt")
-            figures = draw(rows, study.read(out, "speed.csv"), out)
-            text.say_files(out, *(name for name in tables if (out / name).exists()), *figures)
+        tables = ("distances.csv", "speed.csv", "summary.csv", "commands.txt")
+        tables = [name for name in tables if (out / name).exists()]
+        if rows or (tables and "rates" in names):
+            text.say_files(out, *tables, *draw(rows, study.read(out, "speed.csv"), out))
     if remaining := left and runs_left(runs, rows):
         text.say(f"{text.counted(len(remaining), 'run')} to go: the same command resumes")
     if tests_prior and not stopped:

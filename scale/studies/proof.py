@@ -147,13 +147,16 @@ def fit(call: Call, recipe: Recipe, folder: Path) -> dict:
     return summary
 
 
-def measure_rates(call: Call) -> bool:
-    """Measure how fast each run trains that has no rate on this kind of device. Returns whether it was stopped."""
+def measure_rates(call: Call, end: float) -> bool:
+    """Measure how fast each run trains that has no rate on this kind of device; none begins after `end`, a moment of
+    time.monotonic(). Returns whether it was stopped."""
     text.say("rates are measured: nothing else may run on this device meanwhile")
     files.make_folder(call.work, "--work")
     for run in RUNS.values():
         if (run.name, call.gpu) in {(row["run"], row["gpu"]) for row in read(call.out, "speed.csv")}:
             continue
+        if time.monotonic() >= end:
+            break
         text.say(f"{run.name}: how fast it trains")
         with tempfile.TemporaryDirectory(dir=call.work, prefix="rate-") as folder:
             summary = fit(call, timed(recipe_of(run, 0, call.data, **call.settings)), Path(folder))

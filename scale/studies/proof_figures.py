@@ -9,16 +9,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MultipleLocator, NullLocator
 
-from ..base.colours import INK, PALE
+from ..base.colours import INK, PALE, POOLS
 from .proof_runs import MATCHED, MIDDLE, RANDOM, RUNS, SHORT, base_of, summarize
 from .style import COLUMN, PAGE, SERIES, STYLE, save
 
 DOTTED = (0, (1, 1.2))
 LOOKS = {RANDOM: SERIES["random"],
-         "greedy-1000": dict(color="#e0a458", marker="^", linestyle=DOTTED),
+         "greedy-1000": dict(color=POOLS[1000], marker="^", linestyle=DOTTED),
          MATCHED: SERIES["matched"],
-         "greedy-100000": dict(color="#7a1f3d", marker="v", linestyle=DOTTED),
-         "greedy-1000000": dict(color="#2a7f62", marker="D", linestyle=DOTTED)}
+         "greedy-100000": dict(color=POOLS[100_000], marker="v", linestyle=DOTTED),
+         "greedy-1000000": dict(color=POOLS[1_000_000], marker="D", linestyle=DOTTED)}
 DIFFUSION = {"diffusion-random": SERIES["random"], "diffusion-greedy-10000": SERIES["matched"]}
 PEERS = ["greedy-1000", MATCHED, "greedy-100000", "greedy-1000000", "optimal-10000", "assigned-256", "nearest-16"]
 BY_COST = [MATCHED, "inner-10000", "greedy-100000", "inner-100000"]
@@ -140,7 +140,9 @@ def draw_share(axes: Axes, shares: list[dict], look: dict, top: float) -> None:
 
 @matplotlib.rc_context(STYLE)
 def side_by_side(rows: list[dict], names: list[str], images: int | None) -> Figure | None:
-    """Distance of each run ÷ that of random pairs, after so many images (None: all that it saw): mean, range, by steps.
+    """The ratio of each run's distance to that of random pairs, by sampling steps: mean and range over seeds.
+
+    images  training images after which to compare; None: all that the run saw
     """
     ratios = {name: by_steps for name in names if name in RUNS and (by_steps := ratios_of(rows, name, images))}
     if not ratios:

@@ -6,7 +6,7 @@ import shlex
 import shutil
 
 import pytest
-from support import TINY, make_images
+from support import TINY, files_of, make_images
 
 import dansm
 from dansm.scale.base import machine
@@ -185,6 +185,7 @@ def test_rates_are_measured_only_when_asked_for_and_of_runs_without_one(run, thr
     write_csv(out / "speed.csv", [{**known, "gpu": "CPU"}, {**known, "gpu": "another"}])
     code, said, err = run(*three, "--only", "rates")
     assert (code, err) == (0, "") and "random: how fast" not in said and "assigned-256: how fast" in said
+    assert f"written: {out / 'speed.csv'}" in said
     rows = {(row["run"], row["gpu"]): row for row in table(tmp_path, "speed.csv")}
     assert list(rows) == [("random", "CPU"), ("random", "another"), ("greedy-10000", "CPU"), ("assigned-256", "CPU")]
     new = {name: float(value) for name, value in rows["assigned-256", "CPU"].items() if name not in ("run", "gpu")}
@@ -210,9 +211,9 @@ def test_other_images_are_refused_and_rows_keep_their_card(done, run, three, tmp
         "random": "CPU", "greedy-10000": "another card", "assigned-256": "another card"}
 
 
-def test_the_prior_is_tested_once_there_are_images_for_a_whole_pool(run, three, tmp_path, monkeypatch):
+def test_the_prior_is_tested_once_there_are_images_for_a_whole_pool(run, refused, three, tmp_path, monkeypatch):
     only = (*three, "--only", "prior", "--minutes", 5)
-    assert "there are 40" in run(*only)[1]
+    assert "40 images" in refused(*only) and files_of(tmp_path / "out") == []
     monkeypatch.setattr(proof, "PRIOR", 16)
     monkeypatch.setattr(proof, "WAYS", [prior.Way("drawn", "random", 0)])
     assert run(*only)[0] == 0
@@ -230,9 +231,21 @@ def test_the_prior_is_tested_once_there_are_images_for_a_whole_pool(run, three, 
     assert code == 2 and err.count("\n") == 1 and "41 images" in err and path.read_text() == kept
 
 
-def test_no_minutes_left_begin_nothing(run, three, tmp_path):
-    code, said, err = run(*three, "--minutes", 1e-9)
-    assert (code, err) == (0, "") and "4 runs of 4 to go" in said and not (tmp_path / "work").exists()
+def test_no_minutes_left_begin_nothing(run, three, tmp_path, monkeypatch):
+    monkeypatch.setattr(proof, "fit", lambda *_: pytest.fail("it trains"))
+    for names in ("random,greedy-10000,assigned-256", "random,greedy-10000,assigned-256,rates", "rates"):
+        code, said, err = run(*three, "--minutes", 1e-9, "--only", names)
+        assert (code, err) == (0, "") and ("4 runs of 4 to go" in said or names == "rates")
+
+
+def test_a_table_of_other_images_is_refused_before_anything_is_trained(refused, three, tmp_path):
+    (tmp_path / "out").mkdir()
+    write_csv(tmp_path / "out" / "distances.csv", [ROW])
+    before = (tmp_path / "out" / "distances.csv").read_bytes()
+    said = refused(*three, "--only", "random")
+    assert "data" in said and "some" in said and "40 images" in said
+    assert files_of(tmp_path / "out") == ["distances.csv"] and not (tmp_path / "work").exists()
+    assert (tmp_path / "out" / "distances.csv").read_bytes() == before
 
 
 def test_some_runs_alone_lie_next_to_the_tables_and_unknown_ones_are_refused(run, refused, three, tmp_path):
