@@ -12,31 +12,34 @@ from dansm import BadInput
 from ..base import files, machine, statistics, text
 from ..model.load import load_models
 from ..studies.pairs import own_pairs
-from .options import Batch, Device, Labels, Models, Out, Precision, SampleSteps, Seed, command_app
+from . import options
 
-app = command_app()
+app = options.command_app()
 
 
 @app.command()
 def compare(
-    models: Models,
+    models: options.Models,
     count: Annotated[int, typer.Option(min=2, help="number of noises")] = 256,
     shown: Annotated[int, typer.Option(min=1, max=16, help="how many of them the picture shows")] = 8,
-    steps: SampleSteps = 20,
-    labels: Labels = None,
-    batch: Batch = 64,
-    precision: Precision = "auto",
-    seed: Seed = 0,
-    device: Device = "auto",
-    out: Out = Path("runs/compare"),
+    steps: options.SampleSteps = 20,
+    guidance: options.Guidances = "1",
+    guidance_interval: options.GuidanceInterval = "0,1",
+    labels: options.Labels = None,
+    batch: options.Batch = 64,
+    precision: options.Precision = "auto",
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    out: options.Out = Path("runs/compare"),
 ) -> None:
     """Compare what several models make of the same noises (the paper's first foundation)."""
     from ..studies import figures
 
-    if len(models) < 2:
-        raise BadInput(f"MODELS is {models[0]} alone: expected two or more to compare")
+    loaded = load_models(models, [steps], labels=labels, guidance=guidance, interval=guidance_interval)
+    if len(loaded) < 2:
+        raise BadInput(f"MODELS is {models[0]} alone: expected two or more to compare, or several --guidance")
     device = machine.pick_device(device)
-    loaded = [model.on(device, precision) for model in load_models(models, [steps], labels=labels)]
+    loaded = [model.on(device, precision) for model in loaded]
     for model in loaded[1:]:
         if model.shape != loaded[0].shape:
             raise BadInput(f"{model.path} makes samples {model.shape}, {loaded[0].path} {loaded[0].shape}: expected "

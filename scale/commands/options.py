@@ -29,6 +29,10 @@ Batch = Annotated[int, typer.Option(min=1, help="samples drawn together")]
 SampleBatch = Annotated[int, typer.Option(
     min=0, help="images drawn together; 0: what half of a GPU's free memory holds, up to 2,000, or 64")]
 Solver = Annotated[Literal["euler", "heun"], typer.Option(help="heun takes two evaluations a step")]
+Guidance = Annotated[str, typer.Option(
+    help="how far a sample goes beyond what its label alone predicts: 1 no further, 0 as without labels")]
+Guidances = Annotated[str, typer.Option("--guidance", help="comma-separated, each as for dansm sample")]
+GuidanceInterval = Annotated[str, typer.Option(help="first and last time of the guidance; 0 is noise, 1 is data")]
 Precision = Annotated[Literal["auto", "bf16", "fp16", "fp32"], typer.Option(
     help="of the network; auto: bf16, on older GPUs fp16, on the CPU fp32")]
 Autoencoder = Annotated[Path, typer.Option(

@@ -12,49 +12,60 @@ from dansm import BadInput
 
 from ..base.files import make_folder, read_json, write_json
 from ..base.machine import hardware, pick_device
-from ..base.text import Stopped, counted, say, say_files, with_bar
+from ..base.text import Stopped, counted, say, say_files, shorten, with_bar
 from ..model import sampling
 from ..model.checkpoint import newest
-from ..model.load import load_model
-from .options import DecodeMemory, DecodeWith, Device, Model, Out, Precision, SampleBatch, Seed, Solver, command_app
+from ..model.load import load_models
+from . import options
 
 SHOWN = 400  # images in samples.png at most
+COLUMNS = 20  # classes at most of which each gets columns of its own there
 
-app = command_app()
+app = options.command_app()
 
 
 @app.command()
 def sample(
-    model: Model,
+    model: options.Model,
     count: Annotated[int, typer.Option(min=1, help="number of images")] = 64,
     steps: Annotated[int, typer.Option(min=1, help="steps from noise to image; more is better and slower")] = 20,
-    solver: Solver = "euler",
-    batch: SampleBatch = 0,
+    solver: options.Solver = "euler",
+    classes: Annotated[str | None, typer.Option(
+        "--class", help="comma-separated names or numbers of classes, drawn in turn", show_default="all")] = None,
+    guidance: options.Guidance = "1",
+    guidance_interval: options.GuidanceInterval = "0,1",
+    batch: options.SampleBatch = 0,
     files: Annotated[bool, typer.Option(help="also write every image to a file of its own")] = False,
-    precision: Precision = "auto",
-    autoencoder: DecodeWith = None,
-    memory: DecodeMemory = None,
-    seed: Seed = 0,
-    device: Device = "auto",
-    out: Out = Path("runs/sample"),
+    precision: options.Precision = "auto",
+    autoencoder: options.DecodeWith = None,
+    memory: options.DecodeMemory = None,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    out: options.Out = Path("runs/sample"),
 ) -> None:
     """Draw images from a trained network. Image 17 of a seed is the same for any --count and --batch."""
     device = pick_device(device)
-    trained = load_model(model, solver)
-    sampling.check_steps("--steps", steps, type(trained.flow))
+    trained, *others = load_models([model], [steps], solver=solver, guidance=guidance, interval=guidance_interval)
+    if others:
+        raise BadInput(f"--guidance is {guidance}: expected one number")
+    chosen = trained.classes_of(classes)
     trained = trained.with_decoder(autoencoder, device, precision, memory)
     out = make_folder(out)
     made_from = {"checkpoint": str(trained.about["file"]), "trained_steps": trained.about["step"], "steps": steps,
                  "solver": solver, "precision": precision, "seed": seed,
                  "autoencoder": autoencoder and str(autoencoder)}
+    if chosen:
+        names = ", ".join(trained.classes[number] for number in chosen)
+        made_from |= {"class": names if classes else "all", **trained.guided_by()}
     check_folder(out, made_from, count)
     if files:
         write_json(out / "sample.json", {**made_from, "count": 0})  # so that after a kill the same call may repeat
     begin = time.perf_counter()
     ready = trained.on(device, precision)
-    batch = batch or sampling.at_once(trained.net, device)
+    batch = batch or sampling.at_once(trained.net, device, trained.guidance)
+    labels = sampling.labels_in_turn(range(count), chosen) if chosen else None
     draws = sampling.sample_images(ready.net, ready.flow, range(count), ready.shape, steps, seed=seed, batch=batch,
-                                   device=device, decode=ready.decode)
+                                   device=device, decode=ready.decode, labels=labels, guidance=ready.guidance)
     done = 0
     shown = []
     try:
@@ -68,10 +79,15 @@ def sample(
         if not shown:
             raise
     seconds = time.perf_counter() - begin
-    sampling.save_grid(torch.stack(shown), out / "samples.png")
+    columns = None
+    if 1 < len(chosen) <= COLUMNS:
+        columns = len(chosen) * max(1, round(len(shown) ** 0.5 / len(chosen)))  # so that each is of one class
+    sampling.save_grid(torch.stack(shown), out / "samples.png", columns=columns)
     write_json(out / "sample.json", {**made_from, "count": done, "recipe": trained.about["recipe"],
                                      "seconds": round(seconds, 2), "hardware": hardware(device)})
     say(f"{counted(done, 'image')} in {counted(steps, 'step')} each: {seconds:.1f} s")
+    if chosen:
+        say(f"classes in turn: {shorten(names, 300)}")
     say_files(out, "samples.png", "sample.json", *(["000000.png and so on"] if files else []))
     if done < count:
         raise Stopped(f"stopped after {done:,} of {counted(count, 'image')}")

@@ -24,6 +24,7 @@ from ..base.noise import path_noise
 from ..base.threads import ahead
 from ..data.pixels import to_uint8
 
+ROWS = 10  # of a grid by classes, at most
 NUMBER = re.compile(r"\d+(\.\d*)?|\.\d+")
 
 
@@ -102,6 +103,13 @@ def times_of(flow, steps: int) -> list[float]:
 def labels_in_turn(images: Sequence[int], classes: Sequence[int]) -> Tensor:
     """A label for each image, of the classes in turn by the image's number: (len(images),) int64."""
     return torch.tensor([classes[image % len(classes)] for image in images])
+
+
+def rows_of_classes(classes: int, columns: int) -> tuple[list[int], Tensor]:
+    """The images' numbers and labels for a grid with a row for each class, at most ROWS. In a column all have one
+    number, and so one noise."""
+    rows = min(classes, ROWS)
+    return [*range(columns)] * rows, torch.arange(rows).repeat_interleave(columns)
 
 
 def sample_images(net, flow, images: Sequence[int], shape, steps: int, *, seed: int = 0, batch: int = 64, device="cpu",

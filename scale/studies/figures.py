@@ -77,12 +77,13 @@ def draw_distances(axes, pairs: list[dict]) -> None:
 
 @matplotlib.rc_context(STYLE)
 def draw_grid(images: list[Tensor], models: list[Model], counts: list[int], side: int, path: Path) -> list[str]:
-    """Rows of steps, columns of models. images: (side², C, H, W) each, row by row."""
+    """Rows of steps, columns of models. images: (rows · side, C, H, W) each, row by row."""
     width = COLUMN if len(models) <= 3 else PAGE
     cell = (width - 0.45) / max(len(models), 2)
     titles = [textwrap.fill(model.label, max(8, int(cell * 15))) for model in models]
     lines = max(title.count("\n") + 1 for title in titles)
-    size = (0.45 + cell * len(models), 0.2 + 0.13 * lines + (cell + 0.03) * len(counts))
+    tall = cell * max(map(len, images)) / side**2
+    size = (0.45 + cell * len(models), 0.2 + 0.13 * lines + (tall + 0.03) * len(counts))
     figure = Figure(size, layout="constrained")
     figure.get_layout_engine().set(h_pad=0.03, w_pad=0.03, hspace=0.0, wspace=0.0)
     panels = figure.subplots(len(counts), len(models), squeeze=False)

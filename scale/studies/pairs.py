@@ -1,6 +1,7 @@
 """Pairs of noise and sample that studies measure: a model's own, and those of data, matched or random."""
 
 import math
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -16,20 +17,25 @@ from ..base.statistics import mean_and_std, straightness
 from ..base.text import counted, with_bar
 from ..data import loader
 from ..model.load import Model
+from ..model.sampling import guided
 
 MATCH_SIZES = (100, 1000, 10_000)  # the paper's
 SERVED_AT_ONCE = 250  # samples, the paper's batch
 
 
 @torch.no_grad()
-def own_pairs(model: Model, numbers: range, steps: int, *, seed: int, batch: int,
-              device: torch.device | str) -> tuple[Tensor, Tensor, float]:
+def own_pairs(model: Model, numbers: Sequence[int], steps: int, *, seed: int, batch: int, device: torch.device | str,
+              labels: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
     """A model's samples x from the noises z of these numbers (see `path_noise`), (N, C, H, W) each, and how far the
-    paths between them bend. Images are cut to [−1, 1], as image files would cut them."""
+    paths between them bend. Images are cut to [−1, 1], as image files would cut them. labels: (N,); by default, where
+    the model has classes, all in turn."""
     x, z, bend = [], [], 0.0
+    labels = model.labels_of(numbers) if labels is None else labels
     for start in with_bar(range(0, len(numbers), batch), f"sampling from {model.label}"):
         noise = path_noise(numbers[start : start + batch], model.shape, seed, device)
-        path = torch.stack(list(model.flow.path(model.net, noise, steps)))
+        of_batch = None if labels is None else labels[start : start + batch].to(device)
+        net = guided(model.net, of_batch, model.guidance, model.flow, steps)
+        path = torch.stack(list(model.flow.path(net, noise, steps)))
         x.append(path[-1].clamp(-1, 1) if model.draws_images else path[-1])
         z.append(noise)
         bend += straightness(path) * len(noise)

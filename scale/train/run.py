@@ -160,8 +160,10 @@ def blamed_on_data(images) -> Iterator[None]:
 
 def draw_grid(net: dansm.UNet, flow, recipe: Recipe, device: torch.device, path: Path, batch: int,
               track: Callable[[Iterable], Iterable] = iter) -> None:
-    """Write 64 images of a network as one picture, from the same noises in every grid of a run."""
+    """Write 64 images of a network as one picture, or a row of eight for each class, from the same noises in every grid
+    of a run."""
     network = sampling.sampler(net, device, recipe.precision, recipe.compile)
-    draws = sampling.sample_images(network, flow, range(64), net.shape, recipe.sample_steps, seed=recipe.seed,
-                                   batch=batch, device=device)
-    sampling.save_grid(torch.cat(list(track(draws))), path)
+    images, labels = sampling.rows_of_classes(net.classes, 8) if net.classes else (range(64), None)
+    draws = sampling.sample_images(network, flow, images, net.shape, recipe.sample_steps, seed=recipe.seed,
+                                   batch=batch, device=device, labels=labels)
+    sampling.save_grid(torch.cat(list(track(draws))), path, columns=8)

@@ -102,6 +102,73 @@ def test_samples_of_others_are_kept(refused, images, trained, tmp_path):
     assert files_of(mine) == ["samples.png"] and (mine / "samples.png").read_text() == "mine"
 
 
+# ------------------------------------------------------------------------------- classes
+
+
+NAMES = ["cat", "dog", "owl"]
+
+
+@pytest.fixture(scope="module")
+def of_classes(tmp_path_factory):
+    """A checkpoint of a network with labels, whose samples differ by them."""
+    net = awake(dansm.UNet(**TINY, channels=3, size=16, classes=3))
+    return checkpoint.save(tmp_path_factory.mktemp("of_classes"), state_to_save(net, classes=NAMES))
+
+
+def test_classes_are_drawn_in_turn_or_those_that_are_named(run, of_classes, tmp_path):
+    options = "--steps", 2, "--files", "--device", "cpu"
+    code, said, _ = run("sample", of_classes, "--count", 6, *options, "--out", tmp_path / "all")
+    assert code == 0 and "cat, dog, owl" in said
+    assert Image.open(tmp_path / "all" / "samples.png").size == (3 * 34 + 2, 2 * 34 + 2)
+    turn = drawn(tmp_path / "all", 6)
+    for names, count, shared in (("dog", 5, (1, 4)), ("1", 5, (1, 4)), ("owl,dog,0", 6, (1, 4)), ("0,owl", 6, (0, 5))):
+        out = tmp_path / names
+        code, said, _ = run("sample", of_classes, "--count", count, "--class", names, *options, "--out", out)
+        assert code == 0 and ("dog" in said) == (names != "0,owl")
+        same = [number for number, (a, b) in enumerate(zip(drawn(out, count), turn, strict=False))
+                if abs(a - b).max() <= 1]
+        assert same == list(shared)
+
+
+def test_guidance_changes_the_images_and_1_does_not(run, of_classes, tmp_path):
+    def images(*options):
+        out = tmp_path / "-".join(options)
+        assert run("sample", of_classes, "--count", 4, "--steps", 4, "--device", "cpu", *options, "--out", out)[0] == 0
+        return (out / "samples.png").read_bytes()
+
+    plain = images()
+    assert images("--guidance", "1") == plain == images("--guidance", "9", "--guidance-interval", "0.8,1")
+    assert len({plain, images("--guidance", "3"), images("--guidance", "0"),
+                images("--guidance", "3", "--guidance-interval", "0,0.5")}) == 4
+
+
+def test_images_of_another_class_or_guidance_are_not_mixed_in(run, refused, of_classes, tmp_path):
+    call = ("sample", of_classes, "--count", 4, "--steps", 2, "--files", "--guidance", 2, "--class", "dog",
+            "--out", tmp_path / "out")
+    for _ in range(2):
+        assert run(*call)[0] == 0
+    described = json.loads((tmp_path / "out" / "sample.json").read_text())
+    assert (described["class"], described["guidance"], described["guidance_interval"]) == ("dog", 2, "0,1")
+    for option, value, named in (("--class", "cat", "class dog → cat"), ("--guidance", 1, "guidance 2.0 → 1.0"),
+                                 ("--guidance-interval", "0,0.5", "guidance_interval 0,1 → 0,0.5")):
+        assert named in refused(*call, option, value)
+    assert run(*call, "--class", "1")[0] == 0  # the same class
+
+
+def test_what_classes_and_guidance_cannot_be_is_refused(refused, of_classes, trained, tmp_path):
+    no_dropout = awake(dansm.UNet(**TINY, channels=3, size=16, classes=3, label_dropout=0.0))
+    no_dropout = checkpoint.save(tmp_path, state_to_save(no_dropout, classes=NAMES))
+    for model, options, named in (
+            (of_classes, ("--class", "cow"), "--class is 'cow': expected one of cat, dog, owl"),
+            (of_classes, ("--guidance", "1,2"), "--guidance is 1,2"), (trained, ("--class", "cat"), "--class is cat"),
+            (of_classes, ("--guidance", "2", "--guidance-interval", "1"), "--guidance-interval is '1'"),
+            (trained, ("--guidance", "2"), "trained without labels"),
+            (no_dropout, ("--guidance", "2"), "--label-dropout 0")):
+        said = refused("sample", model, *options, "--out", tmp_path / "out")
+        assert named in said and "expected" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_same_call_repeats_after_a_kill(run, trained, tmp_path, monkeypatch):
     call = "sample", trained, "--count", 4, "--batch", 2, "--steps", 2, "--files", "--out", tmp_path / "out"
     save = sampling.save_grid

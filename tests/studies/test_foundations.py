@@ -139,6 +139,55 @@ def test_grid_has_a_cell_for_each_model_and_count_of_steps(result, runs, monkeyp
     assert [tuple(cell.shape) for cell in cells[0]] == [(4, 3, 8, 8)] * 6
 
 
+@pytest.fixture(scope="module")
+def of_classes(tmp_path_factory, images):
+    """A run of a network with twelve classes."""
+    folder = tmp_path_factory.mktemp("runs") / "of_classes"
+    folder.mkdir()
+    net = awake(dansm.UNet(**NETWORK, classes=12))
+    checkpoint.save(folder, state_to_save(net, data=str(images), classes=[f"c{number}" for number in range(12)]))
+    return folder
+
+
+def test_own_pairs_of_a_model_with_classes_have_them_in_turn_whatever_the_batch(of_classes):
+    for model in load_models([of_classes], [3], guidance="1,2"):
+        model = model.on(CPU)
+        x, z, _ = pairs.own_pairs(model, range(5, 12), 3, seed=4, batch=3, device="cpu")
+        labels = torch.tensor([5, 6, 7, 8, 9, 10, 11])
+        drawn = torch.cat(list(sample_images(model.net, model.flow, range(5, 12), model.shape, 3, seed=4,
+                                             labels=labels, guidance=model.guidance)))
+        assert torch.equal(z, path_noise(range(5, 12), (3, 8, 8), 4))
+        assert (to_uint8(x).int() - drawn.int()).abs().max() <= 1
+        others, *_ = pairs.own_pairs(model, range(5, 12), 3, seed=4, batch=3, device="cpu", labels=labels - 1)
+        assert not torch.equal(x, others)
+
+
+def test_a_grid_of_classes_has_a_row_for_each_of_ten_and_a_column_for_each_guidance(result, of_classes, runs,
+                                                                                   monkeypatch):
+    cells = []
+    draw = figures.draw_grid
+    monkeypatch.setattr(figures, "draw_grid", lambda images, *rest: cells.append(images) or draw(images, *rest))
+    found, said = result("grid", of_classes, "--steps", "2", "--side", 2, "--guidance", "1,3")
+    assert "c0, c1, c2, c3, c4, c5, c6, c7, c8, c9\n" in said
+    assert [model["guidance"] for model in found["models"]] == [1, 3]
+    plain, guided = cells[0]
+    assert plain.shape == guided.shape == (20, 3, 8, 8) and not torch.equal(plain, guided)
+    model = load_models([of_classes], [2])[0].on(CPU)
+    x, *_ = pairs.own_pairs(model, [1] * 3, 2, seed=0, batch=64, device="cpu", labels=torch.tensor([0, 4, 9]))
+    torch.testing.assert_close(plain[[1, 9, 19]], x, atol=1e-4, rtol=0)
+    result("grid", of_classes, runs["a"], "--steps", "2,3", "--side", 1)
+    assert [len(cell) for cell in cells[1]] == [10, 1, 10, 1]
+
+
+def test_guidances_are_compared_as_models_are(result, refused, of_classes, runs):
+    found, _ = result("compare", of_classes, "--guidance", "1,0,1.5", "--count", 12, "--steps", 2, "--label", "x")
+    assert [pair["models"] for pair in found["pairs"]] == [
+        ["x", "x, guidance 0"], ["x", "x, guidance 1.5"], ["x, guidance 0", "x, guidance 1.5"]]
+    assert all(pair["same"]["mean"] > 0 for pair in found["pairs"])
+    assert "alone" in refused("compare", of_classes)
+    assert "trained without labels" in refused("compare", of_classes, runs["a"], "--guidance", "2")
+
+
 def test_images_are_tiled_with_white_lines_between():
     axes = Figure().subplots()
     figures.show_images(axes, torch.linspace(-1, 1, 4).view(4, 1, 1, 1).expand(4, 1, 2, 2), columns=2)

@@ -10,12 +10,15 @@ import types
 import numpy as np
 import pytest
 import torch
+from models import awake
+from PIL import Image
 from runs import at_step, contents_of, losses_of, same_run
-from support import FAST, files_of, log_of, same, state_of
+from support import CPU, FAST, TINY, files_of, log_of, same, state_of
 
 import dansm
 from dansm.scale.matching import others
 from dansm.scale.model import checkpoint, sampling
+from dansm.scale.model.recipe import Recipe
 from dansm.scale.train import run as training
 from dansm.scale.train import watch
 from dansm.scale.train.stop import Decide
@@ -287,6 +290,23 @@ def test_grids_of_samples_are_of_the_same_noise_and_change_nothing(run, images, 
     assert same_run(tmp_path / "with", tmp_path / "without")
     assert batches[:3] == [4, 4, 4]  # a step had memory for as many
     assert log_of(tmp_path / "with")[-1]["seconds"] < 1000  # grids are no training
+
+
+def test_a_grid_of_classes_has_a_row_for_each_with_the_same_noise_in_a_column(tmp_path, monkeypatch):
+    net = awake(dansm.UNet(**TINY, channels=3, size=8, classes=3)).eval()
+    settings = Recipe(data="x", sample_steps=2)
+
+    def pixels():
+        training.draw_grid(net, dansm.RectifiedFlow(), settings, CPU, tmp_path / "grid.png", batch=5)
+        grid = np.array(Image.open(tmp_path / "grid.png")).astype(int)
+        return grid[2:].reshape(3, 18, 8 * 18 + 2, 3)  # a line between images is two pixels wide
+
+    cat, dog, owl = pixels()
+    assert abs(cat - dog).max() > 1 and abs(dog - owl).max() > 1
+    with torch.no_grad():
+        net.label.weight[:] = net.label.weight[0].clone()
+    for row in pixels():
+        assert abs(row - cat).max() <= 1
 
 
 def test_as_many_checkpoints_are_kept_as_said(run, images, tmp_path):
