@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dansm import BadInput
 
+from ..base.machine import lacks_memory
 from ..base.text import shorten
 
 INCEPTION = "inception"
@@ -30,6 +31,7 @@ class Extractor(NamedTuple):
     name: str  # "inception", "efficientnet-lite0" or module:callable
     key: str  # changes with its code or weights: only results of equal keys can be compared
     extract: Callable[[Tensor], tuple[Tensor, Tensor | None]]  # uint8 (N, 3, H, W) → features (N, D), logits or None
+    option: str = "--features"  # that chose it
 
     @property
     def distances(self) -> tuple[str, str]:
@@ -37,16 +39,18 @@ class Extractor(NamedTuple):
         return ("fid", "kid") if self.name == INCEPTION else ("frechet_distance", "kernel_distance")
 
 
-def load_extractor(features: str, device: torch.device, weights: Path | None = None) -> Extractor:
-    """The network called `features`, on the device. weights: a file with Inception's, None: downloaded at first use."""
+def load_extractor(features: str, device: torch.device, weights: Path | None = None,
+                   option: str = "--features") -> Extractor:
+    """The network called `features`, on the device. weights: a file with Inception's, None: downloaded at first use.
+    option: what messages call `features`."""
     importlib.import_module("torch_fidelity")  # which every evaluation needs
     if features == "scale.evaluate:efficientnet_lite0":
-        raise BadInput(f"features of {features} are now called {LITE0}")
+        raise BadInput(f"{option} {features} is now {option} {LITE0}")
     if features == INCEPTION:
         return _load_inception(device, weights)
     if weights is not None:
         raise BadInput(f"--inception-weights is {weights}, with features of {features}: expected one of the two")
-    return _load_lite0(device) if features == LITE0 else _load_callable(features)
+    return _load_lite0(device) if features == LITE0 else _load_callable(features, option)
 
 
 def _load_inception(device: torch.device, weights: Path | None) -> Extractor:
@@ -86,7 +90,7 @@ def _load_lite0(device: torch.device) -> Extractor:
     return Extractor(LITE0, f"{LITE0} {digest_of_weights(net.state_dict())}", extract)
 
 
-def _load_callable(features: str) -> Extractor:
+def _load_callable(features: str, option: str) -> Extractor:
     """The callable of that name, from the Python path or the working folder. Its key changes with the module's file."""
     module_name, _, name = features.partition(":")
     sys.path.append(os.getcwd())
@@ -97,10 +101,20 @@ def _load_callable(features: str) -> Extractor:
             raise TypeError(f"it is a {type(function).__name__}")
         code = Path(module.__file__).read_bytes()
     except Exception as error:  # a module may raise anything
-        raise BadInput(f"--features or --evaluate-features is {features}, which cannot be imported ({error}): expected "
-                       f"{INCEPTION}, {LITE0} or module:callable") from error
+        raise BadInput(f"{option} is {features}, which cannot be imported ({error}): expected {INCEPTION}, {LITE0} or "
+                       "module:callable") from error
+
+    def extract(images: Tensor) -> tuple[Tensor, None]:
+        try:
+            return function(images).detach().float(), None
+        except Exception as error:  # a callable may raise anything
+            if lacks_memory(error):
+                raise
+            raise BadInput(f"{option} is {features}, which fails on images ({shorten(str(error), 150)}): expected a "
+                           "callable that makes features (N, D) of uint8 images (N, 3, H, W)") from error
+
     key = f"{features} {hashlib.blake2b(code, digest_size=8).hexdigest()}"
-    return Extractor(features, key, lambda images: (function(images), None))
+    return Extractor(features, key, extract, option)
 
 
 def digest_of_weights(weights: dict[str, Tensor]) -> str:
@@ -121,8 +135,8 @@ def features_of(images: Tensor, extractor: Extractor, device: torch.device) -> t
     features, logits = extractor.extract(images.to(device).expand(-1, 3, -1, -1))
     features = features.detach().float()
     if features.ndim != 2 or len(features) != len(images) or not features.isfinite().all():
-        raise BadInput(f"--features or --evaluate-features is {extractor.name}, which made {tuple(features.shape)} "
-                       f"from {len(images)} images, or numbers that are not finite: expected finite ones (N, D)")
+        raise BadInput(f"{extractor.option} is {extractor.name}, which made {tuple(features.shape)} from {len(images)} "
+                       "images, or numbers that are not finite: expected finite ones (N, D)")
     return features, logits
 
 

@@ -55,7 +55,7 @@ class Evaluation:
         check_real(images)
         weights = Path(recipe.inception_weights) if recipe.inception_weights else None
         with first_before_others():  # it may download them
-            self.extractor = load_extractor(recipe.evaluate_features, device, weights)
+            self.extractor = load_extractor(recipe.evaluate_features, device, weights, "--evaluate-features")
         if self.rank == 0:
             from ..evaluate.measures import floor
 

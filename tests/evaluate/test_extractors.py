@@ -5,6 +5,7 @@ import sys
 import urllib.error
 import warnings
 
+import features
 import pytest
 import torch
 import torch.nn.functional as F
@@ -109,11 +110,19 @@ def test_a_module_in_the_working_folder_is_found_and_its_change_makes_another_ex
 @pytest.mark.parametrize(("features", "named"), [
     ("nothing", "nothing"), ("no_such_module:f", "no_such_module"), ("features:no_such", "no_such"),
     ("features:NO_FUNCTION", "a dict"), ("features:of_three", "(3, 4) from 24 images"),
-    ("features:not_finite", "not finite")])
-def test_what_makes_no_features_is_refused(features, named):
-    with pytest.raises(BadInput) as refusal:
-        features_of(digits(24)[0], load_extractor(features, CPU), CPU)
-    assert "--features" in str(refusal.value) and named in str(refusal.value)
+    ("features:not_finite", "not finite"), ("json:loads", "fails on images"), ("json:dumps", "fails on images"),
+    ("builtins:len", "cannot be imported"), ("statistics:NormalDist", "fails on images")])
+@pytest.mark.parametrize("option", ["--features", "--evaluate-features"])
+def test_what_makes_no_features_is_refused(features, named, option):
+    with pytest.raises(BadInput, match=f"^{option} is {features}, ") as refusal:
+        features_of(digits(24)[0], load_extractor(features, CPU, option=option), CPU)
+    assert named in str(refusal.value) and "expected" in str(refusal.value)
+
+
+def test_features_that_need_more_memory_are_not_the_callables_fault(monkeypatch):
+    monkeypatch.setattr(features, "of_three", lambda images: torch.empty(2**60))
+    with pytest.raises(RuntimeError, match="memory"):
+        features_of(digits(4)[0], load_extractor("features:of_three", CPU), CPU)
 
 
 def test_the_former_name_of_lite0_is_refused_naming_the_new_one():
