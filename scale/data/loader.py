@@ -101,15 +101,20 @@ def find_source(name: str, size: int | None, skip_unreadable: bool) -> Source:
     return Source(path, files_of(path), size, skip_unreadable)
 
 
-def _cifar10(size: int | None) -> np.ndarray:
-    """(N, 3, H, W) uint8"""
+def read_cifar10():
+    """The training images as torchvision has them, downloaded into data/ at first use."""
     from torchvision.datasets import CIFAR10
 
     try:
-        images = CIFAR10("data", download=True).data
+        return CIFAR10("data", download=True)
     except (OSError, RuntimeError) as error:
         raise BadInput(f"CIFAR-10 is not in data/ and could not be downloaded ({error}): expected a connection, or "
                        "the path of a folder of images") from error
+
+
+def _cifar10(size: int | None) -> np.ndarray:
+    """(N, 3, H, W) uint8"""
+    images = read_cifar10().data
     if size is not None:
         images = np.stack([square(Image.fromarray(image), size) for image in images])
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
@@ -166,7 +171,8 @@ def _find(kept: Path, source: Source) -> Decoded | None:
         array = np.load(kept, mmap_mode="c", allow_pickle=False)
         if index["digest"] != source.digest or (index["left_out"] and not source.skip_unreadable):
             return None
-        return array[: index["count"]], [Path(path) for path in index["left_out"]]
+        left_out = [source.path / Path(path).relative_to(index["source"]) for path in index["left_out"]]
+        return array[: index["count"]], left_out
     except (OSError, ValueError, LookupError, TypeError):
         return None
 

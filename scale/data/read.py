@@ -26,6 +26,7 @@ LARGEST = 2**30  # bytes of one file in an archive: a hundred times any image to
 SWELLS = 200  # times its packed size, which no photograph comes near; only for files large enough to hurt
 HURTS = 2**24
 EXPECTED = "expected a folder of images, a .zip or .tar of them, an LSUN lmdb, .npy latents, or cifar10"
+LABELS = "labels.npy"  # in a folder of images or latents, whose labels it holds
 VERSION = 1  # a change makes all caches decode again
 
 # (place in the order of names, path for the user, which may lead into an archive, what reads it) of each file
@@ -94,6 +95,15 @@ class Source:
             warnings.simplefilter("error", Image.DecompressionBombWarning)  # for images up to twice Pillow's limit
             yield count, ((place, path, partial(read_image, path, read, self.size)) for place, path, read in files)
 
+    def paths(self) -> list[Path]:
+        """The path of each image or latent, which may lead into an archive, in their order. No image is read."""
+        if self.files == [self.path] and self.path.name.lower().endswith(TARS):
+            return [self.path / name.lstrip("/") for name in sorted(_names_in_tar(self.path), key=PurePosixPath)]
+        with self.open() as (count, entries):
+            named = [(place, path) for place, path, _ in entries]
+        ends = [place for place, _ in named[1:]] + [count]
+        return [path for (place, path), end in zip(named, ends, strict=True) for _ in range(place, end)]
+
     def decoded(self, entries: Entries, work: Callable | None = None, threads: int = 0,
                 depth: int = 0) -> Iterator[tuple]:
         """Yield (place, path, array (n, C, H, W), work(array)) of each entry, computed by threads up to `depth` and a
@@ -142,7 +152,7 @@ def files_of(source: Path) -> list[Path]:
     files = [Path(folder) / name for folder, _, names in os.walk(source, onerror=refuse, followlinks=True)
              for name in names]
     images = [path for path in files if path.suffix.lower() in SUFFIXES]
-    latents = [path for path in files if path.suffix.lower() == ".npy"]
+    latents = [path for path in files if path.suffix.lower() == ".npy" and path != source / LABELS]
     if images and latents:
         raise BadInput(f"{source} holds images ({min(images)}) and latents ({min(latents)}): expected one kind alone")
     if not images and not latents:
@@ -227,8 +237,7 @@ class _Header(tarfile.TarInfo):
 @contextmanager
 def _open_tar(source: Path) -> Iterator[Opened]:
     """The images of a tar, read in one go, as a compressed one can be; each image's place is that of its name."""
-    with _naming(source):
-        names = [name for name, _ in _tar_members(source)]
+    names = _names_in_tar(source)
     places = np.empty(len(names), int)
     places[sorted(range(len(names)), key=lambda number: PurePosixPath(names[number]))] = np.arange(len(names))
 
@@ -238,6 +247,11 @@ def _open_tar(source: Path) -> Iterator[Opened]:
                 yield place, source / name.lstrip("/"), partial(bytes, file.read())
 
     yield len(names), entries()
+
+
+def _names_in_tar(source: Path) -> list[str]:
+    with _naming(source):
+        return [name for name, _ in _tar_members(source)]
 
 
 def _tar_members(source: Path) -> Iterator[tuple[str, tarfile.ExFileObject]]:

@@ -1,0 +1,136 @@
+"""Labels of images or latents: from folders of classes, CIFAR-10, a .npy file, or the index of an encode."""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from dansm import BadInput
+
+from ..base.text import counted
+from .latents import known_on_disk
+from .loader import read_cifar10
+from .read import LABELS, Source, files_of
+
+
+class Labels(NamedTuple):
+    """The label of each image or latent.
+
+    numbers  (N,) int64, from 0 to len(names) − 1
+    names    of the classes
+    origin   where the labels were found
+    """
+
+    numbers: np.ndarray
+    names: list[str]
+    origin: str
+
+
+def load_labels(data: str, setting: str, count: int, left_out: Collection[Path] = ()) -> Labels | None:
+    """The labels of the images or latents that `load_images` gave for `data`, in their order.
+
+    setting   none     no labels
+              auto     those of cifar10, of the index that dansm encode wrote, or of labels.npy in the folder or next to
+                       the file; else each image's first folder, if all are in one of at least two; else none
+              folders  each image's first folder, in `data` or in the archive
+              a path   of a .npy file with a whole number from 0 on for each image, also for those that are left out
+    count     how many images `load_images` gave
+    left_out  the files that it left out
+
+    Raises BadInput for labels of another length or type, for a class without an image (in an index it may be), and for
+    images outside of the folders of classes.
+    """
+    labels = _find(data, setting)
+    if labels is None:
+        return None
+    numbers, names, origin = labels
+    if len(numbers) != count + len(left_out):
+        raise BadInput(f"{origin} holds {counted(len(numbers), 'label')}: expected {count + len(left_out):,}, one for "
+                       f"each image or latent of {data}")
+    if left_out:
+        unreadable = set(left_out)
+        numbers = numbers[[path not in unreadable for path in Source(Path(data), files_of(Path(data))).paths()]]
+        if lost := sorted(set(range(len(names))) - set(numbers.tolist())):
+            raise BadInput(f"no image of class {names[lost[0]]} in {data} can be read: expected some of each class")
+    return Labels(numbers, names, origin)
+
+
+def _find(data: str, setting: str) -> Labels | None:
+    """The labels of all images, also of those that cannot be read."""
+    path = Path(data)
+    if setting == "none":
+        return None
+    if setting == "folders":
+        return _of_folders(path, asked=True)
+    if setting != "auto":
+        return _of_file(Path(setting))
+    if data == "cifar10" and not path.exists():
+        cifar10 = read_cifar10()
+        return Labels(np.array(cifar10.targets), cifar10.classes, "CIFAR-10")
+    index = known_on_disk(path)
+    if "labels" in index:
+        return _of_index(path / "index.json", index)
+    file = (path if path.is_dir() else path.parent) / LABELS
+    return _of_file(file) if file.is_file() else _of_folders(path, asked=False)
+
+
+def _of_index(path: Path, index: dict) -> Labels:
+    """The labels in the index of an encode."""
+    numbers = _whole_numbers(path, np.asarray(index["labels"]))
+    names = index.get("classes", [])
+    if numbers.max(initial=-1) >= len(names):
+        raise BadInput(f"{path} holds labels up to {numbers.max()} and {counted(len(names), 'class')}: expected a "
+                       "class for each")
+    return Labels(numbers, names, str(path))
+
+
+def _of_file(path: Path) -> Labels:
+    """The labels in a .npy file; the names of the classes are their numbers."""
+    if not path.is_file():
+        raise BadInput(f"--labels is {path}, which is not a file: expected none, auto, folders, or a .npy file of "
+                       "whole numbers")
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise BadInput(f"{path} cannot be read as labels ({error}): expected a .npy file of whole numbers") from error
+    numbers = _whole_numbers(path, array)
+    found = np.unique(numbers).tolist()
+    if missing := set(range(len(found))) - set(found):
+        raise BadInput(f"{path} holds labels from {found[0]} to {found[-1]} without {min(missing)}: expected each "
+                       "number from 0 on, so that each class has an image")
+    return Labels(numbers, list(map(str, found)), str(path))
+
+
+def _whole_numbers(path: Path, array: np.ndarray) -> np.ndarray:
+    """The array as int64. BadInput for anything but (N,) whole numbers from 0 on."""
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise BadInput(f"{path} holds {array.dtype} {array.shape}: expected labels (N,), whole numbers from 0 on")
+    if array.min(initial=0) < 0:
+        raise BadInput(f"{path} holds labels from {array.min()} on: expected whole numbers from 0 on")
+    return array.astype(np.int64)
+
+
+def _of_folders(path: Path, asked: bool) -> Labels | None:
+    """The first folder of each image, unless there are images outside of folders, or fewer than two folders. Then None,
+    or BadInput if folders are `asked` for."""
+    files = files_of(path) if path.exists() else []
+    listed = bool(files) and files[0].name != "data.mdb"  # the images of an lmdb have keys, and there are millions
+    folders = [_first_folder(image, path) for image in (Source(path, files).paths() if listed else ())]
+    names, numbers = np.unique(folders, return_inverse=True)
+    if len(names) > 1 and "" not in folders:
+        if asked and path.is_dir():
+            inside = {folder.name for folder in path.iterdir() if folder.is_dir() and folder.name[0] != "."}
+            if empty := inside - set(names.tolist()):
+                raise BadInput(f"{path / min(empty)} holds no images: expected some in each folder of a class")
+        return Labels(numbers.astype(np.int64), names.tolist(), f"the folders of {path}")
+    if asked:
+        raise BadInput(f"--labels is folders, and {path} has images outside of folders, or fewer than two folders: "
+                       "expected each image in the folder of its class")
+    return None
+
+
+def _first_folder(image: Path, source: Path) -> str:
+    """The name of the first folder below the source, empty for an image that is in none."""
+    folder, *rest = image.relative_to(source).parts or ("",)
+    return folder if rest else ""
