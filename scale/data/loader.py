@@ -236,7 +236,8 @@ def look_alike(before: list[float], now: list[float]) -> bool:
 
 
 def batches(images: Tensor | np.ndarray | Shards, batch: int, *, seed: int = 0, flip: bool = True, start: int = 0,
-            rank: int = 0, ranks: int = 1, device=None, resident: bool | None = None) -> Iterator[Tensor]:
+            rank: int = 0, ranks: int = 1, device=None, resident: bool | None = None,
+            labels: np.ndarray | None = None) -> Iterator:
     """Endless batches (batch / ranks, C, H, W) float32 on `device`, by default where the images are.
 
     images    (N, C, H, W) uint8, served in [−1, 1], or float16 or float32 latents, served as they are; from `Shards`
@@ -244,6 +245,8 @@ def batches(images: Tensor | np.ndarray | Shards, batch: int, *, seed: int = 0, 
     rank      gets its part of each batch: the parts of all `ranks` joined in order are the batch of one process.
     resident  whether the images live on the device; None: if they take up to half of its free memory. Those
               that do not are read by threads a few batches ahead. The batches are the same to the last bit.
+    labels    (N,) int64: a batch is then (x, labels), whose labels are on the CPU, pinned where x is on a GPU, so that
+              no one waits for the GPU to read them.
 
     Each epoch is a permutation, with its own mirrored half, that depends on seed and epoch alone: batch
     number `start` is the same for a run that is resumed there. A batch may end one epoch and begin the next.
@@ -267,8 +270,10 @@ def batches(images: Tensor | np.ndarray | Shards, batch: int, *, seed: int = 0, 
         images = images.cpu().numpy() if isinstance(images, Tensor) else images
         served = _read_ahead(images, shares(torch.device("cpu"), None), device, side)
     if isinstance(images, Shards) and images.moments:
-        return _drawn(served, batch, seed, start, rank * share, device)
-    return served
+        served = _drawn(served, batch, seed, start, rank * share, device)
+    if labels is None:
+        return served
+    return _labelled(served, torch.from_numpy(labels), shares(torch.device("cpu"), None), side)
 
 
 def _may_live_on(device: torch.device, images: Tensor | np.ndarray | Shards) -> bool:
@@ -310,6 +315,14 @@ def _drawn(served: Iterator[Tensor], batch: int, seed: int, start: int, first: i
             noise = torch.randn(batch, channels // 2, *size, device=device, generator=numbers)
             mean, log_variance = moments.chunk(2, 1)
             yield mean + (log_variance / 2).exp() * noise[first : first + len(moments)]
+
+
+def _labelled(served: Iterator[Tensor], labels: Tensor, shares: Iterator[list[Tensor]],
+              side) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each batch with the labels of its rows, which a second row of epochs on the CPU gives: a GPU would make wait."""
+    with closing(served), closing(shares):
+        for x, (rows, _) in zip(served, shares, strict=False):
+            yield x, labels[rows] if side is None else labels[rows].pin_memory()
 
 
 def _finished(x: Tensor, mirrored: Tensor) -> Tensor:

@@ -109,6 +109,22 @@ def test_the_parts_of_all_ranks_joined_are_the_batches_by_the_rule(count, share,
         part.close()
 
 
+@given(count=sizes, share=st.integers(1, 12), ranks=st.integers(1, 4), start=st.integers(0, 20), seed=sizes,
+       resident=st.booleans())
+def test_labels_come_with_their_images_which_they_do_not_change(count, share, ranks, start, seed, resident):
+    images, labels = numbered(count), np.arange(count) % 7
+    settings = dict(seed=seed, start=start, ranks=ranks, resident=resident)
+    for rank in range(ranks):
+        plain = batches(images, share * ranks, rank=rank, **settings)
+        labelled = batches(images, share * ranks, rank=rank, labels=labels, **settings)
+        for _ in range(4):
+            x, of_x = next(labelled)
+            assert torch.equal(x, next(plain))
+            assert of_x.dtype == torch.int64 and torch.equal(of_x, which(x)[0] % 7)
+        plain.close()
+        labelled.close()
+
+
 @pytest.mark.parametrize("resident", [None, True, False])
 def test_images_on_the_disk_give_the_batches_of_those_in_memory(tmp_path, resident):
     images = np.random.default_rng(0).integers(0, 256, (50, 3, 4, 4), np.uint8)
@@ -137,10 +153,11 @@ def on_disk(folder, count=30):
     return np.load(folder / "a.npy", mmap_mode="c")
 
 
+@pytest.mark.parametrize("labels", [None, np.arange(30)])
 @pytest.mark.parametrize("resident", [True, False])
-def test_the_threads_end_with_the_batches(tmp_path, resident):
+def test_the_threads_end_with_the_batches(tmp_path, resident, labels):
     before = set(threading.enumerate())
-    row = batches(on_disk(tmp_path), 4, resident=resident)
+    row = batches(on_disk(tmp_path), 4, resident=resident, labels=labels)
     next(row)
     assert set(threading.enumerate()) - before
     row.close()
