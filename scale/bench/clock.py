@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dansm import BadInput
+
 from ..base import colours, files, machine, text
 from ..base.processes import ranks
 
@@ -20,7 +22,8 @@ PATIENCE = 20.0  # seconds that the calls of one piece of work may take
 def run(name: str, title: str, parts: Iterable[tuple[str, Iterable[dict]]], device: torch.device, out: Path,
         columns: str = "", caption: str = "", **about) -> dict:
     """Measure the rows of one part after the other. Writes name.json after every row and name.csv at the end into `out`
-    and prints a table of `columns`. A part that fails is named under "left_out", and the others are still measured.
+    and prints a table of `columns`. A part that fails is named under "left_out", and the others are still measured, but
+    a missing package or bad input ends the bench.
     about: what the figures depend on, kept next to them. The title is completed by the hardware."""
     files.make_folder(out)
     hardware = machine.hardware(device)
@@ -34,7 +37,7 @@ def run(name: str, title: str, parts: Iterable[tuple[str, Iterable[dict]]], devi
                 if rank == 0:
                     files.write_json(out / f"{name}.json", bench)
         except Exception as error:
-            if processes > 1:  # the others would wait for this one
+            if processes > 1 or isinstance(error, ModuleNotFoundError | BadInput):  # other processes would wait
                 raise
             reason = str(error).partition("\n")[0] or type(error).__name__
             bench["left_out"][part] = "not enough memory" if machine.lacks_memory(error) else reason

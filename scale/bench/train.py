@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 import dansm
-from dansm import BadInput
 
 from ..base.machine import peak
 from ..data import loader
@@ -265,7 +264,7 @@ def profile(case: str, moments: Iterator) -> Iterator[dict]:
             longest[event.name] += ms
             calls[event.name] += 1
     if not kinds:
-        raise BadInput("the profiler saw no kernel: expected a torch with CUPTI, and the right to profile")
+        raise RuntimeError("the profiler saw no kernel: expected a torch with CUPTI, and the right to profile")
     for kind, ms in kinds.most_common():
         yield {"part": "profile", "case": case, "kind": kind, "ms": round(ms, 3),
                "share": round(ms / sum(kinds.values()), 4)}

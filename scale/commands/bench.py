@@ -1,5 +1,6 @@
 """dansm bench: what matching, training and evaluating cost here."""
 
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,10 +27,16 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 def parse_shape(text: str) -> tuple[int, ...]:
     sizes = text.lower().split("x")
-    whole = all(size.isdecimal() and 0 < int(size) < 2**16 for size in sizes)
-    if not whole or len(sizes) != 3 or sizes[1] != sizes[2]:
-        raise BadInput(f"--shape is {text!r}: expected that of square images or latents, as 4x32x32")
+    if len(sizes) != 3 or not all(size.isdecimal() and 0 < int(size) < 2**16 for size in sizes):
+        raise BadInput(f"--shape is {text!r}: expected whole numbers from 1 to 65,535 as CxHxW, such as 4x32x32")
     return tuple(map(int, sizes))
+
+
+def parse_square(text: str) -> tuple[int, ...]:
+    shape = parse_shape(text)
+    if shape[1] != shape[2]:
+        raise BadInput(f"--shape is {text!r}: expected that of square images or latents, such as 4x32x32")
+    return shape
 
 
 OUT = Path("runs/bench")
@@ -37,6 +44,7 @@ MatchSizes = Annotated[list[str], typer.Option(
     help="comma-separated pool sizes", callback=lambda sizes: parse_counts("--match-size", ",".join(sizes), 2))]
 Batch = Annotated[int, typer.Option(min=1, help="samples in a batch")]
 Shape = Annotated[str, typer.Option(help="shape of one image or latent, as CxHxW", callback=parse_shape)]
+Square = Annotated[str, typer.Option(help="shape of one square image or latent, as CxHxW", callback=parse_square)]
 
 
 @app.callback()
@@ -50,6 +58,7 @@ def match(match_size: MatchSizes = ("1000,10000",), batch: Batch = 250, shape: S
     """What matching one batch costs: the paper's loop, other libraries, ours, and the machine's floor."""
     from ..bench.match import parts_of, rates
 
+    importlib.import_module("matplotlib")  # if it is missing, that is told before anything is measured
     device = pick_device(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     dansm.NoisePool(max(match_size), shape, device=device, dtype=dtype)  # refused before anything is measured
@@ -85,7 +94,7 @@ def train(
     network: Annotated[Literal["ncsnpp", "ddpm", "small"] | None, typer.Option(
         help="at --batch and --shape", show_default="the paper's two at their own")] = None,
     batch: Annotated[int, typer.Option(min=1, help="images a step, with --network")] = 250,
-    shape: Shape = "4x32x32",
+    shape: Square = "4x32x32",
     match_size: Annotated[int, typer.Option(min=2, help="noises in the pool")] = 10_000,
     samples: Annotated[int | None, typer.Option(min=1, help="images to sample [10,000, on a CPU 4]")] = None,
     first_step: Annotated[bool, typer.Option("--first-step", help="also run dansm train to its first step")] = False,
@@ -94,6 +103,7 @@ def train(
     """What training costs: whole steps, input, sampling, and where the time goes. For a GPU."""
     from ..bench.train import OURS, PAPER, TABLES, Case, parts_of
 
+    importlib.import_module("matplotlib")
     device = pick_device(device)
     cases = [Case(network, shape, batch)] if network else PAPER
     if device.type != "cuda":
@@ -120,7 +130,7 @@ def train(
 
 @app.command()
 def evaluate(
-    samples: Annotated[int | None, typer.Option(min=1, help="images to evaluate [50,000, on a CPU 1,000]")] = None,
+    samples: Annotated[int | None, typer.Option(min=4, help="images to evaluate [50,000, on a CPU 1,000]")] = None,
     seed: Seed = 0, device: Device = "auto", out: Out = OUT,
 ) -> None:
     """What evaluating costs: the features of many images, and each measure."""
@@ -162,7 +172,7 @@ def evaluation_row(features: str, images: Tensor, seed: int, device: torch.devic
 
 @app.command()
 def autoencoder(
-    shape: Shape = "4x32x32",
+    shape: Square = "4x32x32",
     samples: Annotated[int | None, typer.Option(min=1, help="image files [8,192, on a CPU 8]")] = None,
     seed: Seed = 0, device: Device = "auto", out: Out = OUT,
 ) -> None:

@@ -1,5 +1,6 @@
 """dansm digits: first images, handwritten digits of 8×8 pixels."""
 
+import importlib
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,7 @@ def digits(
     from dansm.tiny import comparison
     from dansm.tiny import digits as tiny
 
+    importlib.import_module("matplotlib")  # if it is missing, that is told before anything is trained
     marks = parse_counts("--evaluate-at", evaluate_at, at_most=steps) if evaluate_at else []
     ways = ["random", "optimal", "greedy"] if optimal else ["random", "greedy"]
     settings = tiny.Settings(match_size, batch, ways, steps, sorted({*marks, steps}), list(range(seed, seed + seeds)))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from support import CPU
 
+from dansm import BadInput
 from dansm.scale.bench import clock
 
 
@@ -38,6 +39,12 @@ def test_a_part_that_fails_is_left_out_and_the_others_are_measured(tmp_path, cap
     assert bench["left_out"] == written(tmp_path)["left_out"] == {"one": "not enough memory", "two": "no disk"}
     said = capsys.readouterr().out
     assert "one: not enough memory" in said and "two: no disk" in said
+
+
+@pytest.mark.parametrize("error", [BadInput("too few images"), ModuleNotFoundError("no", name="torch_fidelity")])
+def test_bad_input_and_a_missing_package_end_the_bench(tmp_path, error):
+    with pytest.raises(type(error)):
+        clock.run("some", "title", [("one", rows_then(error)), ("two", rows_then())], CPU, tmp_path)
 
 
 def test_one_of_several_processes_does_not_go_on_alone(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """dansm bench evaluate."""
 
 import json
+import sys
 
 import pytest
 from support import files_of
@@ -18,3 +19,10 @@ def test_the_time_of_both_networks_is_measured(run, tmp_path):
         assert row["images_per_second"] == pytest.approx(20 / row["features_s"], rel=0.2)
         assert row["within_s"] == pytest.approx(row["features_s"] + row["frechet_s"], abs=0.02)
     assert "20 images" in said and files_of(tmp_path / "out") == ["evaluate.csv", "evaluate.json"]
+
+
+def test_a_missing_package_and_too_few_images_are_told_in_one_line(refused, tmp_path, monkeypatch):
+    command = ("bench", "evaluate", "--device", "cpu", "--out", tmp_path)
+    assert "--samples" in refused(*command, "--samples", 2)
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    assert "dansm[eval]" in refused(*command, "--samples", 4)

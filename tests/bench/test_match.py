@@ -34,6 +34,13 @@ def test_each_way_is_measured_at_each_match_size(run, tmp_path):
     assert Image.open(tmp_path / "out" / "match.png").width > 100
 
 
+def test_samples_need_not_be_square(run, refused, tmp_path):
+    command = ("bench", "match", "--batch", 4, "--match-size", 8, "--device", "cpu", "--out", tmp_path)
+    assert run(*command, "--shape", "3x8x4")[0] == 0
+    assert json.loads((tmp_path / "match.json").read_text())["shape"] == [3, 8, 4]
+    assert "'3x8x4'" in refused("bench", "train", "--network", "small", "--shape", "3x8x4", "--device", "cpu")
+
+
 def test_a_way_that_would_take_too_long_is_left_out(run, tmp_path, monkeypatch):
     monkeypatch.setattr(clock, "PATIENCE", 1e-9)
     assert run(*SMALL, "--match-size", 16, "--match-size", 40, "--out", tmp_path)[0] == 0

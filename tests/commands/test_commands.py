@@ -189,6 +189,13 @@ def test_another_error_of_torch_is_not_hidden(monkeypatch):
         dansm.main(["bench", "match"])
 
 
+@pytest.mark.parametrize("command", [("digits",), ("bench", "match"), ("bench", "train", "--network", "small")])
+def test_a_missing_package_for_figures_is_told_before_anything_is_measured(refused, tmp_path, monkeypatch, command):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "dansm[toy]" in refused(*command, "--device", "cpu", "--out", tmp_path / "out")
+    assert files_of(tmp_path) == []
+
+
 @pytest.mark.parametrize("command", [("toy",), ("digits",), ("train", "x"), ("bench", "match")])
 def test_a_gpu_that_is_not_there_is_refused_naming_what_is(refused, tmp_path, monkeypatch, command):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
