@@ -13,6 +13,7 @@ One line differs from diffusers' own training; the comment "was:" shows what it 
                                                 pairs most slowly: use --steps 2000, a few minutes
 """
 
+import sys
 from functools import partial
 from statistics import fmean
 from typing import Annotated
@@ -21,12 +22,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
-from diffusers import DDIMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from torch import Tensor
 
 from dansm import NoisePool, path_length
 from dansm.tiny.comparison import MatchSize, Seeds, Steps, compare, run
 from dansm.tiny.digits import load_digits
+
+try:
+    from diffusers import DDIMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
+except ModuleNotFoundError as error:
+    sys.exit(f"the package {error.name} is missing: expected it installed, as by pip install 'dansm[peers]'")
 
 BATCH = 32
 

@@ -11,18 +11,23 @@ replacement, so some samples of a batch come twice and others not at all; a pool
     python examples/with_torchcfm.py        half a minute on two cores
 """
 
+import sys
 from functools import partial
 from statistics import fmean
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchcfm.conditional_flow_matching import ConditionalFlowMatcher, ExactOptimalTransportConditionalFlowMatcher
-from torchcfm.models import MLP
 
 from dansm import NoisePool
 from dansm.tiny.comparison import MatchSize, Seeds, Steps, compare, run
 from dansm.tiny.digits import load_digits
+
+try:
+    from torchcfm.conditional_flow_matching import ConditionalFlowMatcher, ExactOptimalTransportConditionalFlowMatcher
+    from torchcfm.models import MLP
+except ModuleNotFoundError as error:
+    sys.exit(f"the package {error.name} is missing: expected it installed, as by pip install 'dansm[peers]'")
 
 BATCH = 64
 

@@ -4,6 +4,7 @@ promises."""
 import math
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,15 @@ def test_an_example_runs_and_its_paths_get_shorter(name, capsys):
 def test_what_an_example_cannot_use_is_said_without_a_traceback(options, words):
     ended = script("bare", *options)
     assert ended.returncode == 2 and all(word in ended.stderr for word in words) and "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_an_example_without_its_package_names_the_extra_in_one_line(peer, monkeypatch):
+    for name in {peer, *(name for name in sys.modules if name.startswith(f"{peer}."))}:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(EXAMPLES[f"with_{peer}"]))
+    assert peer in ended.value.code and "dansm[peers]" in ended.value.code and "\n" not in ended.value.code
 
 
 def script(name, *options, **settings):
