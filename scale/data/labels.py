@@ -1,5 +1,6 @@
 """Labels of images or latents: from folders of classes, CIFAR-10, a .npy file, or the index of an encode."""
 
+import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
@@ -112,17 +113,19 @@ def _whole_numbers(path: Path, array: np.ndarray) -> np.ndarray:
 
 
 def _of_folders(path: Path, asked: bool) -> Labels | None:
-    """The first folder of each image, unless there are images outside of folders, or fewer than two folders. Then None,
-    or BadInput if folders are `asked` for."""
+    """The first folder of each image below what all have in common, unless there are images outside of folders, or
+    fewer than two folders. Then None, or BadInput if folders are `asked` for."""
     files = files_of(path) if path.exists() else []
     listed = bool(files) and files[0].name != "data.mdb"  # the images of an lmdb have keys, and there are millions
-    folders = [_first_folder(image, path) for image in (Source(path, files).paths() if listed else ())]
+    images = list(Source(path, files).paths()) if listed else []
+    top = Path(os.path.commonpath([image.parent for image in images])) if images else path  # archives often have one
+    folders = [_first_folder(image, top) for image in images]
     names, numbers = np.unique(folders, return_inverse=True)
     if len(names) > 1 and "" not in folders:
-        if asked and path.is_dir():
-            inside = {folder.name for folder in path.iterdir() if folder.is_dir() and folder.name[0] != "."}
+        if asked and top.is_dir():
+            inside = {folder.name for folder in top.iterdir() if folder.is_dir() and folder.name[0] != "."}
             if empty := inside - set(names.tolist()):
-                raise BadInput(f"{path / min(empty)} holds no images: expected some in each folder of a class")
+                raise BadInput(f"{top / min(empty)} holds no images: expected some in each folder of a class")
         return Labels(numbers.astype(np.int64), names.tolist(), f"the folders of {path}")
     if asked:
         raise BadInput(f"--labels is folders, and {path} has images outside of folders, or fewer than two folders: "

@@ -78,8 +78,15 @@ def test_none_gives_none_and_auto_takes_no_folders_that_may_be_no_classes(folder
     assert str(folder) in not_labelled(count=6)
 
 
-def test_one_folder_is_no_classes(tmp_path, not_labelled):
+def test_a_folder_around_the_classes_is_no_class(tmp_path):
     source = as_folder(tmp_path / "one", {f"train/{name}": content for name, content in CONTENT.items()})
+    archive = packed(tmp_path / "a.tar", {f"a/train/{name}": content for name, content in CONTENT.items()})
+    for data in (source, archive):
+        assert as_listed(load_labels(str(data), "auto", 5)) == (NUMBERS, NAMES)
+
+
+def test_one_folder_is_no_classes(tmp_path, not_labelled):
+    source = as_folder(tmp_path / "one", {f"dog/{number}.png": picture(number) for number in range(5)})
     assert load_labels(str(source), "auto", 5) is None
     assert str(source) in not_labelled(data=source)
 
