@@ -15,9 +15,11 @@ from dansm import BadInput, Diffusion
 from ..base.files import make_folder, read_json, write_csv, write_json
 from ..base.machine import hardware, number_type, pick_device
 from ..base.text import Stopped, console, counted, say, say_files, table, with_bar
+from ..data.labels import load_labels
 from ..data.latents import known_on_disk
 from ..data.loader import stream_images
 from ..data.read import Source
+from ..evaluate.by_class import Classes
 from ..evaluate.extractors import INCEPTION, LITE0, Extractor, digest_of_weights, features_of_all, load_extractor
 from ..evaluate.real_features import VERSION, Real, digest_of, real_features
 from ..model.load import Model, load_models
@@ -38,6 +40,10 @@ def evaluate(
     count: Annotated[int, typer.Option(min=2, help="images drawn for each row of the table")] = 10_000,
     size: Annotated[int | None, typer.Option(min=1, help="make the real images squares of this many pixels")] = None,
     skip_unreadable: options.SkipUnreadable = False,
+    labels: Annotated[str | None, typer.Option(
+        help="of the real images, as for dansm train", show_default="as in the models' training, or auto")] = None,
+    guidance: options.Guidances = "1",
+    guidance_interval: options.GuidanceInterval = "0,1",
     features: Annotated[str, typer.Option(help=f"{INCEPTION}, {LITE0}, or any network as module:callable")] = INCEPTION,
     inception_weights: options.InceptionWeights = None,
     autoencoder: options.DecodeWith = None,
@@ -52,32 +58,38 @@ def evaluate(
 ) -> None:
     """FID, KID, Inception Score, precision and recall of checkpoints, from the same noise, in one table.
 
+    Networks with classes draw them as often as the real images have them, and each class is measured too.
     Rows that --out has already, of the same weights, images and settings, are not measured again.
     Without a download: --features efficientnet-lite0
     """
     step_counts = parse_counts("--steps", steps, at_most=10_000)
     on = pick_device(device)
-    trained = [model.with_decoder(autoencoder, on, precision, memory)
-               for model in load_models(models, step_counts, solver=solver)]
+    trained = load_models(models, step_counts, solver=solver, guidance=guidance, interval=guidance_interval)
+    trained = [model.with_decoder(autoencoder, on, precision, memory) for model in trained]
     make_folder(out)
     known = read_rows(out / "evaluate.json")
     extractor = load_extractor(features, on, inception_weights)
     source, images = find_real(trained, data, size, skip_unreadable)
+    classes = find_classes(trained, data, labels, source, images)
     real = real_features(images, extractor, on, cache=cache.expanduser(), check=partial(check_images, trained, source))
     if data is None:
         check_images(trained, source, real.shape, real.count)
+    if classes:
+        classes.real = real
+        if not classes.measured:
+            say(f"{source} has no label for each image read: samples are drawn by class, classes are not measured")
     common = {"features": extractor.name, "data": source, "real_images": real.count, "real_digest": real.digest[:8],
               "seed": seed}
-    made_from = digest_of("floor", [VERSION, real.digest, count, seed])
+    made_from = digest_of("floor", [VERSION, real.digest, count, seed, *([classes.digest] if classes else [])])
     jobs = [(None, {"model": "real images", "made_from": made_from, **common, "count": count})]
     for model in trained:
-        jobs += jobs_of(model, step_counts, common, real, count, solver, number_type(precision, on))
+        jobs += jobs_of(model, step_counts, common, real, classes, count, solver, number_type(precision, on))
     rows = []
     try:
         for model, row in jobs:
             key = row["made_from"]
             if key not in known:
-                known[key] = row | measure(model, row, real, extractor, on, precision, batch)
+                known[key] = row | measure(model, row, real, classes, extractor, on, precision, batch)
                 write_json(out / "evaluate.json", {"rows": list(known.values()), "hardware": hardware(on)})
                 write_csv(out / "evaluate.csv", list(known.values()))
             rows.append(known[key] | {name: row[name] for name in ("model", "data", "file") if name in row})
@@ -133,8 +145,24 @@ def check_images(models: list[Model], source: str, shape: tuple[int, int, int], 
                            f"{count:,} now: expected --data, the images to compare with")
 
 
-def jobs_of(model: Model, step_counts: list[int], common: dict, real: Real, count: int, solver: str,
-            numbers: torch.dtype) -> list[tuple[Model, dict]]:
+def find_classes(models: list[Model], data: str | None, labels: str | None, source: str,
+                 images: Source) -> Classes | None:
+    """The models' classes with the labels of the real images; None for models without. BadInput for models of different
+    classes."""
+    of_classes = [model for model in models if model.classes]
+    if not of_classes:
+        return None
+    first = of_classes[0]
+    if other := next((model for model in of_classes if model.classes != first.classes), None):
+        raise BadInput(f"{first.path} and {other.path} have different classes: expected a call for each")
+    if data is None and first.draws_images:
+        labels = labels or first.about["recipe"].get("labels")
+    with images.open() as (count, _):  # those that cannot be read are counted
+        return Classes(first.classes, load_labels(source, labels or "auto", count))
+
+
+def jobs_of(model: Model, step_counts: list[int], common: dict, real: Real, classes: Classes | None, count: int,
+            solver: str, numbers: torch.dtype) -> list[tuple[Model, dict]]:
     """The rows of a model that are to be measured; "made_from" is a digest of all that their measures depend on."""
     made_from = [VERSION, real.digest, count, common["seed"], digest_of_weights(model.net.state_dict()),
                  [model.about[name] for name in ("network", "flow", "times")], solver, str(numbers)]
@@ -142,29 +170,37 @@ def jobs_of(model: Model, step_counts: list[int], common: dict, real: Real, coun
         made_from.append(model.decoder.autoencoder.identity)
     if isinstance(model.flow, Diffusion):
         made_from += [model.flow.bound, model.flow.target]
+    if model.classes:
+        made_from += [classes.digest, model.guidance]
     return [(model, {"model": str(model.path), "steps": steps, "count": count, "file": str(model.about["file"]),
-                     "trained_steps": model.about["step"], "solver": solver, **common,
+                     "trained_steps": model.about["step"], "solver": solver, **model.guided_by(), **common,
                      "numbers": str(numbers).removeprefix("torch."), "made_from": digest_of(made_from, steps)})
             for steps in step_counts]
 
 
-def measure(model: Model | None, row: dict, real: Real, extractor: Extractor, device: torch.device, precision: str,
-            batch: int) -> dict:
+def measure(model: Model | None, row: dict, real: Real, classes: Classes | None, extractor: Extractor,
+            device: torch.device, precision: str, batch: int) -> dict:
     """The measures of one row, in how many seconds and on which GPU: calls on several machines add up."""
     from ..evaluate.measures import floor, score
 
     begin = time.monotonic()
+    distance, images = extractor.distances[0], range(row["count"])
     if model is None:
         measures = floor(real, row["count"], extractor, seed=row["seed"], device=device)
+        if classes:
+            measures |= classes.floor(measures["count"], row["seed"], distance)
     else:
         net = model.on(device, precision).net
-        batch = batch or at_once(model.net, device)
-        drawn = sample_images(net, model.flow, range(row["count"]), model.shape, row["steps"], seed=row["seed"],
-                              batch=batch, device=device, decode=model.decode)
+        batch = batch or at_once(model.net, device, model.guidance)
+        labels = classes.drawn(images, row["seed"]) if model.classes else None
+        drawn = sample_images(net, model.flow, images, model.shape, row["steps"], seed=row["seed"], batch=batch,
+                              device=device, decode=model.decode, labels=labels, guidance=model.guidance)
         bar = with_bar(drawn, f"{model.label}, {counted(row['steps'], 'step')}", math.ceil(row["count"] / batch))
         features, logits = features_of_all(bar, extractor, device)
         model.net.cpu()  # only one of the models is on the GPU at a time
         measures = score(features, real, extractor, logits=logits, seed=row["seed"], device=device)
+        if model.classes:
+            measures |= classes.score(features, labels, distance)
     return {**measures, "seconds": round(time.monotonic() - begin, 2), "gpu": hardware(device)["gpu"] or "CPU"}
 
 
@@ -172,17 +208,21 @@ def report(rows: list[dict], labels: list[str], extractor: Extractor, count: int
     """Print the table, and what a reader must know to interpret it."""
     frechet, kernel = extractor.distances
     inception = extractor.name == INCEPTION
+    by_class = {f"{frechet}_class_mean": (".2f", "by class"), "label_accuracy": (".1%", "labels right")}
+    by_class = {name: column for name, column in by_class.items() if any(name in row for row in rows)}
     lines = []
     for label, row in zip(labels, rows, strict=False):  # Ctrl-C leaves out the last rows
         numbers = [f"{row[frechet]:.2f}", f"{1e3 * row[kernel]:.2f}"]
         if inception:
             numbers.append(f"{row['inception_score']:.2f}" if "inception_score" in row else "")
         lines.append([label, str(row.get("steps", "")), f"{row['count']:,}", *numbers, f"{row['precision']:.3f}",
-                      f"{row['recall']:.3f}"])
+                      f"{row['recall']:.3f}",
+                      *(format(row[name], style) if name in row else "" for name, (style, _) in by_class.items())])
     measures = ["FID", "KID·10³", "IS"] if inception else ["Fréchet", "kernel·10³"]
     available, taken = rows[0]["real_images"], rows[0]["count"]
     console.print(table(f"Distances by {extractor.name} to {available:,} images of {rows[0]['data']}",
-                        ["model", "steps", "images", *measures, "precision", "recall"], lines))
+                        ["model", "steps", "images", *measures, "precision", "recall",
+                         *(title for _, title in by_class.values())], lines))
     say(f"real images: {taken:,} of the {available:,} at random, against all")
     if min(count, available) < dimensions:
         say(f"{min(count, available):,} images are fewer than the {dimensions:,} features: distances are much too "

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch_fidelity import metric_fid, metric_isc, metric_kid, metric_prc
 
 from .extractors import Extractor
-from .real_features import Real
+from .real_features import Real, shuffled
 
 NEIGHBOUR = 3  # its distance is an image's reach in precision and recall (k in Kynkäänniemi et al. 2019)
 SUBSETS, SUBSET = 100, 1000  # of the kernel distance: how many are drawn, and images in each
@@ -55,10 +55,6 @@ def floor(real: Real, count: int, extractor: Extractor, *, seed: int = 0, device
     half = min(count, len(features) // 2)
     row |= kernel_distance(features[:half], features[-half:], kernel)
     return row | precision_recall(features[:half], features[-half:], device)
-
-
-def shuffled(features: Tensor, seed: int) -> Tensor:
-    return features[torch.from_numpy(np.random.default_rng([seed, len(features)]).permutation(len(features)))]
 
 
 def frechet_distance(features: Tensor, real: Real) -> float:

@@ -76,6 +76,11 @@ def real_features(images: Source | Tensor | np.ndarray, extractor: Extractor, de
     return real
 
 
+def shuffled(features: Tensor, seed: int) -> Tensor:
+    """The features, or labels, of the images in a random order that depends on the seed and their count alone."""
+    return features[torch.from_numpy(np.random.default_rng([seed, len(features)]).permutation(len(features)))]
+
+
 def feature_batch(device: torch.device | str) -> int:
     """How many real images are measured together: on a CPU fewer, for an estimate of the remaining time."""
     return MOST_AT_ONCE if torch.device(device).type == "cuda" else 64
@@ -87,6 +92,15 @@ def check_real(images: Tensor | np.ndarray) -> None:
         raise BadInput(f"there are {counted(len(images), 'sample')} of {images.dtype}: expected 4 images or more")
 
 
+def kept_places(count: int) -> np.ndarray:
+    """The places, in their order, of the images whose features are kept, where all `count` images can be read."""
+    return np.sort(np.argsort(_lots(count))[:KEPT])
+
+
+def _lots(count: int) -> np.ndarray:
+    return np.random.default_rng(0).random(count)
+
+
 def _read(source: Source, extractor: Extractor, batch: int, check: Callable,
           use: Callable) -> tuple[str, int, tuple[int, int, int]]:
     """Decode all images, call use(places (B,), lots (B,), images (B, C, H, W)) for each batch, and return digest, count
@@ -94,7 +108,7 @@ def _read(source: Source, extractor: Extractor, batch: int, check: Callable,
     shape = None
     with source.open() as (count, files), closing(source.decoded(files, _digest_of_image, depth=batch)) as entries:
         digests = np.zeros((count, DIGEST), np.uint8)
-        lots = np.random.default_rng(0).random(count)
+        lots = _lots(count)
         readable = (entry for entry in with_bar(entries, "real images", count) if entry[2] is not None)
         while part := list(islice(readable, batch)):
             places, _, arrays, part_digests = zip(*part, strict=True)

@@ -14,21 +14,22 @@ import dansm
 from dansm.scale.base.statistics import frechet_distance
 from dansm.scale.commands import evaluate
 from dansm.scale.data import read
+from dansm.scale.evaluate import by_class
 from dansm.scale.evaluate import real_features as room
 from dansm.scale.model import checkpoint, load
 
 NETWORK = dict(width=4, multipliers=[1], blocks=1, attention_at=[], dropout=0.0)
 
 
-def make_run(folder, flow="rectified", channels=3, size=16, data="images", **recipe):
+def make_run(folder, flow="rectified", channels=3, size=16, data="images", classes=(), **recipe):
     """A run's folder with a checkpoint of a network that does something."""
-    net = dansm.UNet(**NETWORK, channels=channels, size=size)
+    net = dansm.UNet(**NETWORK, channels=channels, size=size, classes=len(classes))
     for weight in net.parameters():
         torch.nn.init.normal_(weight, 0, 0.05)
     folder.mkdir(parents=True)
     checkpoint.save(folder, {
         "network": net.settings, "recipe": {"flow": flow, "times": "uniform", "target": "noise", "size": 0, **recipe},
-        "data": str(data), "images": None, "latents": None if channels == 3 else {},
+        "data": str(data), "images": None, "latents": None if channels == 3 else {}, "classes": list(classes),
         "training": {"step": 7, "averages": [{"decay": 0.9, "weights": net.state_dict()}]}, "ranks": [{}]})
     return folder
 
@@ -192,6 +193,98 @@ def test_real_images_that_cannot_be_read_are_named_or_left_out(run, refused, mod
     skipping = make_run(tmp_path / "skipping", data=images, skip_unreadable=True)
     assert run("evaluate", skipping, *options(tmp_path))[0] == 0
     assert {row["real_images"] for row in rows_of(tmp_path / "out")} == {23}
+
+
+# ------------------------------------------------------------------------------- classes
+
+
+@pytest.fixture
+def of_classes(tmp_path, monkeypatch):
+    """A model of three classes, of which one has half of the images, and few images are enough to measure one."""
+    monkeypatch.setattr(by_class, "LEAST", 4)
+    for name, count in (("cat", 8), ("dog", 16), ("owl", 8)):
+        make_images(tmp_path / "animals" / name, count)
+    return make_run(tmp_path / "of_classes", data=tmp_path / "animals", classes=["cat", "dog", "owl"], labels="folders")
+
+
+BY_CLASS = {"label_accuracy", "frechet_distance_class_mean", *(f"frechet_distance/{name}" for name in
+                                                               ("cat", "dog", "owl"))}
+
+
+def test_each_guidance_is_a_row_with_measures_by_class(run, of_classes, tmp_path):
+    command = ["evaluate", of_classes, *options(tmp_path, "--steps", 2, "--guidance", "1,3,0")]
+    code, said, err = run(*command, "--guidance-interval", "0.2,1")
+    assert (code, err) == (0, "") and "by class" in said and "labels right" in said and "guidance 3" in said
+    rows = rows_of(tmp_path / "out")
+    assert [(row.get("guidance"), row.get("guidance_interval")) for row in rows] == [
+        (None, None), (1, "0,1"), (3, "0.2,1"), (0, "0.2,1")]
+    assert all(row.keys() > BY_CLASS for row in rows)
+    assert len({row["frechet_distance"] for row in rows}) == 4
+    for row in rows:
+        own = [row[f"frechet_distance/{name}"] for name in ("cat", "dog", "owl")]
+        assert row["frechet_distance_class_mean"] == pytest.approx(np.mean(own)) and 0 <= row["label_accuracy"] <= 1
+    with open(tmp_path / "out" / "evaluate.csv", newline="") as file:
+        assert {line["guidance"] for line in csv.DictReader(file)} == {"", "1.0", "3.0", "0.0"}
+    run(*command, "--guidance-interval", "0.2,1")
+    assert rows_of(tmp_path / "out") == rows
+    run(*command, "--guidance", 3)
+    assert len(rows_of(tmp_path / "out")) == 5
+
+
+def test_samples_have_the_labels_that_the_real_images_have(run, of_classes, tmp_path, monkeypatch):
+    labels, draw = [], evaluate.sample_images
+
+    def kept(*arguments, **settings):
+        labels.append(settings["labels"])
+        return draw(*arguments, **settings)
+
+    monkeypatch.setattr(evaluate, "sample_images", kept)
+    assert run("evaluate", of_classes, *options(tmp_path, "--count", 200, "--batch", 100))[0] == 0
+    assert torch.equal(*labels) and labels[0].bincount().tolist() == pytest.approx([50, 100, 50], abs=20)
+    run("evaluate", of_classes, *options(tmp_path, "--count", 30, "--seed", 1, "--steps", 2))
+    assert not torch.equal(labels[2], labels[0][:30])
+
+
+def test_a_model_without_classes_beside_one_with_them_has_the_row_that_it_has_alone(run, of_classes, tmp_path):
+    plain = make_run(tmp_path / "plain", data=tmp_path / "animals")
+    run("evaluate", plain, *options(tmp_path, "--steps", 2))
+    alone = rows_of(tmp_path / "out")
+    run("evaluate", of_classes, plain, *options(tmp_path, "--steps", 2))
+    rows = rows_of(tmp_path / "out")
+    assert rows[:2] == alone and not BY_CLASS & alone[1].keys()
+    assert [row["model"] for row in rows[2:]] == ["real images", str(of_classes)]
+
+
+def test_labels_come_from_the_training_or_from_where_they_are_said_to(run, refused, of_classes, images, tmp_path):
+    def evaluated(*more):
+        code, said, _ = run("evaluate", of_classes, *options(tmp_path, "--steps", 2, *more))
+        assert code == 0
+        return rows_of(tmp_path / "out")[-1], said
+
+    row, _ = evaluated()
+    again, _ = evaluated("--data", tmp_path / "animals", "--labels", "auto")
+    assert again == row
+    row, said = evaluated("--data", images)
+    assert "classes are not measured" in said and not BY_CLASS & row.keys() and row["guidance"] == 1
+    np.save(tmp_path / "labels.npy", np.arange(24) % 3)
+    said = refused("evaluate", of_classes, *options(tmp_path, "--data", images, "--labels", tmp_path / "labels.npy"))
+    assert "labels.npy has the class 0, the model knows cat, dog, owl" in said
+    (tmp_path / "animals" / "dog" / "07.png").write_text("none")
+    row, said = evaluated("--skip-unreadable")
+    assert "classes are not measured" in said and not BY_CLASS & row.keys() and row["real_images"] == 31
+
+
+def test_what_guidance_and_classes_cannot_be_is_refused(refused, model, of_classes, tmp_path, monkeypatch):
+    monkeypatch.setattr(room, "_measure", lambda *_: pytest.fail("measured before"))
+    other = make_run(tmp_path / "other", data=tmp_path / "animals", classes=["cat", "dog"])
+    for models, more, named in (
+            ((model,), ("--guidance", "1,2"), "trained without labels"),
+            ((of_classes,), ("--guidance", "x"), "--guidance is 'x'"),
+            ((of_classes, other), (), "different classes"),
+            ((of_classes,), ("--labels", "nowhere.npy"), "nowhere.npy")):
+        said = refused("evaluate", *models, *options(tmp_path, *more))
+        assert named in said and "expected" in said
+    assert files_of(tmp_path / "out") == []
 
 
 # ------------------------------------------------------------------------------- bad input
