@@ -54,8 +54,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The names and values in a JSON file. BadInput, naming the file, if it holds none; an OSError if there is no file.
-    """
+    """The names and values in a JSON file. BadInput, naming the file, if it holds none."""
     try:
         content = json.loads(path.read_bytes())
         if not isinstance(content, dict):

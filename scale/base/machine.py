@@ -50,9 +50,9 @@ def free_memory(device) -> int:
     meminfo = Path("/proc/meminfo")
     if meminfo.exists() and (available := re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())):
         return min(1024 * int(available[1]), left_in_container())
-    if not hasattr(os, "sysconf"):  # Windows, where nothing is refused beforehand
-        return 2**62
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return 2**62  # Windows: nothing is refused beforehand
 
 
 def left_in_container(group: Path = Path("/sys/fs/cgroup")) -> int:
