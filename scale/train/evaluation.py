@@ -12,7 +12,9 @@ from dansm import BadInput
 
 from ..base.processes import everyones, first_before_others, ranks
 from ..base.text import counted, say
+from ..data.labels import Labels
 from ..data.latents import known_of
+from ..evaluate.by_class import Classes
 from ..evaluate.extractors import features_of_all, load_extractor
 from ..evaluate.real_features import check_real, real_features
 from ..model.recipe import FLOWS, Recipe
@@ -42,12 +44,14 @@ def check_evaluation(recipe: Recipe) -> None:
 
 class Evaluation:
     """Call it to evaluate the averaged network, on every process after the same step: each draws its share of the
-    images. BadInput for what cannot be evaluated."""
+    images. Labels of the images are drawn with their shares. BadInput for what cannot be evaluated."""
 
-    def __init__(self, images, run: FastTraining, flow):
+    def __init__(self, images, run: FastTraining, flow, labels: Labels | None = None):
         self.run = run
         self.flow = flow
         self.rank, self.processes = ranks()
+        self.classes = Classes(labels.names, labels) if labels else None
+        self.labels = self.classes.drawn(range(run.recipe.evaluate_count), SEED) if labels else None
         recipe, device = run.recipe, run.device
         if known_of(images) is not None:
             raise BadInput("--evaluate-every and --evaluate-at need images, and these are latents: expected neither; "
@@ -62,12 +66,14 @@ class Evaluation:
             self.real = real_features(images, self.extractor, device, cache=CACHE.expanduser())
             self.floor = floor(self.real, recipe.evaluate_count, self.extractor, seed=SEED, device=device,
                                measures=recipe.evaluate_measures)
+            if self.classes:
+                self.classes.real = self.real
+                if recipe.evaluate_measures == "all":
+                    self.floor |= self.classes.floor(self.floor["count"], SEED, self.extractor.distances[0])
 
     def __call__(self, seconds: float, show: Callable[[str], None]) -> dict:
         """A line of the log: "frechet_distance/5" is of images drawn in 5 steps, "…/real" of real images. Empty on all
         processes but the first. The run has trained `seconds`; `show` takes the text of the live line."""
-        from ..evaluate.measures import score
-
         run, recipe = self.run, self.run.recipe
         begin = time.monotonic()
         net = sampler(run.average, run.device, recipe.precision, recipe.compile)
@@ -76,21 +82,31 @@ class Evaluation:
             for steps in recipe.evaluate_steps:
                 features, logits = self._draw(net, steps, show)
                 if self.rank == 0:
-                    scores[steps] = scorer.submit(
-                        score, features, self.real, self.extractor, logits=logits, seed=SEED,
-                        device=run.device, measures=recipe.evaluate_measures)
+                    scores[steps] = scorer.submit(self._score, features, logits)
         if self.rank:
             return {}
         rows = {steps: measured.result() for steps, measured in scores.items()} | {"real": self.floor}
         line = {"step": run.step, "images": run.step * recipe.batch, "seconds": round(seconds, 2)}
         for steps, row in rows.items():
-            line |= {f"{name}/{steps}": round(float(value), 6) for name, value in row.items() if name != "count"}
+            line |= {f"{name}/{steps}": round(float(value), 6) for name, value in row.items()
+                     if name != "count" and "/" not in name}  # no line for each class
         line["evaluation_seconds"] = round(time.monotonic() - begin, 2)
         name = self.extractor.distances[0]
         label = "FID" if name == "fid" else f"Fréchet distance ({self.extractor.name})"
         values = ", ".join(f"{line[f'{name}/{steps}']:.2f} in {steps}" for steps in recipe.evaluate_steps)
         say(f"step {run.step:,}: {label} {values} steps; real images {line[f'{name}/real']:.2f}")
         return line
+
+    def _score(self, features: torch.Tensor, logits: torch.Tensor | None) -> dict:
+        """The measures of all images."""
+        from ..evaluate.measures import score
+
+        measures = self.run.recipe.evaluate_measures
+        row = score(features, self.real, self.extractor, logits=logits, seed=SEED, device=self.run.device,
+                    measures=measures)
+        if self.classes and measures == "all":
+            row |= self.classes.score(features, self.labels, self.extractor.distances[0])
+        return row
 
     def _draw(self, net, steps: int, show: Callable[[str], None]) -> tuple:
         """Features and logits of all images."""
@@ -99,8 +115,9 @@ class Evaluation:
 
         def draw() -> Iterator[torch.Tensor]:
             done = 0
+            labels = None if self.labels is None else self.labels[share.start : share.stop]
             for images in sample_images(net, self.flow, share, run.net.shape, steps, seed=SEED, device=run.device,
-                                        batch=at_once(run.average, run.device)):
+                                        batch=at_once(run.average, run.device), labels=labels):
                 done += len(images) * self.processes
                 show(f"evaluating: {min(done, count):,} of {count:,} images in {counted(steps, 'step')}")
                 yield images
