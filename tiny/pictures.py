@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import fmean
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -15,7 +16,8 @@ from matplotlib.patheffects import withStroke
 from PIL import Image
 from torch import Tensor
 
-from dansm.scale.base.colours import DATA, INK, NOISE, NOTE, PALE
+from dansm.scale.base.colours import DATA, INK, NOISE, NOTE, OPTIMAL, PALE
+from dansm.scale.base.statistics import mean_and_std
 
 FROM_NOISE_TO_DATA = LinearSegmentedColormap.from_list("flow", [NOISE, "#d98e6a", DATA])
 
@@ -76,6 +78,46 @@ def draw_flow(target: Tensor, movies: dict[str, dict[int, tuple[Tensor, str]]], 
     colours = some.quantize(64, Image.Quantize.MAXCOVERAGE)  # one palette for all frames, or the ground would flicker
     images = [image.quantize(palette=colours, dither=Image.Dither.NONE) for image in images]
     images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0, optimize=True)
+
+
+CLASSES = DATA, "#1f6f8b"
+LOOKS_OF_WAYS = (dict(color=NOISE, marker="o", linestyle="--"), dict(color=INK, marker="X"),
+                 dict(color=DATA, marker="s"), dict(color=OPTIMAL, marker="^", linestyle=":"))
+
+
+def draw_conditions(shown: dict[str, tuple[Tensor, Tensor, Tensor, Tensor]], rows: list[dict], path: Path) -> None:
+    """A column for each way: above the noises (N, 2) that the classes (N,) get, below samples (M, 2) by theirs (M,);
+    beside them W2² by steps, rows {"way", "class_told", "w2_…_steps"} of all seeds."""
+    columns = range(len(shown))
+    layout = [[*[f"{kind} {column}" for column in columns], ".", "chart"] for kind in ("noises", "samples")]
+    widths = [*[1 for _ in columns], 0.4, 1.6]
+    figure, panels = plt.subplot_mosaic(layout, figsize=(13, 4.5), width_ratios=widths)
+    figure.subplots_adjust(wspace=0.04, hspace=0.18)
+    lines = {way: [row for row in rows if row["way"] == way] for way in shown}
+    for column, (way, (z, of_noise, x, of_sample)) in enumerate(shown.items()):
+        told = fmean(row["class_told"] for row in lines[way])
+        w2 = fmean(row["w2_50_steps"] for row in lines[way])
+        for kind, points, labels, text in (("noises", z, of_noise, f"probe tells the class: {told:.0%}"),
+                                           ("samples", x, of_sample, f"W2² of a class: {w2:.3f}")):
+            panel = panels[f"{kind} {column}"]
+            panel.set(xlim=(-2.7, 2.7), ylim=(-2.7, 2.7), aspect="equal")
+            panel.axis("off")
+            colours = np.array(CLASSES)[labels.cpu().numpy()]
+            panel.scatter(*points.cpu().numpy().T, s=3, c=colours, alpha=0.7, linewidths=0)
+            note(panel, text)
+        panels[f"noises {column}"].set_title(way)
+    for kind, text in (("noises", "noises in training"), ("samples", "samples in 50 steps")):
+        panels[f"{kind} 0"].text(-0.03, 0.5, text, transform=panels[f"{kind} 0"].transAxes, rotation=90, ha="right",
+                                 va="center")
+    curves = panels["chart"]
+    steps = [int(column.split("_")[1]) for column in rows[0] if column.endswith("_steps")]
+    for (way, same), look in zip(lines.items(), LOOKS_OF_WAYS, strict=True):
+        spreads = [mean_and_std([row[f"w2_{count}_steps"] for row in same]) for count in steps]
+        curves.errorbar(steps, [value["mean"] for value in spreads], [value["std"] for value in spreads],
+                        **look, markersize=4, capsize=2, label=way)
+    name_axes(curves, "sampling steps", "W2² of a class to its data", steps, (0.01, 0.03, 0.1, 0.3, 1))
+    curves.legend(loc="center right", bbox_to_anchor=(1.03, 0.65))
+    save(figure, path)
 
 
 # ------------ The lesson ----------------------------------------------------------------------------------------------

@@ -14,10 +14,16 @@ def eight_gaussians(n: int, generator: torch.Generator) -> Tensor:
 
 def two_moons(n: int, generator: torch.Generator) -> Tensor:
     """Two half circles that reach into each other, a little blurred."""
+    return labelled_moons(n, generator)[0]
+
+
+def labelled_moons(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The two moons, (n, 2), and the moon of each point, (n,) int64: 0 is the lower one, 1 the upper one."""
     upper = torch.randint(2, (n, 1), generator=generator) * 2 - 1
     arc = _on_circle(math.pi * torch.rand(n, generator=generator))
     moons = upper * (arc - torch.tensor([0.5, 0.25]))
-    return (moons + 0.06 * torch.randn(n, 2, generator=generator)) * torch.tensor([1.15, 2.0])
+    points = (moons + 0.06 * torch.randn(n, 2, generator=generator)) * torch.tensor([1.15, 2.0])
+    return points, (upper[:, 0] + 1) // 2
 
 
 def checkerboard(n: int, generator: torch.Generator) -> Tensor:

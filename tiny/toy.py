@@ -37,20 +37,24 @@ MEASURES = {"path length": "path_length", "share crossing": "crossing", "median 
 
 class MLP(nn.Module):
     """The velocity in 2D: (B, 2) and times (B,) in [0, 999] → (B, 2). It sees place and time also as waves, which makes
-    it learn the fine parts of a shape in a third of the steps."""
+    it learn the fine parts of a shape in a third of the steps. With `classes` it is given labels (B,) too."""
 
-    def __init__(self, width: int = 64):
+    def __init__(self, width: int = 64, classes: int = 0):
         super().__init__()
+        self.classes = classes
         self.register_buffer("of_place", torch.tensor([1.0, 2.0, 4.0]))
         self.register_buffer("of_time", torch.tensor([0.5, 1.0, 2.0]) * math.pi)
         self.layers = nn.Sequential(
-            nn.Linear(2 * (1 + 2 * 3) + 1 + 2 * 3, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
+            nn.Linear(2 * (1 + 2 * 3) + 1 + 2 * 3 + classes, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
             nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2))
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         t = t[:, None] / 999
         angles = torch.cat([(x[:, :, None] * self.of_place).flatten(1), t * self.of_time], 1)
-        return self.layers(torch.cat([x, t, angles.sin(), angles.cos()], 1))
+        seen = [x, t, angles.sin(), angles.cos()]
+        if self.classes:
+            seen.append(nn.functional.one_hot(labels, self.classes))
+        return self.layers(torch.cat(seen, 1))
 
 
 def seed_for(purpose: str, seed: int) -> int:
@@ -80,10 +84,10 @@ def pool_from(z: Tensor, x: Tensor, match_size: int) -> Tensor:
 
 
 def train_flow(pairs: Iterable, steps: int, seed: int, device="cpu",
-               each_step: Callable[[Tensor], None] = lambda loss: None) -> nn.Module:
+               each_step: Callable[[Tensor], None] = lambda loss: None, classes: int = 0) -> nn.Module:
     """Train a flow on `steps` batches of pairs and return its averaged network. `each_step` gets the loss of each."""
     torch.manual_seed(seed_for("network and times", seed))
-    training = dansm.Training(MLP().to(device), lr=5e-3, decay=0.998)
+    training = dansm.Training(MLP(classes=classes).to(device), lr=5e-3, decay=0.998)
     for loss in islice(dansm.train(training, dansm.RectifiedFlow(), pairs), steps):
         each_step(loss)
     return training.average

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dansm import BadInput, cost_matrix, squared_norms
+from dansm import BadInput, cost_matrix, members_of, squared_norms
 
 
 def mean_and_std(values: Sequence[float] | Tensor) -> dict[str, float]:
@@ -24,6 +24,24 @@ def own_noise_nearest(x: Tensor, z: Tensor) -> float:
     """Share of samples whose own noise is the nearest of all, pairs (B, ...): see docs/theory.md."""
     nearest = cost_matrix(x.float(), z.float()).argmin(1)
     return (nearest == torch.arange(len(x), device=x.device)).cpu().double().mean().item()
+
+
+def told_class(z: Tensor, labels: Tensor) -> float:
+    """How often a linear probe tells the class of a sample from its noise: 1/classes is chance, 1 is always.
+
+    z: (N, ...), labels: (N,). The probe names the class with the nearest mean noise. Every fifth noise of a class is
+    held out to be told, the others make the mean. NaN if no class has five. The classes count alike, whatever their
+    sizes.
+    """
+    held_out, means = [], []
+    for members in members_of(labels, len(z), int(labels.max()) + 1).values():
+        noises = z.flatten(1)[members.to(z.device)]
+        held_out.append(noises[4::5])
+        means.append((noises.sum(0) - noises[4::5].sum(0)) / (len(noises) - len(noises[4::5])))
+    means = torch.stack(means)
+    told = [(noises @ means.T - means.square().sum(1) / 2).argmax(1) == number
+            for number, noises in enumerate(held_out)]
+    return torch.stack([right.float().mean() for right in told]).nanmean().item()
 
 
 def straightness(path: Tensor) -> float:
