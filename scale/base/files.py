@@ -58,7 +58,7 @@ def read_json(path: Path) -> Any:
     try:
         content = json.loads(path.read_bytes())
         if not isinstance(content, dict):
-            raise ValueError(f"it holds a {type(content).__name__}")
+            raise ValueError("no names in it")
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} cannot be read ({error}): expected names and values in JSON") from error
     return content
