@@ -38,9 +38,9 @@ def naive_greedy(cost):
 class NaivePool:
     """The paper's loop with lists: the nearest noise leaves the list, an empty list is filled again."""
 
-    def __init__(self, match_size, dim, cost, seed, change):
+    def __init__(self, match_size, dim, cost, seed, change, *stream):
         self.match_size, self.dim, self.cost, self.change = match_size, dim, cost, change
-        self.seed, self.number = seed, 0
+        self.seed, self.number, self.stream = seed, 0, stream
         self.noises = []
 
     def __call__(self, x):
@@ -48,7 +48,7 @@ class NaivePool:
         for sample in x.flatten(1).tolist():
             if not self.noises:
                 self.number += 1
-                drawn = drawn_for(self.seed, self.number, self.match_size, self.dim, torch.float64)
+                drawn = drawn_for(self.seed, self.number, self.match_size, self.dim, torch.float64, *self.stream)
                 self.noises = self.change(drawn).tolist()
             costs = [naive_cost(sample, z, self.cost) for z in self.noises]
             handed_out.append(self.noises.pop(costs.index(min(costs))))
@@ -64,19 +64,25 @@ class PlainPool(NoisePool):
         return self.change(super()._drawn(number))
 
 
-class ChangedFastPool(FastPool):
-    change = staticmethod(CHANGES["as drawn"])
+def changed(kind):
+    """A FastPool or one of its kind, whose noises are changed after they are drawn."""
 
-    def _draw(self, number, chunk, ours):
-        return ours.copy_(self.change(super()._draw(number, chunk, ours)))
+    class Changed(kind):
+        change = staticmethod(CHANGES["as drawn"])
+
+        def _draw(self, number, chunk, ours):
+            return ours.copy_(self.change(super()._draw(number, chunk, ours)))
+
+    return Changed
 
 
+ChangedFastPool = changed(FastPool)
 POOLS = [PlainPool, ChangedFastPool]
 
 
-def drawn_for(seed, number, match_size, dim, dtype=torch.float32):
+def drawn_for(seed, number, match_size, dim, dtype=torch.float32, *stream):
     """The noises of a pool that is drawn at once, as small ones are."""
-    generator = noise_generator(seed, "cpu", number, 0)
+    generator = noise_generator(seed, "cpu", number, 0, *stream)
     return torch.empty(match_size, dim, dtype=dtype).normal_(generator=generator)
 
 

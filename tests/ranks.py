@@ -14,11 +14,58 @@ CASES = [
     (12, [[30, 2, 30]], "random"),  # a batch of several pools
 ]
 
+# match_size of each of three groups, samples of each rank in each batch, the groups that come on each rank
+GROUPS = [
+    (6, [[9, 4, 2], [0, 7, 7], [5, 5, 5]], [[0, 1, 2], [0, 2], [1]]),
+    (0, [[3, 2, 4]], [[0, 2], [0], [0, 1]]),
+]
+
 
 def samples(case, kind, sizes):
     generator = torch.Generator().manual_seed(case)
     x = torch.randn(sum(sizes), 5, dtype=torch.float64, generator=generator)
     return {"random": x, "one cluster": 2 + 1e-3 * x, "equal": torch.zeros_like(x)}[kind]
+
+
+def groups_of(case, sizes, coming):
+    """The group of each sample, rank 0's first."""
+    generator = torch.Generator().manual_seed(case)
+    return torch.cat([torch.tensor(groups)[torch.randint(len(groups), (size,), generator=generator)]
+                      for size, groups in zip(sizes, coming, strict=False)])
+
+
+def grouped_batches(match_size, batches, coming, ranks):
+    """(x, labels, sizes) of every batch, of all ranks together."""
+    for number, sizes in enumerate(batches):
+        sizes = sizes[:ranks]
+        case = 1000 * match_size + number
+        yield samples(case, "random", sizes), groups_of(case, sizes, coming), sizes
+
+
+def one_rank_with_groups(rank, ranks):
+    """What this rank is handed out, by a pool that is saved and resumed after the first batch."""
+    out, refused = [], []
+    for match_size, batches, coming in GROUPS:
+        settings = dict(shape=(5,), dtype=torch.float64, groups=3, match_scope="global")
+        pool = NoisePool(match_size * ranks, seed=4, **settings)
+        for x, labels, sizes in grouped_batches(match_size, batches, coming, ranks):
+            out.append(pool(x.split(sizes)[rank], labels.split(sizes)[rank]))
+            state = pool.state_dict()
+            pool = NoisePool(match_size * ranks, seed=9, **settings)
+            pool.load_state_dict(state)
+    # What one rank refuses all refuse, and the next batch is served again. A second group fits on rank 1 alone.
+    settings = dict(match_size=2**12 * ranks, shape=(1024,), seed=1, groups=3, match_scope="global")
+    memory = NoisePool(**settings)._bytes(settings["match_size"]) / 1e9
+    pool = NoisePool(**settings, memory=memory + (0.1 if rank == 1 else 0.01))
+    x, labels = torch.zeros(4, 1024), torch.tensor([0, 0, 0, 0])
+    for bad in ((x[:, :3], labels), (x * torch.nan, labels), (x, labels + 3), (x, labels + rank)):
+        try:
+            pool(*(bad if rank == 1 else (x, labels)))
+            refused.append("nothing")
+        except BadInput as error:
+            refused.append(str(error))
+        assert pool(x, labels).shape == x.shape
+    return out, refused
 
 
 def one_rank(rank, ranks, folder):
@@ -65,6 +112,7 @@ def one_rank(rank, ranks, folder):
     largest = NoisePool(None, (5,), memory=0.5 + 0.1 * rank, seed=0, match_scope="global").match_size
     refused.append(str(largest))
     own = NoisePool(8, (4,), seed=1)(torch.zeros(2, 4))  # pools of the ranks' own, from the same seed
+    torch.save(one_rank_with_groups(rank, ranks), f"{folder}/groups{rank}.pt")
     torch.save((results, refused, own, NoisePool(0, (4,), seed=1, match_scope="global")(torch.zeros(2, 4))),
                f"{folder}/{rank}.pt")
     group.destroy_process_group()

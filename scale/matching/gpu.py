@@ -10,9 +10,10 @@ import torch
 
 @cache
 def working(module: str, device: torch.device, *way) -> ModuleType | None:
-    """The module "kernels" or "auction" of this room if its `try_out(device, *way)` passes, else None with a warning.
+    """A module of kernels of this room if its `try_out(device, *way)` passes, else None with a warning.
 
-    way  for "kernels": a pool's cost, dtype and tf32
+    module  "kernels", "group_kernels" or "auction"
+    way     for the first two: a pool's cost, dtype and tf32
     """
     if device.type != "cuda":
         return None

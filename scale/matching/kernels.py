@@ -4,8 +4,11 @@
 the GPU:
 
     shortlist   the nearest noises of each sample, in order: one program a sample
-    choose      the serial rule on the short lists, all samples at once: one program
+    choose      the serial rule on the short lists, all samples at once: one program, or one for each group
     hand_out    copy the picked noises out of the pool, and the last free ones into their places
+
+The same launches serve the pools of all groups in a batch (GROUPED): the last number of a program is then that of its
+group, whose pool it finds in `table`, see `group_kernels`.
 
 Kernels name a noise by its label: its place when the pool began, which decides ties, so that the picks are those of the
 plain path and of the paper's loop, whatever has moved since. pool.index is the label at a place, pool.place the place
@@ -32,6 +35,21 @@ LANES = 1024  # noises looked at together
 SAMPLES = FastPool.served_at_once
 FEW = 1024  # with so few noises left, a list would hold all of them: samples are served in turn
 NOBODY = tl.constexpr(2**31 - 1)
+
+
+# Of `table`: the addresses of noise, squared, index and place, where the products begin, left, first sample, samples.
+COLUMNS = tl.constexpr(8)
+
+
+@triton.jit
+def _group(table, group, products, squared, index, place):
+    """What the kernels are given for one pool, of a group; and the first of its samples."""
+    row = table + COLUMNS * group
+    squared = tl.load(row + 1).to(squared.dtype)
+    index = tl.load(row + 2).to(index.dtype)
+    place = tl.load(row + 3).to(place.dtype)
+    left, first, samples = tl.load(row + 5).to(tl.int32), tl.load(row + 6).to(tl.int32), tl.load(row + 7).to(tl.int32)
+    return products + tl.load(row + 4), squared, index, place, left, tl.cdiv(left, 16) * 16, samples, first
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -74,11 +92,17 @@ def _tell(found, infinite):
 
 
 @triton.jit(do_not_specialize=["left", "wide"])
-def _shortlist(lists, found, products, squared, index, left, wide, SQUARED: tl.constexpr, KEEP: tl.constexpr,
-               LANES: tl.constexpr):
+def _shortlist(lists, found, products, squared, index, left, wide, table, SQUARED: tl.constexpr, KEEP: tl.constexpr,
+               LANES: tl.constexpr, GROUPED: tl.constexpr):
     """Fill lists: (samples, KEEP) labels, nearest first. Each lane remembers the four nearest that it met. Once a lane
     has given up all four, another noise that it met might be next, so the list ends with −1."""
     sample = tl.program_id(0)
+    if GROUPED:
+        group = tl.program_id(2)
+        products, squared, index, _, left, wide, samples, first = _group(table, group, products, squared, index, index)
+        if sample >= samples:
+            return
+        lists += first * KEEP
     lane = tl.arange(0, LANES)
     c1, l1 = _costs(products, squared, index, sample, lane + left, left, wide, SQUARED)  # none: inf and NOBODY
     c2, l2 = c1, l1
@@ -123,12 +147,18 @@ def _nearest_not_taken(products, squared, index, place, sample, left, wide, SQUA
     return _nearest(best, best_label)
 
 
-@triton.jit(do_not_specialize=["left", "wide", "samples"])
-def _choose(picks, movers, lists, found, products, squared, index, place, left, wide, samples, SQUARED: tl.constexpr,
-            KEEP: tl.constexpr, LANES: tl.constexpr, SAMPLES: tl.constexpr, IN_TURN: tl.constexpr):
+@triton.jit(do_not_specialize=["left", "wide", "samples", "start"])
+def _choose(picks, movers, lists, found, products, squared, index, place, left, wide, samples, table, start,
+            SQUARED: tl.constexpr, KEEP: tl.constexpr, LANES: tl.constexpr, SAMPLES: tl.constexpr,
+            IN_TURN: tl.constexpr, GROUPED: tl.constexpr):
     """Write the place of each sample's noise into picks, and the place of the noise that moves there into movers, −1
     for none. Updates squared, index and place for the pool of left − samples noises."""
     i = tl.arange(0, SAMPLES)
+    if GROUPED:
+        group = start + tl.program_id(2)
+        products, squared, index, place, left, wide, samples, first = _group(table, group, products, squared, index,
+                                                                             place)
+        picks, movers, lists = picks + first, movers + first, lists + first * KEEP
     if IN_TURN:  # few noises: a row is no longer than a list would be, and which are taken fits into registers
         lane = tl.arange(0, LANES)
         free = lane < left
@@ -196,10 +226,16 @@ def _choose(picks, movers, lists, found, products, squared, index, place, left, 
 
 
 @triton.jit(do_not_specialize=["width"])
-def _hand_out(z, noise, picks, movers, width, BLOCK: tl.constexpr):
+def _hand_out(z, noise, picks, movers, width, table, BLOCK: tl.constexpr, GROUPED: tl.constexpr):
     """z[i] = noise[picks[i]], and noise[movers[i]] takes its place. One program reads a row and then writes it, and no
     row that moves was picked."""
     i = tl.program_id(0).to(tl.int64)
+    if GROUPED:
+        row = table + COLUMNS * tl.program_id(2)
+        if i >= tl.load(row + 7):
+            return
+        noise = tl.load(row).to(noise.dtype)
+        i += tl.load(row + 6)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     at, mover = tl.load(picks + i).to(tl.int64), tl.load(movers + i).to(tl.int64)
     there, moves = columns < width, columns < tl.where(mover >= 0, width, 0)
@@ -247,26 +283,55 @@ class KernelPool(FastPool):
 
 def take(pool: KernelPool, x: Tensor) -> Tensor:
     """Match x: (B, D) with 1 ≤ B ≤ 256 and B ≤ pool.left → z: (B, D), which leaves the pool."""
-    samples, width = x.shape
-    wide = -(-pool.left // 16) * 16  # the products beyond pool.left belong to noises taken, and are never looked at
-    if pool.scratch is None or len(pool.scratch[0]) < samples * wide:
-        exact = torch.promote_types(x.dtype, torch.float32)
-        pool.scratch = None  # free it first: there are never two at once
-        pool.scratch = x.new_empty(samples * wide, dtype=exact), x.new_empty(2 + KEEP[1], SAMPLES, dtype=torch.int32)
-    inner, (picks, movers, lists) = pool.scratch[0], pool.scratch[1].split((1, 1, KEEP[1]))
-    products(x, pool.noise[:wide], pool.tf32, out=inner[: samples * wide].view(samples, wide))
+    samples, wide = len(x), in_lines(pool.left)
+    memory = scratch(pool, x, samples * wide)
+    products(x, pool.noise[:wide], pool.tf32, out=memory[0][: samples * wide].view(samples, wide))
     z = torch.empty_like(x)
-    row = pool.data_check.found, inner, pool.squared, pool.index
-    squared, in_turn, keep = pool.cost == "squared", pool.left <= FEW, KEEP[pool.left > MANY]
-    if not in_turn:
-        _launch(_shortlist, (samples, 1, 1), x, (lists, *row, pool.left, wide), (squared, keep, LANES), warps=8)
-    _launch(_choose, (1, 1, 1), x, (picks, movers, lists, *row, pool.place, pool.left, wide, samples),
-            (squared, keep, FEW if in_turn else LANES, SAMPLES, in_turn), warps=4 if in_turn else 8)
-    block = min(4096, triton.next_power_of_2(width))
-    grid = samples, triton.cdiv(width, block), 1
-    _launch(_hand_out, grid, x, (z, pool.noise, picks, movers, width), (block,), warps=4)
+    choose(z, pool, pool.data_check.found, memory, samples, pool.left, in_turn=int(pool.left <= FEW))
     pool.left -= samples
     return z
+
+
+def in_lines(left: int) -> int:
+    """How many noises to multiply for `left` free ones: in whole lines of memory. The others are never looked at."""
+    return -(-left // 16) * 16
+
+
+def scratch(pool: KernelPool, x: Tensor, size: int) -> tuple[Tensor, ...]:
+    """Memory that a pool keeps between batches: for `size` products, and for picks, movers and short lists."""
+    if pool.scratch is None or len(pool.scratch[0]) < size:
+        exact = torch.promote_types(x.dtype, torch.float32)
+        pool.scratch = None  # free it first: there are never two at once
+        pool.scratch = x.new_empty(size, dtype=exact), x.new_empty(2 + KEEP[1], SAMPLES, dtype=torch.int32)
+    return pool.scratch[0], *pool.scratch[1].split((1, 1, KEEP[1]))
+
+
+def choose(z: Tensor, pool: KernelPool, found: Tensor, memory: tuple[Tensor, ...], samples: int, most: int,
+           in_turn: int, table: Tensor | None = None, groups: int = 1) -> None:
+    """Write the noises of a pool, or of all in `table`, into z: (B, D), and close the gaps.
+
+    memory   `scratch`, with the products
+    samples  of the largest group
+    most     noises that a group has left
+    in_turn  groups that have few left; they come first
+    """
+    inner, picks, movers, lists = memory
+    grouped = table is not None
+    table = table if grouped else pool.index  # which nobody looks at
+    squared, keep, width = pool.cost == "squared", KEEP[most > MANY], z.shape[1]
+    row, ends = (found, inner, pool.squared, pool.index), (pool.left, in_lines(pool.left))
+    if in_turn < groups:
+        grid = samples, 1, groups
+        _launch(_shortlist, grid, z, (lists, *row, *ends, table), (squared, keep, LANES, grouped), warps=8)
+    for start, end, lanes in ((0, in_turn, FEW), (in_turn, groups, LANES)):
+        if start < end:
+            few = end == in_turn
+            _launch(_choose, (1, 1, end - start), z,
+                    (picks, movers, lists, *row, pool.place, *ends, samples, table, start),
+                    (squared, keep, lanes, SAMPLES, few, grouped), warps=4 if few else 8)
+    block = min(4096, triton.next_power_of_2(width))
+    grid = samples, triton.cdiv(width, block), groups
+    _launch(_hand_out, grid, z, (z, pool.noise, picks, movers, width, table), (block, grouped), warps=4)
 
 
 _compiled = {}
@@ -282,7 +347,12 @@ def _launch(kernel, grid, x, arguments, constants, warps):
         _compiled[key] = compiled
 
 
-def try_out(device: torch.device, cost: str, dtype: torch.dtype, tf32: bool) -> None:
+def one_by_one(pools: list[KernelPool], x: Tensor) -> Tensor:
+    """The noises of each pool for the same x: (B, D) → (pools · B, D)."""
+    return torch.cat([take(pool, x) for pool in pools])
+
+
+def try_out(device: torch.device, cost: str, dtype: torch.dtype, tf32: bool, match=one_by_one) -> None:
     """Match a few samples by the kernels and the plain way on this device. Raises where they differ or nothing runs."""
     generator = torch.Generator(device).manual_seed(0)
     # Whole numbers: every precision multiplies them exactly, and of many equal costs the first must win.
@@ -290,18 +360,19 @@ def try_out(device: torch.device, cost: str, dtype: torch.dtype, tf32: bool) -> 
     label = torch.arange(len(noise), dtype=torch.int32, device=device)
     samples, noises = x.to(dtype), noise.to(dtype)
     norms = squared_norms(noises)
+    lefts = FEW + 20, FEW
 
-    def picked(left):
-        pool = SimpleNamespace(noise=noises.clone(), squared=norms.clone(), index=label.clone(), place=label.clone(),
-                               left=left, cost=cost, tf32=tf32, data_check=DataCheck((8,), device), scratch=None)
+    def picked():
+        pools = [SimpleNamespace(noise=noises.clone(), squared=norms.clone(), index=label.clone(), place=label.clone(),
+                                 left=left, rows=len(noises), cost=cost, tf32=tf32, data_check=DataCheck((8,), device),
+                                 scratch=None) for left in lefts]
         with on(device):
-            return take(pool, samples)
+            return match(pools, samples)
 
     with compiling_ahead(device):
-        for left in (FEW + 20, FEW):
-            picked(left)
-    for left in (FEW + 20, FEW):
-        plain = noises[greedy(costs_from(products(samples, noises[:left], tf32), norms[:left], cost))]
-        for _ in range(2):  # compiled, and launched again
-            if not torch.equal(picked(left), plain):
-                raise RuntimeError("its kernels give other noises than the plain path")
+        picked()
+    plain = torch.cat([noises[greedy(costs_from(products(samples, noises[:left], tf32), norms[:left], cost))]
+                       for left in lefts])
+    for _ in range(2):  # compiled, and launched again
+        if not torch.equal(picked(), plain):
+            raise RuntimeError("its kernels give other noises than the plain path")

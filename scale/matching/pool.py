@@ -38,18 +38,17 @@ def pool_class(match_size=0, shape=(), *, cost: str = "squared", device="cpu", d
     check_choice("cost", cost, COSTS)
     check_choice("dtype", dtype, NoisePool.dtypes)
     check_choice("match_scope", match_scope, SCOPES)
-    if groups is not None:
-        from .groups import FastGroupedPool
-
-        return FastGroupedPool
     if match_scope == "global":
-        from .spread import SpreadPool
+        from .groups import SpreadGroupedPool, SpreadPool
 
-        return SpreadPool
+        return SpreadPool if groups is None else SpreadGroupedPool
     if compile and match_size not in (0, 1) and torch.device(device).type == "cuda":
-        kernels = gpu.working("kernels", torch.empty(0, device=device).device, cost, dtype, tf32)
-        return kernels.KernelPool if kernels else FastPool
-    return FastPool
+        module, name = ("kernels", "KernelPool") if groups is None else ("group_kernels", "KernelGroupedPool")
+        if kernels := gpu.working(module, torch.empty(0, device=device).device, cost, dtype, tf32):
+            return getattr(kernels, name)
+    from .groups import FastGroupedPool
+
+    return FastPool if groups is None else FastGroupedPool
 
 
 class FastPool(NoisePool):
@@ -81,6 +80,7 @@ class FastPool(NoisePool):
     served_at_once = 256  # samples; with more the matrix product gains nothing
     cost_copies = 5  # of the costs of one batch, that exist at the same time
     rank, ranks = 0, 1  # among the ranks that share the pool
+    groups = 1  # whose pools share the memory
 
     def __init__(self, match_size: int | None, shape, *, cost: str = "squared", device="cpu", dtype=torch.float32,
                  seed: int | None = None, tf32: bool = False, memory: float | None = None, match_scope: str = "rank",
@@ -231,15 +231,16 @@ class FastPool(NoisePool):
         if memory is not None and not (isinstance(memory, int | float) and 0 < memory < math.inf):
             raise BadInput(f"memory is {memory!r}: expected a number of gigabytes, more than 0")
         free = free_memory(self.noise.device)
+        pools = self.groups if match_size is None else 1
         limit = f"{self.noise.device} has {free / 1e9:,.1f} GB free"
         if memory is not None and 1e9 * memory < free:
-            free, limit = int(1e9 * memory), f"memory is {memory} GB"
-        largest = bisect_left(range(2**31), True, key=lambda size: self._bytes(size) > free) - 1
+            free, limit = int(1e9 * memory), f"memory is {round(memory, 3)} GB"
+        largest = bisect_left(range(2**31), True, key=lambda size: self._bytes(size, pools) > free) - 1
         largest = self._agreed(match_size, largest)
         if match_size is None:
             if largest < 2:
-                raise BadInput(f"match_size is None: a pool of two needs {self._bytes(2) / 1e9:,.2f} GB and {limit}; "
-                               "expected more")
+                needed = self._bytes(2, pools) / 1e9
+                raise BadInput(f"match_size is None: two in each need {needed:,.2f} GB and {limit}; expected more")
             return largest
         match_size = check_count("match_size", match_size, at_least=0)
         if match_size % self.ranks:
@@ -256,14 +257,19 @@ class FastPool(NoisePool):
         """The largest match_size that fits on every rank that shares the pool."""
         return largest
 
-    def _bytes(self, match_size: int) -> int:
-        """Upper bound, in bytes, on what a pool and one call to it allocate, not counting the batch."""
+    def _kept(self, match_size: int) -> int:
+        """Bytes of a pool of as many noises between two calls."""
+        rows = -(-match_size // self.ranks // 16) * 16
+        return rows * (self.shape.numel() * self.noise.element_size() + 16)
+
+    def _bytes(self, match_size: int, pools: int = 1) -> int:
+        """Upper bound, in bytes, on what the pools and one call to them allocate, not counting the batch."""
         rows, size = match_size // self.ranks, self.noise.element_size()
         samples = self._samples_at_once(rows) * self.ranks
         costs = self.cost_copies * max(size, 4)
         handed_out = 3 * samples * self.shape.numel() * size  # the samples, their noises, and those that move
         drawn = 2 * max(self.numbers_per_chunk, self.shape.numel()) * max(size, 4)
-        return rows * (self.shape.numel() * size + samples * costs + 16) + handed_out + drawn
+        return pools * self._kept(match_size) + rows * samples * costs + handed_out + drawn
 
     def _samples_at_once(self, rows: int) -> int:
         """How many samples of one rank to match together: their costs take at most a gigabyte, their noises 32 MB."""

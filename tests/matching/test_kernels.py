@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from pools import CHANGES, COSTS, KINDS, ChangedFastPool, NaivePool, data
+from pools import CHANGES, COSTS, KINDS, ChangedFastPool, NaivePool, changed, data
 
 from dansm import BadInput
 
@@ -18,26 +18,10 @@ from dansm.scale.matching import gpu, kernels
 from dansm.scale.matching.pool import FastPool, pool_class
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = pytest.mark.usefixtures("short_lists")
 
 
-# lists end again and again, lanes meet more than they remember
-SHORT = dict(KEEP=(4, 8), MANY=30, LANES=16, FEW=16, SAMPLES=32)
-
-
-@pytest.fixture(autouse=True)
-def short_lists(request, monkeypatch):
-    if "own_sizes" not in request.keywords:
-        for name, value in SHORT.items():
-            monkeypatch.setattr(kernels, name, value)
-        monkeypatch.setattr(FastPool, "served_at_once", SHORT["SAMPLES"])
-
-
-class ChangedKernelPool(kernels.KernelPool):
-    def _draw(self, number, chunk, ours):
-        return ours.copy_(self.change(super()._draw(number, chunk, ours)))
-
-
-def pool_of_kernels(*args, change="as drawn", kind=ChangedKernelPool, **kwargs):
+def pool_of_kernels(*args, change="as drawn", kind=changed(kernels.KernelPool), **kwargs):  # noqa: B008
     pool = kind(*args, device=DEVICE, **kwargs)
     pool.change = CHANGES[change]
     return pool

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.multiprocessing as processes
-from ranks import CASES, one_rank, samples
+from ranks import CASES, GROUPS, grouped_batches, one_rank, samples
 from support import needs_gloo
 
 from dansm import BadInput, NoisePool
@@ -35,10 +35,35 @@ def test_ranks_that_share_a_pool_match_as_one_process_with_the_joined_batch(rank
     unmatched, own = [noise for *_, noise in done], [noise for _, _, noise, _ in done]
     assert not torch.equal(own[0], own[1]) and torch.equal(own[0], NoisePool(8, (4,), seed=1)(torch.zeros(2, 4)))
     assert not torch.equal(unmatched[0], unmatched[1])  # each rank has vanilla noise of its own
+    check_groups(ranks, tmp_path)
+
+
+def check_groups(ranks, folder):
+    done = [torch.load(folder / f"groups{rank}.pt") for rank in range(ranks)]
+    number = 0
+    for match_size, batches, coming in GROUPS:
+        alone = NoisePool(match_size * ranks, (5,), dtype=torch.float64, groups=3, seed=4)
+        for x, labels, sizes in grouped_batches(match_size, batches, coming, ranks):
+            got = [out[number] for out, _ in done]
+            assert [len(z) for z in got] == sizes
+            if match_size:
+                assert torch.equal(torch.cat(got), alone(x, labels)), (match_size, number)
+            else:  # each rank has random noises of its own
+                assert len(torch.cat(got).unique()) == x.numel()
+            number += 1
+    for rank, (_, refused) in enumerate(done):
+        shape, nan, label, memory = refused
+        if rank == 1:
+            assert "(4, 3)" in shape and "NaN" in nan and "from 3 to 3" in label
+        else:
+            assert all("rank 1 is refused" in said for said in (shape, nan, label))
+        assert "group 1 comes when 1 pools" in memory
 
 
 def test_a_global_pool_outside_of_a_group_is_refused():
     with pytest.raises(BadInput, match=r"match_scope is global.*torchrun"):
         NoisePool(8, (2,), seed=0, match_scope="global")
+    with pytest.raises(BadInput, match=r"match_scope is global.*torchrun"):
+        NoisePool(8, (2,), seed=0, match_scope="global", groups=3)
     with pytest.raises(BadInput, match=r"match_scope is 'node'.*rank, global"):
         NoisePool(8, (2,), seed=0, match_scope="node")
