@@ -91,7 +91,7 @@ def test_targets_of_make_exist(page):
 
 def with_the_line_before(code):
     """The code with what a line had before the pool, as its comment says."""
-    return re.sub(r"^( *)(\w+) = pool\(\w+\) +# was: (.+)$", r"\1\3", code, flags=re.MULTILINE)
+    return re.sub(r"^( *)(\w+) = pool\([\w, ]+\) +# was: (.+)$", r"\1\3", code, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("change", [str, with_the_line_before])

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = {path.stem: path for path in sorted((ROOT / "examples").glob("*.py"))}
 PEERS = ("diffusers", "torchcfm")
 TRAINED = [pytest.param(name, marks=[pytest.mark.slow] if name != "bare" else []) for name in EXAMPLES]
-ONE_LINE = re.compile(r"^( *)(\w+) = pool\((\w+)\) +# was: (.+)$", re.MULTILINE)
+ONE_LINE = re.compile(r"^( *)(\w+) = pool\((\w+)(?:, \w+)?\) +# was: (.+)$", re.MULTILINE)
 SHORT = dict(steps=6, seeds=1, match_size=48)
 
 
@@ -58,8 +58,8 @@ class Recorded(dansm.NoisePool):
         self.drew[number] = super()._drawn(number)
         return self.drew[number].clone()
 
-    def __call__(self, x):
-        z = super().__call__(x)
+    def __call__(self, x, labels=None):
+        z = super().__call__(x, labels)
         self.given.append(z.flatten(1).clone())
         return z
 
@@ -214,6 +214,25 @@ def test_diffusers_as_a_diffusion():
 
 
 @pytest.mark.slow
+def test_diffusers_by_class(monkeypatch):
+    """Each noise is of the pool of its image's digit, and samples are asked for by digit."""
+    module, given = load("with_diffusers"), []
+    match = dansm.GroupedPool.__call__
+
+    def recorded(pool, x, labels=None):
+        given.append((pool.groups, x, labels))
+        return match(pool, x, labels)
+
+    monkeypatch.setattr(type(dansm.NoisePool(2, (1, 8, 8), groups=10)), "__call__", recorded)
+    rows = module.main(classes=True, **SHORT | {"match_size": 100})
+    assert measures(rows, "pool of 10 for each class")["path length"] < 0.99 * measures(rows, "random")["path length"]
+    digits = module.datasets.load_digits().target
+    for groups, x, labels in given:
+        places = [(load_digits() == image).flatten(1).all(1).nonzero()[0, 0] for image in x[:3]]
+        assert groups == 10 and labels[:3].tolist() == digits[places].tolist()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["DDPMScheduler", "FlowMatchEulerDiscreteScheduler"])
 def test_diffusers_time_goes_from_data_to_noise(name, monkeypatch):
     module = load("with_diffusers")
@@ -232,7 +251,7 @@ def test_diffusers_time_goes_from_data_to_noise(name, monkeypatch):
 def test_diffusers_flow_sampling_goes_from_noise_to_data():
     module, image = load("with_diffusers"), load_digits()[:1]
 
-    def unet(x, t):
+    def unet(x, t, class_labels):
         return SimpleNamespace(sample=(x - image) / (t / 1000))
 
     scheduler = module.FlowMatchEulerDiscreteScheduler()
