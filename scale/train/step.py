@@ -4,6 +4,7 @@
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -43,25 +44,30 @@ class FastTraining(dansm.Training):
         if not self.compiled or self.dtype == torch.float32 or sums:
             return {}
         return {name: weight.detach().to(self.dtype).requires_grad_()
-                for name, weight in self.net.named_parameters() if weight.ndim > 1}
+                for name, weight in self.net.named_parameters() if weight.ndim > 1 and name != "label.weight"}
 
-    def gradients(self, flow, x: Tensor, z: Tensor) -> Tensor:
+    def gradients(self, flow, x: Tensor, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Like `dansm.Training.gradients`; labels in pinned memory make no one wait."""
         if not self.compiled:
             self.optimizer.zero_grad()
-            return self._backward(flow, x, z)
+            return self._backward(flow, x, z, labels if labels is None else labels.to(x.device, non_blocking=True))
         if self.graph is None or self.x.shape != x.shape:
-            self._capture(flow, x, z)
+            self._capture(flow, x, z, labels)
         self.x.copy_(x)
         self.z.copy_(z)
+        if labels is not None:
+            self.labels.copy_(labels, non_blocking=True)
         self.graph.replay()
         return self.loss.clone()
 
-    def _backward(self, flow, x: Tensor, z: Tensor) -> Tensor:
+    def _backward(self, flow, x: Tensor, z: Tensor, labels: Tensor | None) -> Tensor:
         """Add the gradients of a batch, part after part, and return its loss. Processes exchange them once."""
-        net = self._through_copies() if self.copies else self.parallel
+        whole = self._through_copies() if self.copies else self.parallel
         loss = torch.zeros((), device=x.device)
         parts = self.recipe.accumulate
-        for number, (x_part, z_part) in enumerate(zip(x.chunk(parts), z.chunk(parts), strict=True), 1):
+        chunks = x.chunk(parts), z.chunk(parts), [None] * parts if labels is None else labels.chunk(parts)
+        for number, (x_part, z_part, labels_part) in enumerate(zip(*chunks, strict=True), 1):
+            net = whole if labels_part is None else partial(whole, labels=labels_part)
             exchanges_later = self.parallel is not self.net and number < parts
             with self.parallel.no_sync() if exchanges_later else nullcontext():
                 with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
@@ -72,13 +78,13 @@ class FastTraining(dansm.Training):
             self._take_gradients_of_copies()
         return loss
 
-    def _through_copies(self) -> Callable[[Tensor, Tensor], Tensor]:
+    def _through_copies(self) -> Callable[..., Tensor]:
         """The network by fresh copies of its weights."""
         with torch.no_grad():
             torch._foreach_copy_(list(self.copies.values()), [self.net.get_parameter(name) for name in self.copies])
         for weight in self.copies.values():
             weight.grad = None
-        return lambda x, t: torch.func.functional_call(self.net, self.copies, (x, t))
+        return lambda x, t, labels=None: torch.func.functional_call(self.net, self.copies, (x, t, labels))
 
     def _take_gradients_of_copies(self) -> None:
         weights = [self.net.get_parameter(name) for name in self.copies]
@@ -86,25 +92,26 @@ class FastTraining(dansm.Training):
             weight.grad = torch.empty_like(weight)
         torch._foreach_copy_([weight.grad for weight in weights], [weight.grad for weight in self.copies.values()])
 
-    def _capture(self, flow, x: Tensor, z: Tensor) -> None:
+    def _capture(self, flow, x: Tensor, z: Tensor, labels: Tensor | None) -> None:
         """Record forward and backward for batches of this shape. A resumed run records again, so the random numbers are
         put back."""
         self.x = x.clone()
         self.z = z.clone()
+        self.labels = labels if labels is None else labels.to(self.device, copy=True)
         random = torch.cuda.get_rng_state(self.device)
         with compiling_ahead(self.device):
-            self._backward(flow, self.x, self.z)
+            self._backward(flow, self.x, self.z, self.labels)
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):
             for _ in range(WARM_UP[self.parallel is not self.net]):
                 self.optimizer.zero_grad()
-                self._backward(flow, self.x, self.z)
+                self._backward(flow, self.x, self.z, self.labels)
         torch.cuda.current_stream(self.device).wait_stream(side)
         self.optimizer.zero_grad()  # so that the graph writes gradients and adds to none
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads bring the next batches
-            self.loss = self._backward(flow, self.x, self.z)
+            self.loss = self._backward(flow, self.x, self.z, self.labels)
         torch.cuda.set_rng_state(random, self.device)
 
     def update(self) -> None:

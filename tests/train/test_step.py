@@ -53,6 +53,29 @@ def test_a_batch_in_parts_gives_the_step_of_the_whole_batch(monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)  # Adam divides small gradients by small ones
 
 
+def with_labels(pairs):
+    return [(x, z, torch.randint(3, (8,))) for x, z in pairs]
+
+
+def test_a_step_with_labels_is_that_of_the_plain_loop_to_the_last_bit():
+    net, pairs = network(**TINY, classes=3, label_dropout=0.5), with_labels(batches(4))
+    plain, fast = dansm.Training(copy.deepcopy(net), 0.01), started(net)
+    assert torch.equal(train(plain, pairs), train(fast, pairs))
+    assert same(plain.net.state_dict(), fast.net.state_dict())
+    assert not torch.equal(fast.net.label.weight, net.label.weight)
+
+
+def test_each_part_of_a_batch_has_its_own_labels(monkeypatch):
+    times = itertools.chain.from_iterable(itertools.repeat(torch.linspace(0.1, 0.9, 8)))
+    monkeypatch.setattr(dansm, "draw_times", lambda count, *_: torch.stack(list(itertools.islice(times, count))))
+    net = network(**STEADY, classes=3, label_dropout=0.0)
+    pairs = [(x, z, torch.tensor([0, 0, 1, 1, 2, 2, 0, 1])) for x, z in batches(3)]
+    whole, parts = started(net), started(net, accumulate=4)
+    torch.testing.assert_close(train(whole, pairs), train(parts, pairs))
+    for a, b in zip(whole.net.parameters(), parts.net.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+
+
 def test_the_learning_rate_rises_from_the_first_step():
     run, rates = started(network(**STEADY), warmup=4), []
     for _ in dansm.train(run, dansm.RectifiedFlow(), batches(6)):
@@ -107,10 +130,12 @@ def test_bf16_trains_weights_of_float32():
     assert losses[-10:].mean() < 0.9 * losses[:3].mean()
 
 
-def test_a_step_through_copies_of_the_weights_is_autocasts_to_the_bit():
+@pytest.mark.parametrize("classes", [0, 3])
+def test_a_step_through_copies_of_the_weights_is_autocasts_to_the_bit(classes):
     """One process on a GPU takes it: all weights to bf16 at once, and all gradients back."""
-    net = dansm.UNet(2, 8, width=8, multipliers=(1, 2), blocks=1, attention_at=(4,))
+    net = dansm.UNet(2, 8, width=8, multipliers=(1, 2), blocks=1, attention_at=(4,), classes=classes)
     pairs = [tuple(pair) for pair in torch.randn(4, 2, 4, 2, 8, 8)]
+    pairs = [(x, z, torch.tensor([2, 0, 1, 2])) for x, z in pairs] if classes else pairs
     through, plain = started(net, precision="bf16", batch=4), started(net, precision="bf16", batch=4)
     through.compiled = True
     through.copies, through.compiled = through._copies_of_weights(), False
