@@ -129,16 +129,17 @@ def run(recipe: Recipe, out: Path, device: torch.device, fresh: bool) -> bool:
 def read_and_train(recipe: Recipe, out: Path, device: torch.device, fresh: bool) -> bool:
     training.check(recipe, device)
     images, left_out = training.read_data(recipe)
-    advise(recipe, device)
-    summary, net, flow = training.fit(images, recipe, out=out, fresh=fresh, device=device)
+    labels = training.read_labels(recipe, images, left_out)
+    advise(recipe, device, training.groups_of(labels, recipe) or 1)
+    summary, net, flow = training.fit(images, recipe, out=out, fresh=fresh, device=device, labels=labels)
     finished = summary["steps"] >= recipe.steps
     if ranks()[0]:
         return finished
     written = []
     saved, grid = checkpoint.newest(out), out / "samples.png"
     if summary["this_call"]["steps"]:
-        write_json(out / "train.json", {"data": recipe.data, "data_images": len(images), "unreadable_images": left_out,
-                                        "hardware": hardware(device), **summary})
+        write_json(out / "train.json", {"data": recipe.data, "data_images": len(images),
+                                        "unreadable_images": len(left_out), "hardware": hardware(device), **summary})
         written = [saved.name, "metrics.jsonl", "train.json", "recipe.toml"]
         say(f"{counted(summary['images'], 'image')} in {counted(summary['steps'], 'step')},",
             f"{summary['this_call']['images_per_second']:,} a second")
@@ -159,11 +160,12 @@ def read_and_train(recipe: Recipe, out: Path, device: torch.device, fresh: bool)
     return finished
 
 
-def advise(recipe: Recipe, device: torch.device) -> None:
-    """Say what is likely not meant."""
+def advise(recipe: Recipe, device: torch.device, pools: int) -> None:
+    """Say what is likely not meant. pools: how many there are, one for each class or a single one."""
     if device.type == "cpu" and recipe.network != "small" and recipe.width is None:
         say(f"on a CPU {recipe.network} takes seconds for each image: --network small is for CPUs")
     samples = recipe.steps * recipe.batch
-    if recipe.method == "greedy" and recipe.match_size > samples:
-        say(f"the pool of {counted(recipe.match_size, 'noise')} outlasts the {counted(samples, 'image')} of all steps:",
+    if recipe.method == "greedy" and recipe.match_size * pools > samples:
+        pool = f"the pool of {counted(recipe.match_size, 'noise')}" + " for each class" * (pools > 1)
+        say(f"{pool} outlasts the {counted(samples, 'image')} of all steps:",
             "those trained on are not N(0, I); a smaller --match-size, emptied several times, is safer")

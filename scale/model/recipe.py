@@ -54,6 +54,9 @@ class Recipe:
                          "~/.cache/dansm/images if none is named", "", free=True)
     data_on_gpu: str = in_data("keep the data in the GPU's memory; auto: if it takes at most half of it", "auto",
                                choices=("auto", "yes", "no"), free=True)
+    labels: str = in_data("for a network that draws by class: none, auto, folders (the first folder of each image), or "
+                          "a .npy file of whole numbers; auto: cifar10's own, those of dansm encode, a labels.npy next "
+                          "to the data, or folders", "none", free=True)
 
     network: str = in_network("ncsnpp and ddpm are the paper's", "ncsnpp", choices=dansm.NETWORKS)
     width: int | None = in_network("channels at the first level, an even number", None, least=4)
@@ -61,6 +64,7 @@ class Recipe:
     blocks: int | None = in_network("residual blocks at each level", None, least=1)
     attention_at: tuple[int, ...] | None = in_network("image sizes with attention", None, least=1, empty=True)
     dropout: float | None = in_network("share of activations dropped", None, most=1)
+    label_dropout: float = in_network("share of the labels that training leaves out, for guidance", 0.1, most=1)
 
     flow: str = in_flow("what the network learns", "rectified", choices=FLOWS)
     times: str = in_flow("distribution of the training times t", "uniform", choices=dansm.TIMES)
@@ -69,6 +73,8 @@ class Recipe:
     match_size: int = in_flow("greedy: noises in the pool, 0 or 1 gives random pairs; optimal: samples assigned "
                               "together; nearest: noises drawn for each sample", 10_000)
     cost: str = in_flow("what is near: squared distance, as in the paper, or −⟨x, z⟩", "squared", choices=dansm.COSTS)
+    match_labels: str = in_flow("with labels: match each class within itself, by a pool of its own", "yes",
+                                choices=("yes", "no"))
     match_scope: str = in_flow("a pool for each process, or one over all", "rank", choices=("rank", "global"))
     tf32: bool = in_flow("match in tf32 on a GPU: faster, as good on average", False)
     pool_dtype: str = in_flow("number type of the noises; bf16 takes half the memory", "fp32", choices=("fp32", "bf16"))

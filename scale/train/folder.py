@@ -1,6 +1,7 @@
 """The folder of a run: its checkpoints, its log, its recipe, and how a run is resumed from it."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -14,8 +15,9 @@ from dansm import BadInput
 
 from ..base.files import replacing
 from ..base.processes import everyones, ranks, wait_for_all
-from ..base.text import say
+from ..base.text import say, shorten
 from ..data import loader
+from ..data.labels import Labels
 from ..data.latents import known_of
 from ..model import checkpoint
 from ..model.recipe import Recipe, changed, write
@@ -26,12 +28,16 @@ class RunFolder:
     """The folder that a run is resumed from and saved to. Only the first of several processes writes into it. With
     `fresh`, a run that is there already keeps its checkpoints and its log until the new one first saves."""
 
-    def __init__(self, out: Path, run: FastTraining, pool: dansm.NoisePool, images, fresh: bool):
+    def __init__(self, out: Path, run: FastTraining, pool: dansm.NoisePool, images, fresh: bool,
+                 labels: Labels | None = None):
         self.out = out
         self.run = run
         self.pool = pool
         self.data = {"data": run.recipe.data, "images": len(images), "look": loader.look(images),
                      "latents": known_of(images)}
+        if labels:
+            digest = hashlib.blake2b(json.dumps(labels.names).encode() + labels.numbers.tobytes(), digest_size=16)
+            self.data |= {"classes": labels.names, "labels": digest.hexdigest()}
         self.rank = ranks()[0]
         self.metrics = out / "metrics.jsonl"
         self.new_metrics = out / "metrics.partial"  # of a fresh run, until it first saves
@@ -82,8 +88,7 @@ class RunFolder:
 
     def _state(self) -> dict:
         """What a checkpoint holds. Every process must call it."""
-        noises = self.pool.state_dict()
-        noises["index"] = noises["index"].cpu()  # else every process would take it to the GPU that it lay on
+        noises = on_cpu(self.pool.state_dict())
         random = {name: generator.get_rng_state() for name, generator in self.generators.items()}
         return {"network": self.run.net.settings, "recipe": dataclasses.asdict(self.run.recipe), **self.data,
                 "training": self.run.state_dict(), "ranks": everyones({"pool": noises, "random": random})}
@@ -133,7 +138,16 @@ def compare(saved: dict, own: dict, recipe: Recipe) -> list[str]:
                     if before.get(name) != now.get(name)]
     if not differences and not loader.look_alike(saved["look"], own["look"]):
         differences = [f"as many images, but not the same ones: {saved['data']} → {recipe.data}"]
+    if not differences and saved.get("labels") != own.get("labels"):
+        differences = ["the same images with other labels"]
     return differences
+
+
+def on_cpu(state):
+    """A state with its tensors on the CPU: else every process would take all of them to the GPU that they lay on."""
+    if isinstance(state, dict):
+        return {name: on_cpu(value) for name, value in state.items()}
+    return state.cpu() if isinstance(state, torch.Tensor) else state
 
 
 def fixed(state: dict) -> dict:
@@ -142,7 +156,8 @@ def fixed(state: dict) -> dict:
     latents = state["latents"]
     facts = {"data": "images" if latents is None else "latents", "images": state["images"],
              "processes": len(state["ranks"]), "device": state["ranks"][0]["pool"]["made_for"]["device"],
-             "precision": "fp16" if state["training"]["scaler"] else "bf16 or fp32"}
+             "precision": "fp16" if state["training"]["scaler"] else "bf16 or fp32",
+             "classes": shorten(", ".join(state.get("classes", [])), 80) or "none"}
     encoding = {f"latents of {name}": str(value)[:12] for name, value in (latents or {}).items() if name != "source"}
     return facts | encoding | {f"network {name}": value for name, value in state["network"].items()}
 

@@ -15,8 +15,9 @@ from dansm import BadInput
 
 from ..base.machine import check_memory, make_deterministic, number_type
 from ..base.processes import first_before_others, ranks
-from ..base.text import counted, say
+from ..base.text import counted, say, shorten
 from ..data import loader
+from ..data.labels import Labels, load_labels
 from ..data.latents import known_of
 from ..model import sampling
 from ..model.recipe import FLOWS, Recipe, make_flow
@@ -30,7 +31,7 @@ GRID_DEVICES = "cuda", "mps"  # a CPU would draw for minutes: there only the end
 
 
 def read_data(recipe: Recipe) -> tuple:
-    """The recipe's data as `loader.load_images` gives it, and how many files were left out."""
+    """The recipe's data as `loader.load_images` gives it, and the files that were left out."""
     left_out = []
     with first_before_others() if recipe.data == "cifar10" else nullcontext():  # it is downloaded
         images = loader.load_images(recipe.data, size=recipe.size or None, skip_unreadable=recipe.skip_unreadable,
@@ -44,10 +45,28 @@ def read_data(recipe: Recipe) -> tuple:
     if kind == "latent" and recipe.flip:
         say("half of the latents are mirrored: these are not the latents of the mirrored images, which dansm encode",
             "--flips makes")
-    return images, len(left_out)
+    return images, left_out
 
 
-def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, device: torch.device) -> tuple:
+def read_labels(recipe: Recipe, images, left_out: list[Path]) -> Labels | None:
+    """The labels of the recipe's data, which `read_data` gave. A line says which, and how they are matched."""
+    labels = load_labels(recipe.data, recipe.labels, len(images), left_out)
+    if labels is None:
+        if recipe.labels != "none":
+            say(f"{recipe.data} has no labels: the network learns none")
+        return None
+    classes = f"{counted(len(labels.names), 'class')} by {labels.origin} ({shorten(', '.join(labels.names), 80)})"
+    if recipe.method not in ("greedy", "optimal"):
+        say(classes)
+    elif recipe.match_labels == "yes":
+        say(f"{classes}; each is matched within itself (--match-labels no: all together, and a noise tells the class)")
+    else:
+        say(f"{classes}; all are matched together, and a noise tells the class (--match-labels yes: each by itself)")
+    return labels
+
+
+def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, device: torch.device,
+        labels: Labels | None = None) -> tuple:
     """Train a network on images (N, C, H, W) by a recipe. Returns `Watch.summary`, the averaged network, the flow.
 
     Writes checkpoints, metrics.jsonl, recipe.toml and, on a GPU, a grid of samples with each timed checkpoint to `out`.
@@ -59,17 +78,18 @@ def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, 
     if recipe.flip is None:  # a mirrored latent is not the latent of the mirrored image
         recipe = dataclasses.replace(recipe, flip=pictures)
     rank, processes = ranks()
-    run, flow, pool = begin(images, recipe, device)
-    folder = RunFolder(out, run, pool, images, fresh)
+    run, flow, pool = begin(images, recipe, device, labels)
+    folder = RunFolder(out, run, pool, images, fresh, labels)
     seconds = folder.resume()
     overdue = due(recipe, run.step) and not folder.has_evaluation()  # it was cut off after its checkpoint
     evaluated = (recipe.evaluate_every or recipe.evaluate_at) and (run.step < recipe.steps or overdue)
-    evaluation = Evaluation(images, run, flow) if evaluated else None
+    evaluation = Evaluation(images, run, flow, labels) if evaluated else None
     batches = loader.batches(images, recipe.batch, seed=recipe.seed, flip=recipe.flip, start=run.step, rank=rank,
                              ranks=processes, device=device,
-                             resident=None if recipe.data_on_gpu == "auto" else recipe.data_on_gpu == "yes")
+                             resident=None if recipe.data_on_gpu == "auto" else recipe.data_on_gpu == "yes",
+                             labels=labels.numbers if labels else None)
     watch = Watch(run, seconds)
-    pairs = watch.pairs(batches, pool)
+    pairs = watch.pairs(batches, pool, groups_of(labels, recipe))
     with closing(batches), closing(folder), blamed_on_data(images), progress(run) as show, \
             Decide(run, lambda: show("stopping after this step")) as decide:
         if overdue:
@@ -96,7 +116,12 @@ def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, 
     return watch.summary(decide.interrupted), run.average, flow
 
 
-def begin(images, recipe: Recipe, device: torch.device) -> tuple:
+def groups_of(labels: Labels | None, recipe: Recipe) -> int | None:
+    """In how many groups samples are matched; None if all are matched together."""
+    return len(labels.names) if labels and recipe.match_labels == "yes" else None
+
+
+def begin(images, recipe: Recipe, device: torch.device, labels: Labels | None = None) -> tuple:
     """What trains (`FastTraining`), the flow and the pool, as they are before the first step."""
     rank, processes = ranks()
     share = recipe.batch // processes * math.prod(images.shape[1:]) * 4  # bytes
@@ -105,14 +130,19 @@ def begin(images, recipe: Recipe, device: torch.device) -> tuple:
         make_deterministic()
     torch.backends.cudnn.benchmark = recipe.compile and not recipe.deterministic  # trying takes longer than compiling
     torch.manual_seed(recipe.seed)  # the same weights on all processes
-    run = FastTraining(new_network(images, recipe), recipe, device)
+    run = FastTraining(new_network(images, recipe, len(labels.names) if labels else 0), recipe, device)
     own_seed = np.random.SeedSequence([recipe.seed, rank]).generate_state(1, np.uint64)[0] >> 1
     torch.manual_seed(int(own_seed) if rank else recipe.seed)
     flow = make_flow(dataclasses.asdict(recipe), known_of(images) is None)
-    size = recipe.match_size if recipe.method == "greedy" else 0  # other methods use the pool's generator alone
-    pool = dansm.NoisePool(size, images.shape[1:], cost=recipe.cost, device=device, seed=recipe.seed,
-                           dtype=number_type(recipe.pool_dtype, device), tf32=recipe.tf32,
-                           match_scope=recipe.match_scope, compile=recipe.compile)
+    greedy = recipe.method == "greedy"
+    size = recipe.match_size if greedy else 0  # other methods use the pool's generator alone
+    dtype = number_type(recipe.pool_dtype, device)
+    groups = groups_of(labels, recipe) if greedy else None
+    if groups:  # pools are made as their classes come, when an hour may have passed
+        check_memory(f"--match-size is {size:,} for each of {counted(groups, 'class')}",
+                     groups * size * math.prod(images.shape[1:]) * dtype.itemsize, device)
+    pool = dansm.NoisePool(size, images.shape[1:], cost=recipe.cost, device=device, seed=recipe.seed, dtype=dtype,
+                           tf32=recipe.tf32, match_scope=recipe.match_scope, compile=recipe.compile, groups=groups)
     return run, flow, pool
 
 
@@ -127,17 +157,20 @@ def check(recipe: Recipe, device: torch.device) -> None:
                        f"times --accumulate {recipe.accumulate}")
     if recipe.match_scope == "global" and not torch.distributed.is_initialized():
         raise BadInput("--match-scope is global: expected several processes, started by torchrun")
+    if recipe.match_scope == "global" and recipe.labels != "none" and recipe.match_labels == "yes":
+        raise BadInput("--match-scope is global with --labels: expected rank, or --match-labels no")
     check_evaluation(recipe)
 
 
-def new_network(images, recipe: Recipe) -> dansm.UNet:
-    """A network by the recipe for such images. BadInput for images that it cannot take, and for attention without
-    effect, at a size that no level has."""
+def new_network(images, recipe: Recipe, classes: int = 0) -> dansm.UNet:
+    """A network by the recipe for such images, with labels if there are classes. BadInput for images that it cannot
+    take, and for attention without effect, at a size that no level has."""
     channels, height, width = images.shape[1:]
     try:
         if height != width:
             raise BadInput(f"the images are {width}×{height} pixels: expected squares")
-        net = dansm.UNet(**recipe.network_settings(channels, height))
+        net = dansm.UNet(**recipe.network_settings(channels, height), classes=classes,
+                         label_dropout=recipe.label_dropout)
     except BadInput as error:
         raise BadInput(f"{error}; --size N makes them N pixels square") from error
     levels = [height >> level for level in range(len(net.settings["multipliers"]))]

@@ -50,21 +50,21 @@ class Watch:
         finally:
             self.begin = time.monotonic() - before
 
-    def pairs(self, batches: Iterator[Tensor], pool: dansm.NoisePool) -> Iterator[tuple[Tensor, Tensor]]:
-        """Match the batches by the recipe, and note when each matching begins and ends."""
-        for x, z in dansm.pairs(self._arriving(batches), self.recipe.method, self.recipe.match_size,
-                                cost=self.recipe.cost, pool=pool):
+    def pairs(self, batches: Iterator, pool: dansm.NoisePool, groups: int | None = None) -> Iterator[tuple]:
+        """Match the batches, x or (x, labels), by the recipe, and note when each matching begins and ends."""
+        for x, z, *labels in dansm.pairs(self._arriving(batches), self.recipe.method, self.recipe.match_size,
+                                         cost=self.recipe.cost, pool=pool, groups=groups):
             if self.arrived is not None:  # else "optimal" matched it together with batches before
                 self.matchings.append((self.arrived, self._now()))
                 self.arrived = None
             self.x = x
             self.z_before, self.z = self.z, z
-            yield x, z
+            yield x, z, *labels
 
-    def _arriving(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
-        for x in batches:
+    def _arriving(self, batches: Iterator) -> Iterator:
+        for batch in batches:
             self.arrived = self._now()
-            yield x
+            yield batch
 
     def _now(self):
         if self.run.device.type != "cuda":

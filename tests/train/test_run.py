@@ -53,6 +53,8 @@ def test_a_run_of_the_version_before_is_resumed_by_the_new_names_of_its_settings
     state = state_of(tmp_path / "twice")
     for old, new in (("pool", "pool_dtype"), ("fast", "tf32"), ("decay", "ema_decay"), ("resident", "data_on_gpu")):
         state["recipe"][old] = state["recipe"].pop(new)
+    for name in ("labels", "label_dropout", "match_labels"):  # which it did not have
+        del state["recipe"][name]
     checkpoint.write(checkpoint.newest(tmp_path / "twice"), state | {"recipe": state["recipe"] | {"ages": 1}})
     code, said, _ = run(*command, "--steps", 6, "--out", tmp_path / "twice")
     assert code == 0 and "resuming from step 3" in said and same_run(tmp_path / "once", tmp_path / "twice")
