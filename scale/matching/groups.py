@@ -1,5 +1,6 @@
 """A noise pool for each group of samples, at full speed."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,19 +34,18 @@ class FastGroupedPool(GroupedPool, FastPool):
             self._pool(group)
         return self._match_groups(x, labels, coming)
 
-    def _coming(self, x: Tensor, labels: Tensor | None) -> tuple[Tensor, list[int]]:
-        """The labels as int64 on the CPU, and the groups that come."""
+    def _coming(self, x: Tensor, labels: Tensor | None) -> tuple[list[int], list[int]]:
+        """The label of each sample, and the groups that come."""
         self.check(x)
         if isinstance(labels, Tensor):
             labels = labels.to("cpu", torch.int64 if labels.dtype in (torch.uint8, torch.int8) else None)
-        labels = check_labels(labels, len(x), self.groups)
-        return labels, labels.unique().tolist()
+        labels = check_labels(labels, len(x), self.groups).tolist()
+        return labels, sorted(set(labels))
 
-    def _match_groups(self, x: Tensor, labels: Tensor, coming: list[int]) -> Tensor:
+    def _match_groups(self, x: Tensor, labels: list[int], coming: list[int]) -> Tensor:
         z = torch.empty_like(x)
-        order = moved(labels.argsort(stable=True), x.device)
-        counts = labels.bincount(minlength=self.groups)[coming].tolist()
-        for group, members in zip(coming, order.split(counts), strict=True):
+        for group, members in by_group(labels, coming).items():
+            members = moved(members, x.device)
             z[members] = self.pools[group](x[members])
         return z
 
@@ -74,20 +74,30 @@ class SpreadGroupedPool(FastGroupedPool, SpreadPool):
 
     kind = SpreadPool
 
-    def _coming(self, x: Tensor, labels: Tensor | None) -> tuple[Tensor, list[int]]:
-        refusal, known = None, torch.empty(0, dtype=torch.int64)
+    def _coming(self, x: Tensor, labels: Tensor | None) -> tuple[list[int], list[int]]:
+        refusal, known, mine = None, [], []
         try:
-            known, _ = super()._coming(x, labels)
+            known, mine = super()._coming(x, labels)
         except BadInput as error:
             refusal = error
-        told = torch.cat([known.bincount(minlength=self.groups), torch.tensor([refusal is not None])])
+        told = torch.zeros(self.groups + 1, dtype=torch.bool)  # the last: refused
+        told[mine if refusal is None else -1] = True
         told = torch.stack(self._gathered(told.to(self.noise.device))).cpu()
         refused = told[:, -1].tolist()
         if any(refused):
-            raise refusal or BadInput(f"the batch of rank {refused.index(1)} is refused: its own message says why")
-        return known, told[:, :-1].sum(0).nonzero()[:, 0].tolist()
+            raise refusal or BadInput(f"the batch of rank {refused.index(True)} is refused: its own message says why")
+        return known, told[:, :-1].any(0).nonzero()[:, 0].tolist()
 
 
-def moved(numbers: Tensor, device: torch.device) -> Tensor:
-    """Copy numbers from the CPU to a device without waiting for it."""
+def by_group(labels: list[int], coming: list[int], first: int = 0) -> dict[int, list[int]]:
+    """The samples of each group, numbered from `first` on."""
+    members = {group: [] for group in coming}
+    for number, group in enumerate(labels, first):
+        members[group].append(number)
+    return members
+
+
+def moved(numbers: list[int], device: torch.device) -> Tensor:
+    """Numbers as int64 on a device, without waiting for it."""
+    numbers = torch.from_numpy(np.array(numbers, np.int64))  # five times as fast as torch.tensor
     return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers

@@ -226,22 +226,24 @@ def _choose(picks, movers, lists, found, products, squared, index, place, left, 
 
 
 @triton.jit(do_not_specialize=["width"])
-def _hand_out(z, noise, picks, movers, width, table, BLOCK: tl.constexpr, GROUPED: tl.constexpr):
+def _hand_out(z, noise, picks, movers, width, table, order, BLOCK: tl.constexpr, GROUPED: tl.constexpr):
     """z[i] = noise[picks[i]], and noise[movers[i]] takes its place. One program reads a row and then writes it, and no
-    row that moves was picked."""
+    row that moves was picked. With groups i is sample order[i] of the batch."""
     i = tl.program_id(0).to(tl.int64)
+    sample = i
     if GROUPED:
         row = table + COLUMNS * tl.program_id(2)
         if i >= tl.load(row + 7):
             return
         noise = tl.load(row).to(noise.dtype)
         i += tl.load(row + 6)
+        sample = tl.load(order + i)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     at, mover = tl.load(picks + i).to(tl.int64), tl.load(movers + i).to(tl.int64)
     there, moves = columns < width, columns < tl.where(mover >= 0, width, 0)
     picked = tl.load(noise + at * width + columns, mask=there)
     moved = tl.load(noise + mover * width + columns, mask=moves)
-    tl.store(z + i * width + columns, picked, mask=there)
+    tl.store(z + sample * width + columns, picked, mask=there)
     tl.store(noise + at * width + columns, moved, mask=moves)
 
 
@@ -286,7 +288,7 @@ def take(pool: KernelPool, x: Tensor) -> Tensor:
     samples, wide = len(x), in_lines(pool.left)
     memory = scratch(pool, x, samples * wide)
     products(x, pool.noise[:wide], pool.tf32, out=memory[0][: samples * wide].view(samples, wide))
-    z = torch.empty_like(x)
+    z = x.new_empty(x.shape)  # empty_like would keep the order of a transposed batch in memory
     choose(z, pool, pool.data_check.found, memory, samples, pool.left, in_turn=int(pool.left <= FEW))
     pool.left -= samples
     return z
@@ -307,8 +309,8 @@ def scratch(pool: KernelPool, x: Tensor, size: int) -> tuple[Tensor, ...]:
 
 
 def choose(z: Tensor, pool: KernelPool, found: Tensor, memory: tuple[Tensor, ...], samples: int, most: int,
-           in_turn: int, table: Tensor | None = None, groups: int = 1) -> None:
-    """Write the noises of a pool, or of all in `table`, into z: (B, D), and close the gaps.
+           in_turn: int, table: Tensor | None = None, order: Tensor | None = None, groups: int = 1) -> None:
+    """Write the noises of a pool, or of those in `table`, into z: (B, D), and close the gaps.
 
     memory   `scratch`, with the products
     samples  of the largest group
@@ -317,21 +319,21 @@ def choose(z: Tensor, pool: KernelPool, found: Tensor, memory: tuple[Tensor, ...
     """
     inner, picks, movers, lists = memory
     grouped = table is not None
-    table = table if grouped else pool.index  # which nobody looks at
+    told = (table, order) if grouped else (pool.index, pool.index)  # which nobody looks at
     squared, keep, width = pool.cost == "squared", KEEP[most > MANY], z.shape[1]
     row, ends = (found, inner, pool.squared, pool.index), (pool.left, in_lines(pool.left))
     if in_turn < groups:
         grid = samples, 1, groups
-        _launch(_shortlist, grid, z, (lists, *row, *ends, table), (squared, keep, LANES, grouped), warps=8)
+        _launch(_shortlist, grid, z, (lists, *row, *ends, told[0]), (squared, keep, LANES, grouped), warps=8)
     for start, end, lanes in ((0, in_turn, FEW), (in_turn, groups, LANES)):
         if start < end:
             few = end == in_turn
             _launch(_choose, (1, 1, end - start), z,
-                    (picks, movers, lists, *row, pool.place, *ends, samples, table, start),
+                    (picks, movers, lists, *row, pool.place, *ends, samples, told[0], start),
                     (squared, keep, lanes, SAMPLES, few, grouped), warps=4 if few else 8)
     block = min(4096, triton.next_power_of_2(width))
     grid = samples, triton.cdiv(width, block), groups
-    _launch(_hand_out, grid, z, (z, pool.noise, picks, movers, width, table), (block, grouped), warps=4)
+    _launch(_hand_out, grid, z, (z, pool.noise, picks, movers, width, *told), (block, grouped), warps=4)
 
 
 _compiled = {}

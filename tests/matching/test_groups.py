@@ -150,6 +150,11 @@ def test_a_batch_of_any_layout_and_labels_of_any_kind_give_the_same_noises(group
     for other in (labels.to(torch.uint8), labels.int(), labels.to(DEVICE), labels.repeat_interleave(2)[::2]):
         assert torch.equal(served(x, other), expected)
     assert torch.equal(served(x.to(memory_format=torch.channels_last), labels), expected)
+    turned = x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+    assert torch.equal(served(turned, labels), expected)
+    flat, turned = (grouped(8, (48,), groups=5, seed=0, device=DEVICE)(each, labels) for each in (
+        x.flatten(1), x.flatten(1).T.contiguous().T))
+    assert torch.equal(flat, expected.flatten(1)) and torch.equal(turned, flat)
     assert torch.equal(served(x.cpu().requires_grad_(), labels), expected.cpu())
     with torch.inference_mode():
         assert torch.equal(served(x, labels), expected)

@@ -87,6 +87,11 @@ def test_a_pool_saved_by_one_path_goes_on_in_the_other():
         assert torch.equal(resumed(x[25:]), again(x[25:]))
 
 
+def test_the_layout_of_a_batch_in_memory_changes_no_noise():
+    x = torch.randn(3, 7, device=DEVICE).T
+    assert torch.equal(pool_of_kernels(20, (3,), seed=1)(x), plain_pool(20, (3,), seed=1)(x.contiguous()))
+
+
 def test_place_and_index_stay_each_others_inverse():
     pool = pool_of_kernels(60, (3,), seed=1)
     for size in (7, 1, 20, 13):
