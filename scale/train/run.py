@@ -139,8 +139,9 @@ def begin(images, recipe: Recipe, device: torch.device, labels: Labels | None = 
     dtype = number_type(recipe.pool_dtype, device)
     groups = groups_of(labels, recipe) if greedy else None
     if groups:  # pools are made as their classes come, when an hour may have passed
+        owners = processes if recipe.match_scope == "global" else 1
         check_memory(f"--match-size is {size:,} for each of {counted(groups, 'class')}",
-                     groups * size * math.prod(images.shape[1:]) * dtype.itemsize, device)
+                     groups * size // owners * math.prod(images.shape[1:]) * dtype.itemsize, device)
     pool = dansm.NoisePool(size, images.shape[1:], cost=recipe.cost, device=device, seed=recipe.seed, dtype=dtype,
                            tf32=recipe.tf32, match_scope=recipe.match_scope, compile=recipe.compile, groups=groups)
     return run, flow, pool
@@ -157,8 +158,6 @@ def check(recipe: Recipe, device: torch.device) -> None:
                        f"times --accumulate {recipe.accumulate}")
     if recipe.match_scope == "global" and not torch.distributed.is_initialized():
         raise BadInput("--match-scope is global: expected several processes, started by torchrun")
-    if recipe.match_scope == "global" and recipe.labels != "none" and recipe.match_labels == "yes":
-        raise BadInput("--match-scope is global with --labels: expected rank, or --match-labels no")
     check_evaluation(recipe)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from runs import contents_of, same_run
-from support import FAST, noise_image, same, state_of
+from support import FAST, in_processes, needs_gloo, noise_image, same, state_of
 
 import dansm
 from dansm.scale.model.load import load_model
@@ -115,6 +115,19 @@ def test_a_run_resumed_in_the_middle_is_the_run_that_never_stopped(train, tmp_pa
     assert not same(state_of(tmp_path / "twice")["training"], halfway["training"])
 
 
+@needs_gloo
+@pytest.mark.slow
+@pytest.mark.parametrize("match_scope", ["rank", "global"])
+def test_two_processes_resumed_are_the_run_that_never_stopped(images, tmp_path, match_scope):
+    command = ["train", images, *LABELS, "--match-scope", match_scope, "--accumulate", 2, "--log-steps", 1, *FAST]
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    codes, said = in_processes(tmp_path, [*command, "--steps", 8, "--out", once],
+                               [*command, "--steps", 3, "--out", twice], [*command, "--steps", 8, "--out", twice])
+    assert codes == [[0, 0, 0]] * 2, said
+    assert "resuming from step 3" in said[0] and same_run(once, twice)
+    assert len(state_of(once)["ranks"]) == 2 and state_of(once)["classes"] == NAMES
+
+
 def test_optimal_pairs_are_assigned_within_each_class(train, pairs):
     train("--steps", 3, "--method", "optimal", "--match-size", 24)
     x, z, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
@@ -142,7 +155,6 @@ def test_a_run_is_not_resumed_with_other_labels(train, not_trained, images, tmp_
 def test_labels_that_cannot_be_used_are_refused_before_anything_is_written(not_trained, images, tmp_path):
     np.save(tmp_path / "a.npy", np.arange(14))
     assert "14 labels" in not_trained(labels=("--labels", tmp_path / "a.npy"))
-    assert "--match-scope is global" in not_trained("--match-scope", "global")
     (images / "fish").mkdir()
     assert str(images / "fish") in not_trained()
     assert not (tmp_path / "out").exists()
