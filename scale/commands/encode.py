@@ -25,6 +25,8 @@ def encode(
     workers: Annotated[int, typer.Option(min=0, help="threads of each process that read images; 0: its cores")] = 0,
     precision: Precision = "auto",
     skip_unreadable: SkipUnreadable = False,
+    labels: Annotated[str, typer.Option(
+        help="kept in the index, for dansm train --labels auto: none, auto, folders or a file, as there")] = "auto",
     device: Device = "auto",
     out: Out = Path("data/latents"),
 ) -> None:
@@ -32,5 +34,5 @@ def encode(
     from ..data.autoencoder import read_autoencoder
     from ..data.encode import Settings, encode
 
-    settings = Settings(size, shard, flips, moments, batch, workers, precision, skip_unreadable)
+    settings = Settings(size, shard, flips, moments, batch, workers, precision, skip_unreadable, labels)
     encode(source, read_autoencoder(autoencoder), pick_device(device), out, settings)

@@ -22,6 +22,7 @@ from ..base.processes import processes, quiet, ranks, wait_for_all
 from ..base.text import counted, say, say_files, shorten, with_bar
 from . import latents
 from .autoencoder import Autoencoder, Encoder
+from .labels import load_labels
 from .loader import check_out, stream_images
 from .read import Entries, Source
 
@@ -38,6 +39,7 @@ class Settings:
     workers: int = 0
     precision: str = "auto"
     skip_unreadable: bool = False
+    labels: str = "none"  # may change: the latents do not depend on them
 
 
 class Job:
@@ -88,6 +90,20 @@ def encode(source: Path, autoencoder: Autoencoder, device: torch.device, out: Pa
                 say(f"{out} holds the latents of all {counted(before['images'], 'image')} already: nothing to do")
             else:
                 _encode(job)
+            if first:
+                _keep_labels(job)
+
+
+def _keep_labels(job: Job) -> None:
+    """Add the labels of all latents to the index, and the names of their classes."""
+    index, notes = latents.known_on_disk(job.out), latents.read_notes(job.out)
+    left_out = [Path(path) for note in notes for path in note["left_out"]]
+    labels = load_labels(str(job.source.path), job.settings.labels, index["images"] - len(left_out), left_out)
+    if labels:
+        numbers = labels.numbers.repeat(1 + index["flips"]).tolist()
+        if index != (labelled := index | {"labels": numbers, "classes": labels.names}):
+            write_json(job.out / "index.json", labelled)
+        say(f"{counted(len(labels.names), 'class')} by {labels.origin}, for dansm train --labels auto")
 
 
 def _encode(job: Job) -> None:
@@ -101,6 +117,8 @@ def _encode(job: Job) -> None:
         if needed > free:
             raise BadInput(f"--out is {job.out}: the latents of {counted(left, 'image')} take {needed / 1e9:,.1f} GB, "
                            f"its disk has {free / 1e9:,.1f} GB free; expected room for them")
+        if rank == 0:
+            load_labels(str(job.source.path), job.settings.labels, count)  # else refused after hours
         say(f"{counted(count, 'image')}, {left:,} of them to encode")
         wait_for_all()  # all have the same list, before it is changed
         if rank == 0:

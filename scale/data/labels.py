@@ -39,8 +39,8 @@ def load_labels(data: str, setting: str, count: int, left_out: Collection[Path] 
     count     how many images `load_images` gave
     left_out  the files that it left out
 
-    Raises BadInput for labels of another length or type, for a class without an image (in an index it may be), and for
-    images outside of the folders of classes.
+    Raises BadInput for labels of another length or type, for a class without an image, readable or not (in an index it
+    may be), and for images outside of the folders of classes.
     """
     labels = _find(data, setting)
     if labels is None:
@@ -52,8 +52,8 @@ def load_labels(data: str, setting: str, count: int, left_out: Collection[Path] 
     if left_out:
         unreadable = set(left_out)
         numbers = numbers[[path not in unreadable for path in Source(Path(data), files_of(Path(data))).paths()]]
-        if lost := sorted(set(range(len(names))) - set(numbers.tolist())):
-            raise BadInput(f"no image of class {names[lost[0]]} in {data} can be read: expected some of each class")
+        if len(numbers) != count:
+            raise BadInput(f"{data} holds no {min(left_out)}, which was left out: expected the path of that time")
     return Labels(numbers, names, origin)
 
 

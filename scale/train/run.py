@@ -55,6 +55,8 @@ def read_labels(recipe: Recipe, images, left_out: list[Path]) -> Labels | None:
         if recipe.labels != "none":
             say(f"{recipe.data} has no labels: the network learns none")
         return None
+    if left_out and (lost := set(range(len(labels.names))) - set(labels.numbers.tolist())):
+        raise BadInput(f"{recipe.data} has no readable image of class {labels.names[min(lost)]}: expected some of each")
     classes = f"{counted(len(labels.names), 'class')} by {labels.origin} ({shorten(', '.join(labels.names), 80)})"
     if recipe.method not in ("greedy", "optimal"):
         say(classes)

@@ -14,6 +14,7 @@ from support import CPU, as_folder, in_processes, limited_files, lsun, needs_glo
 
 from dansm import BadInput
 from dansm.scale.data import latents
+from dansm.scale.data.labels import load_labels
 from dansm.scale.data.loader import batches, load_images
 from dansm.scale.data.read import read_image
 
@@ -246,6 +247,55 @@ def test_two_processes_write_the_bytes_of_one(encoded, encode_command, contents,
 
 
 # ------------------------------------------------------------------------------- read back
+
+
+@pytest.fixture
+def classes(photographs, tmp_path):
+    """The photographs in folders, and a class of which no image can be read."""
+    content = {f"{name}/{key}.jpg": photographs[key] for name, key in zip("abcaabbcc", photographs, strict=True)}
+    return as_folder(tmp_path / "classes", content | {"a/0.jpg": b"none", "bad/0.jpg": b"none"})
+
+
+def labels_in(out):
+    index = json.loads((out / "index.json").read_text())
+    return index.get("labels"), index.get("classes")
+
+
+@pytest.mark.parametrize("options", [(), ("--flips", "--moments")])
+def test_the_index_keeps_the_labels_of_all_latents(encoded, classes, contents, options):
+    options = ("--skip-unreadable", *options)
+    out = encoded("latents", *options, source=classes)
+    sides = 1 + ("--flips" in options)
+    names = sorted(path.name for path in classes.iterdir())
+    expected = [names.index(name) for name in "aaabbbccc" for _ in range(sides)]
+    assert labels_in(out) == (expected, names) == (expected, ["a", "b", "bad", "c"])
+    found = load_images(str(out))
+    labels = load_labels(str(out), "auto", len(found))
+    assert labels.numbers.tolist() == expected and labels.names == names
+    before = stamps(out)
+    assert stamps(encoded("latents", *options, source=classes)) == before
+    (out / "latents-00000.npy").unlink()
+    whole = contents(encoded("whole", *options, source=classes))
+    assert contents(encoded("latents", *options, source=classes)) == whole
+
+
+def test_labels_may_be_added_to_latents_and_replaced(run, encoded, encode_command, classes):
+    options = ("--skip-unreadable", "--labels")
+    out = encoded("latents", *options, "none", source=classes)
+    assert labels_in(out) == (None, None)
+    before = {name: stamp for name, stamp in stamps(out).items() if name != "index.json"}
+    code, said, err = run(*encode_command("latents", *options, "folders", source=classes))
+    assert code == 0 and "nothing to do" in said and labels_in(out)[1] == ["a", "b", "bad", "c"], err
+    assert before.items() <= stamps(out).items()
+    np.save(classes / "labels.npy", [0, 1, 2, 3, 3, 0, 1, 2, 0, 0, 1])  # a/0.jpg and bad/0.jpg are the places 0 and 7
+    encoded("latents", *options, "auto", source=classes)
+    assert labels_in(out) == ([1, 2, 3, 3, 0, 1, 0, 0, 1], ["0", "1", "2", "3"])
+
+
+def test_wrong_labels_are_refused_before_anything_is_encoded(not_encoded, source, tmp_path):
+    np.save(source / "labels.npy", np.arange(8))
+    assert "8 labels" in not_encoded()
+    assert [path.name for path in (tmp_path / "latents").iterdir()] == [".lock"]
 
 
 def test_a_shard_is_the_file_that_numpy_writes(tmp_path):

@@ -48,6 +48,15 @@ def test_a_recipe_for_latents_takes_no_images(refused, source, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_latents_of_classes_train_a_network_that_knows_them(encoded, trained, photographs, tmp_path):
+    content = {f"{name}/{key}.jpg": photographs[key] for name, key in zip("abcaabbcc", photographs, strict=True)}
+    data = encoded(source=as_folder(tmp_path / "classes", content))
+    code, said, err = trained(data, 3, "--labels", "auto")
+    assert code == 0 and "3 classes" in said and str(data / "index.json") in said, err
+    assert state_of(tmp_path / "run")["classes"] == ["a", "b", "c"]
+    assert "labels" not in state_of(tmp_path / "run")["latents"]
+
+
 def test_a_run_of_an_unfinished_encode_does_not_go_on_with_the_whole(encoded, stopped, trained, refused, tmp_path):
     code, said, err = trained(stopped("part"))
     assert code == 0 and "4 of 9 images" in said and "4 latents of 4×4×4" in said, err

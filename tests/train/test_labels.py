@@ -173,8 +173,11 @@ def test_it_is_said_where_there_are_no_labels_or_the_pools_outlast_the_training(
     assert f"{images} has no labels" in train("--steps", 3, labels=("--labels", "auto"), out="c")
 
 
-def test_labels_of_images_that_cannot_be_read_are_left_out(train, images, pairs):
+def test_labels_of_images_that_cannot_be_read_are_left_out(train, not_trained, images, pairs):
     (images / "bird" / "0.png").write_bytes(b"")
     train("--steps", 9, "--no-flip", "--skip-unreadable")
+    for number in range(5):
+        (images / "cat" / f"{number}.png").write_bytes(b"")
+    assert "class cat" in not_trained("--skip-unreadable")
     for x, _, labels in pairs:
         assert torch.equal((x.flatten(1).min(1).values * 127.5 + 127.5).long() // 85, labels)
