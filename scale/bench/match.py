@@ -21,6 +21,7 @@ from . import clock
 from .clock import image_like, milliseconds, spread, timed
 
 LOOP = "paper's loop"
+GROUPS = 10
 
 
 def parts_of(x: Tensor, match_sizes: list[int], seed: int, rates: dict) -> Iterator[tuple[str, Iterator[dict]]]:
@@ -57,6 +58,7 @@ def ways(x: Tensor, match_size: int, seed: int) -> dict[str, tuple[int, float, C
     found = {LOOP: (2 * pool, 1, lambda: on_full_pool(3, paper_loop))}
     for cost in dansm.COSTS:
         found[f"ours, {cost}"] = pool, 1.5, partial(life, cost=cost)
+    found[f"ours, {GROUPS} groups"] = pool, 1.5, partial(life_of_groups, x, match_size, seed)
     if x.device.type == "cuda":
         found["ours, tf32"] = pool, 1.5, partial(life, tf32=True)
         found["ours, bf16"] = pool // 2, 1.5, partial(life, dtype=torch.bfloat16)
@@ -101,6 +103,17 @@ def life_of_a_pool(x: Tensor, match_size: int, seed: int, **settings) -> dict:
     return {**spread(times), "p99_ms": round(often, 4), "full_ms": round(statistics.median(full), 3),
             "whole_ms": round(sum(times), 3), "dtype": str(pool.noise.dtype)[6:], "tf32": pool.tf32,
             "pool_mb": round(pool.noise.nbytes / 1e6, 1), "peak_mb": clock.peak_mb(device)}
+
+
+def life_of_groups(x: Tensor, match_size: int, seed: int) -> dict:
+    """Time batches of all groups, whose pools hold match_size noises together, after a life that is not counted."""
+    pool = dansm.NoisePool(max(2, match_size // GROUPS), x.shape[1:], device=x.device, seed=seed, groups=GROUPS)
+    batches = max(5, -(-match_size // len(x)))
+    samples = [image_like(len(x), x.shape[1:], seed + number, x.device) for number in range(min(batches, 16))]
+    labels = torch.randint(GROUPS, (len(x),), generator=torch.Generator().manual_seed(seed))
+    times = [milliseconds(x.device, pool, samples[number % len(samples)], labels) for number in range(2 * batches)]
+    pool_mb = sum(group.noise.nbytes for group in pool.pools.values()) / 1e6
+    return {**spread(times[batches:]), "whole_ms": round(sum(times[batches:]), 3), "pool_mb": round(pool_mb, 1)}
 
 
 def assignments(device: torch.device) -> dict[str, Callable[[Tensor], object]]:

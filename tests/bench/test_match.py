@@ -20,13 +20,16 @@ def test_each_way_is_measured_at_each_match_size(run, tmp_path):
     assert all(str(tmp_path / "out" / name) in said for name in files_of(tmp_path / "out"))
     bench = json.loads((tmp_path / "out" / "match.json").read_text())
     assert (bench["batch"], bench["shape"], bench["left_out"]) == (8, [1, 4, 4], {})
-    ways = ["ours, squared", "ours, inner", "bare product", "paper's loop", "nearest of k", "scipy, assignment"]
+    ways = ["ours, squared", "ours, inner", "ours, 10 groups", "bare product", "paper's loop", "nearest of k",
+            "scipy, assignment"]
     rows = {(row["match_size"], row["way"]): row for row in bench["rows"]}
     assert {(match_size, way) for match_size in (16, 40) for way in ways} <= rows.keys()  # POT, where it is installed
     for row in bench["rows"]:
         assert 0 < row["least_ms"] <= row["median_ms"] <= row["most_ms"] and row["calls"] >= 1
     ours, loop = rows[40, "ours, squared"], rows[40, "paper's loop"]
     assert ours["calls"] == 5 and ours["pool_mb"] == round(48 * 16 * 4 / 1e6, 1) and ours["tf32"] is False
+    groups = rows[40, "ours, 10 groups"]
+    assert groups["calls"] == 5 and groups["pool_mb"] == round(10 * 16 * 16 * 4 / 1e6, 1)
     faster = loop["median_ms"] / ours["full_ms"]
     assert ours["times_faster"] == pytest.approx(faster, rel=0.01, abs=0.051)
     lines = (tmp_path / "out" / "match.csv").read_text().splitlines()
