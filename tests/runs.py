@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from models import awake
 from support import files_of, log_of, same, state_of
 
 import dansm
@@ -41,6 +42,17 @@ def losses_of(out):
 
 def contents_of(folder):
     return {name: (folder / name).read_bytes() for name in files_of(folder)}
+
+
+def wake_networks(monkeypatch):
+    """Let networks depend on their labels from the first step on."""
+    begin = dansm.UNet.__init__
+
+    def begin_awake(self, *arguments, **settings):
+        begin(self, *arguments, **settings)
+        awake(self)
+
+    monkeypatch.setattr(dansm.UNet, "__init__", begin_awake)
 
 
 # ------------------------------------------------------------------------------- hooks of `in_processes`
@@ -83,6 +95,7 @@ def restarted_on_the_second_node(rank, folder):
     os.environ |= {"GROUP_WORLD_SIZE": "2", "TORCHELASTIC_RESTART_COUNT": str(rank)}
 
 
-def with_own_cache(rank, folder):
+def awake_with_own_cache(rank, folder):
     evaluation.CACHE = folder / "cache"
     measures.SUBSETS = 3
+    wake_networks(pytest.MonkeyPatch())

@@ -208,7 +208,7 @@ def report(rows: list[dict], labels: list[str], extractor: Extractor, count: int
     """Print the table, and what a reader must know to interpret it."""
     frechet, kernel = extractor.distances
     inception = extractor.name == INCEPTION
-    by_class = {f"{frechet}_class_mean": (".2f", "by class"), "label_accuracy": (".1%", "labels right")}
+    by_class = {f"{frechet}_class_mean": (".2f", "by class"), "label_accuracy": (".1%", "labels")}
     by_class = {name: column for name, column in by_class.items() if any(name in row for row in rows)}
     lines = []
     for label, row in zip(labels, rows, strict=False):  # Ctrl-C leaves out the last rows

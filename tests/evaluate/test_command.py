@@ -214,7 +214,7 @@ BY_CLASS = {"label_accuracy", "frechet_distance_class_mean", *(f"frechet_distanc
 def test_each_guidance_is_a_row_with_measures_by_class(run, of_classes, tmp_path):
     command = ["evaluate", of_classes, *options(tmp_path, "--steps", 2, "--guidance", "1,3,0")]
     code, said, err = run(*command, "--guidance-interval", "0.2,1")
-    assert (code, err) == (0, "") and "by class" in said and "labels right" in said and "guidance 3" in said
+    assert (code, err) == (0, "") and "by class" in said and " labels " in said and "guidance 3" in said
     rows = rows_of(tmp_path / "out")
     assert [(row.get("guidance"), row.get("guidance_interval")) for row in rows] == [
         (None, None), (1, "0,1"), (3, "0.2,1"), (0, "0.2,1")]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import losses_of, with_own_cache
+from runs import awake_with_own_cache, losses_of, wake_networks
 from support import FAST, in_processes, log_of, make_images, needs_gloo, same, state_of
 
 from dansm.scale.evaluate import measures
@@ -64,6 +64,30 @@ def test_the_measures_of_a_checkpoint_are_those_of_the_command(run, images, tmp_
     line, = evaluations(out)
     for row, of in zip(rows, ("real", 2, 3), strict=True):
         for name in MEASURES:
+            assert line[f"{name}/{of}"] == pytest.approx(row[name], rel=1e-4, abs=1e-5)
+
+
+@pytest.fixture
+def by_class(tmp_path, monkeypatch):
+    """Images of two classes, of which four are enough to measure one."""
+    monkeypatch.setattr("dansm.scale.evaluate.by_class.LEAST", 4)
+    for name, count in (("cat", 40), ("dog", 20)):
+        make_images(tmp_path / "animals" / name, count, width=8, height=8)
+    return tmp_path / "animals"
+
+
+def test_classes_are_measured_as_the_command_measures_them(run, by_class, tmp_path, monkeypatch):
+    wake_networks(monkeypatch)
+    out, evaluated = tmp_path / "out", tmp_path / "evaluated"
+    command = ["train", by_class, "--labels", "folders", "--steps", 4, *FAST, *SEEN, "--evaluate-every", 4]
+    assert run(*command, "--out", out)[0] == 0
+    command = ["evaluate", out, "--features", "features:seen", "--count", 40, "--steps", "2,3", "--device", "cpu"]
+    assert run(*command, "--cache", tmp_path / "cache", "--out", evaluated)[0] == 0
+    line, = evaluations(out)
+    names = MEASURES | {"frechet_distance_class_mean", "label_accuracy"}
+    assert {name for name in line if "/" in name} == {f"{name}/{of}" for name in names for of in (2, 3, "real")}
+    for row, of in zip(json.loads((evaluated / "evaluate.json").read_text())["rows"], ("real", 2, 3), strict=True):
+        for name in names:
             assert line[f"{name}/{of}"] == pytest.approx(row[name], rel=1e-4, abs=1e-5)
 
 
@@ -164,9 +188,12 @@ def test_a_run_that_is_not_evaluated_makes_no_evaluation(run, images, monkeypatc
 
 @needs_gloo
 @pytest.mark.slow
-def test_two_processes_draw_the_images_of_one(run, images, tmp_path):
-    command = ["train", images, "--steps", 2, *FAST, *SEEN, "--evaluate-every", 2, "--match-size", 0, "--lr", 1e-9]
-    codes, said = in_processes(tmp_path, [*command, "--out", tmp_path / "two"], hook=with_own_cache)
+@pytest.mark.parametrize("labels", [(), ("--labels", "folders")])
+def test_two_processes_draw_the_images_of_one(run, by_class, tmp_path, monkeypatch, labels):
+    wake_networks(monkeypatch)
+    command = ["train", by_class, "--steps", 2, *FAST, *SEEN, "--evaluate-every", 2, "--match-size", 0, "--lr", 1e-9,
+               *labels]
+    codes, said = in_processes(tmp_path, [*command, "--out", tmp_path / "two"], hook=awake_with_own_cache)
     assert codes == [[0], [0]], said
     assert said[1] == ""
     assert run(*command, "--out", tmp_path / "one")[0] == 0
