@@ -23,6 +23,7 @@ from ..data import loader
 from ..data.latents import known_of
 from ..model import checkpoint
 from ..model.recipe import SETTINGS, Recipe, as_option, load, names, shown
+from ..model.sampling import ROWS
 from ..train import run as training
 from .options import Device
 from .sample import check_foreign_samples
@@ -150,8 +151,8 @@ def read_and_train(recipe: Recipe, out: Path, device: torch.device, fresh: bool)
     pictures = known_of(images) is None
     drawn = grid.exists() and grid.stat().st_mtime >= saved.stat().st_mtime  # from this checkpoint
     if pictures and not drawn and not summary["interrupted"]:
-        training.draw_grid(net, flow, recipe, device, grid, batch=8,  # so that the bar shows the time left
-                           track=lambda draws: with_bar(draws, "sampling", total=8))
+        training.draw_grid(net, flow, recipe, device, grid, batch=8,  # a row, so that the bar shows the time left
+                           track=lambda draws: with_bar(draws, "sampling", total=min(net.classes, ROWS) or 8))
         written.insert(0, "samples.png")
     if written:
         say_files(out, *written)
