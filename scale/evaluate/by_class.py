@@ -1,4 +1,4 @@
-"""How well samples follow their labels: the distance of each class, and what a linear probe of the features tells."""
+"""How well samples follow their labels: the distance of each class, and the labels that a linear probe predicts."""
 
 from functools import cached_property
 from statistics import fmean
@@ -58,15 +58,15 @@ class Classes:
         name             of the Fréchet distance
         <name>/<class>   the distance of a class's samples to its real images, where there are LEAST of both
         …_class_mean     its mean, if all classes have one
-        label_accuracy   share of the samples whose label the probe tells rightly
+        label_accuracy   share of the samples whose label the probe predicts
         """
         if not self.measured:
             return {}
         return self._distances(features, labels, name) | {"label_accuracy": self._accuracy(features, labels)}
 
     def floor(self, count: int, seed: int, name: str) -> dict[str, float]:
-        """The measures of `count` random real images, those of `measures.floor`. The probe tells the labels of real
-        images that it was not trained on."""
+        """The measures of `count` random real images, those of `measures.floor`. The accuracy is that of the probe on
+        the real images that it was not trained on."""
         if not self.measured:
             return {}
         row = self._distances(shuffled(self.real.features, seed)[:count], shuffled(self._kept, seed)[:count], name)
@@ -87,8 +87,8 @@ class Classes:
         return torch.linalg.solve(products, x.T @ F.one_hot(self._kept[trained], len(self.names)).double())
 
     def _accuracy(self, features: Tensor, labels: Tensor) -> float:
-        told = (F.pad(features.double(), (0, 1), value=1.0) @ self._probe).argmax(1)
-        return (told == labels).double().mean().item()
+        predicted = (F.pad(features.double(), (0, 1), value=1.0) @ self._probe).argmax(1)
+        return (predicted == labels).double().mean().item()
 
     def _distances(self, features: Tensor, labels: Tensor, name: str) -> dict[str, float]:
         row = {}
