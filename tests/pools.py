@@ -64,19 +64,19 @@ class PlainPool(NoisePool):
         return self.change(super()._drawn(number))
 
 
-def changed(kind):
-    """A FastPool or one of its kind, whose noises are changed after they are drawn."""
+class Changed:
+    """Before a FastPool or one of its kind: its noises are changed after they are drawn."""
 
-    class Changed(kind):
-        change = staticmethod(CHANGES["as drawn"])
+    change = staticmethod(CHANGES["as drawn"])
 
-        def _draw(self, number, chunk, ours):
-            return ours.copy_(self.change(super()._draw(number, chunk, ours)))
-
-    return Changed
+    def _draw(self, number, chunk, ours):
+        return ours.copy_(self.change(super()._draw(number, chunk, ours)))
 
 
-ChangedFastPool = changed(FastPool)
+class ChangedFastPool(Changed, FastPool):
+    pass
+
+
 POOLS = [PlainPool, ChangedFastPool]
 
 

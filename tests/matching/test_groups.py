@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from pools import CHANGES, COSTS, KINDS, NaivePool, changed, data, drawn_for, rows_in_order, saved_and_loaded
+from pools import CHANGES, COSTS, KINDS, Changed, NaivePool, data, drawn_for, rows_in_order, saved_and_loaded
 
 import dansm
 from dansm import BadInput, GroupedPool, NoisePool, noise_generator
@@ -47,13 +47,8 @@ def check_against_the_loop(grouped, kind, match_size, sizes, groups, data_kind, 
     if change == "whole numbers" and data_kind != "the same":
         data_kind = "whole numbers"  # exact ties, see test_pool
 
-    def of_group(*arguments, **options):
-        pool = changed(kind)(*arguments, **options)
-        pool.change = CHANGES[change]
-        return pool
-
     pool = grouped(match_size, (3, 2), groups=groups, cost=cost, dtype=torch.float64, seed=seed, device=DEVICE)
-    pool.kind = of_group
+    pool.kind = type("Kind", (Changed, kind), {"change": staticmethod(CHANGES[change])})
     naive = [NaivePool(match_size, 6, cost, seed, CHANGES[change], 0, 1 + group) for group in range(groups)]
     generator = torch.Generator().manual_seed(seed + 1)
     for size in sizes:

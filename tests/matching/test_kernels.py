@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from pools import CHANGES, COSTS, KINDS, ChangedFastPool, NaivePool, changed, data
+from pools import CHANGES, COSTS, KINDS, Changed, ChangedFastPool, NaivePool, data
 
 from dansm import BadInput
 
@@ -21,7 +21,11 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = pytest.mark.usefixtures("short_lists")
 
 
-def pool_of_kernels(*args, change="as drawn", kind=changed(kernels.KernelPool), **kwargs):  # noqa: B008
+class ChangedKernelPool(Changed, kernels.KernelPool):
+    pass
+
+
+def pool_of_kernels(*args, change="as drawn", kind=ChangedKernelPool, **kwargs):
     pool = kind(*args, device=DEVICE, **kwargs)
     pool.change = CHANGES[change]
     return pool
