@@ -813,11 +813,11 @@ def check_labels(labels, samples: int, groups: int) -> Tensor:
     given = type(labels).__name__
     if isinstance(labels, Tensor):
         given = f"{labels.dtype} of shape {tuple(labels.shape)}"
-        whole = not labels.is_floating_point() and labels.dtype != torch.bool
-        if whole and labels.shape == (samples,) and (labels < groups).all() and (labels >= 0).all():
-            return labels.long()
-        if whole and labels.numel():
-            given += f", from {labels.min().item()} to {labels.max().item()}"
+        if not labels.is_floating_point() and labels.dtype != torch.bool:
+            labels = labels.long()
+            if labels.shape == (samples,) and (labels < groups).all() and (labels >= 0).all():
+                return labels
+            given += f", from {labels.min().item()} to {labels.max().item()}" if labels.numel() else ""
     raise BadInput(f"the labels are {given}: expected {samples} whole numbers from 0 to {groups - 1}")
 
 

@@ -41,7 +41,7 @@ def losses_of(out):
 
 
 def contents_of(folder):
-    return {name: (folder / name).read_bytes() for name in files_of(folder)}
+    return {name: (folder / name).read_bytes() for name in files_of(folder) if (folder / name).is_file()}
 
 
 def wake_networks(monkeypatch):

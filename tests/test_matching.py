@@ -24,6 +24,7 @@ from dansm import (
     METHODS,
     BadInput,
     NoisePool,
+    check_labels,
     cost_matrix,
     greedy,
     inner_products,
@@ -387,6 +388,14 @@ def test_labels_that_are_none_are_refused(method, labels, said):
     batch = torch.zeros(5, 3) if labels is None else (torch.zeros(5, 3), labels)
     with pytest.raises(BadInput, match=f"the labels are .*{said}.*expected 5 whole numbers from 0 to 2"):
         list(pairs([batch], method, 6, groups=3))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32, torch.int64])
+def test_labels_of_any_whole_type_are_taken_whatever_the_count_of_groups(dtype):
+    labels = torch.tensor([0, 100, 127], dtype=dtype)
+    assert check_labels(labels, 3, 1000).tolist() == [0, 100, 127]
+    with pytest.raises(BadInput, match="from 0 to 127: expected 3 whole numbers from 0 to 126"):
+        check_labels(labels, 3, 127)
 
 
 def test_a_batch_of_three_parts_is_refused():

@@ -37,8 +37,7 @@ class FastGroupedPool(GroupedPool, FastPool):
     def _coming(self, x: Tensor, labels: Tensor | None) -> tuple[list[int], list[int]]:
         """The label of each sample, and the groups that come."""
         self.check(x)
-        if isinstance(labels, Tensor):
-            labels = labels.to("cpu", torch.int64 if labels.dtype in (torch.uint8, torch.int8) else None)
+        labels = labels.cpu() if isinstance(labels, Tensor) else labels
         labels = check_labels(labels, len(x), self.groups).tolist()
         return labels, sorted(set(labels))
 

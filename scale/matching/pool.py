@@ -311,6 +311,7 @@ class DataCheck:
     have.)
     """
 
+    @torch.inference_mode(False)  # see FastPool.__call__
     def __init__(self, shape: torch.Size, device: torch.device):
         self.shape, self.device = shape, device
         on_gpu = device.type == "cuda"
