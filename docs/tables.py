@@ -90,6 +90,22 @@ train_rates = partial(listing, read("bench/train/train.csv", part="steps"), ["ca
     "ms a step": numbers("median_ms"), "images/s": numbers("images_per_second", 0),
     "matching": numbers("matching_share", 1, " %", 100), "MFU": numbers("mfu", 0, " %", 100)})
 
+leakage = partial(listing, read("conditions/leakage.csv"), ["coupling"], {
+    "class told": numbers("class_told", 1, " %", 100), "class means: largest": numbers("class_mean_largest", 2),
+    "on average": numbers("class_mean_average", 2), "‖z‖²/D at first": numbers("size_first_quarter", 3),
+    "at last": numbers("size_last_quarter", 3)})
+classes_cifar10 = partial(listing, read("conditions/prototype.csv"), ["pairs"], {
+    f"{steps} steps": numbers(f"d{steps}") for steps in STEPS} | {
+    f"guidance 2: {steps}": numbers(f"guided2_d{steps}") for steps in STEPS[1:4]} | {
+    "right class": numbers("right_label_20", 1, " %", 100)})
+
+
+def continuous():
+    columns = {f"{problem}, {steps} steps": ({"problem": problem}, numbers(f"w2_{steps}_steps", 3))
+               for problem in ("two-moons", "checkerboard", "texts") for steps in (2, 50)}
+    shown = "random", "one pool", "k-means 16", "k-means 64", "carried 1", "carried 100", "C²OT 1", "C²OT 100"
+    return pivot(read("conditions/continuous.csv"), {name: {"coupling": name} for name in shown}, columns)
+
 
 def proof_short(*names):
     _, needed = proof_images("greedy-10000@5120000")

@@ -97,7 +97,7 @@ def draw_conditions(shown: dict[str, tuple[Tensor, Tensor, Tensor, Tensor]], row
     for column, (way, (z, of_noise, x, of_sample)) in enumerate(shown.items()):
         told = fmean(row["class_told"] for row in lines[way])
         w2 = fmean(row["w2_50_steps"] for row in lines[way])
-        for kind, points, labels, text in (("noises", z, of_noise, f"probe tells the class: {told:.0%}"),
+        for kind, points, labels, text in (("noises", z, of_noise, f"class told: {told:.0%}"),
                                            ("samples", x, of_sample, f"W2² of a class: {w2:.3f}")):
             panel = panels[f"{kind} {column}"]
             panel.set(xlim=(-2.7, 2.7), ylim=(-2.7, 2.7), aspect="equal")
@@ -105,7 +105,7 @@ def draw_conditions(shown: dict[str, tuple[Tensor, Tensor, Tensor, Tensor]], row
             colours = np.array(CLASSES)[labels.cpu().numpy()]
             panel.scatter(*points.cpu().numpy().T, s=3, c=colours, alpha=0.7, linewidths=0)
             note(panel, text)
-        panels[f"noises {column}"].set_title(way)
+        panels[f"noises {column}"].set_title(way, fontsize=10)
     for kind, text in (("noises", "noises in training"), ("samples", "samples in 50 steps")):
         panels[f"{kind} 0"].text(-0.03, 0.5, text, transform=panels[f"{kind} 0"].transAxes, rotation=90, ha="right",
                                  va="center")
@@ -115,8 +115,11 @@ def draw_conditions(shown: dict[str, tuple[Tensor, Tensor, Tensor, Tensor]], row
         spreads = [mean_and_std([row[f"w2_{count}_steps"] for row in same]) for count in steps]
         curves.errorbar(steps, [value["mean"] for value in spreads], [value["std"] for value in spreads],
                         **look, markersize=4, capsize=2, label=way)
+    floor = fmean(row["w2_floor"] for row in rows)
+    curves.axhline(floor, color=INK, linestyle=":", linewidth=1)
+    curves.text(1, floor * 0.95, "other points of the data", fontsize=8.5, va="top")
     name_axes(curves, "sampling steps", "W2² of a class to its data", steps, (0.01, 0.03, 0.1, 0.3, 1))
-    curves.legend(loc="center right", bbox_to_anchor=(1.03, 0.65))
+    curves.legend(loc="center right", bbox_to_anchor=(1.04, 0.72), fontsize=8)
     save(figure, path)
 
 
