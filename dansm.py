@@ -173,18 +173,16 @@ class NoisePool:
 
     Samples are served in batch order: each takes the nearest noise, which then leaves the pool. An empty pool is
     refilled, in the middle of a batch if need be, so the batch size does not matter and may be 1. Over a whole pool
-    the noises handed out are exactly those drawn: the prior stays N(0, I). A match_size of 0 or 1 means random pairs.
+    the noises handed out are exactly those drawn: the prior stays N(0, I).
 
-    match_size  number of noises
-    shape       of one sample, (C, H, W) or any other
+    match_size, shape  number of noises, 0 or 1 for random pairs; shape of one sample, (C, H, W) or any other
     cost        "squared" or "inner", see `cost_matrix`
-    device      where the noises are kept
-    dtype       of the noises: float32 (M × D × 4 bytes), float64, or bfloat16, which takes half the memory
+    device, dtype  of the noises: float32 (M × D × 4 bytes), float64, or bfloat16, which takes half the memory
     seed        None: from torch's generator. By torch.distributed each process has its own noises from the same seed
     groups      of samples, such as classes: a pool for each, and z = pool(x, labels), see `GroupedPool`
 
-    This class is the rule. With scale/, NoisePool(...) returns a subclass that gives the same noises faster and has
-    more options: dansm.scale.matching.pool.FastPool. BadInput for a batch or an argument that cannot be.
+    With scale/, NoisePool(...) returns a subclass that gives the same noises faster and has more options, see
+    dansm.scale.matching.pool.FastPool. BadInput for a batch or an argument that cannot be.
     """
 
     dtypes = (torch.float32, torch.float64, torch.bfloat16)  # float16 overflows in the products of long samples
@@ -193,7 +191,8 @@ class NoisePool:
     def __new__(cls, *args, **settings):
         if cls is NoisePool:
             fast = fast_matching()  # Python calls the __init__ of the class that it is given
-            cls = fast.pool_class(*args, **settings) if fast else GroupedPool if settings.get("groups") else cls
+            plain = NoisePool if settings.get("groups") is None else GroupedPool
+            cls = fast.pool_class(*args, **settings) if fast else plain
         return super().__new__(cls)
 
     def __init__(self, match_size: int, shape, *, cost: str = "squared", device="cpu", dtype=torch.float32,

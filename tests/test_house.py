@@ -93,6 +93,8 @@ def test_dansm_reaches_into_scale_at_two_places_and_has_at_most_900_lines():
     assert text.count('scaled("') == 2  # matching and the commands
     assert not [name for name, at_import_time in imports_of("dansm")]
     assert len(text.splitlines()) <= 900
+    pool = next(node for node in ast.parse(text).body if getattr(node, "name", "") == "NoisePool")
+    assert pool.end_lineno - pool.lineno < 110
 
 
 LOADED = """

@@ -48,7 +48,7 @@ def row_of(name: str, way: tuple, x: Tensor, match_size: int, last: dict, rates:
 
 
 def ways(x: Tensor, match_size: int, seed: int) -> dict[str, tuple[int, float, Callable[[], dict]]]:
-    """By name: the bytes that a way needs, the power of match_size with which its time grows, and what measures it."""
+    """name → the bytes that a way needs, the power of match_size with which its time grows, and what measures it."""
     pool = 4 * match_size * x[0].numel()
     life = partial(life_of_a_pool, x, match_size, seed)
 

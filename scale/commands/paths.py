@@ -111,7 +111,7 @@ def measure_paths(x: Tensor, z: Tensor) -> dict[str, float]:
 
 
 def growth_over_random(rows: list[dict], pairs: str) -> dict[str, dict]:
-    """By what share measures of these pairs exceed those of random pairs of the same samples, over the seeds."""
+    """How far, as a share, measures of these pairs exceed those of random pairs of the same samples, over the seeds."""
     random = {row["seed"]: row for row in rows if row["pairs"] == "random"}
     matched = [row for row in rows if row["pairs"] == pairs]
     return {name: statistics.mean_and_std([row[name] / random[row["seed"]][name] - 1 for row in matched])

@@ -87,8 +87,8 @@ def match_in_pools(x: Tensor, z: Tensor, match_size: int, way: str) -> Tensor:
 
 
 def gains(x: Tensor, paired: Tensor, z: Tensor, match_size: int) -> dict[str, float]:
-    """By what share squared paths are shorter than over all pairings of their pool, in all and in each quarter of the
-    pools' lives. x, paired, z: (N, D)."""
+    """How much shorter, as a share, squared paths are than over all pairings of their pool, in all and in each quarter
+    of the pools' lives. x, paired, z: (N, D)."""
     length = (x - paired).square().sum(1).double()
     at_random = torch.cat([samples.square().sum(1) + noises.square().sum(1).mean() - 2 * samples @ noises.mean(0)
                            for samples, noises in zip(x.split(match_size), z.split(match_size), strict=True)]).double()

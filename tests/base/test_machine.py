@@ -51,7 +51,7 @@ def test_what_does_not_fit_is_refused_in_gigabytes():
 
 
 def test_a_system_that_does_not_tell_its_memory_refuses_no_pool(tmp_path, monkeypatch):
-    """As Windows, which has neither /proc nor os.sysconf."""
+    """Windows has neither /proc nor os.sysconf."""
     monkeypatch.setattr(machine, "Path", lambda name: tmp_path / name[1:])
     monkeypatch.delattr(os, "sysconf")
     check_memory("--batch is 4", 10**15, CPU)

@@ -115,7 +115,7 @@ def test_an_unknown_setting_or_a_wrong_value_is_refused_naming_the_file(write_te
 
 
 def test_all_old_names_of_a_file_are_told_in_one_line_with_the_new_ones(write_text):
-    """As in the recipe.toml of a run of version 0.1.0."""
+    """They stand in the recipe.toml of a run of version 0.1.0."""
     path = write_text('data = "d"\nresident = "auto"\nfast = false\npool = "fp32"\nages = 1\ndecay = [0.9999]\n')
     with pytest.raises(BadInput, match=f"^{re.escape(path)}: ") as refused:
         load(path)
