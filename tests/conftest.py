@@ -1,6 +1,7 @@
 """What every test has: the same random numbers, no deadline, and the commands in this process."""
 
 import os
+import signal
 import warnings
 
 import pytest
@@ -15,6 +16,8 @@ from support import TINY, make_images
 import dansm
 from dansm.scale.base.text import console
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a job that a script put into the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("dansm", deadline=None, derandomize=True, max_examples=60, print_blob=False, database=None)
 settings.load_profile("dansm")
 torch.set_num_threads(1)  # on a busy machine two threads wait for each other: eight times slower
