@@ -24,6 +24,11 @@ def launch(kernel, grid: tuple[int, ...], *arguments, num_warps: int = 8):
     return None
 
 
+def compiles_only() -> bool:
+    """Whether this is inside `compiling_ahead`, where no kernel may run: the results of others are not there."""
+    return _compiler is not None
+
+
 @contextmanager
 def compiling_ahead(device: torch.device) -> Iterator[None]:
     """Compile the kernels that are launched inside, all at once in threads, without running them.

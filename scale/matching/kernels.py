@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dansm import costs_from, greedy, squared_norms
 
-from ..base.launch import compiling_ahead, launch, on
+from ..base.launch import compiles_only, compiling_ahead, launch, on
 from .pool import DataCheck, FastPool
 from .products import products
 
@@ -343,7 +343,7 @@ def _launch(kernel, grid, x, arguments, constants, warps):
     """Run kernel[grid](*arguments, *constants) without Triton's check, slower than the kernel, whether such arguments
     need another compilation: the type of x and the constants tell."""
     key = kernel, x.device, x.dtype, constants
-    if key in _compiled:
+    if key in _compiled and not compiles_only():
         _compiled[key][grid](*arguments, *constants)
     elif compiled := launch(kernel, grid, *arguments, *constants, num_warps=warps):  # None in the interpreter
         _compiled[key] = compiled

@@ -14,6 +14,7 @@ from pools import CHANGES, COSTS, KINDS, Changed, ChangedFastPool, NaivePool, da
 from dansm import BadInput
 
 pytest.importorskip("triton")
+from dansm.scale.base import launch
 from dansm.scale.matching import gpu, kernels
 from dansm.scale.matching.pool import FastPool, pool_class
 
@@ -165,6 +166,20 @@ def test_no_kernels_are_tried_where_none_will_be_used(monkeypatch, settings):
 
 WAYS = [("squared", torch.float32, False), ("inner", torch.float32, True), ("squared", torch.bfloat16, False),
         ("inner", torch.float64, False)]
+
+
+def test_a_kernel_that_is_compiled_already_does_not_run_while_others_are_only_compiled(monkeypatch):
+    """It would read what these have not written: on a GPU places anywhere in its memory."""
+    ran, asked = [], []
+    x = torch.zeros(1)
+    runs = {(1,): lambda *arguments: ran.append(arguments)}
+    monkeypatch.setattr(kernels, "_compiled", {("kernel", x.device, x.dtype, ()): runs})
+    monkeypatch.setattr(kernels, "launch", lambda *arguments, **options: asked.append(arguments))
+    kernels._launch("kernel", (1,), x, (7,), (), warps=4)
+    assert (ran, asked) == ([(7,)], [])
+    monkeypatch.setattr(launch, "_compiler", "some threads")
+    kernels._launch("kernel", (1,), x, (7,), (), warps=4)
+    assert (ran, asked) == ([(7,)], [("kernel", (1,), 7)])
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
