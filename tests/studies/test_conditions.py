@@ -26,7 +26,7 @@ def test_chance_is_the_same_where_one_class_is_nine_times_as_large():
 
 
 def test_noises_that_are_told_are_not_those_that_the_probe_has_seen():
-    """Of 5 noises of 10,000 numbers each, each is nearest to a mean that it is part of."""
+    """A noise of 10,000 numbers is nearest to a mean of few, of which it is one."""
     shares = [told_class(torch.randn(10, 10_000), torch.arange(10) % 2) for _ in range(40)]
     assert np.mean(shares) == pytest.approx(1 / 2, abs=0.25)
 
