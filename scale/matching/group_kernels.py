@@ -4,22 +4,55 @@ from functools import partial
 from itertools import chain
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from ..base.launch import on
 from . import kernels
 from .groups import FastGroupedPool, by_group, moved
-from .kernels import KernelPool
-from .products import multiplied, undisturbed
+from .kernels import COLUMNS, KernelPool
+
+TILE = tl.constexpr(64)  # samples, noises and their numbers that are multiplied together
+
+
+@triton.jit(do_not_specialize=["width"], do_not_specialize_on_alignment=["x"])
+def _multiply(products, x, noise, table, order, width, ALIGNED: tl.constexpr, PRECISION: tl.constexpr):
+    """The products of all groups: a program for TILE noises and TILE samples of one. Sample i of the table is row
+    order[i] of x: (B, D). ALIGNED: each row begins at a multiple of 16 bytes."""
+    row = table + COLUMNS * tl.program_id(2)
+    left, first, samples = tl.load(row + 5).to(tl.int32), tl.load(row + 6).to(tl.int32), tl.load(row + 7).to(tl.int32)
+    i, j = tl.program_id(1) * TILE + tl.arange(0, TILE), tl.program_id(0) * TILE + tl.arange(0, TILE)
+    if (tl.program_id(1) * TILE >= samples) | (tl.program_id(0) * TILE >= left):
+        return
+    noise = tl.load(row).to(noise.dtype)
+    if ALIGNED:
+        width, x, noise = tl.multiple_of(width, 16), tl.multiple_of(x, 16), tl.multiple_of(noise, 16)
+    k = tl.arange(0, TILE)
+    sample = tl.load(order + first + i, mask=i < samples, other=0)
+    a = x + sample[:, None] * width + k[None, :]
+    b = noise + tl.minimum(j, left - 1).to(tl.int64)[None, :] * width + k[:, None]
+    total = tl.zeros([TILE, TILE], products.dtype.element_ty)
+    for start in range(0, width, TILE):
+        there = start + k < width
+        some, others = tl.load(a, mask=there[None, :], other=0.0), tl.load(b, mask=there[:, None], other=0.0)
+        total = tl.dot(some, others, total, input_precision=PRECISION)
+        a += TILE
+        b += TILE
+    out = products + tl.load(row + 4) + i[:, None] * (tl.cdiv(left, 16) * 16) + j[None, :]
+    tl.store(out, total, mask=(i < samples)[:, None] & (j < left)[None, :])
 
 
 class KernelGroupedPool(FastGroupedPool, KernelPool):
-    """`FastGroupedPool` on a GPU: a batch costs a matrix product for each group, and one launch of each kernel."""
+    """`FastGroupedPool` on a GPU: a batch costs one launch of each kernel, products included, whatever the groups.
+
+    Products of float32 are sums of three in tf32 (PRECISION "tf32x3"), as exact as the library's in float32.
+    """
 
     kind = KernelPool
 
     def _match_groups(self, x: Tensor, labels: list[int], coming: list[int]) -> Tensor:
-        samples = x.detach().reshape(len(x), self.noise.shape[1]).to(self.noise)
+        samples = x.detach().reshape(len(x), self.noise.shape[1]).to(self.noise).contiguous()
         z = samples.new_empty(samples.shape)
         at_once = self._samples_at_once(self.rows)
         with on(samples.device):
@@ -54,17 +87,15 @@ def take(grouped: KernelGroupedPool, x: Tensor, z: Tensor, parts: list[tuple[Ker
         begin += len(numbers) * kernels.in_lines(pool.left)
         order += numbers
     told = moved([*chain(*table), *order], x.device)
-    order = told[kernels.COLUMNS.value * len(table) :]
-    samples = x.index_select(0, order)
+    order = told[COLUMNS.value * len(table) :]
     memory = kernels.scratch(grouped, x, len(order) * kernels.in_lines(grouped.rows))
-    with undisturbed(x, grouped.tf32):
-        for (pool, _), (*_, begin, left, first, count) in zip(parts, table, strict=True):
-            wide = kernels.in_lines(left)
-            out = memory[0].as_strided((count, wide), (wide, 1), begin)
-            multiplied(samples[first : first + count], pool.noise[:wide], out)
-    kernels.choose(z, parts[0][0], grouped.data_check.found, memory, max(row[-1] for row in table),
-                   max(pool.left for pool, _ in parts), sum(pool.left <= kernels.FEW for pool, _ in parts), told, order,
-                   len(parts))
+    most, samples, width = max(pool.left for pool, _ in parts), max(row[-1] for row in table), x.shape[1]
+    grid = triton.cdiv(most, TILE.value), triton.cdiv(samples, TILE.value), len(parts)
+    aligned = width % 16 == 0 and x.data_ptr() % 16 == 0
+    kernels.fast_launch(_multiply, grid, x, (memory[0], x, parts[0][0].noise, told, order, width),
+                    (aligned, "tf32" if grouped.tf32 else "tf32x3"), warps=4)
+    kernels.choose(z, parts[0][0], grouped.data_check.found, memory, samples, most,
+                   sum(pool.left <= kernels.FEW for pool, _ in parts), told, order, len(parts))
     for pool, numbers in parts:
         pool.left -= len(numbers)
 

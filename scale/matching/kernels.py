@@ -324,22 +324,22 @@ def choose(z: Tensor, pool: KernelPool, found: Tensor, memory: tuple[Tensor, ...
     row, ends = (found, inner, pool.squared, pool.index), (pool.left, in_lines(pool.left))
     if in_turn < groups:
         grid = samples, 1, groups
-        _launch(_shortlist, grid, z, (lists, *row, *ends, told[0]), (squared, keep, LANES, grouped), warps=8)
+        fast_launch(_shortlist, grid, z, (lists, *row, *ends, told[0]), (squared, keep, LANES, grouped), warps=8)
     for start, end, lanes in ((0, in_turn, FEW), (in_turn, groups, LANES)):
         if start < end:
             few = end == in_turn
-            _launch(_choose, (1, 1, end - start), z,
+            fast_launch(_choose, (1, 1, end - start), z,
                     (picks, movers, lists, *row, pool.place, *ends, samples, told[0], start),
                     (squared, keep, lanes, SAMPLES, few, grouped), warps=4 if few else 8)
     block = min(4096, triton.next_power_of_2(width))
     grid = samples, triton.cdiv(width, block), groups
-    _launch(_hand_out, grid, z, (z, pool.noise, picks, movers, width, *told), (block, grouped), warps=4)
+    fast_launch(_hand_out, grid, z, (z, pool.noise, picks, movers, width, *told), (block, grouped), warps=4)
 
 
 _compiled = {}
 
 
-def _launch(kernel, grid, x, arguments, constants, warps):
+def fast_launch(kernel, grid, x, arguments, constants, warps):
     """Run kernel[grid](*arguments, *constants) without Triton's check, slower than the kernel, whether such arguments
     need another compilation: the type of x and the constants tell."""
     key = kernel, x.device, x.dtype, constants

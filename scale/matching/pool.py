@@ -43,9 +43,12 @@ def pool_class(match_size=0, shape=(), *, cost: str = "squared", device="cpu", d
 
         return SpreadPool if groups is None else SpreadGroupedPool
     if compile and match_size not in (0, 1) and torch.device(device).type == "cuda":
-        module, name = ("kernels", "KernelPool") if groups is None else ("group_kernels", "KernelGroupedPool")
-        if kernels := gpu.working(module, torch.empty(0, device=device).device, cost, dtype, tf32):
-            return getattr(kernels, name)
+        at = torch.empty(0, device=device).device
+        if groups is None and (kernels := gpu.working("kernels", at, cost, dtype, tf32)):
+            return kernels.KernelPool
+        # A GPU multiplies no float64 in the kernel that does so for all groups.
+        if groups and dtype != torch.float64 and (kernels := gpu.working("group_kernels", at, cost, dtype, tf32)):
+            return kernels.KernelGroupedPool
     from .groups import FastGroupedPool
 
     return FastPool if groups is None else FastGroupedPool

@@ -12,32 +12,16 @@ def products(x: Tensor, z: Tensor, tf32: bool = False, out: Tensor | None = None
 
     tf32  multiply float32 on a GPU with ten bits of mantissa, several times faster
     """
-    with undisturbed(x, tf32):
-        return multiplied(x, z, out)
-
-
-def multiplied(x: Tensor, z: Tensor, out: Tensor | None = None) -> Tensor:
-    """`products` inside of `undisturbed`."""
-    if x.dtype in (torch.bfloat16, torch.float16):
-        if x.is_cuda:
-            return torch.mm(x, z.T, out_dtype=torch.float32, out=out)
-        return torch.cat([x.float() @ rows.float().T for rows in z.split(4096)], 1, out=out)
-    if out is None and _suits_onednn(x, z):
-        return F.linear(x.to_mkldnn(), z).to_dense()
-    return torch.mm(x, z.T, out=out)
-
-
-@contextmanager
-def undisturbed(x: Tensor, tf32: bool):
-    """Multiply x in float32 as asked for, whatever the trainer around has set, autocast too."""
-    settings = torch.backends.cuda.matmul
-    before, settings.fp32_precision = settings.fp32_precision, "tf32" if tf32 else "ieee"
     autocast = torch.is_autocast_enabled(x.device.type)
-    try:
-        with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
-            yield
-    finally:
-        settings.fp32_precision = before
+    with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
+        if x.dtype in (torch.bfloat16, torch.float16):
+            if x.is_cuda:
+                return torch.mm(x, z.T, out_dtype=torch.float32, out=out)
+            return torch.cat([x.float() @ rows.float().T for rows in z.split(4096)], 1, out=out)
+        if out is None and _suits_onednn(x, z):
+            return F.linear(x.to_mkldnn(), z).to_dense()
+        with _cuda_float32("tf32" if tf32 else "ieee"):
+            return torch.mm(x, z.T, out=out)
 
 
 def _suits_onednn(x: Tensor, z: Tensor) -> bool:
@@ -45,3 +29,13 @@ def _suits_onednn(x: Tensor, z: Tensor) -> bool:
     AMD EPYC, and as exact."""
     large = x.device.type == "cpu" and x.dtype == z.dtype == torch.float32 and x.numel() * len(z) > 2**28
     return large and torch.backends.mkldnn.is_available() and not x.requires_grad
+
+
+@contextmanager
+def _cuda_float32(precision: str):
+    settings = torch.backends.cuda.matmul
+    before, settings.fp32_precision = settings.fp32_precision, precision
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before

@@ -260,24 +260,40 @@ def test_a_used_pool_can_be_set_back_and_another_kinds_state_is_refused():
 
 @pytest.mark.slow
 def test_ten_groups_take_no_more_launches_than_one(monkeypatch):
-    launched = []
-    launch = kernels._launch
-    monkeypatch.setattr(kernels, "_launch", lambda kernel, *rest, **how: launched.append(kernel) or launch(
+    launched, listed = [], [group_kernels._multiply, kernels._shortlist]
+    launch = kernels.fast_launch
+    monkeypatch.setattr(kernels, "fast_launch", lambda kernel, *rest, **how: launched.append(kernel) or launch(
         kernel, *rest, **how))
     pool = KernelGroupedPool(20, (3,), groups=10, seed=0, device=DEVICE)
     x, labels = torch.randn(30, 3, device=DEVICE), torch.arange(10).repeat(3)
     pool(x, labels)
-    assert launched == [kernels._shortlist, kernels._choose, kernels._hand_out]  # 20 are left of each
+    assert launched == [*listed, kernels._choose, kernels._hand_out]  # 20 are left of each
     launched.clear()
     pool(x, labels)
-    assert launched == [kernels._shortlist, kernels._choose, kernels._hand_out]  # 17
+    assert launched == [*listed, kernels._choose, kernels._hand_out]  # 17
     launched.clear()
     pool(torch.cat([x, x[:1]]), torch.cat([labels, torch.zeros(1, dtype=torch.int64)]))
-    assert launched == [kernels._choose, kernels._hand_out]  # 14: in turn
+    assert launched == [group_kernels._multiply, kernels._choose, kernels._hand_out]  # 14: in turn
     launched.clear()
     pool.pools.pop(3)  # one with 20 left, the others in turn
     pool(x, labels)
-    assert launched == [kernels._shortlist, kernels._choose, kernels._choose, kernels._hand_out]
+    assert launched == [*listed, kernels._choose, kernels._choose, kernels._hand_out]
+
+
+@pytest.mark.slow
+@pytest.mark.own_sizes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [128, 101, 5])
+def test_products_of_more_samples_noises_and_numbers_than_a_tile_has(width, dtype):
+    """Whole numbers, which no order of adding rounds; rows that begin anywhere in memory."""
+    pool = KernelGroupedPool(90, (width,), groups=2, dtype=dtype, seed=2, device=DEVICE)
+    pool.kind = type("Kind", (Changed, kernels.KernelPool), {"change": staticmethod(CHANGES["whole numbers"])})
+    plain = NoisePool(90, (width,), groups=2, dtype=dtype, seed=2, device=DEVICE, compile=False)
+    plain.kind = type("Kind", (Changed, FastPool), {"change": staticmethod(CHANGES["whole numbers"])})
+    labels = (torch.arange(170) % 6 == 0).long()
+    for begin in 1, 4:
+        x = torch.randn(begin + 170 * width, device=DEVICE).round()[begin:].view(170, width)
+        assert torch.equal(pool(x, labels), plain(x, labels))
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])

@@ -175,10 +175,10 @@ def test_a_kernel_that_is_compiled_already_does_not_run_while_others_are_only_co
     runs = {(1,): lambda *arguments: ran.append(arguments)}
     monkeypatch.setattr(kernels, "_compiled", {("kernel", x.device, x.dtype, ()): runs})
     monkeypatch.setattr(kernels, "launch", lambda *arguments, **options: asked.append(arguments))
-    kernels._launch("kernel", (1,), x, (7,), (), warps=4)
+    kernels.fast_launch("kernel", (1,), x, (7,), (), warps=4)
     assert (ran, asked) == ([(7,)], [])
     monkeypatch.setattr(launch, "_compiler", "some threads")
-    kernels._launch("kernel", (1,), x, (7,), (), warps=4)
+    kernels.fast_launch("kernel", (1,), x, (7,), (), warps=4)
     assert (ran, asked) == ([(7,)], [("kernel", (1,), 7)])
 
 
