@@ -94,10 +94,29 @@ leakage = partial(listing, read("conditions/leakage.csv"), ["coupling"], {
     "class told": numbers("class_told", 1, " %", 100), "class means: largest": numbers("class_mean_largest", 2),
     "on average": numbers("class_mean_average", 2), "‖z‖²/D at first": numbers("size_first_quarter", 3),
     "at last": numbers("size_last_quarter", 3)})
-classes_cifar10 = partial(listing, read("conditions/prototype.csv"), ["pairs"], {
-    f"{steps} steps": numbers(f"d{steps}") for steps in STEPS} | {
-    f"guidance 2: {steps}": numbers(f"guided2_d{steps}") for steps in STEPS[1:4]} | {
-    "right class": numbers("right_label_20", 1, " %", 100)})
+CLASSES = {"random pairs": "random", "one pool of 10,000, labels ignored": "one-pool",
+           "a pool of 1,000 for each class": "class-1000", "a pool of 10,000 for each class": "class-10000"}
+
+
+def classes_cifar10():
+    """Without guidance."""
+    columns = {f"{steps} steps": ({"steps": steps}, numbers("frechet_distance")) for steps in STEPS}
+    columns["right class"] = {"steps": "20"}, numbers("label_accuracy", 1, " %", 100)
+    rows = {label: {"run": run, "guidance": "1.0"} for label, run in CLASSES.items()}
+    return pivot(read("conditions/cifar10.csv"), rows, columns)
+
+
+def classes_guided():
+    """With the guidance that is best for each, which stands behind; and with guidance 2."""
+    def best(records):
+        weights = {record["guidance"] for record in records}
+        of_weights = {weight: [record for record in records if record["guidance"] == weight] for weight in weights}
+        weight = min(weights, key=lambda weight: fmean(float(row["frechet_distance"]) for row in of_weights[weight]))
+        return f"{numbers('frechet_distance')(of_weights[weight])} ({float(weight):g})"
+    steps = STEPS[1:4]
+    columns = {f"best: {count} steps": ({"steps": count}, best) for count in steps} | {
+        f"guidance 2: {count}": ({"steps": count, "guidance": "2.0"}, numbers("frechet_distance")) for count in steps}
+    return pivot(read("conditions/cifar10.csv"), {label: {"run": run} for label, run in CLASSES.items()}, columns)
 
 
 def continuous():

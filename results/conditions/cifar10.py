@@ -1,0 +1,58 @@
+"""Draw what classes gain from each way of pairing, from cifar10.csv.
+
+    PYTHONPATH=. python results/conditions/cifar10.py        writes cifar10.png and cifar10.svg next to itself
+"""
+
+import csv
+from pathlib import Path
+from statistics import fmean, stdev
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+
+from dansm.scale.base.colours import NOTE, POOLS, RANDOM
+from dansm.scale.studies.style import PAGE, STYLE, save
+
+HERE = Path(__file__).parent
+RUNS = {"random": ("random pairs", dict(color=RANDOM, marker="o", linestyle=(0, (4, 2)))),
+        "one-pool": ("one pool of 10,000", dict(color=NOTE, marker="^", linestyle=(0, (1, 1.2)))),
+        "class-1000": ("a pool of 1,000 for each class", dict(color=POOLS[1000], marker="D", linestyle="-")),
+        "class-10000": ("a pool of 10,000 for each class", dict(color=POOLS[10_000], marker="s", linestyle="-"))}
+
+
+def draw_lines(axes, along: str, measure: str, **picked: str) -> None:
+    """A line for each way: the mean over the seeds, with their standard deviation."""
+    for run, (label, style) in RUNS.items():
+        values = {}
+        for row in rows:
+            if row["run"] == run and picked.items() <= row.items():
+                values.setdefault(float(row[along]), []).append(float(row[measure]))
+        x = sorted(values)
+        spread = [stdev(values[at]) if len(values[at]) > 1 else 0 for at in x]
+        axes.errorbar(x, [fmean(values[at]) for at in x], spread, label=label, linewidth=1.1, markersize=3, capsize=1.5,
+                      elinewidth=0.7, **style)
+
+
+if __name__ == "__main__":
+    with open(HERE / "cifar10.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    with matplotlib.rc_context(STYLE):
+        figure, (steps, weights, told) = plt.subplots(1, 3, figsize=(PAGE, 2.5), layout="constrained")
+        draw_lines(steps, "steps", "frechet_distance", guidance="1.0")
+        steps.set(xscale="log", yscale="log", ylabel="Fréchet distance", xlabel="sampling steps", title="no guidance",
+                  xticks=[3, 5, 10, 20, 50], xticklabels=["3", "5", "10", "20", "50"], yticks=[10, 20, 40, 80],
+                  yticklabels=["10", "20", "40", "80"])
+        draw_lines(weights, "guidance", "frechet_distance", steps="20")
+        weights.set(xlabel="guidance", title="20 steps", ylabel="Fréchet distance", xticks=[1, 1.5, 2, 3])
+        real = next(float(row["label_accuracy"]) for row in rows if row["run"] == "real images")
+        told.axhline(real, color=NOTE, linewidth=0.6)
+        told.text(3, real - 0.01, "real images", color=NOTE, fontsize=6.5, ha="right", va="top")
+        draw_lines(told, "guidance", "label_accuracy", steps="20")
+        told.set(xlabel="guidance", title="20 steps", ylabel="samples of the right class", xticks=[1, 1.5, 2, 3],
+                 yticks=[0.5, 0.6, 0.7, 0.8, 0.9, 1], yticklabels=["50 %", "60 %", "70 %", "80 %", "90 %", "100 %"])
+        for axes in steps, weights, told:
+            axes.minorticks_off()
+        figure.legend(*steps.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+        print(*save(figure, HERE / "cifar10"))
