@@ -405,6 +405,7 @@ def test_points_go_from_noise_to_data(page):
 
 
 def test_every_suggestion_does_what_it_says(page):
+    look(page, motion="reduce")  # while the page scrolls up smoothly, a click may meet the button's neighbour
     shown = {}
     for button in page.find_elements("css selector", ".tries button"):
         button.click()
