@@ -73,9 +73,10 @@ def processes(device: torch.device) -> Iterator[torch.device]:
     except ValueError as error:
         raise BadInput(f"RANK is {os.environ['RANK']} in the environment, as torchrun sets it, but {error}; expected "
                        "all that it sets, or no RANK") from error
-    group.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=count,
-                             store=group.PrefixStore(_attempt(), store), timeout=PATIENCE)
     try:
+        group.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=count,
+                                 store=group.PrefixStore(_attempt(), store), timeout=PATIENCE)
+        group.all_reduce(torch.zeros(1))  # a process that refuses its arguments must not end while others connect
         yield device
     except RuntimeError as error:
         if not _another_ended(error):
@@ -83,7 +84,8 @@ def processes(device: torch.device) -> Iterator[torch.device]:
         raise BadInput(f"another process of this run has ended, process {rank} ends too; its message says why"
                        ) from error
     finally:
-        group.destroy_process_group()
+        if group.is_initialized():
+            group.destroy_process_group()
 
 
 def _another_ended(error: RuntimeError) -> bool:

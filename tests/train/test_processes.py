@@ -18,6 +18,7 @@ from support import (
     TINY,
     ended,
     files_of,
+    free_port,
     in_processes,
     log_of,
     make_images,
@@ -28,7 +29,9 @@ from support import (
     wait_for,
 )
 
+from dansm import BadInput
 from dansm.scale.base.locks import owning
+from dansm.scale.base.processes import processes
 from dansm.scale.model import checkpoint
 
 pytestmark = [needs_gloo, pytest.mark.slow]
@@ -98,6 +101,17 @@ def test_what_processes_cannot_do_together_is_refused_by_each(images, tmp_path):
         assert len(errors) == 4 and "Traceback" not in text
         for error, words in zip(errors, named, strict=True):
             assert all(word in error for word in words)
+
+
+def test_a_process_that_ends_while_others_connect_to_it_is_told_in_one_line(monkeypatch):
+    def connect(*_, **__):
+        raise RuntimeError("Gloo connectFullMesh failed with [pair.cc:561] Connection closed by peer [127.0.0.1]:29839")
+
+    for name, value in dict(RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port()).items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.distributed, "init_process_group", connect)
+    with pytest.raises(BadInput, match="another process of this run has ended"), processes(torch.device("cpu")):
+        pass
 
 
 def test_a_run_of_two_processes_into_a_folder_in_use_ends_both_in_one_line_each(images, tmp_path):
