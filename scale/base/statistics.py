@@ -70,21 +70,22 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     """The Fréchet distance of two sets of features, taken as Gaussians: ‖μ_a − μ_b‖² + tr(A + B − 2 (AB)^½).
 
     a, b: (N, D), N ≥ 2 each. On Inception's features it is called FID (Heusel et al. 2017). The trace of the root is
-    the sum of the singular values of A^½ B^½, which stays accurate when A or B is nearly singular.
+    the sum of the singular values of a·bᵀ, centred and scaled so that A = aᵀa: no covariance is made, and a singular
+    one costs no accuracy. Rounding below 0 is cut to 0.
     """
     if min(len(a), len(b)) < 2 or a.shape[1:] != b.shape[1:]:
         raise BadInput(f"features are {tuple(a.shape)} and {tuple(b.shape)}: expected at least two each, equally long")
     a, b = a.flatten(1).cpu().double(), b.flatten(1).cpu().double()  # Apple's GPUs have no float64
-    root_a, trace_a = _root_of_covariance(a)
-    root_b, trace_b = _root_of_covariance(b)
-    overlap = torch.linalg.svdvals(root_a @ root_b).sum()
-    return ((a.mean(0) - b.mean(0)).square().sum() + trace_a + trace_b - 2 * overlap).item()
+    shift = a.mean(0) - b.mean(0)
+    a, b = _root_of_covariance(a), _root_of_covariance(b)
+    overlap = torch.linalg.svdvals(a @ b.T).sum()
+    return (shift.square().sum() + a.square().sum() + b.square().sum() - 2 * overlap).clamp_min(0).item()
 
 
-def _root_of_covariance(features: Tensor) -> tuple[Tensor, Tensor]:
-    values, vectors = torch.linalg.eigh(torch.atleast_2d(torch.cov(features.T)))
-    values.clamp_min_(0)
-    return vectors * values.sqrt() @ vectors.T, values.sum()
+def _root_of_covariance(features: Tensor) -> Tensor:
+    """R with RᵀR the covariance of features (N, D): (N, D), or (D, D) where that is smaller."""
+    root = (features - features.mean(0)) / (len(features) - 1) ** 0.5
+    return torch.linalg.qr(root, mode="r").R if len(root) > root.shape[1] else root
 
 
 @dataclass

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dansm import BadInput
 
+from ..base.statistics import frechet_distance
 from ..base.text import shorten
 from ..data.labels import Labels
 from .real_features import Real, digest_of, kept_places, shuffled
@@ -99,15 +100,3 @@ class Classes:
         if len(row) == len(self.names):
             row[f"{name}_class_mean"] = fmean(row.values())
         return row
-
-
-def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """The Fréchet distance of features a: (N, D) and b: (M, D), as `base.statistics` has it, but faster where they are
-    few. The trace of the root is the sum of the singular values of a·bᵀ, centred: roots of eigenvalues (N, N)."""
-    shift = a.double().mean(0) - b.double().mean(0)
-    a, b = ((x - x.mean(0)) / (len(x) - 1) ** 0.5 for x in (a.double(), b.double()))
-    if len(a) > a.shape[1]:
-        _, a = torch.linalg.qr(a, mode="r")  # as many rows as features have the same products
-    products = a @ b.T
-    overlap = torch.linalg.eigvalsh(products @ products.T).clamp_min_(0).sqrt_().sum()
-    return (shift.square().sum() + a.square().sum() + b.square().sum() - 2 * overlap).item()

@@ -161,14 +161,25 @@ def features(count, dim, seed):
     return torch.randn(count, dim, dtype=torch.float64, generator=generator) @ mix + seed / 10
 
 
-@pytest.mark.parametrize(("count", "dim"), [(500, 2), (500, 10), (900, 64)])
-def test_frechet_distance_is_the_textbooks(count, dim):
-    a, b = features(count, dim, 1), features(count + 7, dim, 2)
-    covariance_a, covariance_b = torch.cov(a.T).numpy(), torch.cov(b.T).numpy()
-    root = sqrtm(covariance_a @ covariance_b).real
-    expected = ((a.mean(0) - b.mean(0)) ** 2).sum().item() + (covariance_a + covariance_b - 2 * root).trace()
-    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-8)
-    assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-8)
+def textbook(a, b):
+    """The distance by the root of AB in the directions in which A is not 0, where B is not 0 either."""
+    covariance_a, covariance_b = torch.cov(a.T), torch.cov(b.T)
+    values, directions = torch.linalg.eigh(covariance_a)
+    directions = directions[:, values > 1e-9 * values.max()]
+    root = sqrtm((directions.T @ covariance_a @ covariance_b @ directions).numpy()).real.trace()
+    shift = a.mean(0) - b.mean(0)
+    return (shift @ shift + covariance_a.trace() + covariance_b.trace() - 2 * root).item()
+
+
+@pytest.mark.parametrize(("count", "others", "dim", "rank"), [
+    (500, 507, 2, 2), (500, 507, 10, 10), (900, 907, 64, 64), (65, 64, 63, 63), (20, 60, 100, 100), (20, 900, 100, 100),
+    (300, 900, 64, 5), (20, 900, 64, 5)])
+def test_frechet_distance_is_the_textbooks(count, others, dim, rank):
+    """Also where a set has fewer samples than features, or features that do not vary: its covariance is singular."""
+    a, b = features(count, dim, 1), features(others, dim, 2)
+    a[:, rank:] = 0.5
+    assert frechet_distance(a, b) == pytest.approx(textbook(a, b), rel=1e-8)
+    assert frechet_distance(b, a) == pytest.approx(textbook(a, b), rel=1e-8)
 
 
 @pytest.mark.parametrize(("count", "dim"), [(500, 10), (20, 100), (2, 3)])
@@ -176,9 +187,9 @@ def test_a_set_is_0_from_itself_and_a_shifted_one_the_square_of_the_shift(count,
     """Also with fewer samples than features, where the covariance is singular."""
     a = features(count, dim, 3)
     shift = torch.linspace(-1, 1, dim, dtype=torch.float64)
-    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-5)
-    assert frechet_distance(a, a[torch.randperm(count)]) == pytest.approx(0, abs=1e-5)
-    assert frechet_distance(a, a + shift) == pytest.approx(shift.square().sum().item(), abs=1e-5)
+    assert 0 <= frechet_distance(a, a) < 1e-10
+    assert 0 <= frechet_distance(a, a[torch.randperm(count)]) < 1e-10
+    assert frechet_distance(a, a + shift) == pytest.approx(shift.square().sum().item(), rel=1e-10)
 
 
 def test_frechet_distance_of_a_widened_set():

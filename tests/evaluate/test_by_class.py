@@ -82,22 +82,13 @@ def test_labels_are_those_of_the_images_whose_features_are_kept(monkeypatch, kep
 # ------------------------------------------------------------------------------- measures
 
 
-@pytest.mark.parametrize(("count", "others", "length", "rank"), [(60, 90, 20, 20), (40, 50, 200, 200), (90, 60, 50, 7)])
-def test_the_distance_of_few_images_is_that_of_many(count, others, length, rank):
-    mixed = torch.randn(rank, length)
-    x, y = (torch.randn(count, rank) @ mixed).float(), (1.2 * torch.randn(others, rank) @ mixed + 0.1).float()
-    for a, b in ((x, y), (y, x)):
-        assert by_class.frechet_distance(a, b) == pytest.approx(frechet_distance(a, b), rel=1e-5)
-    assert by_class.frechet_distance(x, x) == pytest.approx(0, abs=1e-5 * frechet_distance(x, y))
-
-
 def test_each_class_has_its_distance_and_the_mean_theirs(classes, real, others):
     row = classes.score(*others, DISTANCE)
     assert list(row) == [*(f"{DISTANCE}/{name}" for name in NAMES), f"{DISTANCE}_class_mean", "label_accuracy"]
     for number, name in ((0, "a"), (7, "h")):
         of_class = torch.from_numpy(real[1].numbers) == number
         expected = frechet_distance(others[0][others[1] == number], real[0].features[of_class])
-        assert row[f"{DISTANCE}/{name}"] == pytest.approx(expected, rel=1e-5)
+        assert row[f"{DISTANCE}/{name}"] == pytest.approx(expected)
     assert row[f"{DISTANCE}_class_mean"] == pytest.approx(np.mean(list(row.values())[:10]))
 
 
