@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from contextlib import closing
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -43,12 +44,14 @@ def own_pairs(model: Model, numbers: Sequence[int], steps: int, *, seed: int, ba
 
 
 def load_data(source: str | None, models: list[Model], match_sizes: list[int] | None, *, count: int,
-              size: int | None = None, default: tuple[int, ...] = MATCH_SIZES) -> tuple:
+              size: int | None = None, default: tuple[int, ...] = MATCH_SIZES,
+              left_out: list[Path] | None = None) -> tuple:
     """The images or latents (N, C, H, W) of `source`, or those that the first model was trained on; the match sizes;
     and how many samples to serve: the least number, at least `count`, that empties whole pools of every size.
 
     match_sizes  None: those of `default` that the data fills
     size         make images squares of this many pixels; None: of as many as the model's
+    left_out     gets the paths of the files that were left out
     Raises BadInput for other shapes than the model's, and if one pass over the data does not empty such pools.
     """
     if not source and not models:
@@ -57,7 +60,7 @@ def load_data(source: str | None, models: list[Model], match_sizes: list[int] | 
     read_as = {} if source else recipe
     source = source or models[0].about["data"]
     images = loader.load_images(source, size=size or recipe.get("size") or None,
-                                skip_unreadable=read_as.get("skip_unreadable", False),
+                                skip_unreadable=read_as.get("skip_unreadable", False), left_out=left_out,
                                 cache=Path(read_as["cache"]) if read_as.get("cache") else None)
     for model in models:
         if tuple(images.shape[1:]) != model.shape:
@@ -75,26 +78,48 @@ def load_data(source: str | None, models: list[Model], match_sizes: list[int] | 
     return images, match_sizes, served
 
 
-def data_pairs(images, match_size: int, count: int, served: int, *, seed: int,
-               device: torch.device | str) -> tuple[Tensor, Tensor]:
+def data_pairs(images, match_size: int, count: int, served: int, *, seed: int, device: torch.device | str,
+               labels: np.ndarray | None = None, groups: int | None = None) -> tuple[Tensor, ...]:
     """`count` pairs (x, z) of data and noise, (count, C, H, W) each, drawn evenly from `served` that a pool hands out.
 
     match_size  of the pool; 0: random pairs
     served      a multiple of match_size, for whole pools: a pool's first samples find nearer noises than its last
+    labels      (N,) of the images: the pairs are (x, z, labels)
+    groups      number of classes: each is matched by a pool of its own, which hands out `served`
     The samples depend on the seed alone, so they are the same for every match_size.
     """
     batch = min(SERVED_AT_ONCE, served)
-    kept = np.zeros(math.ceil(served / batch) * batch, bool)
-    kept[np.random.default_rng([seed, served]).permutation(served)[:count]] = True
-    kept = torch.from_numpy(kept).to(device).split(batch)
-    x, z = [], []
-    with closing(loader.batches(images, batch, seed=seed, flip=False, device=device)) as batches:
-        pairs = dansm.pairs(batches, "greedy" if match_size else "random", match_size, seed=seed)
+    kept = _kept(count, served, seed, labels if groups else None)
+    kept = torch.from_numpy(np.pad(kept, (0, -len(kept) % batch))).to(device).split(batch)
+    parts = []
+    with closing(loader.batches(images, batch, seed=seed, flip=False, device=device, labels=labels)) as batches:
+        pairs = dansm.pairs(batches, "greedy" if match_size else "random", match_size, seed=seed, groups=groups)
         for rows in with_bar(kept, f"matching, {match_size:,}" if match_size else "random pairs"):
-            samples, noises = next(pairs)
-            x.append(samples[rows])
-            z.append(noises[rows])
-    return torch.cat(x), torch.cat(z)
+            parts.append([part.to(device)[rows] for part in next(pairs)])
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
+def _kept(count: int, served: int, seed: int, labels: np.ndarray | None) -> np.ndarray:
+    """Which of the samples that `loader.batches` serves are kept: `count` of the first `served`. With labels (N,) each
+    class has a random share of `count`, as large on average as its share of the data, in its own first `served`."""
+    order, shares = np.zeros(served, int), [count]
+    if labels is not None:
+        sizes = np.bincount(labels)
+        drawn = np.random.default_rng([seed, served, 1]).choice(labels, count)
+        shares = np.bincount(drawn, minlength=len(sizes))
+        order = _served(labels, math.ceil(served / sizes[shares > 0].min()), seed)
+    kept = np.zeros(len(order), bool)
+    numbers = np.random.default_rng([seed, served])
+    for number in np.flatnonzero(shares):
+        kept[np.flatnonzero(order == number)[numbers.permutation(served)[: shares[number]]]] = True
+    return kept[: np.flatnonzero(kept)[-1] + 1]
+
+
+def _served(labels: np.ndarray, epochs: int, seed: int) -> np.ndarray:
+    """The labels in the order in which `loader.batches` serves them."""
+    blank = torch.zeros(len(labels), 1, 1, 1, dtype=torch.uint8)
+    with closing(loader.batches(blank, len(labels), seed=seed, flip=False, labels=labels)) as batches:
+        return np.concatenate([of_epoch for _, of_epoch in islice(batches, epochs)])
 
 
 def summarize(rows: list[dict], *by: str) -> list[dict]:

@@ -4,7 +4,7 @@ import csv
 import json
 import math
 import xml.etree.ElementTree as ET
-from itertools import combinations
+from itertools import combinations, islice
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ from dansm.scale.commands import loss, tsne
 from dansm.scale.commands.compare import compare_images
 from dansm.scale.commands.loss import loss_by_time
 from dansm.scale.commands.paths import measure_paths
-from dansm.scale.data.loader import load_images
+from dansm.scale.data.loader import batches, load_images
 from dansm.scale.data.pixels import to_uint8
 from dansm.scale.model import checkpoint
 from dansm.scale.model.load import Model, load_models
@@ -287,6 +287,47 @@ def test_pairs_of_data_are_the_same_samples_for_every_pool_and_whole_pools_are_h
     assert torch.equal(pool(x), z)
 
 
+@pytest.mark.parametrize("match_size", [0, 10, 20])
+def test_pairs_by_class_are_of_whole_pools_of_each_class(match_size):
+    """Classes of 30, 20 and 10 images: the least takes two epochs to empty two pools of 10."""
+    images = torch.arange(60, dtype=torch.uint8).repeat_interleave(4).reshape(60, 1, 2, 2)
+    classes = np.repeat([0, 1, 2], [30, 20, 10])
+    x, z, labels = pairs.data_pairs(images, match_size, 15, 20, seed=3, device="cpu", labels=classes, groups=3)
+    assert x.shape == z.shape == (15, 1, 2, 2) and labels.bincount(minlength=3).min() > 0
+    numbers = to_uint8(x)[:, 0, 0, 0].long()
+    assert torch.equal(labels, torch.from_numpy(classes)[numbers])
+    random, *_ = pairs.data_pairs(images, 0, 15, 20, seed=3, device="cpu", labels=classes, groups=3)
+    assert torch.equal(x, random)
+    if match_size:
+        drawn = batches(images, 60, seed=3, flip=False, labels=classes)
+        pool = dansm.NoisePool(match_size, x.shape[1:], seed=3, groups=3)
+        served = [[], [], []]
+        for samples, of_samples in islice(drawn, 3):
+            for sample, noise, label in zip(samples, pool(samples, of_samples), of_samples, strict=True):
+                served[label].append((sample, noise))
+        for sample, noise, label in zip(x, z, labels, strict=True):
+            assert any(torch.equal(sample, a) and torch.equal(noise, b) for a, b in served[label][:20])
+
+
+def test_pairs_by_class_have_the_shares_of_the_data_and_every_age_of_a_pool():
+    images, classes = torch.zeros(400, 1, 1, 1, dtype=torch.uint8), np.repeat([0, 1, 4], [300, 60, 40])
+    drawn = [pairs.data_pairs(images, 50, 50, 50, seed=seed, device="cpu", labels=classes, groups=5)
+             for seed in range(20)]
+    labels = torch.cat([labels for *_, labels in drawn])
+    assert (labels.bincount() / 1000).tolist() == pytest.approx([0.75, 0.15, 0, 0, 0.1], abs=0.05)
+    z = torch.cat([z for _, z, _ in drawn]).flatten()
+    assert [z.mean().item(), z.std().item()] == pytest.approx([0, 1], abs=0.1)  # a pool's first noises are small
+
+
+def test_pairs_of_labelled_data_matched_together_are_those_without_labels():
+    images, classes = cifar_like(60), np.arange(60) % 3
+    x, z, labels = pairs.data_pairs(images, 30, 20, 60, seed=3, device="cpu", labels=classes)
+    expected = pairs.data_pairs(images, 30, 20, 60, seed=3, device="cpu")
+    assert torch.equal(x, expected[0]) and torch.equal(z, expected[1])
+    of_images = {image.numpy().tobytes(): label for image, label in zip(images, classes, strict=True)}
+    assert [of_images[image.numpy().tobytes()] for image in to_uint8(x)] == labels.tolist()
+
+
 def test_pools_of_several_sizes_are_all_whole(images):
     """40 images: two pools of 12 are 24, and with one of 9 it takes 36; with one of 14 it would take 84."""
     for sizes, count, served in (([12], 13, 24), ([12, 9], 2, 36), ([], 7, 7), (None, 10, 40)):
@@ -362,6 +403,84 @@ def test_loss_of_a_model(result, runs, name):
     assert list(found["curves"]) == ["random", "matched, 10", "matched, 40", "own"] and found["times"] == loss.TIMES
     assert all(min(curve["mean"] + curve["error"]) > 0 and len(curve["mean"]) == 3
                for curve in found["curves"].values())
+
+
+def test_loss_by_time_of_a_network_with_classes():
+    def net(x, t, labels):
+        return x * labels.reshape(-1, 1, 1, 1)
+
+    x, z = torch.randn(30, 1, 2, 2), torch.randn(30, 1, 2, 2)
+    labels = torch.arange(30) % 3
+    found = loss_by_time(Model(None, "a", net, dansm.RectifiedFlow(), {}), x, z, [0.4], batch=7, labels=labels)
+    t = 0.4 * (1 - 1e-3) + 1e-3
+    errors = net(t * x + (1 - t) * z, None, labels) - (x - z)
+    assert found["mean"][0] == pytest.approx(errors.square().mean().item(), rel=1e-5)
+
+
+@pytest.fixture
+def by_class(tmp_path):
+    """Makes a run of a network with three classes, of which its data has two, with other numbers."""
+    for name, count in (("b", 30), ("c", 10)):
+        make_images(tmp_path / "by_class" / name, count, 8, 8)
+
+    def by_class(match_labels, **recipe):
+        recipe |= {"labels": "folders", "match_labels": match_labels}
+        folder = tmp_path / f"match-{match_labels}"
+        folder.mkdir()
+        net = awake(dansm.UNet(**NETWORK, classes=3))
+        checkpoint.save(folder, state_to_save(net, data=str(tmp_path / "by_class"), classes=list("abc"), recipe=recipe))
+        return folder
+
+    return by_class
+
+
+@pytest.mark.parametrize("match_labels", ["yes", "no"])
+def test_loss_of_a_model_with_classes_is_of_their_labels(result, by_class, tmp_path, match_labels):
+    folder = by_class(match_labels)
+    found, _ = result("loss", folder, "--count", 20, "--match-size", "10,20", "--steps", 2)
+    model = load_models([folder], [2])[0].on(CPU)
+    assert model.classes == ["a", "b", "c"]
+    images, classes = load_images(str(tmp_path / "by_class")), np.repeat([1, 2], [30, 10])
+    for name, match_size in (("random", 0), ("matched, 10", 10), ("matched, 20", 20)):
+        x, z, labels = pairs.data_pairs(images, match_size, 20, 20, seed=0, device="cpu", labels=classes,
+                                        groups=3 if match_labels == "yes" else None)
+        expected = loss_by_time(model, x, z, loss.TIMES, 16, labels)
+        assert found["curves"][name]["mean"] == pytest.approx(expected["mean"], rel=1e-4)
+        assert loss_by_time(model, x, z, loss.TIMES, 16)["mean"] != pytest.approx(expected["mean"], rel=1e-3)
+    x, z, _ = pairs.own_pairs(model, range(20), 2, seed=0, batch=16, device="cpu")
+    expected = loss_by_time(model, x, z, loss.TIMES, 16, torch.arange(20) % 3)
+    assert found["curves"]["own"]["mean"] == pytest.approx(expected["mean"], rel=1e-4)
+
+
+def test_loss_takes_labels_from_a_file_and_knows_which_images_were_left_out(result, by_class, tmp_path):
+    folder = by_class("yes", skip_unreadable=True)
+    expected, _ = result("loss", folder, "--count", 20, "--steps", 2)
+    (tmp_path / "by_class" / "b" / "10.png").write_text("no image")
+    found, _ = result("loss", folder, "--count", 20, "--steps", 2, out=tmp_path / "left-out")
+    assert found["curves"] != expected["curves"]
+    folder = tmp_path / "numbered"
+    folder.mkdir()
+    net = awake(dansm.UNet(**NETWORK, classes=2))
+    checkpoint.save(folder, state_to_save(net, classes=["0", "1"]))
+    make_images(tmp_path / "flat", 20, 8, 8)
+    np.save(tmp_path / "numbers.npy", np.arange(20) % 2)
+    found, _ = result("loss", folder, "--data", tmp_path / "flat", "--labels", tmp_path / "numbers.npy", "--count", 9,
+                      "--steps", 2, out=tmp_path / "of-numbers")
+    assert found["labels"] == str(tmp_path / "numbers.npy")
+
+
+def test_loss_without_the_labels_of_a_model_is_refused(refused, by_class, runs, of_classes, images, tmp_path):
+    cases = [
+        ((of_classes,), (str(images), "no labels", "--labels auto")),
+        ((of_classes, "--labels", "folders"), ("--labels is folders", str(images))),
+        ((by_class("yes"), "--labels", "none"), ("by_class", "no labels", "--labels none")),
+        ((of_classes, "--data", tmp_path / "by_class"), ("class b", "the model knows c0")),
+        ((runs["a"], "--labels", "folders"), ("--labels is folders", str(runs["a"]), "without labels")),
+    ]
+    for arguments, words in cases:
+        said = refused("loss", *arguments, "--count", 20, "--out", tmp_path / "out", *FAST)
+        assert all(word in said for word in words), said
+        assert not (tmp_path / "out").exists()
 
 
 # ------------------------------------------------------------------------------- bad input
