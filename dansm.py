@@ -139,8 +139,7 @@ def optimal(cost: Tensor, gap: float = 1e-3) -> Assignment:
     """
     check_sides(cost)
     cost = at_least_float32(cost.detach())
-    large = len(cost) and cost.shape[1] > 100  # below, scipy is sooner done
-    fast = fast_matching() if cost.is_cuda and large else None
+    fast = fast_matching() if cost.is_cuda and len(cost) and cost.shape[1] > 100 else None  # below, scipy is faster
     if fast and (kernels := fast.working("auction", cost.device)):
         return Assignment(*kernels.auction(cost, gap))
     if not cost.isfinite().all():
@@ -348,6 +347,8 @@ def pairs(batches: Iterable, method: str = "greedy", match_size: int = 10_000, *
     check_choice("cost", cost, COSTS)
     match_size = check_count("match_size", match_size, at_least=0 if method in ("random", "greedy") else 1)
     groups = groups if groups is None else check_count("groups", groups)
+    if method == "greedy" and pool is not None and groups not in (None, getattr(pool, "groups", None)):
+        raise BadInput(f"groups is {groups}, of the pool {getattr(pool, 'groups', None)}: expected a pool of as many")
     if method in ("random", "greedy"):
         return _pairs(iter(batches), method, match_size, cost, seed, pool, groups)  # else checked when first asked
     if not (fast := fast_matching()):
@@ -696,6 +697,8 @@ class UNet(nn.Module):
         time = self.time(self._waves(t).to(self.first.weight.dtype))
         if self.classes:
             time = time + self.label(self._known(labels, x))
+        elif labels is not None:
+            raise BadInput("the network has no classes: expected UNet(classes=…), or no labels")
         time = F.silu(time)
         h = self.first(x)
         skips = [h]
@@ -709,8 +712,11 @@ class UNet(nn.Module):
 
     def _known(self, labels: Tensor | None, x: Tensor) -> Tensor:
         """The labels, of which training leaves some out."""
-        if labels is None:
+        if labels is None and not self.training:
             return torch.full((len(x),), self.classes, device=x.device)
+        if not (isinstance(labels, Tensor) and labels.is_cuda):  # to look at those on a GPU would wait for it
+            labels = check_labels(labels, len(x), self.classes + 1)
+        labels = labels.to(x.device).long()
         if not self.training:
             return labels
         return labels.masked_fill(torch.rand(len(x), device=x.device) < self.label_dropout, self.classes)

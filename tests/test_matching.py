@@ -377,6 +377,16 @@ def test_optimal_pairs_within_groups_are_scipys_in_each_group():
             cost = squared_distances(x[half][members], z[half][members])
             rows, columns = linear_sum_assignment(cost.numpy())
             assert cost.diagonal().sum() == pytest.approx(cost[rows, columns].sum().item(), rel=1e-5)
+        cost = squared_distances(x[half], z[half])  # across the groups there are shorter ones
+        assert cost[linear_sum_assignment(cost.numpy())].sum() < 0.999 * cost.diagonal().sum()
+
+
+@pytest.mark.parametrize("given", [None, 2])
+def test_groups_that_the_pool_does_not_have_are_refused(given):
+    pool = NoisePool(6, (3,), groups=given)
+    with pytest.raises(BadInput, match=r"groups is 3, of the pool (None|1|2): expected"):
+        pairs(labelled([5], 3), pool=pool, groups=3)
+    list(pairs(labelled([5], 3), pool=NoisePool(6, (3,), groups=3), groups=3))
 
 
 @pytest.mark.parametrize("method", ["greedy", "optimal"])

@@ -292,6 +292,32 @@ def test_a_small_gradient_is_not_clipped():
         torch.testing.assert_close(run.optimizer.state[weight]["exp_avg"], 0.1 * g)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64])
+def test_labels_of_any_whole_type_are_taken(dtype):
+    net, x, t = awake(UNet(**SMALL, classes=3)).eval(), torch.randn(4, 2, 8, 8), torch.rand(4)
+    labels = torch.tensor([0, 1, 2, 3])
+    assert torch.equal(net(x, t, labels.to(dtype)), net(x, t, labels))
+    assert torch.equal(net(x, t, labels)[3:], net(x[3:], t[3:]))  # 3 is "none"
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("labels", "said"), [
+    (torch.tensor([0, 1, 4]), "from 0 to 4"), (torch.tensor([0, -1, 2]), "from -1 to 2"), (torch.zeros(3), "float32"),
+    (torch.tensor([0, 1]), r"\(2,\)"), ([0, 1, 2], "list")])
+def test_labels_that_the_network_does_not_know_are_refused(labels, said, training):
+    net = UNet(**SMALL, classes=3).train(training)
+    with pytest.raises(BadInput, match=f"the labels are .*{said}.*expected 3 whole numbers from 0 to 3"):
+        net(torch.zeros(3, 2, 8, 8), torch.zeros(3), labels)
+
+
+def test_labels_for_a_network_without_classes_and_the_reverse_are_refused():
+    x, z = torch.randn(2, 4, 2, 8, 8)
+    with pytest.raises(BadInput, match="the network has no classes: expected"):
+        next(train(Training(UNet(**SMALL)), RectifiedFlow(), [(x, z, torch.zeros(4, dtype=torch.int64))]))
+    with pytest.raises(BadInput, match="the labels are NoneType: expected 4 whole numbers"):
+        next(train(Training(UNet(**SMALL, classes=3)), RectifiedFlow(), [(x, z)]))
+
+
 def test_adam_has_the_settings_of_the_paper():
     (group,) = Training(Line(), lr=1e-4).optimizer.param_groups
     assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (1e-4, (0.9, 0.999), 1e-8, 0)

@@ -135,6 +135,8 @@ def test_optimal_pairs_are_assigned_within_each_class(train, pairs):
         members = labels == number
         best = dansm.optimal(dansm.cost_matrix(x[members], z[members])).picks
         assert torch.equal(best, torch.arange(members.sum()))
+    for part in zip(x.split(24), z.split(24), strict=True):  # across the classes there are nearer noises
+        assert not torch.equal(dansm.optimal(dansm.cost_matrix(*part)).picks, torch.arange(len(part[0])))
 
 
 def test_a_run_is_not_resumed_with_other_labels(train, not_trained, images, tmp_path):
