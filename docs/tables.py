@@ -122,7 +122,8 @@ def classes_guided():
 def continuous():
     columns = {f"{problem}, {steps} steps": ({"problem": problem}, numbers(f"w2_{steps}_steps", 3))
                for problem in ("two-moons", "checkerboard", "texts") for steps in (2, 50)}
-    shown = "random", "one pool", "k-means 16", "k-means 64", "carried 1", "carried 100", "C²OT 1", "C²OT 100"
+    shown = ["random", "one pool", "k-means 16", "k-means 64", "carried 1", "carried 100",
+             *(f"C²OT {weight}" for weight in ("0.1", "1", "100"))]
     return pivot(read("conditions/continuous.csv"), {name: {"coupling": name} for name in shown}, columns)
 
 

@@ -1,9 +1,12 @@
 """Draw what classes gain from each way of pairing, from cifar10.csv.
 
-    PYTHONPATH=. python results/conditions/cifar10.py        writes cifar10.png and cifar10.svg next to itself
+    PYTHONPATH=. python results/conditions/cifar10.py                    writes cifar10.png next to itself
+    PYTHONPATH=. python results/conditions/cifar10.py runs/evaluate/*    and first cifar10.csv, from folders such as
+                                                                         random-0 (run-seed) with an evaluate.csv
 """
 
 import csv
+import sys
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -13,13 +16,30 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 from dansm.scale.base.colours import NOTE, POOLS, RANDOM
-from dansm.scale.studies.style import PAGE, STYLE, save
+from dansm.scale.base.files import write_csv
+from dansm.scale.studies.style import PAGE, STYLE
 
 HERE = Path(__file__).parent
+MEASURES = "frechet_distance", "frechet_distance_class_mean", "label_accuracy"
 RUNS = {"random": ("random pairs", dict(color=RANDOM, marker="o", linestyle=(0, (4, 2)))),
         "one-pool": ("one pool of 10,000", dict(color=NOTE, marker="^", linestyle=(0, (1, 1.2)))),
         "class-1000": ("a pool of 1,000 for each class", dict(color=POOLS[1000], marker="D", linestyle="-")),
         "class-10000": ("a pool of 10,000 for each class", dict(color=POOLS[10_000], marker="s", linestyle="-"))}
+
+
+def collect(folders: list[Path]) -> list[dict]:
+    """The rows of all evaluations, by run and seed; those of real images once."""
+    found = {}
+    for folder in folders:
+        for row in csv.DictReader((folder / "evaluate.csv").read_text().splitlines()):
+            run, seed, images = folder.name[:-2], folder.name[-1], 256 * int(row["trained_steps"] or 0)
+            if row["model"] == "real images":
+                run, seed, images = row["model"], "0", ""
+            measures = {name: f"{float(row[name]):.4f}" for name in MEASURES}
+            key = ["real images", *RUNS].index(run), seed, float(row["guidance"] or 0), int(row["steps"] or 0)
+            found[key] = {"run": run, "seed": seed, "images": images, "steps": row["steps"],
+                          "guidance": row["guidance"], **measures, "gpu": row["gpu"]}
+    return [found[key] for key in sorted(found)]
 
 
 def draw_lines(axes, along: str, measure: str, **picked: str) -> None:
@@ -36,6 +56,8 @@ def draw_lines(axes, along: str, measure: str, **picked: str) -> None:
 
 
 if __name__ == "__main__":
+    if folders := [Path(name) for name in sys.argv[1:]]:
+        write_csv(HERE / "cifar10.csv", collect(folders))
     with open(HERE / "cifar10.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     with matplotlib.rc_context(STYLE):
@@ -55,4 +77,4 @@ if __name__ == "__main__":
         for axes in steps, weights, told:
             axes.minorticks_off()
         figure.legend(*steps.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-        print(*save(figure, HERE / "cifar10"))
+        figure.savefig(HERE / "cifar10.png", dpi=200)
