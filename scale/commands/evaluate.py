@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 import typer
 
@@ -15,7 +16,7 @@ from dansm import BadInput, Diffusion
 from ..base.files import make_folder, read_json, write_csv, write_json
 from ..base.machine import hardware, number_type, pick_device
 from ..base.text import Stopped, console, counted, say, say_files, table, with_bar
-from ..data.labels import load_labels
+from ..data.labels import Labels, load_labels
 from ..data.latents import known_on_disk
 from ..data.loader import stream_images
 from ..data.read import Source
@@ -70,14 +71,15 @@ def evaluate(
     known = read_rows(out / "evaluate.json")
     extractor = load_extractor(features, on, inception_weights)
     source, images = find_real(trained, data, size, skip_unreadable)
-    classes = find_classes(trained, data, labels, source, images)
+    names, labelled = find_classes(trained, data, labels, source, images)
     real = real_features(images, extractor, on, cache=cache.expanduser(), check=partial(check_images, trained, source))
     if data is None:
         check_images(trained, source, real.shape, real.count)
-    if classes:
-        classes.real = real
-        if not classes.measured:
-            say(f"{source} has no label for each image read: samples are drawn by class, classes are not measured")
+    if labelled:
+        labelled = labelled._replace(numbers=np.delete(labelled.numbers, real.left_out))
+    elif names:
+        say(f"{source} has no labels: each class is drawn equally often, classes are not measured")
+    classes = Classes(names, labelled, real) if names else None
     common = {"features": extractor.name, "data": source, "real_images": real.count, "real_digest": real.digest[:8],
               "seed": seed}
     made_from = digest_of("floor", [VERSION, real.digest, count, seed, *([classes.digest] if classes else [])])
@@ -146,19 +148,21 @@ def check_images(models: list[Model], source: str, shape: tuple[int, int, int], 
 
 
 def find_classes(models: list[Model], data: str | None, labels: str | None, source: str,
-                 images: Source) -> Classes | None:
-    """The models' classes with the labels of the real images; None for models without. BadInput for models of different
-    classes."""
+                 images: Source) -> tuple[list[str], Labels | None]:
+    """The names of the models' classes, none for models without, and the labels of all real images, also of those that
+    cannot be read. BadInput for models of different classes, and for labels of classes that they do not know."""
     of_classes = [model for model in models if model.classes]
     if not of_classes:
-        return None
+        return [], None
     first = of_classes[0]
     if other := next((model for model in of_classes if model.classes != first.classes), None):
         raise BadInput(f"{first.path} and {other.path} have different classes: expected a call for each")
     if data is None and first.draws_images:
         labels = labels or first.about["recipe"].get("labels")
     with images.open() as (count, _):  # those that cannot be read are counted
-        return Classes(first.classes, load_labels(source, labels or "auto", count))
+        labelled = load_labels(source, labels or "auto", count)
+    Classes(first.classes, labelled)  # refuses unknown classes before anything is measured
+    return first.classes, labelled
 
 
 def jobs_of(model: Model, step_counts: list[int], common: dict, real: Real, classes: Classes | None, count: int,

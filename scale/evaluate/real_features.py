@@ -41,6 +41,7 @@ class Real(NamedTuple):
     mean: np.ndarray  # (D,) of the features of all, float64
     covariance: np.ndarray  # (D, D) of them, float64
     features: Tensor  # (M, D) float32 of M images chosen at random: of all, or of KEPT if there are more
+    left_out: tuple[int, ...] = ()  # places, in the order of names, of the images that could not be read
 
 
 def real_features(images: Source | Tensor | np.ndarray, extractor: Extractor, device: torch.device, *,
@@ -60,7 +61,7 @@ def real_features(images: Source | Tensor | np.ndarray, extractor: Extractor, de
         with suppress(OSError):  # nothing can be written there, which is said below
             cache.mkdir(parents=True, exist_ok=True)
             held.enter_context(alone(index.with_suffix(".lock")))  # calls for the same files wait for what one keeps
-        real = _load(index)
+        real = _load_by(index, source.skip_unreadable)
         if real:
             check(real.shape)
             return real
@@ -68,9 +69,11 @@ def real_features(images: Source | Tensor | np.ndarray, extractor: Extractor, de
         path = cache / _name(extractor, real.count, real.digest)
         try:
             with replacing(path) as partial_path, open(partial_path, "wb") as file:
-                np.savez(file, **real._replace(features=real.features.numpy())._asdict())
+                arrays = real._replace(features=real.features.numpy())._asdict()
+                del arrays["left_out"]  # these images may lie elsewhere without those
+                np.savez(file, **arrays)
             if source.files and source.digest_now() == source.digest:  # else a file has changed, maybe before its turn
-                write_json(index, {"features": path.name})
+                write_json(index, {"features": path.name, "left_out": real.left_out})
         except (OSError, BadInput) as error:  # a full disk costs later calls time, not this call its result
             say(f"the features of the real images are not kept: {error}; --cache names another folder")
     return real
@@ -93,7 +96,7 @@ def check_real(images: Tensor | np.ndarray) -> None:
 
 
 def kept_places(count: int) -> np.ndarray:
-    """The places, in their order, of the images whose features are kept, where all `count` images can be read."""
+    """The places, in their order, of the images whose features are kept, among the `count` that can be read."""
     return np.sort(np.argsort(_lots(count))[:KEPT])
 
 
@@ -101,14 +104,16 @@ def _lots(count: int) -> np.ndarray:
     return np.random.default_rng(0).random(count)
 
 
-def _read(source: Source, extractor: Extractor, batch: int, check: Callable,
-          use: Callable) -> tuple[str, int, tuple[int, int, int]]:
-    """Decode all images, call use(places (B,), lots (B,), images (B, C, H, W)) for each batch, and return digest, count
-    and shape as in `Real`. Places are those in the order of names, lots random numbers that depend on them alone."""
+def _read(source: Source, extractor: Extractor, batch: int, check: Callable, use: Callable,
+          left_out: tuple[int, ...] = ()) -> tuple[str, int, tuple[int, int, int], tuple[int, ...]]:
+    """Decode all images, call use(places (B,), lots (B,), images (B, C, H, W)) for each batch, and return digest,
+    count, shape and left_out as in `Real`. Places are those in the order of names, lots random numbers that depend on an
+    image's place among the images that can be read, where `left_out` holds the places of all others."""
     shape = None
     with source.open() as (count, files), closing(source.decoded(files, _digest_of_image, depth=batch)) as entries:
         digests = np.zeros((count, DIGEST), np.uint8)
-        lots = _lots(count)
+        lots = np.ones(count)
+        lots[np.delete(np.arange(count), left_out)] = _lots(count - len(left_out))
         readable = (entry for entry in with_bar(entries, "real images", count) if entry[2] is not None)
         while part := list(islice(readable, batch)):
             places, _, arrays, part_digests = zip(*part, strict=True)
@@ -118,15 +123,18 @@ def _read(source: Source, extractor: Extractor, batch: int, check: Callable,
                 check(shape)
             digests[places] = part_digests
             use(places, lots[places], images)
-    digests = digests[digests.any(1)]  # those of unreadable images are still 0
+    left_out = tuple(np.flatnonzero(~digests.any(1)).tolist())  # their digests are still 0
+    digests = np.delete(digests, left_out, axis=0)
     if len(digests) < 4:
         raise BadInput(f"there are {counted(len(digests), 'real image')}: expected at least 4, better thousands")
     pixels = digest_of(shape, hashlib.blake2b(digests, digest_size=DIGEST).hexdigest())
-    return digest_of(VERSION, KEPT, extractor.key, pixels), len(digests), shape
+    return digest_of(VERSION, KEPT, extractor.key, pixels), len(digests), shape, left_out
 
 
-def _measure(read: Callable, extractor: Extractor, device: torch.device) -> Real:
-    """Measure what `read` decodes. Sums are float64, taken batch by batch: three million features fit in no memory."""
+def _measure(read: Callable, extractor: Extractor, device: torch.device, left_out: tuple[int, ...] = ()) -> Real:
+    """Measure what `read` decodes. Sums are float64, taken batch by batch: three million features fit in no memory.
+    Where not all features are kept and others than `left_out` cannot be read, measure again with their places known, so
+    that the images kept are those of `kept_places`."""
     total = products = 0
     shift = None  # the first batch's mean, which is subtracted so that squares do not get large, losing digits
     sample = []  # a heap of (-lot, place, features) of the KEPT images with the least lots
@@ -144,11 +152,14 @@ def _measure(read: Callable, extractor: Extractor, device: torch.device) -> Real
             push = heapq.heappush if len(sample) < KEPT else heapq.heappushpop
             push(sample, (-lot, place, row.copy()))
 
-    digest, count, shape = read(add)
+    digest, count, shape, unreadable = read(add, left_out)
+    if unreadable != left_out and count > KEPT:
+        return _measure(read, extractor, device, unreadable)
     mean = total / count + shift
     covariance = (products - torch.outer(total, total) / count) / (count - 1)
     rows = [row for _, _, row in sorted(sample, key=lambda drawn: drawn[1])]
-    return Real(digest, count, shape, mean.cpu().numpy(), covariance.cpu().numpy(), torch.from_numpy(np.stack(rows)))
+    return Real(digest, count, shape, mean.cpu().numpy(), covariance.cpu().numpy(), torch.from_numpy(np.stack(rows)),
+                unreadable)
 
 
 def _same_pixels(cache: Path, source: Source, extractor: Extractor, read: Callable) -> Real | None:
@@ -156,15 +167,26 @@ def _same_pixels(cache: Path, source: Source, extractor: Extractor, read: Callab
     with source.open() as (count, _):
         if not any(cache.glob(_name(extractor, count, "*"))):
             return None
-    digest, count, _ = read(lambda *_: None)
-    return _load(cache / _name(extractor, count, digest))
+    digest, count, _, left_out = read(lambda *_: None)
+    real = _load(cache / _name(extractor, count, digest))
+    return real and real._replace(left_out=left_out)
+
+
+def _load_by(index: Path, skip_unreadable: bool) -> Real | None:
+    """The features in the file that an index names. None if there are none, a file is damaged, or the index does not
+    tell which images were left out."""
+    try:
+        known = json.loads(index.read_text())
+        left_out = known["left_out"] if skip_unreadable else []
+        real = _load(index.with_name(known["features"]))
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return real and real._replace(left_out=tuple(left_out))
 
 
 def _load(path: Path) -> Real | None:
-    """The features in a file, or in the one that an index names. None if there are none, or the file is damaged."""
+    """The features in a file. None if there is none, or it is damaged."""
     try:
-        if path.suffix == ".json":
-            path = path.with_name(json.loads(path.read_text())["features"])
         with np.load(path, allow_pickle=False) as file:
             return Real(str(file["digest"]), int(file["count"]), tuple(file["shape"].tolist()), file["mean"],
                         file["covariance"], torch.from_numpy(file["features"]))

@@ -269,9 +269,25 @@ def test_labels_come_from_the_training_or_from_where_they_are_said_to(run, refus
     np.save(tmp_path / "labels.npy", np.arange(24) % 3)
     said = refused("evaluate", of_classes, *options(tmp_path, "--data", images, "--labels", tmp_path / "labels.npy"))
     assert "labels.npy has the class 0, the model knows cat, dog, owl" in said
-    (tmp_path / "animals" / "dog" / "07.png").write_text("none")
-    row, said = evaluated("--skip-unreadable")
-    assert "classes are not measured" in said and not BY_CLASS & row.keys() and row["real_images"] == 31
+
+
+def test_classes_are_measured_without_the_images_that_cannot_be_read(run, of_classes, tmp_path, monkeypatch):
+    (tmp_path / "animals" / "cat" / "03.png").write_text("none")
+    command = ["evaluate", of_classes, *options(tmp_path, "--steps", 2, "--skip-unreadable")]
+    said = run(*command)[1]
+    rows = rows_of(tmp_path / "out")
+    assert "not measured" not in said and rows[-1]["real_images"] == 31 and rows[-1].keys() > BY_CLASS
+    (tmp_path / "out" / "evaluate.json").unlink()
+    monkeypatch.setattr(room, "_measure", lambda *_: pytest.fail("measured again"))
+    run(*command)
+    assert measures_of(rows_of(tmp_path / "out")) == measures_of(rows)
+    (tmp_path / "animals" / "cat" / "03.png").unlink()
+    run(*command)
+    assert measures_of(rows_of(tmp_path / "out")) == measures_of(rows)
+
+
+def measures_of(rows):
+    return [{name: row[name] for name in (*BY_CLASS, "recall")} for row in rows]
 
 
 def test_what_guidance_and_classes_cannot_be_is_refused(refused, model, of_classes, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Features of real images: the same from any source, and kept so that nothing is measured or decoded twice."""
 
+import json
 import os
 import random
 import threading
@@ -275,11 +276,33 @@ def test_unreadable_images_are_left_out_and_do_not_change_what_the_others_are(tm
     rest = load_images(str(source), skip_unreadable=True)
     expected = real_features(rest, SEEN, "cpu")
     assert real.digest == expected.digest and (real.count, len(real.features)) == (26, 10)
-    assert np.allclose(real.mean, expected.mean, atol=1e-5)
-    assert {tuple(row) for row in real.features.round(decimals=4).tolist()} <= {
-        tuple(row) for row in seen(rest).round(decimals=4).tolist()}
+    assert same(real, expected) and torch.allclose(real.features, seen(rest[room.kept_places(26)]), atol=1e-5)
+    again = of_files(source, SEEN, tmp_path / "cache", skip_unreadable=True)
+    assert real.left_out == again.left_out == tuple(range(0, 40, 3)) and expected.left_out == ()
     with pytest.raises(BadInput, match="cannot be read"):  # what was left out is not forgotten
         of_files(source, SEEN, tmp_path / "cache")
+
+
+def forget_what_was_left_out(cache):
+    """Leave the index as an earlier version wrote it."""
+    (index,) = indices(cache)
+    index.write_text(json.dumps({"features": json.loads(index.read_text())["features"]}))
+
+
+def test_an_index_that_does_not_tell_what_was_left_out_is_made_again(counting, tmp_path):
+    source, cache = as_folder(tmp_path / "broken", PICTURES | {"x.png": b""}), tmp_path / "cache"
+    of_files(source, counting, cache, skip_unreadable=True)
+    forget_what_was_left_out(cache)
+    for _ in range(2):
+        assert of_files(source, counting, cache, skip_unreadable=True).left_out == (8,)
+    assert counting.extract.images == 2 * 8
+
+
+def test_an_index_of_an_earlier_version_holds_where_nothing_may_be_left_out(folder, tmp_path, undecodable):
+    real = of_files(folder, SEEN, tmp_path / "cache")
+    forget_what_was_left_out(tmp_path / "cache")
+    undecodable()
+    assert same(of_files(folder, SEEN, tmp_path / "cache"), real)
 
 
 @pytest.mark.parametrize("source", ["tar", "zip"])
