@@ -107,8 +107,8 @@ def _lots(count: int) -> np.ndarray:
 def _read(source: Source, extractor: Extractor, batch: int, check: Callable, use: Callable,
           left_out: tuple[int, ...] = ()) -> tuple[str, int, tuple[int, int, int], tuple[int, ...]]:
     """Decode all images, call use(places (B,), lots (B,), images (B, C, H, W)) for each batch, and return digest,
-    count, shape and left_out as in `Real`. Places are those in the order of names, lots random numbers that depend on an
-    image's place among the images that can be read, where `left_out` holds the places of all others."""
+    count, shape and left_out as in `Real`. Places are those in the order of names, lots random numbers that depend on
+    an image's place among the images that can be read, where `left_out` holds the places of all others."""
     shape = None
     with source.open() as (count, files), closing(source.decoded(files, _digest_of_image, depth=batch)) as entries:
         digests = np.zeros((count, DIGEST), np.uint8)
