@@ -58,7 +58,7 @@ def read_labels(recipe: Recipe, images, left_out: list[Path]) -> Labels | None:
     if left_out and (lost := set(range(len(labels.names))) - set(labels.numbers.tolist())):
         raise BadInput(f"{recipe.data} has no readable image of class {labels.names[min(lost)]}: expected some of each")
     classes = f"{counted(len(labels.names), 'class')} by {labels.origin} ({shorten(', '.join(labels.names), 80)})"
-    if recipe.method not in ("greedy", "optimal"):
+    if recipe.method not in ("greedy", "optimal") or recipe.match_size < 2:  # no noise depends on other samples
         say(classes)
     elif recipe.match_labels == "yes":
         say(f"{classes}; each is matched within itself (--match-labels no: all together, and a noise tells the class)")

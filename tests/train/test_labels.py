@@ -76,6 +76,13 @@ def test_each_class_is_matched_by_a_pool_of_its_own(train, pairs):
     assert len({tuple(labels.tolist()) for _, _, labels in pairs}) > 1
 
 
+@pytest.mark.parametrize("options", [("--match-size", 0), ("--match-size", 1), ("--method", "random"),
+                                     ("--method", "optimal", "--match-size", 1), ("--method", "nearest")])
+def test_nothing_is_said_of_matching_classes_where_no_noise_depends_on_other_samples(train, options):
+    said = train("--steps", 1, *options)
+    assert "3 classes" in said and "--match-labels" not in said and "matched" not in said
+
+
 def test_one_pool_for_all_classes_gives_the_pairs_of_a_run_without_labels(train, pairs):
     assert "--match-labels yes" in train("--steps", 5, "--match-labels", "no")
     with_labels = pairs.copy()
