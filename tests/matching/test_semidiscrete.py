@@ -1,0 +1,198 @@
+"""Semidiscrete coupling: every sample is taken as often as it should be, by the plan of least cost."""
+
+import math
+
+import pytest
+import torch
+from scipy.optimize import linear_sum_assignment
+
+from dansm import BadInput, noise_generator
+from dansm.scale.matching.semidiscrete import Semidiscrete, approach, digests, evenness
+from dansm.tiny.shapes import SHAPES
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def points(n=60, dim=16, seed=0):
+    return torch.randn(n, dim, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def solved(data, groups=None, error=0.1, **settings):
+    coupling = Semidiscrete(data, groups, seed=1, **settings)
+    coupling.solve(error)
+    return coupling
+
+
+def counts(coupling, draws=60, of=1000, labels=None):
+    taken = torch.cat([coupling.draw(of, labels)[1] for _ in range(draws)])
+    return taken.bincount(minlength=len(coupling.x)).cpu()
+
+
+def unevenness(taken, share=None):
+    share = torch.full((len(taken),), 1 / len(taken)) if share is None else share
+    return evenness(taken.double(), share, 0).error
+
+
+# ------------------------------------------------------------------------------- the plan
+
+
+def test_on_a_line_each_point_gets_the_noises_between_two_quantiles():
+    """There the best plan keeps the order, and the only even one is known."""
+    x = torch.tensor([[3.0], [-1.0], [0.5], [7.0]], device=DEVICE)
+    z, taken = solved(x, error=0.03).draw(20_000)
+    quantiles = torch.special.ndtri(torch.tensor([0.25, 0.5, 0.75]))
+    expected = torch.tensor([1, 2, 0, 3])[torch.bucketize(z[:, 0].cpu(), quantiles)]
+    assert (taken.cpu() == expected).double().mean() > 0.97
+
+
+@pytest.mark.parametrize("shape", ["two-moons", "checkerboard"])
+def test_no_other_plan_with_the_same_shares_costs_less(shape):
+    x = torch.as_tensor(SHAPES[shape](40, torch.Generator().manual_seed(0))).float().to(DEVICE)
+    coupling = Semidiscrete(x, seed=1)
+    for _ in range(2):  # whatever the potentials are
+        z, taken = coupling.draw(150)
+        gain = (z @ x[taken].T).cpu().double()
+        best = gain[linear_sum_assignment(gain, maximize=True)].sum()
+        assert gain.trace().item() == pytest.approx(best.item(), rel=1e-6)
+        coupling.solve()
+
+
+def test_pairs_are_nearer_than_random_ones_and_noises_are_those_drawn():
+    x = points(100, 8)
+    coupling = solved(x)
+    z, taken = coupling.draw(4000)
+    assert torch.equal(z, torch.randn(4000, 8, generator=noise_generator(1, DEVICE, 2**31 + 1), device=DEVICE))
+    shuffled = x[taken[torch.randperm(len(taken), device=DEVICE)]]
+    assert (x[taken] - z).square().sum(1).mean() < 0.75 * (shuffled - z).square().sum(1).mean()
+
+
+# ------------------------------------------------------------------------------- the solver
+
+
+@pytest.mark.parametrize("data", ["far from zero", "large", "small", "unequal sizes", "in a plane", "two"])
+def test_shares_are_as_even_as_said_whatever_the_units(data):
+    x = {"far from zero": points() + 50, "large": 1000 * points(), "small": 0.001 * points(),
+         "unequal sizes": points() * torch.linspace(0.1, 3, 60, device=DEVICE)[:, None],
+         "in a plane": points(60, 2), "two": torch.tensor([[1.0, 0], [0, 2]], device=DEVICE)}[data]
+    coupling = Semidiscrete(x, seed=1)
+    before = unevenness(counts(coupling))
+    (reached,) = coupling.solve(0.1)
+    after = unevenness(counts(coupling))
+    assert before > 0.3 or data == "two"
+    assert after < 0.12 and reached.error < 0.1
+    assert reached.noises < 3000
+
+
+def test_the_error_told_is_that_of_an_independent_count_on_average():
+    """Of the potentials of the check before: noises after which they change would tell too low an error."""
+    told, found, even = [], [], torch.full((50,), 0.02, device=DEVICE)
+    for seed in range(8):
+        coupling = Semidiscrete(points(50, 12, seed), seed=seed)
+        checks = approach(coupling.x, even, noise_generator(seed, DEVICE))
+        *_, (potentials, _), (_, reached) = (next(checks) for _ in range(6))
+        coupling._keep(coupling.parts[0][0], potentials[coupling.parts[0][0].samples])
+        told.append(reached.error**2)
+        found.append(unevenness(counts(coupling, 30)) ** 2)
+    assert sum(told) == pytest.approx(sum(found), rel=0.35)
+
+
+def test_chance_is_taken_off_the_error():
+    share = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+    true = torch.tensor([0.12, 0.18, 0.33, 0.37], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    squares = []
+    for _ in range(4000):
+        taken = true.multinomial(300, replacement=True, generator=generator).bincount(minlength=4)
+        found = taken.double() / 300
+        by_chance = found * (1 - found) / 299
+        squares.append((((found - share).square() - by_chance) / share).sum().item())
+        if squares[-1] > 0:
+            assert evenness(taken.double(), share, 0).error == pytest.approx(math.sqrt(squares[-1]))
+    expected = ((true - share).square() / share).sum().item()
+    assert sum(squares) / len(squares) == pytest.approx(expected, rel=0.1)
+
+
+def test_the_same_seed_finds_the_same_and_a_solve_goes_no_further_than_it_is_asked():
+    x = points()
+    first, second = Semidiscrete(x, seed=3), Semidiscrete(x, seed=3)
+    (reached,) = first.solve(1e-9, most=20)
+    second.solve(1e-9, most=20)
+    assert torch.equal(first.potentials, second.potentials) and 20 <= reached.noises < 40
+
+
+# ------------------------------------------------------------------------------- groups, parts, equal samples
+
+
+def test_noises_stay_within_their_group_and_come_as_often_as_the_data():
+    labels = torch.tensor([0] * 30 + [2] * 20 + [3] * 10)[torch.randperm(60)]
+    coupling = solved(points(), labels)
+    asked = torch.tensor([3, 0, 0, 2, 3]).repeat(40)
+    z, taken = coupling.draw(200, asked)
+    assert torch.equal(labels[taken.cpu()], asked) and z.shape == (200, 16)
+    shares = counts(coupling)
+    assert unevenness(shares) < 0.12
+    of_groups = torch.zeros(4).index_add_(0, labels, shares.float())
+    torch.testing.assert_close(of_groups / of_groups.sum(), torch.tensor([30, 0, 20, 10]) / 60, atol=0.01, rtol=0)
+    assert unevenness(counts(coupling, 20, labels=torch.full((1000,), 2))[labels == 2]) < 0.12
+
+
+def test_parts_hold_no_more_than_asked_and_are_met_by_their_sizes():
+    coupling = solved(points(), torch.arange(60) % 2, part=13)
+    sizes = [len(part.samples) for parts in coupling.parts.values() for part in parts]
+    assert sizes == [10] * 6
+    assert torch.cat([part.samples for parts in coupling.parts.values() for part in parts]).unique().numel() == 60
+    assert unevenness(counts(coupling)) < 0.12
+
+
+def test_equal_samples_are_taken_equally_often():
+    x = torch.cat([points(20), points(5)[:1].expand(4, -1), torch.zeros(3, 16, device=DEVICE)])
+    shares = counts(solved(x, error=0.05))  # sample 0 is there five times
+    assert unevenness(shares) < 0.1
+    same = digests(x)
+    assert same[0] == same[20] == same[23] != same[1] and same[24] == same[26]
+    assert digests(-torch.zeros(1, 3)) == digests(torch.zeros(1, 3))
+
+
+@pytest.mark.parametrize("x", [torch.ones(1, 4), torch.ones(5, 4), torch.zeros(3, 4)])
+def test_samples_that_leave_no_choice_are_taken_at_random(x):
+    coupling = solved(x.to(DEVICE))
+    assert unevenness(counts(coupling, 20)) < 0.05
+
+
+# ------------------------------------------------------------------------------- state, refusals
+
+
+def test_a_coupling_continues_where_its_state_was_saved():
+    labels = torch.arange(60) % 3
+    coupling = solved(points(), labels, part=8)
+    coupling.draw(7)
+    state = coupling.state_dict()
+    expected = [coupling.draw(9), coupling.draw(5, torch.tensor([0, 1, 2, 0, 1]))]
+    other = Semidiscrete(points(), labels, part=8, seed=1)
+    other.load_state_dict(state)
+    for (z, taken), (of_z, of_taken) in zip([other.draw(9), other.draw(5, torch.tensor([0, 1, 2, 0, 1]))], expected,
+                                            strict=True):
+        assert torch.equal(z, of_z) and torch.equal(taken, of_taken)
+    with pytest.raises(BadInput, match="parts"):
+        Semidiscrete(points(), labels, part=5, seed=1).load_state_dict(state)
+
+
+def test_what_cannot_be_coupled_is_refused():
+    x = points(6)
+    for data, said in ((x[:0], "with a sample or more"), (x[0], "expected"), (x.long(), "floating"), ("x", "tensor"),
+                       (x / 0, "NaN")):
+        with pytest.raises(BadInput, match=said):
+            Semidiscrete(data)
+    for groups in (torch.zeros(5, dtype=torch.int64), torch.zeros(6), torch.tensor([0, 1, 2, 0, 1, -1])):
+        with pytest.raises(BadInput, match="the labels are"):
+            Semidiscrete(x, groups)
+    for settings in (dict(part=0), dict(part=2.5), dict(seed=-1)):
+        with pytest.raises(BadInput, match=f"{next(iter(settings))} is"):
+            Semidiscrete(x, **settings)
+    coupling = Semidiscrete(x, torch.tensor([0, 0, 2, 2, 2, 2]))
+    with pytest.raises(BadInput, match="no sample of the data has label 1"):
+        coupling.draw(2, torch.tensor([0, 1]))
+    with pytest.raises(BadInput, match="from 0 to 3"):
+        coupling.draw(2, torch.tensor([0, 3]))
+    with pytest.raises(BadInput, match="error is 0: expected a number above 0"):
+        coupling.solve(0)
