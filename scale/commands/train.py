@@ -22,7 +22,7 @@ from ..base.text import Stopped, counted, say, say_files, with_bar
 from ..data import loader
 from ..data.latents import known_of
 from ..model import checkpoint
-from ..model.recipe import SETTINGS, Recipe, as_option, load, names, shown
+from ..model.recipe import SETTINGS, Recipe, as_option, check_without_labels, load, names, shown
 from ..model.sampling import ROWS
 from ..train import run as training
 from .options import Device
@@ -91,7 +91,10 @@ def train(
     device = pick_device(device)
     if recipe not in names() and checkpoint.newest(Path(recipe)):
         raise BadInput(f"{recipe} is a run, not data: expected its recipe, {recipe}/recipe.toml, to resume it")
-    settings = load(recipe, {name: value for name, value in given.items() if value is not None})
+    given = {name: value for name, value in given.items() if value is not None}
+    settings = load(recipe, given)
+    if settings.labels == "none":
+        check_without_labels(settings, "--labels is none", given)
     if recipe in names() and recipe.startswith("latent"):
         loader.check_latents(settings.data)
     finished = run(settings, out or folder_of_run(recipe), device, fresh)

@@ -6,7 +6,7 @@ import difflib
 import json
 import math
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from functools import partial
 from itertools import groupby
@@ -22,6 +22,7 @@ from ..base.text import shorten
 
 RECIPES = Path(__file__).with_name("recipes")
 FLOWS = {"rectified": dansm.RectifiedFlow, "diffusion": dansm.Diffusion}
+NEED_LABELS = "label_dropout", "match_labels"  # else they have no effect
 RENAMED = {"pool": "pool_dtype", "fast": "tf32", "decay": "ema_decay", "resident": "data_on_gpu",
            "ages": ""}  # which was removed
 
@@ -192,6 +193,17 @@ def parse_counts(option: str, text: str, at_least: int = 1, at_most: int = 10**9
         raise BadInput(f"{option} is {text!r}: expected comma-separated whole numbers from {at_least} to {at_most:,}, "
                        "as in 10,50")
     return list(dict.fromkeys(map(int, parts)))
+
+
+def check_without_labels(recipe: Recipe, reason: str, given: Collection[str] | None = None) -> None:
+    """BadInput if a setting is `given` that has an effect with labels alone, of which there are none for this `reason`.
+    None takes settings that differ from their default as given."""
+    if given is None:
+        given = [name for name in NEED_LABELS if getattr(recipe, name) != SETTINGS[name].default]
+    for name in NEED_LABELS:
+        if name in given:
+            raise BadInput(f"{as_option(name)} is {shown(getattr(recipe, name))}, and {reason}: expected labels, or no "
+                           f"{as_option(name)}")
 
 
 # ------------ Files ---------------------------------------------------------------------------------------------------

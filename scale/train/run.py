@@ -20,7 +20,7 @@ from ..data import loader
 from ..data.labels import Labels, load_labels
 from ..data.latents import known_of
 from ..model import sampling
-from ..model.recipe import FLOWS, Recipe, make_flow
+from ..model.recipe import FLOWS, Recipe, check_without_labels, make_flow
 from .evaluation import Evaluation, check_evaluation, due
 from .folder import RunFolder
 from .step import FastTraining
@@ -51,9 +51,10 @@ def read_data(recipe: Recipe) -> tuple:
 def read_labels(recipe: Recipe, images, left_out: list[Path]) -> Labels | None:
     """The labels of the recipe's data, which `read_data` gave. A line says which, and how they are matched."""
     labels = load_labels(recipe.data, recipe.labels, len(images), left_out)
+    if labels is None and recipe.labels != "none":
+        check_without_labels(recipe, f"{recipe.data} has no labels")
+        say(f"{recipe.data} has no labels: the network learns none")
     if labels is None:
-        if recipe.labels != "none":
-            say(f"{recipe.data} has no labels: the network learns none")
         return None
     if left_out and (lost := set(range(len(labels.names))) - set(labels.numbers.tolist())):
         raise BadInput(f"{recipe.data} has no readable image of class {labels.names[min(lost)]}: expected some of each")

@@ -43,9 +43,9 @@ def train(run, images, tmp_path):
 def not_trained(refused, images, tmp_path):
     """Calls the command, which must be refused and leave all as it was; returns the message."""
 
-    def not_trained(*options, labels=LABELS):
+    def not_trained(*options, data=images, labels=LABELS):
         before = contents_of(tmp_path / "out")
-        message = refused("train", images, *labels, "--steps", 4, "--out", tmp_path / "out", *FAST, *options)
+        message = refused("train", data, *labels, "--steps", 4, "--out", tmp_path / "out", *FAST, *options)
         assert contents_of(tmp_path / "out") == before
         return message
 
@@ -173,6 +173,32 @@ def test_the_pools_of_all_classes_must_fit(not_trained, tmp_path, monkeypatch):
     noise = 3 * 8 * 8 * 4  # bytes
     monkeypatch.setattr("dansm.scale.base.machine.free_memory", lambda _: 3 * 1000 * noise - 1)
     assert "each of 3 classes" in not_trained("--match-size", 1000)
+
+
+OF_LABELS = [("--label-dropout", "0.3"), ("--match-labels", "no")]
+
+
+@pytest.mark.parametrize(("option", "value"), [*OF_LABELS, ("--match-labels", "yes")])
+def test_an_option_for_labels_is_refused_without_them(not_trained, option, value):
+    assert f"{option} is {value}, and --labels is none" in not_trained(option, value, labels=())
+
+
+@pytest.mark.parametrize(("option", "value"), OF_LABELS)
+def test_an_option_for_labels_is_refused_where_the_data_has_none(not_trained, images, option, value):
+    noise_image(8, 8).save(images / "x.png")
+    said = not_trained(option, value, labels=("--labels", "auto"))
+    assert f"{option} is {value}, and {images} has no labels" in said
+
+
+def test_a_recipe_may_name_what_is_for_labels(train, not_trained, images, tmp_path):
+    """As that of every run does. Where it asks for labels too, there must be some."""
+    train("--steps", 2, labels=(), out="plain")
+    train("--steps", 3, data=tmp_path / "plain" / "recipe.toml", labels=(), out="plain")
+    (tmp_path / "mine.toml").write_text(f'data = "{images}"\nlabels = "auto"\nmatch_labels = "no"\n')
+    train("--steps", 2, data=tmp_path / "mine.toml", labels=())
+    train("--steps", 2, data=tmp_path / "mine.toml", labels=("--labels", "none"), out="other")
+    noise_image(8, 8).save(images / "x.png")
+    assert "--match-labels is no" in not_trained(data=tmp_path / "mine.toml", labels=())
 
 
 def test_it_is_said_where_there_are_no_labels_or_the_pools_outlast_the_training(train, images):
