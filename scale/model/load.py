@@ -15,7 +15,7 @@ from ..base.text import counted, shorten
 from ..data.autoencoder import Decoder, read_autoencoder
 from . import checkpoint
 from .recipe import make_flow
-from .sampling import UNGUIDED, Guidance, check_steps, labels_in_turn, parse_guidance, sampler
+from .sampling import UNGUIDED, Guidance, check_interval, check_steps, labels_in_turn, parse_guidance, sampler
 
 DESCRIBED = ("dansm", "network", "flow", "times", "step", "decay", "data", "recipe", "latents", "images")
 
@@ -97,7 +97,10 @@ class Model(NamedTuple):
         if not self.about["network"]["label_dropout"]:
             raise BadInput(f"--guidance is {guidance.weight:g}, and {self.path} was trained with --label-dropout 0, "
                            "never without a label: expected --guidance 1")
-        return self._replace(guidance=guidance, label=f"{self.label}, guidance {guidance.weight:g}")
+        label = f"{self.label}, guidance {guidance.weight:g}"
+        if guidance.interval != UNGUIDED.interval:
+            label += " from {:g} to {:g}".format(*guidance.interval)
+        return self._replace(guidance=guidance, label=label)
 
     def on(self, device: torch.device, precision: str = "auto") -> Self:
         """This model with its network on the device, in that precision, through the kernels if there are any."""
@@ -146,7 +149,10 @@ def load_models(paths: list[Path], steps: list[int], *, solver: str = "euler", l
     models = [load_model(path, solver, label) for path, label in zip(paths, labels, strict=True)]
     for model, count in product(models, steps):
         check_steps("--steps", count, type(model.flow))
-    return [model.with_guidance(weight) for model, weight in product(models, parse_guidance(guidance, interval))]
+    guided = [model.with_guidance(weight) for model, weight in product(models, parse_guidance(guidance, interval))]
+    for model, count in product(guided, steps):
+        check_interval(model.guidance, model.flow, count)
+    return guided
 
 
 def labels_by_path(paths: Iterable[Path]) -> list[str]:

@@ -21,6 +21,7 @@ from ..base.files import replacing
 from ..base.launch import compiling_ahead
 from ..base.machine import free_memory, number_type
 from ..base.noise import path_noise
+from ..base.text import counted, shorten
 from ..base.threads import ahead
 from ..data.pixels import to_uint8
 
@@ -83,6 +84,16 @@ def guided(net, labels: Tensor | None, guidance: Guidance, flow, steps: int) -> 
         return without + guidance.weight * (with_labels - without)
 
     return evaluate
+
+
+def check_interval(guidance: Guidance, flow, steps: int) -> None:
+    """BadInput if the guidance holds at none of the times at which `flow` calls the network to take `steps` steps."""
+    first, last = guidance.interval
+    times = dict.fromkeys(times_of(flow, steps))
+    if not any(first <= t <= last for t in times):
+        listed = shorten(", ".join(f"{t:g}" for t in times), 200)
+        raise BadInput(f"--guidance-interval is {first:g},{last:g}, and in {counted(steps, 'step')} the network is called "
+                       f"at the times {listed}: expected an interval with one of them")
 
 
 def times_of(flow, steps: int) -> list[float]:

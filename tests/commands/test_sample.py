@@ -137,7 +137,7 @@ def test_guidance_changes_the_images_and_1_does_not(run, of_classes, tmp_path):
         return (out / "samples.png").read_bytes()
 
     plain = images()
-    assert images("--guidance", "1") == plain == images("--guidance", "9", "--guidance-interval", "0.8,1")
+    assert images("--guidance", "1") == plain
     assert len({plain, images("--guidance", "3"), images("--guidance", "0"),
                 images("--guidance", "3", "--guidance-interval", "0,0.5")}) == 4
 
@@ -162,6 +162,7 @@ def test_what_classes_and_guidance_cannot_be_is_refused(refused, of_classes, tra
             (of_classes, ("--class", "cow"), "--class is 'cow': expected one of cat, dog, owl"),
             (of_classes, ("--guidance", "1,2"), "--guidance is 1,2"), (trained, ("--class", "cat"), "--class is cat"),
             (of_classes, ("--guidance", "2", "--guidance-interval", "1"), "--guidance-interval is '1'"),
+            (of_classes, ("--guidance", "2", "--guidance-interval", "0.97,1"), "0.97,1, and in 20 steps"),
             (trained, ("--guidance", "2"), "trained without labels"),
             (no_dropout, ("--guidance", "2"), "--label-dropout 0")):
         said = refused("sample", model, *options, "--out", tmp_path / "out")

@@ -155,9 +155,11 @@ def test_a_class_that_is_none_is_refused(tmp_path, run_folder):
 
 def test_each_weight_of_a_guidance_is_a_model_of_its_own(tmp_path):
     save_with_classes(tmp_path)
-    models = load_models([tmp_path], [1], labels=["x"], guidance="1,2.5,0,2.5", interval="0.25,.5")
+    models = load_models([tmp_path], [3], labels=["x"], guidance="1,2.5,0,2.5", interval="0.25,.5")
     assert [(model.label, *model.guidance) for model in models] == [
-        ("x", 1, (0, 1)), ("x, guidance 2.5", 2.5, (0.25, 0.5)), ("x, guidance 0", 0, (0.25, 0.5))]
+        ("x", 1, (0, 1)), ("x, guidance 2.5 from 0.25 to 0.5", 2.5, (0.25, 0.5)),
+        ("x, guidance 0 from 0.25 to 0.5", 0, (0.25, 0.5))]
+    assert load_models([tmp_path], [3], labels=["x"], guidance="3")[0].label == "x, guidance 3"
     assert [model.described()["guidance"] for model in models] == [1, 2.5, 0]
     assert models[1].described()["guidance_interval"] == "0.25,0.5"
 
@@ -173,6 +175,21 @@ def test_a_guidance_that_is_none_is_refused(tmp_path, guidance, interval, named)
     with pytest.raises(BadInput, match=named) as refused:
         load_models([tmp_path], [1], guidance=guidance, interval=interval)
     assert "expected" in str(refused.value)
+
+
+@pytest.mark.parametrize(("flow", "solver", "steps", "interval", "times"), [
+    ("diffusion", "euler", 4, "0,0.2", "0.25, 0.5, 0.75, 1"),
+    ("rectified", "euler", 3, "0.35,0.6", "0, 0.333333, 0.666667"),
+    ("rectified", "heun", 2, "0.6,0.9", "0, 0.5, 1")])
+def test_an_interval_that_no_step_lies_in_is_refused_with_the_times_of_the_steps(tmp_path, flow, solver, steps,
+                                                                                 interval, times):
+    net = awake(dansm.UNet(**SMALLEST, classes=3))
+    checkpoint.save(tmp_path, state_to_save(net, classes=["a", "b", "c"], recipe={"flow": flow}))
+    with pytest.raises(BadInput) as refused:
+        load_models([tmp_path], [10, steps], solver=solver, guidance="1,3", interval=interval)
+    said = str(refused.value)
+    assert f"--guidance-interval is {interval}, and in {steps} steps" in said and f" {times}: expected" in said
+    assert len(load_models([tmp_path], [10], solver=solver, guidance="1,3", interval=interval)) == 2
 
 
 def test_guidance_is_for_networks_that_were_trained_with_and_without_labels(tmp_path, run_folder):
