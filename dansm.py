@@ -816,7 +816,7 @@ def check_batch(x, shape: torch.Size) -> None:
 
 def check_labels(labels, samples: int, groups: int) -> Tensor:
     """The labels as int64. BadInput for anything but a whole number from 0 to groups − 1 for each sample."""
-    given = type(labels).__name__
+    given = "missing" if labels is None else f"a {type(labels).__name__}"
     if isinstance(labels, Tensor):
         given = f"{labels.dtype} of shape {tuple(labels.shape)}"
         if not labels.is_floating_point() and labels.dtype != torch.bool:
@@ -824,7 +824,7 @@ def check_labels(labels, samples: int, groups: int) -> Tensor:
             if labels.shape == (samples,) and (labels < groups).all() and (labels >= 0).all():
                 return labels
             given += f", from {labels.min().item()} to {labels.max().item()}" if labels.numel() else ""
-    raise BadInput(f"the labels are {given}: expected {samples} whole numbers from 0 to {groups - 1}")
+    raise BadInput(f"the labels are {given}: expected a tensor ({samples},) of whole numbers from 0 to {groups - 1}")
 
 
 NO_DISTANCE = "holds NaN, infinite or huge values: expected finite data, in size below 1e15"
