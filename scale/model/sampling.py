@@ -92,8 +92,8 @@ def check_interval(guidance: Guidance, flow, steps: int) -> None:
     times = dict.fromkeys(times_of(flow, steps))
     if not any(first <= t <= last for t in times):
         listed = shorten(", ".join(f"{t:g}" for t in times), 200)
-        raise BadInput(f"--guidance-interval is {first:g},{last:g}, and in {counted(steps, 'step')} the network is called "
-                       f"at the times {listed}: expected an interval with one of them")
+        raise BadInput(f"--guidance-interval is {first:g},{last:g}, and in {counted(steps, 'step')} the network is "
+                       f"called at the times {listed}: expected an interval with one of them")
 
 
 def times_of(flow, steps: int) -> list[float]:
