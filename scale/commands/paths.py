@@ -14,7 +14,7 @@ from ..base import files, machine, statistics, text
 from ..data.labels import load_labels
 from ..model.load import load_models
 from ..model.recipe import parse_counts
-from ..studies.conditions import leakage
+from ..studies.conditions import leakage, probed
 from ..studies.pairs import data_pairs, load_data, own_pairs, summarize
 from .options import Batch, Data, Device, Labels, Out, Precision, SampleSteps, Seed, Size, command_app
 
@@ -75,6 +75,8 @@ def paths(
     files.write_csv(out / "paths.csv", rows)
     written = ["paths.json", "paths.csv", *figures.draw_paths(summary, seeds, out / "paths")]
     if classes is not None:
+        if (samples := probed(images)) < max(match_sizes):
+            text.say(f"1 GB holds the noises of {samples:,} samples: classes are probed with pools of {samples:,}")
         draws = range(seed, seed + seeds)
         leaks = [row for draw in draws for row in leakage(images, classes, max(match_sizes), seed=draw, device=device)]
         files.write_csv(out / "leakage.csv", leaks)

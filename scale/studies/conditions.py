@@ -21,25 +21,33 @@ MOST_BYTES = 2**30  # of the noises that are probed together
 
 
 def couplings(match_size: int, classes: int) -> dict[str, dict]:
-    """Arguments of `dansm.pairs` by name. The pools for each class have together as many noises as the one pool."""
+    """Arguments of `dansm.pairs` by name. The pools for each class have together as many noises as the one pool, unless
+    that leaves each a single one, which would give random pairs."""
     each, assigned = max(1, match_size // classes), min(match_size, ASSIGNED)
-    return {"random pairs": dict(method="random"),
+    ways = {"random pairs": dict(method="random"),
             f"one pool of {match_size:,}": dict(method="greedy", match_size=match_size),
             f"a pool of {each:,} for each class": dict(method="greedy", match_size=each, groups=classes),
             f"assigned within {assigned:,}": dict(method="optimal", match_size=assigned),
             f"assigned within {assigned:,}, by class": dict(method="optimal", match_size=assigned, groups=classes),
             f"nearest of {NEAREST_OF}": dict(method="nearest", match_size=NEAREST_OF)}
+    return {name: settings for name, settings in ways.items() if settings.get("match_size") != 1}
+
+
+def probed(images) -> int:
+    """How many of the images (N, C, H, W) `leakage` takes: all, or those whose noises MOST_BYTES hold."""
+    return min(len(images), max(1, MOST_BYTES // (4 * math.prod(images.shape[1:]))))
 
 
 def leakage(images, labels: np.ndarray, match_size: int, *, seed: int, device: torch.device | str) -> Iterator[dict]:
     """A row of `measure_leak` for each coupling, over one pass of the data in random order, or what 1 GB holds of it.
 
-    images: (N, C, H, W) as `loader.batches` takes them, labels: (N,).
+    images      (N, C, H, W) as `loader.batches` takes them
+    labels      (N,)
+    match_size  of the pool; `probed(images)` if that is less, as a pool is measured to its end
     """
-    numbers = math.prod(images.shape[1:])
-    count = min(len(images), max(1, MOST_BYTES // (4 * numbers)))
+    count = probed(images)
     batch = min(SERVED_AT_ONCE, count)
-    ways = couplings(match_size, int(labels.max()) + 1)
+    ways = couplings(min(match_size, count), int(labels.max()) + 1)
     for name, settings in with_bar(ways.items(), "pairing by class"):
         with closing(loader.batches(images, batch, seed=seed, flip=False, device=device, labels=labels)) as batches:
             pairs = dansm.pairs(batches, **settings, seed=seed)
@@ -56,17 +64,18 @@ def measure_leak(z: Tensor, labels: Tensor, match_size: int | None = None, group
     class_told          see `told_class`
     class_mean_largest  ‖mean of a class's noises‖ over √(D / its size), which is what the mean of noises from N(0, I)
                         has: 1 is no shift. The largest of the classes; class_mean_average is their average
-    size_first_quarter  ‖z‖²/D in the first quarter of a pool's life, and size_last_quarter in its last; N(0, I) has 1
+    size_first_quarter  ‖z‖²/D in the first quarter, rounded up, of a pool's life, and size_last_quarter in its last;
+                        N(0, I) has 1
     """
     of_class = dansm.members_of(labels, len(z), int(labels.max()) + 1)
     shifts = torch.stack([z[members.to(z.device)].mean(0).norm() * math.sqrt(len(members) / z.shape[1])
                           for members in of_class.values()])
-    age = torch.empty(len(z))
+    age = torch.empty(len(z), dtype=torch.int64)
     life = match_size or len(z)
     for members in of_class.values() if groups else [torch.arange(len(z))]:
-        age[members] = torch.arange(len(members)) % life / life
-    sizes = z.square().mean(1).cpu()
-    first, last = sizes[age < 0.25], sizes[age >= 0.75]
+        age[members] = torch.arange(len(members)) % life
+    sizes, quarter = z.square().mean(1).cpu(), math.ceil(life / 4)
+    first, last = sizes[age < quarter], sizes[age >= life - quarter]
     return {"class_told": told_class(z, labels), "class_mean_largest": shifts.max().item(),
             "class_mean_average": shifts.mean().item(), "size_first_quarter": first.mean().item(),
             "size_last_quarter": last.mean().item()}

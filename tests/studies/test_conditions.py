@@ -51,6 +51,20 @@ def test_sizes_are_those_of_the_quarters_of_each_pools_life():
         assert (leak["size_first_quarter"], leak["size_last_quarter"]) == pytest.approx((1, 4))
 
 
+@pytest.mark.parametrize("life", [1, 2, 3, 5])
+def test_the_least_pool_has_a_first_and_a_last_quarter(life):
+    z = (1 + torch.arange(2 * life) % life).float().sqrt()[:, None].expand(-1, 5)
+    leak = conditions.measure_leak(z, torch.zeros(2 * life).long(), match_size=life)
+    expected = (1.5, 4.5) if life == 5 else (1, life)
+    assert (leak["size_first_quarter"], leak["size_last_quarter"]) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("match_size", [19, 20])
+def test_pools_that_would_give_random_pairs_are_left_out(match_size):
+    pools = [name for name in conditions.couplings(match_size, 10) if "for each class" in name]
+    assert pools == (["a pool of 2 for each class"] if match_size == 20 else [])
+
+
 def by_brightness(count):
     """Images (count, 3, 4, 4) of two classes: dark and bright."""
     labels = np.random.default_rng(0).integers(0, 2, count)
@@ -75,8 +89,10 @@ def test_of_large_samples_only_what_memory_holds_is_probed(monkeypatch):
     monkeypatch.setattr(conditions, "MOST_BYTES", 4 * 48 * 60)
     sizes = []
     monkeypatch.setattr(conditions, "told_class", lambda z, labels: sizes.append((len(z), len(labels))) or 0.0)
-    list(conditions.leakage(*by_brightness(300), 20, seed=0, device="cpu"))
+    rows = list(conditions.leakage(*by_brightness(300), 200, seed=0, device="cpu"))
     assert set(sizes) == {(60, 60)}
+    assert [row["coupling"] for row in rows][1:3] == ["one pool of 60", "a pool of 30 for each class"]
+    assert all(value == value for row in rows for value in row.values())  # NaN is not
 
 
 @pytest.fixture
@@ -98,6 +114,17 @@ def test_the_command_writes_a_row_for_each_coupling_and_draw(run, classes, tmp_p
     assert all(0 <= float(row["class_told"]) <= 1 and float(row["class_mean_average"]) > 0 for row in rows)
     run("paths", "--data", classes, "--match-size", 10, "--count", 10, "--seeds", 1, "--out", tmp_path / "without")
     assert not (tmp_path / "without" / "leakage.csv").exists()
+
+
+def test_it_is_said_where_memory_holds_less_than_a_pool(run, classes, tmp_path, monkeypatch):
+    def said(samples):
+        monkeypatch.setattr(conditions, "MOST_BYTES", 4 * 3 * 8 * 8 * samples)
+        return run("paths", "--data", classes, "--labels", "folders", "--match-size", 15, "--count", 15, "--seeds", 2,
+                   "--device", "cpu", "--out", tmp_path / "out")[1]
+
+    enough, less = said(15), said(14)
+    assert "1 GB" not in enough and "one pool of 15:" in enough
+    assert less.count("pools of 14") == 1 and "one pool of 14:" in less and "nan" not in less
 
 
 def test_data_without_classes_or_with_too_few_of_one_is_refused(refused, classes, images):
