@@ -9,7 +9,7 @@ import numpy as np
 
 from dansm import BadInput
 
-from ..base.text import counted
+from ..base.text import counted, say, shorten
 from .latents import known_on_disk
 from .loader import read_cifar10
 from .read import LABELS, Source, files_of
@@ -126,11 +126,25 @@ def _of_folders(path: Path, asked: bool) -> Labels | None:
             inside = {folder.name for folder in top.iterdir() if folder.is_dir() and folder.name[0] != "."}
             if empty := inside - set(names.tolist()):
                 raise BadInput(f"{top / min(empty)} holds no images: expected some in each folder of a class")
+        if below := _folders_in_each(images, folders, top):
+            say(f"the classes are the folders {shorten(', '.join(names), 80)}, each of which holds the folders",
+                f"{shorten(', '.join(below), 80)}: if these are the classes, name one of the former as the data")
         return Labels(numbers.astype(np.int64), names.tolist(), f"the folders of {path}")
     if asked:
         raise BadInput(f"--labels is folders, and {path} has images outside of folders, or fewer than two folders: "
                        "expected each image in the folder of its class")
     return None
+
+
+def _folders_in_each(images: list[Path], folders: list[str], top: Path) -> list[str]:
+    """The names of the folders in every one of `folders`, the first folder of each image below `top`. Empty if they
+    differ, if an image lies in none of them, or if there is a single one, as classes often have."""
+    below = {folder: set() for folder in folders}
+    for image, folder in zip(images, folders, strict=True):
+        below[folder].add(_first_folder(image, top / folder))
+    first, *others = below.values()
+    same = len(first) > 1 and "" not in first and all(names == first for names in others)
+    return sorted(first) if same else []
 
 
 def _first_folder(image: Path, source: Path) -> str:

@@ -85,6 +85,28 @@ def test_a_folder_around_the_classes_is_no_class(tmp_path):
         assert as_listed(load_labels(str(data), "auto", 5)) == (NUMBERS, NAMES)
 
 
+SPLITS = [f"{split}/{name}/{number}.png" for split in ("train", "val") for name in NAMES for number in range(2)]
+
+
+@pytest.mark.parametrize("setting", ["auto", "folders"])
+@pytest.mark.parametrize("kind", ["folder", ".tar"])
+def test_folders_that_hold_the_same_folders_are_classes_with_a_warning(tmp_path, capsys, setting, kind):
+    content = {name: picture(0) for name in SPLITS}
+    source = as_folder(tmp_path / "set", content) if kind == "folder" else packed(tmp_path / f"a{kind}", content)
+    assert load_labels(str(source), setting, 12).names == ["train", "val"]
+    (said,) = capsys.readouterr().out.splitlines()
+    assert "folders train, val," in said and "folders bird, cat, dog:" in said
+
+
+@pytest.mark.parametrize("names", [
+    CLASSES, SPLITS[:-2], [*SPLITS, "val/x.png"], [*SPLITS, "test/bird/0.png"],
+    [f"{name}/images/{number}.png" for name in NAMES for number in range(2)], [name[6:] for name in SPLITS[:6]]])
+def test_nothing_is_said_of_folders_that_hold_different_folders_or_one(tmp_path, capsys, names):
+    source = as_folder(tmp_path / "set", {name: picture(0) for name in names})
+    assert len(load_labels(str(source), "folders", len(names)).names) > 1
+    assert capsys.readouterr().out == ""
+
+
 def test_one_folder_is_no_classes(tmp_path, not_labelled):
     source = as_folder(tmp_path / "one", {f"dog/{number}.png": picture(number) for number in range(5)})
     assert load_labels(str(source), "auto", 5) is None
