@@ -88,6 +88,8 @@ def guided(net, labels: Tensor | None, guidance: Guidance, flow, steps: int) -> 
 
 def check_interval(guidance: Guidance, flow, steps: int) -> None:
     """BadInput if the guidance holds at none of the times at which `flow` calls the network to take `steps` steps."""
+    if guidance.interval == UNGUIDED.interval:
+        return
     first, last = guidance.interval
     times = dict.fromkeys(times_of(flow, steps))
     if not any(first <= t <= last for t in times):
