@@ -25,7 +25,7 @@ def compare(
     steps: options.SampleSteps = 20,
     guidance: options.Guidances = "1",
     guidance_interval: options.GuidanceInterval = "0,1",
-    labels: options.Labels = None,
+    names: options.Labels = None,
     batch: options.Batch = 64,
     precision: options.Precision = "auto",
     seed: options.Seed = 0,
@@ -35,7 +35,7 @@ def compare(
     """Compare what several models make of the same noises (the paper's first foundation)."""
     from ..studies import figures
 
-    loaded = load_models(models, [steps], labels=labels, guidance=guidance, interval=guidance_interval)
+    loaded = load_models(models, [steps], labels=names, guidance=guidance, interval=guidance_interval)
     if len(loaded) < 2:
         raise BadInput(f"MODELS is {models[0]} alone: expected two or more to compare, or several --guidance")
     device = machine.pick_device(device)

@@ -27,7 +27,7 @@ def grid(
     guidance_interval: options.GuidanceInterval = "0,1",
     autoencoder: options.DecodeWith = None,
     memory: options.DecodeMemory = None,
-    labels: options.Labels = None,
+    names: options.Labels = None,
     batch: options.Batch = 64,
     precision: options.Precision = "auto",
     seed: options.Seed = 0,
@@ -40,7 +40,7 @@ def grid(
     counts = parse_counts("--steps", steps)
     device = machine.pick_device(device)
     loaded = [model.on(device, precision).with_decoder(autoencoder, device, precision, memory)
-              for model in load_models(models, counts, labels=labels, guidance=guidance, interval=guidance_interval)]
+              for model in load_models(models, counts, labels=names, guidance=guidance, interval=guidance_interval)]
     files.make_folder(out)
     cells = []
     for count, model in product(counts, loaded):
@@ -49,8 +49,8 @@ def grid(
             numbers, of_numbers = rows_of_classes(len(model.classes), side)
         x, *_ = own_pairs(model, numbers, count, seed=seed, batch=batch, device=device, labels=of_numbers)
         cells.append(from_uint8(model.decode(x)) if model.decode else x)
-    for names in dict.fromkeys(", ".join(model.classes[:ROWS]) for model in loaded if model.classes):
-        text.say(f"rows of a cell: {text.shorten(names, 300)}")
+    for classes in dict.fromkeys(", ".join(model.classes[:ROWS]) for model in loaded if model.classes):
+        text.say(f"rows of a cell: {text.shorten(classes, 300)}")
     files.write_json(out / "grid.json", {
         "models": [model.described() for model in loaded], "steps": counts, "side": side, "seed": seed,
         "precision": precision, "autoencoder": autoencoder and str(autoencoder), "hardware": machine.hardware(device)})

@@ -19,7 +19,8 @@ COMMANDS = ("toy", "digits", "train", "export", "encode", "decode", "sample", "e
             "paths", "loss", "theory", "proof", "bench")
 FORMER = {  # command → option of an earlier version → what it is called now
     "train": {as_option(old): as_option(new) for old, new in RENAMED.items()},
-    "digits": {"--assigned": "--optimal", "--judge-at": "--evaluate-at", "--ages": ""}}
+    "digits": {"--assigned": "--optimal", "--judge-at": "--evaluate-at", "--ages": ""},
+    **{command: {"--label": "--name"} for command in ("compare", "grid", "tsne", "paths", "loss")}}
 
 
 class Commands(TyperGroup):

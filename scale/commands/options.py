@@ -19,7 +19,7 @@ Out = Annotated[Path, typer.Option(help="folder for the results, made if missing
 Model = Annotated[Path, typer.Argument(help="folder of a dansm train, one of its checkpoints, or an export")]
 Models = Annotated[list[Path], typer.Argument(help="folders of dansm train, their checkpoints, or exports")]
 Labels = Annotated[list[str] | None, typer.Option(
-    "--label", help="name of a model in the figure: once for each, in their order",
+    "--name", help="name of a model in the figure: once for each, in their order",
     show_default="their folders' names")]
 Data = Annotated[str | None, typer.Option(
     help="images or latents, as for dansm train", show_default="those of the model's training")]

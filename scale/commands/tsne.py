@@ -32,7 +32,7 @@ def tsne(
     perplexity: Annotated[float, typer.Option(help="of t-SNE, less than twice the pairs; the paper's 22 to 30")] = 22,
     match_size: Annotated[int, typer.Option(min=2, help="noises in the pool, where no model is given")] = 1000,
     steps: SampleSteps = 50,
-    labels: Labels = None,
+    names: Labels = None,
     batch: Batch = 64,
     precision: Precision = "auto",
     seed: Seed = 0,
@@ -51,7 +51,7 @@ def tsne(
         raise BadInput(f"--perplexity is {perplexity:g} for {pairs} pairs, {2 * pairs} points: expected above 0 and "
                        f"below {2 * pairs}")
     device = machine.pick_device(device)
-    loaded = [model.on(device, precision) for model in load_models([model] if model else [], [steps], labels=labels)]
+    loaded = [model.on(device, precision) for model in load_models([model] if model else [], [steps], labels=names)]
     name = f"own pairs of {loaded[0].label}" if loaded else f"matched, match size {match_size:,}"
     if data or not loaded:
         images, _, served = load_data(data, loaded, [] if loaded else [match_size], count=pairs, size=size)

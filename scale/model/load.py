@@ -144,7 +144,7 @@ def load_models(paths: list[Path], steps: list[int], *, solver: str = "euler", l
     for `labels` takes the names of folders or files."""
     labels = labels or labels_by_path(paths)
     if len(labels) != len(paths):
-        raise BadInput(f"--label is given {counted(len(labels), 'time')} for {counted(len(paths), 'model')}: expected "
+        raise BadInput(f"--name is given {counted(len(labels), 'time')} for {counted(len(paths), 'model')}: expected "
                        "once for each, or not at all")
     models = [load_model(path, solver, label) for path, label in zip(paths, labels, strict=True)]
     for model, count in product(models, steps):

@@ -45,13 +45,13 @@ OPTIONS = {
                     "--device", "--out"],
     "bench evaluate": ["--samples", "--seed", "--device", "--out"],
     "bench autoencoder": ["--shape", "--samples", "--seed", "--device", "--out"],
-    "compare": ["--count", "--shown", "--steps", "--label", "--batch", "--precision", "--seed", "--device", "--out"],
-    "grid": ["--steps", "--side", "--label", "--batch", "--precision", "--seed", "--device", "--out"],
-    "tsne": ["--data", "--size", "--pairs", "--draws", "--perplexity", "--match-size", "--steps", "--label", "--seed",
+    "compare": ["--count", "--shown", "--steps", "--name", "--batch", "--precision", "--seed", "--device", "--out"],
+    "grid": ["--steps", "--side", "--name", "--batch", "--precision", "--seed", "--device", "--out"],
+    "tsne": ["--data", "--size", "--pairs", "--draws", "--perplexity", "--match-size", "--steps", "--name", "--seed",
              "--device", "--out"],
-    "paths": ["--data", "--size", "--match-size", "--count", "--steps", "--seeds", "--label", "--seed", "--device",
+    "paths": ["--data", "--size", "--match-size", "--count", "--steps", "--seeds", "--name", "--seed", "--device",
               "--out"],
-    "loss": ["--data", "--size", "--match-size", "--count", "--steps", "--label", "--seed", "--device", "--out"],
+    "loss": ["--data", "--size", "--match-size", "--count", "--steps", "--name", "--seed", "--device", "--out"],
 }
 
 

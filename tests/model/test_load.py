@@ -106,7 +106,7 @@ def test_models_are_labelled_by_their_folders_and_all_differently(tmp_path):
 
 def test_labels_that_are_given_are_taken_one_for_each_model(run_folder):
     assert [model.label for model in load_models([run_folder] * 2, [1], labels=["x", "y"])] == ["x", "y"]
-    with pytest.raises(BadInput, match=r"--label .*1 time .*2 models"):
+    with pytest.raises(BadInput, match=r"--name .*1 time .*2 models"):
         load_models([run_folder] * 2, [1], labels=["x"])
 
 

@@ -133,7 +133,7 @@ def test_grid_has_a_cell_for_each_model_and_count_of_steps(result, runs, monkeyp
     cells = []
     draw = figures.draw_grid
     monkeypatch.setattr(figures, "draw_grid", lambda images, *rest: cells.append(images) or draw(images, *rest))
-    found, _ = result("grid", runs["a"], runs["dm"], "--steps", "2,5,3", "--side", 2, "--label", "RFM", "--label",
+    found, _ = result("grid", runs["a"], runs["dm"], "--steps", "2,5,3", "--side", 2, "--name", "RFM", "--name",
                       "DM, a label much too long for its column")
     assert found["steps"] == [2, 5, 3] and found["models"][0]["label"] == "RFM"
     assert [tuple(cell.shape) for cell in cells[0]] == [(4, 3, 8, 8)] * 6
@@ -180,7 +180,7 @@ def test_a_grid_of_classes_has_a_row_for_each_of_ten_and_a_column_for_each_guida
 
 
 def test_guidances_are_compared_as_models_are(result, refused, of_classes, runs):
-    found, _ = result("compare", of_classes, "--guidance", "1,0,1.5", "--count", 12, "--steps", 2, "--label", "x")
+    found, _ = result("compare", of_classes, "--guidance", "1,0,1.5", "--count", 12, "--steps", 2, "--name", "x")
     assert [pair["models"] for pair in found["pairs"]] == [
         ["x", "x, guidance 0"], ["x", "x, guidance 1.5"], ["x, guidance 0", "x, guidance 1.5"]]
     assert all(pair["same"]["mean"] > 0 for pair in found["pairs"])
@@ -492,7 +492,7 @@ def test_bad_input_is_named_before_anything_is_written(refused, runs, images, tm
         (("compare", a), ("MODELS", a)),
         (("compare", a, tmp_path / "missing"), ("missing",)),
         (("compare", a, small), (a, "(3, 8, 8)", small, "(3, 4, 4)")),
-        (("compare", a, a, "--label", "x"), ("--label", "2 models")),
+        (("compare", a, a, "--name", "x"), ("--name", "2 models")),
         (("compare", a, dm, "--steps", 1), ("--steps is 1", "2 to 1,000")),
         (("grid", a, "--steps", "3,"), ("--steps is '3,'",)),
         (("grid", a, dm, "--steps", "3,1"), ("--steps is 1", "2 to 1,000")),
