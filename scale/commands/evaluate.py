@@ -216,7 +216,7 @@ def report(rows: list[dict], labels: list[str], extractor: Extractor, count: int
     by_class = {name: column for name, column in by_class.items() if any(name in row for row in rows)}
     lines = []
     for label, row in zip(labels, rows, strict=False):  # Ctrl-C leaves out the last rows
-        numbers = [f"{row[frechet]:.2f}", f"{1e3 * row[kernel]:.2f}"]
+        numbers = [f"{number:.2f}" if number < 1e6 else f"{number:.2e}" for number in (row[frechet], 1e3 * row[kernel])]
         if inception:
             numbers.append(f"{row['inception_score']:.2f}" if "inception_score" in row else "")
         lines.append([label, str(row.get("steps", "")), f"{row['count']:,}", *numbers, f"{row['precision']:.3f}",

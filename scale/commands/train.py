@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated
 
+import numpy as np
 import torch
 import typer
 from rich.markup import escape
@@ -20,6 +21,7 @@ from ..base.machine import hardware, pick_device
 from ..base.processes import processes, quiet, ranks
 from ..base.text import Stopped, counted, say, say_files, with_bar
 from ..data import loader
+from ..data.labels import Labels
 from ..data.latents import known_of
 from ..model import checkpoint
 from ..model.recipe import SETTINGS, Recipe, as_option, check_without_labels, load, names, shown
@@ -134,7 +136,7 @@ def read_and_train(recipe: Recipe, out: Path, device: torch.device, fresh: bool)
     training.check(recipe, device)
     images, left_out = training.read_data(recipe)
     labels = training.read_labels(recipe, images, left_out)
-    advise(recipe, device, training.groups_of(labels, recipe) or 1)
+    advise(recipe, device, labels if training.groups_of(labels, recipe) else None)
     summary, net, flow = training.fit(images, recipe, out=out, fresh=fresh, device=device, labels=labels)
     finished = summary["steps"] >= recipe.steps
     if ranks()[0]:
@@ -164,12 +166,14 @@ def read_and_train(recipe: Recipe, out: Path, device: torch.device, fresh: bool)
     return finished
 
 
-def advise(recipe: Recipe, device: torch.device, pools: int) -> None:
-    """Say what is likely not meant. pools: how many there are, one for each class or a single one."""
+def advise(recipe: Recipe, device: torch.device, labels: Labels | None) -> None:
+    """Say what is likely not meant. labels: by which each class has a pool of its own."""
     if device.type == "cpu" and recipe.network != "small" and recipe.width is None:
         say(f"on a CPU {recipe.network} takes seconds for each image: --network small is for CPUs")
-    samples = recipe.steps * recipe.batch
-    if recipe.method == "greedy" and recipe.match_size * pools > samples:
-        pool = f"the pool of {counted(recipe.match_size, 'noise')}" + " for each class" * (pools > 1)
-        say(f"{pool} outlasts the {counted(samples, 'image')} of all steps:",
+    samples, pool = recipe.steps * recipe.batch, f"the pool of {counted(recipe.match_size, 'noise')}"
+    if labels:
+        share = np.bincount(labels.numbers) / len(labels.numbers)
+        samples, pool = int(samples * share.min()), f"{pool} for {labels.names[share.argmin()]}"
+    if recipe.method == "greedy" and recipe.match_size > samples:
+        say(f"{pool} outlasts the {counted(samples, 'image')} of {'that class in ' * bool(labels)}all steps:",
             "those trained on are not N(0, I); a smaller --match-size, emptied several times, is safer")

@@ -94,7 +94,8 @@ def _of_file(path: Path) -> Labels:
     try:
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise BadInput(f"{path} cannot be read as labels ({error}): expected a .npy file of whole numbers") from error
+        why = f" ({error})" if isinstance(error, OSError) else ""  # NumPy's word for any text is that it is a pickle
+        raise BadInput(f"{path} cannot be read as labels{why}: expected a .npy file of whole numbers") from error
     numbers = _whole_numbers(path, array)
     found = np.unique(numbers).tolist()
     if missing := set(range(len(found))) - set(found):
@@ -122,17 +123,22 @@ def _of_folders(path: Path, asked: bool) -> Labels | None:
     folders = [_first_folder(image, top) for image in images]
     names, numbers = np.unique(folders, return_inverse=True)
     if len(names) > 1 and "" not in folders:
-        if asked and top.is_dir():
-            inside = {folder.name for folder in top.iterdir() if folder.is_dir() and folder.name[0] != "."}
-            if empty := inside - set(names.tolist()):
+        inside = {folder.name for folder in top.iterdir() if folder.is_dir()} if top.is_dir() else set()
+        if empty := {name for name in inside - set(names.tolist()) if name[0] != "."}:
+            if asked:
                 raise BadInput(f"{top / min(empty)} holds no images: expected some in each folder of a class")
+            say(f"{top / min(empty)} holds no images: it is no class")
         if below := _folders_in_each(images, folders, top):
             say(f"the classes are the folders {shorten(', '.join(names), 80)}, each of which holds the folders",
                 f"{shorten(', '.join(below), 80)}: if these are the classes, name one of the former as the data")
         return Labels(numbers.astype(np.int64), names.tolist(), f"the folders of {path}")
+    why = "has fewer than two folders of images"
+    if "" in folders and len(names) > 1:
+        why = f"has {images[folders.index('')]} in no folder"
+        if len(names) > 2 and not asked:
+            say(f"{path} {why}: its other folders are not taken for classes")
     if asked:
-        raise BadInput(f"--labels is folders, and {path} has images outside of folders, or fewer than two folders: "
-                       "expected each image in the folder of its class")
+        raise BadInput(f"--labels is folders, and {path} {why}: expected each image in the folder of its class")
     return None
 
 

@@ -149,8 +149,10 @@ def files_of(source: Path) -> list[Path]:
     def refuse(error: OSError):
         raise error
 
-    files = [Path(folder) / name for folder, _, names in os.walk(source, onerror=refuse, followlinks=True)
-             for name in names]
+    files = []
+    for folder, folders, names in os.walk(source, onerror=refuse, followlinks=True):
+        folders[:] = [name for name in folders if name[0] != "."]  # .thumbnails, .ipynb_checkpoints
+        files += [Path(folder) / name for name in names if name[0] != "."]
     images = [path for path in files if path.suffix.lower() in SUFFIXES]
     latents = [path for path in files if path.suffix.lower() == ".npy" and path != source / LABELS]
     if images and latents:

@@ -27,7 +27,7 @@ class Classes:
     labels  of the real images; None: each class is drawn as often as the others, and none is measured
     real    may be set later: only `drawn` does without
     BadInput for labels of classes that the models do not know. Classes are not measured either where the labels are
-    more than the images, some of which could not be read.
+    more than the images.
     """
 
     def __init__(self, names: list[str], labels: Labels | None, real: Real | None = None):

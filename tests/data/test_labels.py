@@ -71,11 +71,17 @@ def test_latents_in_folders_have_a_label_each_where_a_file_holds_several(tmp_pat
     assert as_listed(load_labels(source, "auto", len(load_images(source)))) == ([0, 1, 1, 1, 1, 1], ["a", "b"])
 
 
-def test_none_gives_none_and_auto_takes_no_folders_that_may_be_no_classes(folder, not_labelled):
+def test_none_gives_none_and_auto_takes_no_folders_that_may_be_no_classes(folder, not_labelled, capsys):
     assert load_labels(str(folder), "none", 5) is None
     (folder / "e.png").write_bytes(picture(9))
-    assert load_labels(str(folder), "auto", 6) is None
-    assert str(folder) in not_labelled(count=6)
+    assert capsys.readouterr().out == "" and load_labels(str(folder), "auto", 6) is None
+    stray = f"{folder} has {folder / 'e.png'} in no folder"
+    assert stray in capsys.readouterr().out.replace("\n", "") and stray in not_labelled(count=6)
+
+
+def test_hidden_folders_and_files_are_neither_classes_nor_images(folder):
+    as_folder(folder, {".thumbnails/a.png": picture(0), "dog/.ipynb_checkpoints/b.png": picture(1), ".a.png": b""})
+    assert len(load_images(str(folder))) == 5 and as_listed(load_labels(str(folder), "auto", 5)) == (NUMBERS, NAMES)
 
 
 def test_a_folder_around_the_classes_is_no_class(tmp_path):
@@ -110,14 +116,17 @@ def test_nothing_is_said_of_folders_that_hold_different_folders_or_one(tmp_path,
 def test_one_folder_is_no_classes(tmp_path, not_labelled):
     source = as_folder(tmp_path / "one", {f"dog/{number}.png": picture(number) for number in range(5)})
     assert load_labels(str(source), "auto", 5) is None
-    assert str(source) in not_labelled(data=source)
+    assert f"{source} has fewer than two folders" in not_labelled(data=source)
 
 
-def test_a_folder_of_a_class_without_images_is_named(folder, not_labelled):
+def test_a_folder_of_a_class_without_images_is_named(folder, not_labelled, capsys):
     (folder / ".hidden").mkdir()
     assert load_labels(str(folder), "folders", 5)
     (folder / "fish").mkdir()
     assert f"{folder / 'fish'} holds no images" in not_labelled()
+    capsys.readouterr()
+    assert as_listed(load_labels(str(folder), "auto", 5)) == (NUMBERS, NAMES)
+    assert f"{folder / 'fish'} holds no images" in capsys.readouterr().out.replace("\n", "")
 
 
 def test_labels_of_images_that_are_left_out_are_left_out(folder, tmp_path, not_labelled):
@@ -187,6 +196,8 @@ def test_what_is_no_file_of_labels_is_refused(tmp_path, not_labelled):
     assert str(tmp_path / "a.npy") in not_labelled(tmp_path / "a.npy")
     np.save(tmp_path / "b.npy", np.array([{}]), allow_pickle=True)
     assert str(tmp_path / "b.npy") in not_labelled(tmp_path / "b.npy")
+    (tmp_path / "a.txt").write_text("0\n1\n")
+    assert "pickle" not in not_labelled(tmp_path / "a.txt")
 
 
 # ------------------------------------------------------------------------------- CIFAR-10 and encoded latents

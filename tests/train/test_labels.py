@@ -202,7 +202,11 @@ def test_a_recipe_may_name_what_is_for_labels(train, not_trained, images, tmp_pa
 
 
 def test_it_is_said_where_there_are_no_labels_or_the_pools_outlast_the_training(train, images):
-    assert "of 10 noises for each class outlasts the 24 images" in train("--steps", 3)
+    assert "of 10 noises for bird outlasts the 8 images of that class in all steps" in train("--steps", 3)
+    shutil.rmtree(images / "dog")
+    noise_image(8, 8).save(next((images / "cat").iterdir()).with_name("more.png"))  # 5 birds, 6 cats
+    assert "of 10 noises for bird outlasts" in train("--steps", 2, out="unequal")
+    assert "outlasts" not in train("--steps", 3, out="enough")
     assert "outlasts" not in train("--steps", 3, "--match-labels", "no", out="b")
     noise_image(8, 8).save(images / "x.png")
     assert f"{images} has no labels" in train("--steps", 3, labels=("--labels", "auto"), out="c")
