@@ -127,6 +127,15 @@ def continuous():
     return pivot(read("conditions/continuous.csv"), {name: {"coupling": name} for name in shown}, columns)
 
 
+def couple():
+    solvers = {"ours": ("ours", ""), **{f"POT, coordinates / {unit}": ("pot", f"defaults, coordinates / {unit}")
+                                        for unit in (1, 4, 8, 16, 32, 64)}}
+    off = numbers("off", 1, " %", 100)
+    columns = {f"{noises} noises": ({"noises": noises}, off) for noises in ("50", "150", "500")}
+    rows = {label: {"solver": solver, "settings": settings} for label, (solver, settings) in solvers.items()}
+    return pivot(read("bench/couple/compare.csv"), rows, columns)
+
+
 def proof_short(*names):
     _, needed = proof_images("greedy-10000@5120000")
     return [*proof(*names), ["images, thousands, with which the pool of 10,000 reaches the first row", *needed[1:]]]
