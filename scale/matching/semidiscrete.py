@@ -192,14 +192,14 @@ def approach(x: Tensor, share: Tensor, generator: torch.Generator,
 
     Gradient steps on the dual, one batch of noises each:
 
-    - A noise is shared among samples whose values are nearly the largest (softmax), so it tells of several. The `heat`
-      is steered so that others than the taken ones get the part `spread` of it. It cools as more noises have come, but
-      not before shares are within 60 %: in few dimensions, steps at once as fine as the end never get there (annealed
-      as by Genans et al. 2025).
-    - A step of heat / spread for a share that is off by its whole is Newton's, if the others stand still: values near
-      the largest thin out exponentially at that scale, whatever the units of the data.
-    - The mean of all potentials on the way is what counts (Polyak and Juditsky 1992): its error is that of the noises
-      themselves, √(n / noises) at most, though steps stay large enough to move on.
+    - A noise is shared among samples whose values are nearly the largest (softmax), so it tells of several. The
+      temperature is steered so that others than the largest get the part `spread` of it. It falls as more noises have
+      come, but not before shares are within 60 %: in few dimensions, steps at once as fine as the end never get there
+      (annealed as by Genans et al. 2025).
+    - A step of temperature / spread for a share that is off by its whole is Newton's, if the others stand still:
+      values near the largest thin out exponentially at that scale, whatever the units of the data.
+    - The mean of all potentials on the way is what counts (Polyak and Juditsky 1992): its error is about that of the
+      noises themselves, √(n / noises), though steps stay large enough to move on.
 
     The error is that of the mean at the check before, told by the noises since: they had no part in it.
     """
@@ -208,7 +208,7 @@ def approach(x: Tensor, share: Tensor, generator: torch.Generator,
     b = first_potentials(x)
     mean, averaged = b.clone(), 0
     scale = size.mean().item() / math.sqrt(2 * math.log(n))
-    heat, spread, unevenness = scale, 0.95, 1.0
+    temperature, spread, unevenness = scale, 0.95, 1.0
     weight = 0.5 + 0.5 * size / size.mean()
     judged, taken, step, check = mean, torch.zeros(n, device=x.device), 0, 4.0
     while True:
@@ -216,15 +216,15 @@ def approach(x: Tensor, share: Tensor, generator: torch.Generator,
         drawn = step * batch / n
         values = torch.randn(batch, x.shape[1], generator=generator, device=x.device).to(x) @ x.T
         taken += (values - judged).argmax(1).bincount(minlength=n)
-        shared = ((values - b) / heat).softmax(1)
+        shared = ((values - b) / temperature).softmax(1)
         one, other = (half.mean(0) / share - 1 for half in shared.chunk(2))
         unevenness += min(0.25, batch / n) * ((share * one * other).sum().item() - unevenness)
         least = 0.6 * (1 + drawn / 10) ** -0.4
         if unevenness < 0.6**2:
             spread = max(least, spread * (1 - 0.5 * min(1, batch / n)))
         rate = min(0.5, 4 * batch / n / math.sqrt(1 + drawn))
-        b = b + heat / spread * weight * (rate * (one + other) / 2).clamp_max(2)
-        heat = max(1e-6 * scale, heat * math.exp(2 * (spread - 1 + shared.square().sum(1).mean().item())))
+        b = b + temperature / spread * weight * (rate * (one + other) / 2).clamp_max(2)
+        temperature = max(1e-6 * scale, temperature * math.exp(2 * (spread - 1 + shared.square().sum(1).mean().item())))
         averaged += spread == least
         mean = mean + (b - mean) / max(1, averaged)
         if drawn >= check:
