@@ -78,7 +78,7 @@ def evaluate(
     if labelled:
         labelled = labelled._replace(numbers=np.delete(labelled.numbers, real.left_out))
     elif names:
-        say(f"{source} has no labels: each class is drawn equally often, classes are not measured")
+        say(f"without labels of {source} each class is drawn equally often, classes are not measured")
     classes = Classes(names, labelled, real) if names else None
     common = {"features": extractor.name, "data": source, "real_images": real.count, "real_digest": real.digest[:8],
               "seed": seed}

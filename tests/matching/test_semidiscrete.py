@@ -84,7 +84,7 @@ def test_shares_are_as_even_as_said_whatever_the_units(data):
 
 
 def test_the_error_told_is_that_of_an_independent_count_on_average():
-    """Of the potentials of the check before: noises after which they change would tell too low an error."""
+    """It judges the potentials of the check before: those that follow the noises counted would seem too good."""
     told, found, even = [], [], torch.full((50,), 0.02, device=DEVICE)
     for seed in range(8):
         coupling = Semidiscrete(points(50, 12, seed), seed=seed)

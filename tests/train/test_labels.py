@@ -191,7 +191,7 @@ def test_an_option_for_labels_is_refused_where_the_data_has_none(not_trained, im
 
 
 def test_a_recipe_may_name_what_is_for_labels(train, not_trained, images, tmp_path):
-    """As that of every run does. Where it asks for labels too, there must be some."""
+    """A run's own recipe names all settings, as every run writes them. One that asks for labels must find some."""
     train("--steps", 2, labels=(), out="plain")
     train("--steps", 3, data=tmp_path / "plain" / "recipe.toml", labels=(), out="plain")
     (tmp_path / "mine.toml").write_text(f'data = "{images}"\nlabels = "auto"\nmatch_labels = "no"\n')
