@@ -5,7 +5,7 @@ cross, and where they cross the network can only learn their average. Distance-a
 "Easing Training Process of Rectified Flow Models via Lengthening Inter-Path Distance") lets each sample take the
 nearest noise left in a pool of `match_size` noises: the lines cross less. Read this file from top to bottom:
 
-    1 matching    cost_matrix, greedy, optimal, NoisePool, GroupedPool for classes, pairs
+    1 matching    cost_matrix, greedy, NoisePool, Semidiscrete, pairs
     2 flows       RectifiedFlow, Diffusion: loss(net, x, z), path and sample(net, z, steps)
     3 network     UNet: the paper's two networks, and a small one
     4 training    train: the plain loop
@@ -24,7 +24,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -49,7 +48,7 @@ def scaled(part: str):
 # ------------ 1  Matching ---------------------------------------------------------------------------------------------
 
 COSTS = ("squared", "inner")
-METHODS = ("random", "greedy", "optimal", "nearest")
+METHODS = ("random", "greedy", "semidiscrete", "optimal", "nearest")
 
 
 def fast_matching():
@@ -121,35 +120,6 @@ def greedy(cost: Tensor) -> Tensor:
             raise BadInput("a sample's least cost is NaN or infinite: expected a finite one among the noises left")
         taken[picks[i]] = np.inf
     return torch.from_numpy(picks).to(cost.device)
-
-
-class Assignment(NamedTuple):
-    """A pairing, and a bound that proves how good it is."""
-
-    picks: Tensor  # (B,) int64, the noise of each sample
-    total: float  # Σ cost[i, picks[i]]
-    bound: float  # no pairing costs less; equal to total where the pairing is optimal
-
-
-def optimal(cost: Tensor, gap: float = 1e-3) -> Assignment:
-    """Linear assignment: the pairing of least total cost. cost: (B, M), B ≤ M, finite.
-
-    Exact by scipy, in about M³ operations: half a second for 1,000. With scale/ on a GPU and M > 100 an auction, until
-    total − bound is at most `gap` of what the pairing saves over a random one, or as near as float32 prices come.
-    """
-    check_sides(cost)
-    cost = at_least_float32(cost.detach())
-    fast = fast_matching() if cost.is_cuda and len(cost) and cost.shape[1] > 100 else None  # below, scipy is faster
-    if fast and (kernels := fast.working("auction", cost.device)):
-        return Assignment(*kernels.auction(cost, gap))
-    if not cost.isfinite().all():
-        raise BadInput(f"the {cost.shape[0]}×{cost.shape[1]} costs hold NaN or infinite values: expected finite ones")
-    from scipy.optimize import linear_sum_assignment  # takes a while to import
-
-    _, columns = linear_sum_assignment(cost.cpu().numpy())
-    picks = torch.from_numpy(columns).to(cost.device)
-    total = cost.gather(1, picks[:, None]).sum(dtype=torch.float64).item()
-    return Assignment(picks, total, total)
 
 
 def noise_generator(seed: int, device="cpu", *stream: int) -> torch.Generator:
@@ -322,6 +292,88 @@ class GroupedPool(NoisePool):
         return super()._made_for() | {"groups": self.groups}
 
 
+class Semidiscrete:
+    """Noises for data that are known: each fresh noise z takes the sample x_j of the largest ⟨z, x_j⟩ − b_j.
+
+        coupling = Semidiscrete(data, groups=labels)      # data: (n, ...); labels: (n,) whole numbers from 0, or None
+        coupling.solve()                                  # until all are taken equally often, within 10 % (rms)
+        z, taken = coupling.draw(256)                     # (256, ...), and the numbers of their samples: data[taken]
+        z, taken = coupling.draw(256, labels)             # of samples with these labels (256,)
+
+    Every batch is N(0, I), nothing is left over, and no process needs another's noises. Of all plans that take every
+    sample equally often, that of least E‖x − z‖² has this form: one number b_j for each sample, its potential, is all
+    that must be found (Aurenhammer et al. 1998, Genevay et al. 2016). `solve` finds them in random steps:
+
+    - ⟨z, x_j⟩ is normal with deviation ‖x_j‖, and the largest of n such is near ‖x_j‖·√(2 ln n). So potentials begin
+      there: from zeros, the longest samples would take nearly all noises.
+    - Where a sample is taken twice as often as it should be, b_j rises by ‖x_j‖/√(2 ln n): large values thin out at
+      that scale, so this is Newton's step if the others stand still. Later steps are shorter.
+    - The mean of the later half of all steps is kept. Each follows the chance of its own noises, the mean does not
+      (Polyak and Juditsky 1992): after N noises shares are off by about √(n/N).
+
+    groups  of samples, such as classes: the noises of each are N(0, I) by themselves
+    seed    see `NoisePool`
+    With scale/, Semidiscrete(...) returns a faster subclass with more options, see
+    dansm.scale.matching.semidiscrete. BadInput for data or labels that cannot be.
+    """
+
+    def __new__(cls, *args, **settings):
+        fast = fast_matching() if cls is Semidiscrete else None
+        return super().__new__(fast.FastSemidiscrete if fast else cls)
+
+    def __init__(self, data: Tensor, groups: Tensor | None = None, *, seed: int | None = None):
+        check_tensor(data)
+        if not data.ndim or not len(data):
+            raise BadInput(f"the data are of shape {tuple(data.shape)}: expected (n, ...) with a sample or more")
+        check_finite_batch(data)
+        x = at_least_float32(rows(data.detach()))
+        self.shape, self.x = data.shape[1:], x - x.mean(0)  # what all have in common decides nothing
+        self.seed = torch.randint(2**31, ()).item() if seed is None else check_count("seed", seed, at_least=0)
+        self.generator = noise_generator(self.seed, x.device, 2**31, process_number())  # a stream that no pool has
+        self.labels = torch.zeros(len(x), dtype=torch.int64) if groups is None else groups
+        self.members = members_of(self.labels, len(x), 2**31)
+        self.potentials = self.x.norm(dim=1)
+        for samples in self.members.values():
+            self.potentials[samples] *= math.sqrt(2 * math.log(len(samples)))
+
+    @torch.no_grad()
+    def solve(self, error: float = 0.1, most: int = 1000) -> None:
+        """Find the potentials, until shares are off by `error` (rms) or `most` noises are drawn for each sample."""
+        for group, samples in self.members.items():
+            x, n, noises, steps, off = self.x[samples], len(samples), 0, 8, math.inf
+            scale = x.norm(dim=1) / math.sqrt(2 * math.log(max(n, 2)))
+            b = mean = self.potentials[samples]
+            generator, batch = noise_generator(self.seed, x.device, 2**31 + 1, group), min(256, 4 * n)
+            while off > error**2 and noises < most * n:
+                taken, total, steps = 0, 0, 2 * steps  # more than all before them
+                for _ in range(steps):
+                    values = torch.randn(batch, x.shape[1], generator=generator, device=x.device).to(x) @ x.T
+                    taken += (values - mean).argmax(1).bincount(minlength=n)  # noises that `mean` does not know
+                    share = (values - b).argmax(1).bincount(minlength=n) / batch
+                    b = b + max(1 / (1 + noises / (2 * n)), 0.03) * (n * share - 1) * scale
+                    total, noises = total + b, noises + batch
+                found = taken / taken.sum()
+                by_chance = found * (1 - found) / (taken.sum() - 1)  # the variance of what is found
+                off, mean = n * ((found - 1 / n).square() - by_chance).sum().item(), total / steps
+            self.potentials[samples] = mean
+
+    @torch.no_grad()
+    def draw(self, count: int, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Fresh noises (count, ...), and the numbers (count,) int64 of the samples that they take: those of these
+        labels (count,), or of labels as often as the data have them."""
+        z = torch.randn(count, self.x.shape[1], generator=self.generator, device=self.x.device)
+        if labels is None:
+            labels = self.labels[torch.randint(len(self.x), (count,), generator=self.generator, device=z.device).cpu()]
+        taken = torch.empty(count, dtype=torch.int64, device=z.device)
+        for group, noises in members_of(labels, count, 2**31).items():
+            if group not in self.members:
+                raise BadInput(f"no sample of the data has label {group}: expected labels that some have")
+            samples = self.members[group]
+            values = z[noises].to(self.x) @ self.x[samples].T - self.potentials[samples]
+            taken[noises] = samples.to(z.device)[values.argmax(1)]
+        return z.view(count, *self.shape), taken
+
+
 def members_of(labels: Tensor | None, samples: int, groups: int) -> dict[int, Tensor]:
     """The numbers of the samples of each group that comes: (B of the group,), ascending."""
     labels = check_labels(labels, samples, groups).cpu()
@@ -335,17 +387,18 @@ def pairs(batches: Iterable, method: str = "greedy", match_size: int = 10_000, *
     batches     tensors x: (B, ...) of data or latents, or tuples (x, labels) with labels: (B,)
     method      "random"   a fresh noise for each sample
                 "greedy"   `NoisePool`, the paper's method
+                "semidiscrete"  `Semidiscrete`: as many batches, of all samples in them, each as often as noises take it
                 "optimal"  linear assignment of match_size samples to as many noises, or "nearest", the nearest of
-                           match_size fresh ones: to compare with, in dansm.scale.matching.others
+                           match_size fresh ones: to compare with. These three are in dansm.scale.matching.others
     match_size  noises in the pool, samples assigned at once, or noises drawn for each sample, by method
     cost, seed  see `cost_matrix`, `NoisePool`
     pool        to use, as when a run resumes: "greedy" takes its match_size and cost too, others its generator alone
-    groups      match "greedy" and "optimal" within labels from 0 to groups − 1; None: whatever the labels
+    groups      match within labels from 0 to groups − 1 ("random" and "nearest" need not); None: whatever the labels
     Raises BadInput for an unknown method or cost, a match_size that is no whole number, a batch of another shape.
     """
     check_choice("method", method, METHODS)
     check_choice("cost", cost, COSTS)
-    match_size = check_count("match_size", match_size, at_least=0 if method in ("random", "greedy") else 1)
+    match_size = check_count("match_size", match_size, at_least=method in ("optimal", "nearest"))
     groups = groups if groups is None else check_count("groups", groups)
     if method == "greedy" and pool is not None and groups not in (None, getattr(pool, "groups", None)):
         raise BadInput(f"groups is {groups}, of the pool {getattr(pool, 'groups', None)}: expected a pool of as many")

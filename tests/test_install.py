@@ -119,8 +119,9 @@ pool = dansm.NoisePool(10, (3, 8, 8), seed=0)
 pairs = dansm.pairs(torch.randn(12, 3, 8, 8).split(4), pool=pool)
 run = dansm.Training(dansm.UNet(size=8, **dansm.NETWORKS["small"] | dict(width=8)))
 losses = [loss.item() for loss in dansm.train(run, dansm.RectifiedFlow(), pairs)]
-assignment = dansm.optimal(dansm.cost_matrix(torch.randn(4, 5), torch.randn(6, 5)))
-assert assignment.total == assignment.bound
+coupling = dansm.Semidiscrete(torch.randn(6, 5), seed=0)
+coupling.solve()
+assert coupling.draw(9)[0].shape == (9, 5)
 print(type(pool).__name__, len(losses), dansm.__file__)
 """
 

@@ -23,6 +23,7 @@ from dansm.scale.base.statistics import (
     straightness,
 )
 from dansm.scale.base.text import counted, say_files
+from dansm.scale.matching import optimal
 
 from .comparison import each_seed, print_table
 from .shapes import SHAPES
@@ -102,7 +103,7 @@ def crossing_share(x: Tensor, z: Tensor) -> float:
 def wasserstein2(a: Tensor, b: Tensor) -> float:
     """The squared Wasserstein-2 distance of two equally large sets of points (N, D): mean ‖a_i − b_j‖², best paired."""
     distances = squared_distances(a.cpu().double(), b.cpu().double())
-    return distances.gather(1, dansm.optimal(distances).picks[:, None]).mean().item()
+    return distances.gather(1, optimal(distances).picks[:, None]).mean().item()
 
 
 def measure_pairs(pairs: Iterable, match_size: int) -> dict[str, float]:

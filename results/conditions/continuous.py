@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import dansm
 from dansm.scale.base.files import write_csv
+from dansm.scale.matching import optimal
 from dansm.tiny import toy
 from dansm.tiny.shapes import SHAPES
 
@@ -89,7 +90,7 @@ def cluster(c: Tensor, groups: int, seed: int) -> Tensor:
 def assign_in_batch(x: Tensor, c: Tensor, w: float, generator: torch.Generator) -> Tensor:
     z = torch.randn(x.shape, generator=generator)
     carried = c[torch.randperm(len(c), generator=generator)]
-    return z[dansm.optimal(dansm.cost_matrix(x, z) + w * torch.cdist(c, carried).square()).picks]
+    return z[optimal(dansm.cost_matrix(x, z) + w * torch.cdist(c, carried).square()).picks]
 
 
 class CarryingPool:

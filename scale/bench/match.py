@@ -15,7 +15,7 @@ import dansm
 from ..base.machine import free_memory
 from ..base.statistics import squared_distances
 from ..matching import gpu
-from ..matching.others import nearest_of_k
+from ..matching.others import Assignment, nearest_of_k, optimal
 from ..matching.products import products
 from . import clock
 from .clock import image_like, milliseconds, spread, timed
@@ -122,7 +122,7 @@ def assignments(device: torch.device) -> dict[str, Callable[[Tensor], object]]:
 
     solvers = {"scipy, assignment": lambda cost: linear_sum_assignment(cost.cpu().numpy())}
     if gpu.working("auction", device):
-        solvers["ours, assignment"] = dansm.optimal
+        solvers["ours, assignment"] = optimal
     with suppress(ImportError):
         import ot
 
@@ -146,7 +146,7 @@ def assignment(x: Tensor, match_size: int, solve: Callable[[Tensor], object], se
     times = timed(x.device, 5, lambda: answers.append(solve(cost)))
     row = {**spread([len(x) / match_size * whole for whole in times]), "whole_ms": round(statistics.median(times), 3)}
     answer, random = answers[0], cost.mean(dtype=torch.float64).item() * match_size
-    if isinstance(answer, dansm.Assignment):
+    if isinstance(answer, Assignment):
         row["gap"] = float(f"{(answer.total - answer.bound) / (random - answer.total):.2e}")
         answer = torch.arange(match_size), answer.picks.cpu()
     if isinstance(answer, tuple):  # rows and columns

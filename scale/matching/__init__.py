@@ -1,8 +1,9 @@
 """The same noise pools and assignments at full speed, on a GPU or over several processes; couplings to compare with."""
 
 from .gpu import working
-from .others import pairs_to_compare
+from .others import Assignment, optimal, pairs_to_compare
 from .pool import pool_class
 from .products import products
+from .semidiscrete import FastSemidiscrete
 
-__all__ = ["pairs_to_compare", "pool_class", "products", "working"]
+__all__ = ["Assignment", "FastSemidiscrete", "optimal", "pairs_to_compare", "pool_class", "products", "working"]

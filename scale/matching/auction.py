@@ -61,7 +61,7 @@ def _bid(cost, words, samples, noises, epsilon, LANES: tl.constexpr):
 
 
 def auction(cost: Tensor, gap: float) -> tuple[Tensor, float, float]:
-    """Linear assignment of cost: (B, M) with B ≤ M → (picks (B,), total, bound), see `dansm.optimal`.
+    """Linear assignment of cost: (B, M) with B ≤ M → (picks (B,), total, bound), see `others.optimal`.
 
     The auction is repeated with ever smaller epsilon, each from the prices of the one before, until it proves itself:
     for any prices p ≥ 0, Σ_i min_j (cost_ij + p_j) − Σ_j p_j is at most the cost of any pairing.

@@ -3,23 +3,59 @@
 from collections import deque
 from collections.abc import Iterator
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dansm import (
     COSTS,
+    BadInput,
     NoisePool,
+    Semidiscrete,
+    at_least_float32,
+    check_batch,
     check_choice,
     check_count,
     check_labels,
+    check_sides,
     check_tensor,
     cost_matrix,
     members_of,
-    optimal,
     parts_of,
     rows,
 )
+
+from .gpu import working
+
+
+class Assignment(NamedTuple):
+    """A pairing, and a bound that proves how good it is."""
+
+    picks: Tensor  # (B,) int64, the noise of each sample
+    total: float  # Σ cost[i, picks[i]]
+    bound: float  # no pairing costs less; equal to total where the pairing is optimal
+
+
+def optimal(cost: Tensor, gap: float = 1e-3) -> Assignment:
+    """Linear assignment: the pairing of least total cost. cost: (B, M), B ≤ M, finite.
+
+    Exact by scipy, in about M³ operations: half a second for 1,000. On a GPU and for M > 100 an auction, until
+    total − bound is at most `gap` of what the pairing saves over a random one, or as near as float32 prices come.
+    """
+    check_sides(cost)
+    cost = at_least_float32(cost.detach())
+    slow = cost.is_cuda and len(cost) and cost.shape[1] > 100  # below, scipy is faster than the auction
+    if slow and (kernels := working("auction", cost.device)):
+        return Assignment(*kernels.auction(cost, gap))
+    if not cost.isfinite().all():
+        raise BadInput(f"the {cost.shape[0]}×{cost.shape[1]} costs hold NaN or infinite values: expected finite ones")
+    from scipy.optimize import linear_sum_assignment  # takes a while to import
+
+    _, columns = linear_sum_assignment(cost.cpu().numpy())
+    picks = torch.from_numpy(columns).to(cost.device)
+    total = cost.gather(1, picks[:, None]).sum(dtype=torch.float64).item()
+    return Assignment(picks, total, total)
 
 
 def nearest_of_k(x: Tensor, k: int, cost: str = "squared", generator: torch.Generator | None = None) -> Tensor:
@@ -44,7 +80,10 @@ def nearest_of_k(x: Tensor, k: int, cost: str = "squared", generator: torch.Gene
 
 def pairs_to_compare(batches: Iterator, method: str, match_size: int, cost: str, seed: int | None,
                      pool: NoisePool | None, groups: int | None) -> Iterator[tuple[Tensor, ...]]:
-    """`dansm.pairs` by "optimal" or "nearest". The pool is asked for fresh noises alone."""
+    """`dansm.pairs` by "optimal", "nearest" or "semidiscrete". The pool is asked for fresh noises alone."""
+    if method == "semidiscrete":
+        yield from _semidiscrete_pairs(list(batches), seed, groups)
+        return
     for batch in batches:
         x, *labels = parts_of(batch)
         if pool is None:
@@ -55,6 +94,24 @@ def pairs_to_compare(batches: Iterator, method: str, match_size: int, cost: str,
         else:
             pool.check(x)
             yield x, nearest_of_k(x, match_size, cost, pool.generator), *labels
+
+
+def _semidiscrete_pairs(batches: list, seed: int | None, groups: int | None) -> Iterator[tuple[Tensor, ...]]:
+    """Batches of the same sizes, from the samples of all: each comes as often as noises take it."""
+    for batch in batches:
+        x = parts_of(batch)[0]
+        check_tensor(x)
+        check_batch(x, parts_of(batches[0])[0].shape[1:])
+    if not batches:
+        return
+    data, *labels = (torch.cat(parts) for parts in zip(*map(parts_of, batches), strict=True))
+    if groups is not None:
+        check_labels(labels[0] if labels else None, len(data), groups)
+    coupling = Semidiscrete(data, None if groups is None else labels[0], seed=seed)
+    coupling.solve()
+    for batch in batches:
+        z, taken = coupling.draw(len(parts_of(batch)[0]))
+        yield data[taken], z.to(data), *(of_all[taken.to(of_all.device)] for of_all in labels)
 
 
 def _optimal_pairs(batches: Iterator, match_size: int, cost: str, pool: NoisePool,

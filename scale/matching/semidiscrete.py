@@ -1,7 +1,8 @@
-"""Noises for data that are known beforehand, by an optimal plan: semidiscrete optimal transport."""
+"""Noises for data that are known beforehand, by an optimal plan: semidiscrete optimal transport for millions."""
 
+import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -9,151 +10,292 @@ from torch import Tensor
 
 from dansm import (
     BadInput,
+    Semidiscrete,
     at_least_float32,
     check_count,
     check_finite_batch,
     check_tensor,
     members_of,
     noise_generator,
+    process_number,
     rows,
 )
 
-VALUES = 2**28  # of noises and samples, computed at once
+from ..base.machine import free_memory
+from .products import products
+from .solver import VALUES, Solved, Solver, evenness, first_potentials
+
 SOLVING, DRAWING, LOTS, PARTS = range(2**31, 2**31 + 4)  # streams of the seed that no pool has
+GROUPS = 2**31
+BLOCK = 4096  # samples that are read together
+CENTRED = 8192  # samples whose mean is taken off all, so that rounding loses less
 
-
-class Solved(NamedTuple):
-    """How even the shares of a part's samples are."""
-
-    error: float  # rms of a share over what it should be, less 1; chance taken off, so 0 may be an estimate
-    deviation: float  # of its square
-    noises: float  # drawn for each sample
+__all__ = ["FastSemidiscrete", "Part", "Solved", "evenness"]
 
 
 class Part(NamedTuple):
-    """Samples that share a plan. Equal ones count as one that is to be taken as often as all of them."""
+    """Samples that share a plan. Equal ones are one point, to be taken as often as all of them."""
 
-    samples: Tensor  # their numbers, equal ones together
-    begin: Tensor  # where each group of equal ones begins in it,
-    copies: Tensor  # and how many they are
+    points: Tensor  # (m, D), the samples as they are multiplied
+    samples: Tensor  # (n,) their numbers, equal ones together
+    begin: Tensor  # (m,) where each point's begin in it,
+    copies: Tensor  # (m,) and how many they are
 
 
-class Semidiscrete:
-    """Noises for known data: z takes the sample x_j of the largest ⟨z, x_j⟩ − b_j, so that every batch is N(0, I).
+class FastSemidiscrete(Semidiscrete):
+    """`dansm.Semidiscrete` for millions of samples, on a GPU.
 
-    A number b_j for each sample, its potential, makes all be taken equally often; of all plans that do, this has the
-    least E‖x − z‖² (Genevay et al. 2016). No pool is left over, and no process needs another's.
+    It takes the arguments of `dansm.Semidiscrete`, and:
 
-        coupling = Semidiscrete(data, groups=labels)     # data: (n, ...), labels: (n,) or None
-        coupling.solve()                                 # until shares are off by 10 % (rms)
-        z, taken = coupling.draw(256)                    # (256, ...), and the numbers of their samples: data[taken]
-        z, taken = coupling.draw(256, labels)            # of samples with these labels
+    data    also anything that has a shape (n, ...) and gives the samples of an array of numbers, as files on a disk do
+    part    how many samples share a plan, at most; None: all of a group. Samples go to parts at random. All noises that
+            are drawn together choose within one part of their group, taken by lot, so that the prior stays, and a
+            noise costs 2 · part · D operations
+    device  where noises are drawn and choose; None: where the data are
+    dtype   of the copies of the samples there; None: bfloat16 on a GPU, else float32. Sums are in float32 at least
+    memory  gigabytes for copies and products; None: half of what the device has free. Copies that do not fit stay on
+            the CPU, and come part by part
 
-    groups  match within each: then noises are N(0, I) within each, see docs/conditions.md
-    part    how many samples share a plan, at most; None: all of a group. Samples go to parts at random, and noises to
-            parts by their sizes, so that the prior stays. A noise costs 2 · part · D operations
-    seed    see `dansm.NoisePool`
-
-    Raises BadInput for data without samples, with NaN, infinite or huge values, and labels that `dansm.pairs` refuses.
+    Noises are drawn some batches ahead, which costs a GPU less. BadInput also for a part that does not fit.
     """
 
-    def __init__(self, data: Tensor, groups: Tensor | None = None, *, part: int | None = None, seed: int | None = None):
-        check_tensor(data)
-        if data.ndim < 2 or not len(data):
+    def __init__(self, data, groups: Tensor | None = None, *, part: int | None = None, seed: int | None = None,
+                 device=None, dtype: torch.dtype | None = None, memory: float | None = None):
+        if not hasattr(data, "shape"):
+            check_tensor(data)
+        n, self.shape = (data.shape[0] if len(data.shape) else 0), torch.Size(data.shape[1:])
+        if not n or not self.shape.numel():
             raise BadInput(f"the data are of shape {tuple(data.shape)}: expected (n, ...) with a sample or more")
-        check_finite_batch(data)
-        self.shape, self.x = data.shape[1:], at_least_float32(rows(data.detach()))
-        self.seed = torch.seed() % 2**32 if seed is None else check_count("seed", seed, at_least=0)
-        part = len(data) if part is None else check_count("part", part)
+        self.device = torch.empty(0, device=device or getattr(data, "device", "cpu")).device
+        self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        self.seed = torch.randint(2**31, ()).item() if seed is None else check_count("seed", seed, at_least=0)
+        self.part = part if part is None else check_count("part", part)
+        self.labels = torch.zeros(n, dtype=torch.int64) if groups is None else groups
+        members = members_of(self.labels, n, GROUPS)
+        self.labels = self.labels.cpu().long()
         shuffle = noise_generator(self.seed, "cpu", PARTS)
-        self.groups, members = 1, {0: torch.arange(len(data))}
-        if groups is not None:
-            self.groups = int(groups.max()) + 1 if isinstance(groups, Tensor) and groups.numel() else 1
-            members = members_of(groups, len(data), self.groups)
-        keys = digests(self.x)
-        self.parts = {}  # group → its parts
-        for group, samples in members.items():
-            samples = samples[torch.randperm(len(samples), generator=shuffle)].to(self.x.device)
-            parts = samples.tensor_split(-(-len(samples) // part))
-            self.parts[group] = [with_copies(of_part, keys) for of_part in parts]
-        self.potentials = torch.empty(len(data), device=self.x.device)
-        for of_part in self._all_parts():
-            self._keep(of_part, first_potentials(self.x[of_part.samples[of_part.begin]]))
-        self.generator = noise_generator(self.seed, self.x.device, DRAWING)
-        self.lots = noise_generator(self.seed, "cpu", LOTS)
+        split = {group: samples[torch.randperm(len(samples), generator=shuffle)].tensor_split(
+            -(-len(samples) // (self.part or len(samples)))) for group, samples in members.items()}
+        self.home = self._home(n, max(len(parts[0]) for parts in split.values()), memory)
+        self.potentials = torch.empty(n, device=self.device)
+        self.centre = read(data, torch.linspace(0, n - 1, min(n, CENTRED)).long(), self.device).mean(0)
+        keys = torch.empty(n, dtype=torch.int64)  # of the samples as they are
+        self.parts = {group: [self._read(data, samples, keys) for samples in parts] for group, parts in split.items()}
+        self.content = hashlib.blake2b(keys.numpy().tobytes(), digest_size=16).hexdigest()
+        for of_part in self.all_parts():
+            self._keep(of_part, first_potentials(of_part.points))
+        self.progress = {}  # the states of parts' solvers, by the numbers of parts
+        process = process_number()
+        self.generator = noise_generator(self.seed, self.device, DRAWING, process)
+        self.lots = noise_generator(self.seed, "cpu", LOTS, process)
+        self.ahead = max(16, min(1024 if self.device.type == "cuda" else 256, 2**24 // self.shape.numel()))
+        self._forget_drawn()
 
-    def _all_parts(self) -> Iterator[Part]:
+    def _home(self, n: int, largest: int, memory: float | None) -> torch.device:
+        """Where the copies live. BadInput if not even one part fits."""
+        if memory is not None and not (isinstance(memory, int | float) and 0 < memory < math.inf):
+            raise BadInput(f"memory is {memory!r}: expected a number of gigabytes, more than 0")
+        limit = free_memory(self.device) / 2 if memory is None else 1e9 * memory
+        bytes_each = self.shape.numel() * self.dtype.itemsize
+        self.values = int(min(VALUES, limit / 2 // 16))  # products at once; on the CPU there are four copies of them
+        if largest * bytes_each > limit / 2 or self.values < 2 * largest:
+            fits = int(min(limit / 2 // bytes_each, self.values // 2))
+            needed = largest * (bytes_each + 32) / 1e9
+            raise BadInput(f"{largest:,} samples share a plan, which needs {needed:,.2f} GB of the {limit / 1e9:,.2f} "
+                           f"that are for it: expected part={fits:,} or less")
+        return self.device if n * bytes_each <= limit / 2 else torch.device("cpu")
+
+    def _read(self, data, samples: Tensor, keys: Tensor) -> Part:
+        """A part of these samples, whose `digests` are put into keys: (n,)."""
+        points = torch.empty(len(samples), self.shape.numel(), dtype=self.dtype, device=self.home)
+        for numbers, to in zip(samples.split(BLOCK), points.split(BLOCK), strict=True):
+            x = read(data, numbers, self.device)
+            keys[numbers] = digests(x).cpu()
+            to.copy_(x - self.centre)
+        order, copies = same_together(torch.cat([digests(some) for some in points.split(BLOCK)]))
+        begin = copies.cumsum(0) - copies
+        if len(begin) < len(points):
+            points, samples = points[order[begin]], samples[order.cpu()]
+        return Part(points, samples.to(self.device), begin.to(self.device), copies.to(self.device))
+
+    def all_parts(self) -> Iterator[Part]:
         return (of_part for parts in self.parts.values() for of_part in parts)
 
     def _keep(self, of_part: Part, potentials: Tensor) -> None:
-        self.potentials[of_part.samples] = potentials.repeat_interleave(of_part.copies)
+        self.potentials[of_part.samples] = potentials.to(self.potentials).repeat_interleave(of_part.copies)
 
     # ------------------------------------------------------------------------------- potentials
 
     @torch.no_grad()
-    def solve(self, error: float = 0.1, most: int = 1000) -> list[Solved]:
+    def solve(self, error: float = 0.1, most: int = 1000,
+              report: Callable[[int, Solver, Solved | None], None] | None = None) -> list[Solved]:
         """Find the potentials, part by part, until the shares are off by `error` or less (rms), two deviations of its
-        estimate included, or `most` noises have been drawn for each sample. Returns what each part reached."""
+        estimate included, or `most` noises have been drawn for each sample. Returns what each part reached.
+
+        A solve that is interrupted keeps what it has found, and the next continues there.
+        report  is called after each step, with the number of the part and its solver, and what a check told if any
+        """
         if not 0 < error < math.inf:
             raise BadInput(f"error is {error}: expected a number above 0, like 0.1 for shares that are off by 10 %")
-        reached = []
-        for number, of_part in enumerate(self._all_parts()):
-            x, share = self.x[of_part.samples[of_part.begin]], of_part.copies / len(of_part.samples)
-            solved = Solved(0.0, 0.0, 0.0)
-            if len(x) > 1:
-                for potentials, solved in approach(x, share, noise_generator(self.seed, x.device, SOLVING, number)):
-                    self._keep(of_part, potentials)
-                    if solved.error**2 + 2 * solved.deviation <= error**2 or solved.noises >= most:
-                        break
-            reached.append(solved)
-        return reached
+        self._forget_drawn()
+        return [self._solve(number, of_part, error, most, report) for number, of_part in enumerate(self.all_parts())]
+
+    def _solve(self, number: int, of_part: Part, error: float, most: int, report: Callable | None) -> Solved:
+        if len(of_part.points) == 1:
+            return Solved(0.0, 0.0, 0.0)
+        state = self.progress.get(number, {})
+        if "reached" in state and (state["reached"].within(error) or state["reached"].noises >= most):
+            return state["reached"]
+        solver = Solver(of_part.points.to(self.device), of_part.copies / len(of_part.samples),
+                        noise_generator(self.seed, self.device, SOLVING, number), self.values)
+        if state:
+            solver.load_state_dict(state["solver"])
+        try:
+            while True:
+                solver.step()
+                solved = solver.check() if solver.due else None
+                if solved:
+                    state["reached"] = solved
+                if report:
+                    report(number, solver, solved)
+                if solved and (solved.within(error) or solved.noises >= most):
+                    return solved
+        finally:
+            self._keep(of_part, solver.mean)
+            self.progress[number] = state | {"solver": solver.state_dict()}
 
     # ------------------------------------------------------------------------------- noises
 
     @torch.no_grad()
     def draw(self, count: int, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Fresh noises z: (count, ...), and the numbers (count,) of the samples that they take: of these labels
+        """Fresh noises z: (count, ...), and the numbers (count,) of the samples that they take: those of these labels
         (count,), or of labels as often as the data have them."""
-        z = torch.randn(count, self.x.shape[1], generator=self.generator, device=self.x.device)
-        lots = torch.rand(count, generator=self.generator, device=self.x.device)  # which of equal samples
-        taken = torch.empty(count, dtype=torch.int64, device=self.x.device)
-        for (samples, begin, copies), noises in self._shared_out(count, labels):
-            noises, first = noises.to(z.device), samples[begin]
-            picks = (z[noises] @ self.x[first].T - self.potentials[first]).argmax(1)
-            taken[noises] = samples[begin[picks] + (lots[noises] * copies[picks]).long()]
-        return z.view(count, *self.shape), taken
-
-    def _shared_out(self, count: int, labels: Tensor | None) -> Iterator[tuple[Part, Tensor]]:
-        """The parts, and which noises each gets: by lot, as many as it has samples."""
-        by_group, noises_of = {0: list(self._all_parts())}, {0: torch.arange(count)}
+        count = check_count("count", count, at_least=0)
         if labels is not None:
-            by_group, noises_of = self.parts, members_of(labels, count, self.groups)
-            if missing := sorted(noises_of.keys() - by_group.keys()):
-                raise BadInput(f"no sample of the data has label {missing[0]}: expected labels that some have")
-        for group, noises in noises_of.items():
-            sizes = torch.tensor([len(of_part.samples) for of_part in by_group[group]], dtype=torch.float64)
-            lots = torch.rand(len(noises), generator=self.lots, dtype=torch.float64) * sizes.sum()
-            numbers = torch.searchsorted(sizes.cumsum(0), lots, right=True)
-            for number in numbers.unique().tolist():
-                yield by_group[group][number], noises[numbers == number]
+            z, lots = self._noises(count)
+            taken = torch.empty(count, dtype=torch.int64, device=self.device)
+            for group, noises in members_of(labels, count, GROUPS).items():
+                if group not in self.parts:
+                    raise BadInput(f"no sample of the data has label {group}: expected labels that some have")
+                noises = sent(noises, self.device)
+                taken[noises] = self._choose(self._part_by_lot(group), z[noises], lots[noises])
+            return z.view(count, *self.shape), taken
+        pieces = []
+        while count or not pieces:
+            if self.handed == len(self.drawn[0]):
+                self._draw_ahead()
+            pieces.append([part[self.handed : self.handed + count] for part in self.drawn])
+            self.handed += len(pieces[-1][0])
+            count -= len(pieces[-1][0])
+        z, taken = pieces[0] if len(pieces) == 1 else map(torch.cat, zip(*pieces, strict=True))
+        return z.view(-1, *self.shape), taken
+
+    def _draw_ahead(self) -> None:
+        """Draw the next noises, of all groups by their sizes."""
+        self.before, self.handed = (self.generator.get_state(), self.lots.get_state()), 0
+        z, lots = self._noises(self.ahead)
+        if len(self.parts) == 1:
+            self.drawn = z, self._choose(self._part_by_lot(*self.parts), z, lots)
+            return
+        sizes = [float(sum(len(of_part.samples) for of_part in parts)) for parts in self.parts.values()]
+        of_groups = torch.multinomial(torch.tensor(sizes), self.ahead, replacement=True, generator=self.lots)
+        counts = of_groups.bincount(minlength=len(sizes)).tolist()
+        taken = torch.cat([self._choose(self._part_by_lot(group), *of_group) for group, *of_group in
+                           zip(self.parts, z.split(counts), lots.split(counts), strict=True) if len(of_group[0])])
+        mixed = sent(torch.randperm(self.ahead, generator=self.lots), self.device)
+        self.drawn = z[mixed], taken[mixed]
+
+    def _forget_drawn(self) -> None:
+        self.drawn, self.handed = (torch.empty(0), torch.empty(0)), 0
+        self.before = self.generator.get_state(), self.lots.get_state()
+
+    def _noises(self, count: int) -> tuple[Tensor, Tensor]:
+        """Noises (count, D), and numbers (count,) below 1 that decide among equal samples."""
+        z = torch.randn(count, self.shape.numel(), generator=self.generator, device=self.device)
+        return z, torch.rand(count, generator=self.generator, device=self.device)
+
+    def _part_by_lot(self, group: int) -> Part:
+        parts = self.parts[group]
+        sizes = torch.tensor([float(len(of_part.samples)) for of_part in parts])
+        return parts[torch.multinomial(sizes, 1, generator=self.lots)]
+
+    def _choose(self, of_part: Part, z: Tensor, lots: Tensor) -> Tensor:
+        """The samples of a part that noises z: (B, D) take, (B,)."""
+        points = of_part.points.to(self.device, non_blocking=True)
+        potentials = self.potentials[of_part.samples[of_part.begin]]
+        picks = torch.cat([products(some, points).sub_(potentials).argmax(1)
+                           for some in z.to(self.dtype).split(max(1, self.values // len(points)))])
+        copies = of_part.copies[picks]
+        return of_part.samples[of_part.begin[picks] + torch.minimum((lots * copies).long(), copies - 1)]
 
     # ------------------------------------------------------------------------------- checkpoints
 
     def state_dict(self) -> dict:
-        return {"made_for": self._made_for(), "potentials": self.potentials.clone(),
-                "generator": self.generator.get_state(), "lots": self.lots.get_state()}
+        """What a checkpoint needs to draw the same noises again: four bytes a sample."""
+        return {"made_for": self._made_for() | {"device": self.device.type}, "potentials": self.potentials.clone(),
+                "before": self.before, "handed": self.handed}
 
     def load_state_dict(self, state: dict) -> None:
-        made_for = state.get("made_for") if isinstance(state, dict) else None
-        if made_for != self._made_for():
-            raise BadInput(f"the state is of {made_for}: expected one of {self._made_for()}")
+        check_made_for(state, self._made_for() | {"device": self.device.type})
         self.potentials.copy_(state["potentials"])
-        self.generator.set_state(state["generator"].cpu())
-        self.lots.set_state(state["lots"].cpu())
+        self._set_generators(state["before"])
+        self._forget_drawn()
+        if state["handed"]:
+            self._draw_ahead()
+            self.handed = state["handed"]
+
+    def _set_generators(self, states: tuple[Tensor, Tensor]) -> None:
+        for generator, state in zip((self.generator, self.lots), states, strict=True):
+            generator.set_state(state.cpu())
+
+    def solution(self) -> dict:
+        """What `solve` found, for a file: four bytes a sample, and twenty more while it can go on."""
+        return {"made_for": self._made_for(), "potentials": self.potentials.clone(), "progress": self.progress}
+
+    def load_solution(self, solution: dict) -> None:
+        """Take what another coupling of the same data found. BadInput for other data, groups or parts."""
+        check_made_for(solution, self._made_for())
+        self.potentials.copy_(solution["potentials"])
+        self.progress = dict(solution["progress"])
+        self._forget_drawn()
 
     def _made_for(self) -> dict:
-        return {"samples": len(self.x), "shape": list(self.shape), "seed": self.seed, "groups": self.groups,
-                "parts": [len(of_part.samples) for of_part in self._all_parts()], "device": self.x.device.type}
+        sizes = [[len(of_part.samples) for of_part in parts] for parts in self.parts.values()]
+        split = {} if all(len(of_group) == 1 for of_group in sizes) else {"seed": self.seed}
+        labels = hashlib.blake2b(self.labels.numpy().tobytes(), digest_size=8).hexdigest()
+        return {"samples": len(self.potentials), "shape": list(self.shape), "content": self.content, "labels": labels,
+                "parts": sizes} | split
+
+
+def check_made_for(state, made_for: dict) -> None:
+    """BadInput for anything but what was saved for the same data."""
+    saved = state.get("made_for") if isinstance(state, dict) else None
+    if saved is None:
+        raise BadInput(f"the state is a {type(state).__name__}: expected what a Semidiscrete saved")
+    for name, expected in made_for.items():
+        if saved.get(name) != expected:
+            given, expected = (shortened(value) for value in (saved.get(name), expected))
+            raise BadInput(f"what was saved is for {name} {given}, these data have {expected}: expected the same data")
+
+
+def shortened(value) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def read(data, numbers: Tensor, device: torch.device) -> Tensor:
+    """Samples of these numbers (B,) as rows (B, D) in float32 at least, on the device. BadInput for integers, and for
+    values that are not finite."""
+    some = data[numbers.to(data.device)] if isinstance(data, Tensor) else data[numbers.numpy()]
+    some = torch.as_tensor(some).detach().to(device)
+    check_tensor(some)
+    check_finite_batch(some)
+    return at_least_float32(rows(some))
+
+
+def sent(numbers: Tensor, device: torch.device) -> Tensor:
+    """Numbers from the CPU on a device, without waiting for it."""
+    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers
 
 
 # ------------------------------------------------------------------------------- equal samples
@@ -165,77 +307,8 @@ def digests(x: Tensor) -> Tensor:
     return torch.cat([((part + 0.0).float().view(torch.int32) * factors).sum(1) for part in x.split(1024)])
 
 
-def with_copies(samples: Tensor, keys: Tensor) -> Part:
-    """A part of these samples; keys: the `digests` of all."""
-    order = keys[samples].argsort(stable=True)
-    samples = samples[order]
-    _, copies = keys[samples].unique_consecutive(return_counts=True)
-    return Part(samples, copies.cumsum(0) - copies, copies)
-
-
-# ------------------------------------------------------------------------------- the solver
-
-
-def sizes(x: Tensor) -> Tensor:
-    """The deviations of ⟨z, x_j⟩ for x: (n, D) → (n,), without the part that is the same for all."""
-    return (x - x.mean(0)).norm(dim=1)
-
-
-def first_potentials(x: Tensor) -> Tensor:
-    """Where potentials begin, x: (n, D) → (n,): the largest of n normal numbers lies at √(2 ln n) deviations."""
-    return sizes(x) * math.sqrt(2 * math.log(len(x)))
-
-
-def approach(x: Tensor, share: Tensor, generator: torch.Generator,
-             batch: int = 1024) -> Iterator[tuple[Tensor, Solved]]:
-    """Ever better potentials (n,) of x: (n, D), n ≥ 2, for these shares (n,) of the noises, and how good they are.
-
-    Gradient steps on the dual, one batch of noises each:
-
-    - A noise is shared among samples whose values are nearly the largest (softmax), so it tells of several. The
-      temperature is steered so that others than the largest get the part `spread` of it. It falls as more noises have
-      come, but not before shares are within 60 %: in few dimensions, steps at once as fine as the end never get there
-      (annealed as by Genans et al. 2025).
-    - A step of temperature / spread for a share that is off by its whole is Newton's, if the others stand still:
-      values near the largest thin out exponentially at that scale, whatever the units of the data.
-    - The mean of all potentials on the way is what counts (Polyak and Juditsky 1992): its error is about that of the
-      noises themselves, √(n / noises), though steps stay large enough to move on.
-
-    The error is that of the mean at the check before, told by the noises since: they had no part in it.
-    """
-    n, size = len(x), sizes(x)
-    batch = max(2, min(batch, max(32, n // 4), VALUES // n))
-    b = first_potentials(x)
-    mean, averaged = b.clone(), 0
-    scale = size.mean().item() / math.sqrt(2 * math.log(n))
-    temperature, spread, unevenness = scale, 0.95, 1.0
-    weight = 0.5 + 0.5 * size / size.mean()
-    judged, taken, step, check = mean, torch.zeros(n, device=x.device), 0, 4.0
-    while True:
-        step += 1
-        drawn = step * batch / n
-        values = torch.randn(batch, x.shape[1], generator=generator, device=x.device).to(x) @ x.T
-        taken += (values - judged).argmax(1).bincount(minlength=n)
-        shared = ((values - b) / temperature).softmax(1)
-        one, other = (half.mean(0) / share - 1 for half in shared.chunk(2))
-        unevenness += min(0.25, batch / n) * ((share * one * other).sum().item() - unevenness)
-        least = 0.6 * (1 + drawn / 10) ** -0.4
-        if unevenness < 0.6**2:
-            spread = max(least, spread * (1 - 0.5 * min(1, batch / n)))
-        rate = min(0.5, 4 * batch / n / math.sqrt(1 + drawn))
-        b = b + temperature / spread * weight * (rate * (one + other) / 2).clamp_max(2)
-        temperature = max(1e-6 * scale, temperature * math.exp(2 * (spread - 1 + shared.square().sum(1).mean().item())))
-        averaged += spread == least
-        mean = mean + (b - mean) / max(1, averaged)
-        if drawn >= check:
-            yield mean, evenness(taken, share, drawn)
-            judged, taken, check = mean, torch.zeros_like(taken), 1.3 * drawn
-
-
-def evenness(taken: Tensor, share: Tensor, noises: float) -> Solved:
-    """How far from their `share` (n,) samples are taken, from how often each was, (n,), by chance too."""
-    total, share = taken.sum().item(), share.double()
-    found = taken.double() / total
-    by_chance = found * (1 - found) / (total - 1)  # the variance of each, estimated
-    square = max(0.0, (((found - share).square() - by_chance) / share).sum().item())
-    return Solved(math.sqrt(square), math.sqrt(2 / len(taken)) * (square + len(taken) / total), noises)
+def same_together(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """An order (n,) that has equal keys together, and how many each of the others, (m,), has."""
+    order = keys.argsort(stable=True)
+    _, copies = keys[order].unique_consecutive(return_counts=True)
+    return order, copies

@@ -15,7 +15,7 @@ import dansm
 from ..base.colours import INK, NOTE, PALE
 from ..base.machine import hardware
 from ..base.text import with_bar
-from ..matching.others import nearest_of_k
+from ..matching.others import nearest_of_k, optimal
 from ..matching.products import products
 from .pairs import summarize
 from .style import COLUMN, SERIES, STYLE, save
@@ -81,7 +81,7 @@ def match_in_pools(x: Tensor, z: Tensor, match_size: int, way: str) -> Tensor:
         if way == "free":
             picks = cost.argmin(1)
         else:
-            picks = dansm.optimal(cost).picks if way == "optimal" else dansm.greedy(cost)
+            picks = optimal(cost).picks if way == "optimal" else dansm.greedy(cost)
         paired.append(noises[picks])
     return torch.cat(paired)
 

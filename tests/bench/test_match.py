@@ -9,6 +9,7 @@ from support import CPU, files_of
 
 import dansm
 from dansm.scale.bench import clock, match
+from dansm.scale.matching import optimal
 
 SMALL = ("bench", "match", "--batch", 8, "--shape", "1x4x4", "--device", "cpu")
 
@@ -80,7 +81,7 @@ def test_the_floor_is_reading_or_multiplying_half_a_pool():
 def test_an_assignment_counts_with_the_share_of_a_batch_and_says_what_is_not_proven():
     x = clock.image_like(4, (1, 4, 4), 0, CPU)
     row, scipy = (match.assignment(x, 16, solve, 0) for solve in (
-        dansm.optimal, match.assignments(CPU)["scipy, assignment"]))
+        optimal, match.assignments(CPU)["scipy, assignment"]))
     assert row["gap"] == 0 and 0 < row["saved"] == scipy["saved"] < 1 and "gap" not in scipy
     assert row["median_ms"] == pytest.approx(row["whole_ms"] / 4, rel=0.1, abs=1e-3)
 

@@ -9,6 +9,7 @@ from runs import contents_of, same_run
 from support import FAST, in_processes, needs_gloo, noise_image, same, state_of
 
 import dansm
+from dansm.scale.matching import optimal
 from dansm.scale.model.load import load_model
 from dansm.scale.train.watch import Watch
 
@@ -140,10 +141,10 @@ def test_optimal_pairs_are_assigned_within_each_class(train, pairs):
     x, z, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     for number in range(3):
         members = labels == number
-        best = dansm.optimal(dansm.cost_matrix(x[members], z[members])).picks
+        best = optimal(dansm.cost_matrix(x[members], z[members])).picks
         assert torch.equal(best, torch.arange(members.sum()))
     for part in zip(x.split(24), z.split(24), strict=True):  # across the classes there are nearer noises
-        assert not torch.equal(dansm.optimal(dansm.cost_matrix(*part)).picks, torch.arange(len(part[0])))
+        assert not torch.equal(optimal(dansm.cost_matrix(*part)).picks, torch.arange(len(part[0])))
 
 
 def test_a_run_is_not_resumed_with_other_labels(train, not_trained, images, tmp_path):
