@@ -60,7 +60,7 @@ class Solver:
         self.spread, self.unevenness, self.averaged = number(0.95), number(1.0), number(0.0)
         self.steps, self.checked = 0, 0.0  # noises for each sample when it was checked last
         self.shared_out = shared_out
-        if kernels := working("semidiscrete_kernels", x.device):
+        if x.dtype != torch.float64 and (kernels := working("semidiscrete_kernels", x.device)):
             self.shared_out = kernels.shared_out
 
     @property
