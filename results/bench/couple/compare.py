@@ -18,21 +18,18 @@ import torch
 from dansm.scale.base.files import write_csv
 from dansm.scale.data.loader import load_images
 from dansm.scale.data.pixels import from_uint8
-from dansm.scale.matching.semidiscrete import approach, evenness
+from dansm.scale.matching.solver import Solver, evenness
 
 BUDGETS = 50, 150, 500  # noises for each image
 UNITS = 1, 4, 8, 16, 32, 64, 128  # by which POT's coordinates are divided
 
 
 def ours(x, seed):
-    """At the last check before each budget."""
-    checks = approach(x, torch.full((len(x),), 1 / len(x)), torch.Generator().manual_seed(seed))
-    potentials, reached = next(checks)
+    solver = Solver(x, torch.full((len(x),), 1 / len(x)), torch.Generator().manual_seed(seed))
     for budget in BUDGETS:
-        while reached.noises <= budget:
-            last = potentials
-            potentials, reached = next(checks)
-        yield "", budget, last
+        while (solver.steps + 1) * solver.batch <= budget * len(x):
+            solver.step()
+        yield "", budget, solver.mean
 
 
 def pot(x, seed):
