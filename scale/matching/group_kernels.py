@@ -1,5 +1,6 @@
 """The pools of all groups in a batch, matched by the same launches of the kernels."""
 
+import math
 from functools import partial
 from itertools import chain
 
@@ -16,31 +17,29 @@ from .kernels import COLUMNS, KernelPool
 TILE = tl.constexpr(64)  # samples, noises and their numbers that are multiplied together
 
 
-@triton.jit(do_not_specialize=["width"], do_not_specialize_on_alignment=["x"])
-def _multiply(products, x, noise, table, order, width, ALIGNED: tl.constexpr, PRECISION: tl.constexpr):
-    """The products of all groups: a program for TILE noises and TILE samples of one. Sample i of the table is row
-    order[i] of x: (B, D). ALIGNED: every row begins at a multiple of 16 bytes, so loads take 16 at a time."""
+@triton.jit(do_not_specialize=["units"])
+def _multiply(products, x, noise, table, order, units, UNIT: tl.constexpr, PRECISION: tl.constexpr):
+    """The products of all groups: a program for TILE noises and TILE samples of one, of units · UNIT numbers each.
+    x and noise begin at multiples of 16 bytes and their rows at multiples of UNIT numbers, so loads take up to 16 bytes
+    at a time. (On a kernel's own arguments Triton ignores tl.multiple_of.)"""
     row = table + COLUMNS * tl.program_id(2)
     left, first, samples = tl.load(row + 5).to(tl.int32), tl.load(row + 6).to(tl.int32), tl.load(row + 7).to(tl.int32)
     i, j = tl.program_id(1) * TILE + tl.arange(0, TILE), tl.program_id(0) * TILE + tl.arange(0, TILE)
     if (tl.program_id(1) * TILE >= samples) | (tl.program_id(0) * TILE >= left):
         return
-    noise = tl.load(row).to(noise.dtype)
-    if ALIGNED:
-        width, x, noise = tl.multiple_of(width, 16), tl.multiple_of(x, 16), tl.multiple_of(noise, 16)
-    k = tl.arange(0, TILE)
+    noise = tl.multiple_of(tl.load(row).to(noise.dtype), 16)
     sample = tl.load(order + first + i, mask=i < samples, other=0)
+    width = units * UNIT
+    k = tl.arange(0, TILE)
     a = x + sample[:, None] * width + k[None, :]
     b = noise + tl.minimum(j, left - 1).to(tl.int64)[None, :] * width + k[:, None]
     total = tl.zeros([TILE, TILE], products.dtype.element_ty)
-    for _ in range(width // TILE):  # no masks: with them the loads are not vectorised
-        total = tl.dot(tl.load(a), tl.load(b), total, input_precision=PRECISION)
-        a += TILE
-        b += TILE
-    if width % TILE > 0:
-        there = k < width % TILE
+    for start in range(0, width, TILE):
+        there = start + k < width
         some, others = tl.load(a, mask=there[None, :], other=0.0), tl.load(b, mask=there[:, None], other=0.0)
         total = tl.dot(some, others, total, input_precision=PRECISION)
+        a += TILE
+        b += TILE
     out = products + tl.load(row + 4) + i[:, None] * (tl.cdiv(left, 16) * 16) + j[None, :]
     tl.store(out, total, mask=(i < samples)[:, None] & (j < left)[None, :])
 
@@ -55,6 +54,7 @@ class KernelGroupedPool(FastGroupedPool, KernelPool):
 
     def _match_groups(self, x: Tensor, labels: list[int], coming: list[int]) -> Tensor:
         samples = x.detach().reshape(len(x), self.noise.shape[1]).to(self.noise).contiguous()
+        samples = samples.clone() if samples.data_ptr() % 16 else samples  # `_multiply` loads 16 bytes at a time
         z = samples.new_empty(samples.shape)
         at_once = self._samples_at_once(self.rows)
         with on(samples.device):
@@ -80,7 +80,7 @@ class KernelGroupedPool(FastGroupedPool, KernelPool):
 
 def take(grouped: KernelGroupedPool, x: Tensor, z: Tensor, parts: list[tuple[KernelPool, list[int]]]) -> None:
     """Match samples of x: (B, D) → the same rows of z: (B, D). parts: a pool with enough noises left, and the numbers
-    of its samples; 256 in all."""
+    of its samples; 256 in all. x begins at a multiple of 16 bytes."""
     parts = sorted(parts, key=lambda part: part[0].left > kernels.FEW)
     table, order, begin = [], [], 0
     for pool, numbers in parts:
@@ -93,9 +93,9 @@ def take(grouped: KernelGroupedPool, x: Tensor, z: Tensor, parts: list[tuple[Ker
     memory = kernels.scratch(grouped, x, len(order) * kernels.in_lines(grouped.rows))
     most, samples, width = max(pool.left for pool, _ in parts), max(row[-1] for row in table), x.shape[1]
     grid = triton.cdiv(most, TILE.value), triton.cdiv(samples, TILE.value), len(parts)
-    aligned = width % 16 == 0 and x.data_ptr() % 16 == 0
-    kernels.fast_launch(_multiply, grid, x, (memory[0], x, parts[0][0].noise, told, order, width),
-                    (aligned, "tf32" if grouped.tf32 else "tf32x3"), warps=4)
+    unit = math.gcd(width, TILE.value)
+    kernels.fast_launch(_multiply, grid, x, (memory[0], x, parts[0][0].noise, told, order, width // unit),
+                    (unit, "tf32" if grouped.tf32 else "tf32x3"), warps=4)
     kernels.choose(z, parts[0][0], grouped.data_check.found, memory, samples, most,
                    sum(pool.left <= kernels.FEW for pool, _ in parts), told, order, len(parts))
     for pool, numbers in parts:

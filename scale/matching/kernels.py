@@ -358,7 +358,8 @@ def try_out(device: torch.device, cost: str, dtype: torch.dtype, tf32: bool, mat
     """Match a few samples by the kernels and the plain way on this device. Raises where they differ or nothing runs."""
     generator = torch.Generator(device).manual_seed(0)
     # Whole numbers: every precision multiplies them exactly, and of many equal costs the first must win.
-    x, noise = torch.randn(FEW + 48, 8, generator=generator, device=device).mul(2).round().split((16, FEW + 32))
+    x = torch.randn(FEW + 48, 8, generator=generator, device=device).mul(2).round().repeat(1, 8)
+    x, noise = x.split((16, FEW + 32))
     label = torch.arange(len(noise), dtype=torch.int32, device=device)
     samples, noises = x.to(dtype), noise.to(dtype)
     norms = squared_norms(noises)

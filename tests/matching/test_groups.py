@@ -2,13 +2,17 @@
 
 import copy
 import math
+import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pools import CHANGES, COSTS, KINDS, Changed, NaivePool, data, drawn_for, rows_in_order, saved_and_loaded
+from support import ROOT
 
 import dansm
 from dansm import BadInput, GroupedPool, NoisePool, noise_generator
@@ -283,10 +287,33 @@ def test_ten_groups_take_no_more_launches_than_one(monkeypatch):
     assert launched == [*listed, kernels._choose, kernels._choose, kernels._hand_out]
 
 
+COMPILED = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from dansm.scale.matching.group_kernels import _multiply as kernel
+types = dict(products="*fp32", x="*fp32", noise="*fp32", table="*i64", order="*i64", units="i32")
+for unit in 64, 4, 1:
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    whole_lines = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if "*" in types.get(name, "")}
+    source = ASTSource(kernel, signature, {"UNIT": unit, "PRECISION": "tf32x3"}, whole_lines)
+    code = triton.compile(source, GPUTarget("cuda", 90, 32)).asm["ptx"]
+    print(unit, "cp.async.cg" in code, "cp.async.ca" in code)
+"""
+
+
+@pytest.mark.slow
+def test_products_load_16_bytes_at_a_time_where_rows_begin_at_such():
+    """In what Triton compiles for an H100, which takes no GPU: .cg copies 16 bytes, .ca fewer."""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
+    said = subprocess.run([sys.executable, "-c", COMPILED], env=environment, check=True, capture_output=True, text=True)
+    assert said.stdout.splitlines() == ["64 True False", "4 True False", "1 False True"]
+
+
 @pytest.mark.slow
 @pytest.mark.own_sizes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("width", [128, 101, 5])
+@pytest.mark.parametrize("width", [128, 100, 101])
 def test_products_of_more_samples_noises_and_numbers_than_a_tile_has(width, dtype):
     """Whole numbers, which no order of adding rounds; rows that begin anywhere in memory."""
     pool = KernelGroupedPool(90, (width,), groups=2, dtype=dtype, seed=2, device=DEVICE)
