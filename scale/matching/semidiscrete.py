@@ -22,15 +22,14 @@ from dansm import (
 )
 
 from ..base.machine import free_memory
+from .gpu import working
 from .products import products
-from .solver import VALUES, Solved, Solver, evenness, first_potentials
+from .solver import VALUES, Solved, Solver, first_potentials, nearest
 
 SOLVING, DRAWING, LOTS, PARTS = range(2**31, 2**31 + 4)  # streams of the seed that no pool has
 GROUPS = 2**31
 BLOCK = 4096  # samples that are read together
 CENTRED = 8192  # samples whose mean is taken off all, so that rounding loses less
-
-__all__ = ["FastSemidiscrete", "Part", "Solved", "evenness"]
 
 
 class Part(NamedTuple):
@@ -88,7 +87,10 @@ class FastSemidiscrete(Semidiscrete):
         process = process_number()
         self.generator = noise_generator(self.seed, self.device, DRAWING, process)
         self.lots = noise_generator(self.seed, "cpu", LOTS, process)
-        self.ahead = max(16, min(1024 if self.device.type == "cuda" else 256, 2**24 // self.shape.numel()))
+        ahead = 1024 * min(4, len(self.parts)) if self.device.type == "cuda" else 256
+        self.ahead = max(16, min(ahead, 2**24 // self.shape.numel()))
+        kernels = working("semidiscrete_kernels", self.device) if self.dtype != torch.float64 else None
+        self.nearest = kernels.nearest if kernels else nearest
         self._forget_drawn()
 
     def _home(self, n: int, largest: int, memory: float | None) -> torch.device:
@@ -148,8 +150,10 @@ class FastSemidiscrete(Semidiscrete):
             return state["reached"]
         solver = Solver(of_part.points.to(self.device), of_part.copies / len(of_part.samples),
                         noise_generator(self.seed, self.device, SOLVING, number), self.values)
-        if state:
+        if "solver" in state:
             solver.load_state_dict(state["solver"])
+        else:
+            state = {}  # what another device reached is not true of potentials that begin anew
         try:
             while True:
                 solver.step()
@@ -216,6 +220,8 @@ class FastSemidiscrete(Semidiscrete):
 
     def _part_by_lot(self, group: int) -> Part:
         parts = self.parts[group]
+        if len(parts) == 1:
+            return parts[0]
         sizes = torch.tensor([float(len(of_part.samples)) for of_part in parts])
         return parts[torch.multinomial(sizes, 1, generator=self.lots)]
 
@@ -223,8 +229,10 @@ class FastSemidiscrete(Semidiscrete):
         """The samples of a part that noises z: (B, D) take, (B,)."""
         points = of_part.points.to(self.device, non_blocking=True)
         potentials = self.potentials[of_part.samples[of_part.begin]]
-        picks = torch.cat([products(some, points).sub_(potentials).argmax(1)
+        picks = torch.cat([self.nearest(products(some, points), potentials)
                            for some in z.to(self.dtype).split(max(1, self.values // len(points)))])
+        if len(points) == len(of_part.samples):
+            return of_part.samples[picks]
         copies = of_part.copies[picks]
         return of_part.samples[of_part.begin[picks] + torch.minimum((lots * copies).long(), copies - 1)]
 
@@ -249,14 +257,27 @@ class FastSemidiscrete(Semidiscrete):
             generator.set_state(state.cpu())
 
     def solution(self) -> dict:
-        """What `solve` found, for a file: four bytes a sample, and twenty more while it can go on."""
-        return {"made_for": self._made_for(), "potentials": self.potentials.clone(), "progress": self.progress}
+        """What `solve` found, for a file, as tensors and plain values: four bytes a sample, and twenty to resume it."""
+        progress = {number: {name: tuple(value) if name == "reached" else value for name, value in state.items()}
+                    for number, state in self.progress.items()}
+        return {"made_for": self._made_for(), "potentials": self.potentials.clone(), "progress": progress,
+                "device": self.device.type}
 
     def load_solution(self, solution: dict) -> None:
-        """Take what another coupling of the same data found. BadInput for other data, groups or parts."""
+        """Take what another coupling of the same data found. On another kind of device a solve begins anew, if what was
+        reached is not enough. BadInput for other data, groups or parts."""
         check_made_for(solution, self._made_for())
+        progress = {}
+        for number, of_part in enumerate(self.all_parts()):
+            state = dict(solution["progress"].get(number, {}))
+            if "reached" in state:
+                state["reached"] = Solved(*state["reached"])
+            solver = state.pop("solver", None)
+            if solver and solution["device"] == self.device.type and len(solver["b"]) == len(of_part.points):
+                state["solver"] = solver
+            progress[number] = state
         self.potentials.copy_(solution["potentials"])
-        self.progress = dict(solution["progress"])
+        self.progress = progress
         self._forget_drawn()
 
     def _made_for(self) -> dict:

@@ -27,8 +27,8 @@ class Tile(NamedTuple):
     warps: int
 
 
-ROW_TILE, COLUMN_TILE = Tile(2, 1024, 1, 8), Tile(8, 512, 1, 4)
-PROGRAMS = 2112  # that sum columns: sixteen for each of an H100's multiprocessors
+ROW_TILE, COLUMN_TILE = Tile(2, 1024, 4, 8), Tile(4, 512, 3, 4)  # the fastest of 31 on an H100
+PROGRAMS = 528  # that sum columns: four for each of an H100's multiprocessors
 LOWEST = tl.constexpr(-1e30)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -145,6 +145,13 @@ def shared_out(values: Tensor, potentials: Tensor, judged: Tensor,
         return winners, first, second, squares.mean()
 
 
+def nearest(values: Tensor, potentials: Tensor) -> Tensor:
+    """The argmax of values − potentials, (B, n) and (n,) → (B,) int64, the lowest of equal ones."""
+    values, potentials = _aligned(values), _aligned(potentials)
+    with on(values.device):
+        return by_rows(values, potentials, potentials, values.new_ones(()))[0]
+
+
 def _aligned(tensor: Tensor) -> Tensor:
     """A copy unless the tensor is contiguous and begins at a multiple of 16 bytes, as compiled kernels expect."""
     tensor = tensor.contiguous()
@@ -164,5 +171,6 @@ def try_out(device: torch.device) -> None:
     for case in 2 * arguments:  # compiled, and launched again
         (winners, *shares), (expected, *others) = shared_out(*case), solver.shared_out(*case)
         close = (torch.allclose(*pair, rtol=1e-4, atol=1e-7) for pair in zip(shares, others, strict=True))
-        if not (torch.equal(winners, expected) and all(close)):
+        same = torch.equal(winners, expected) and torch.equal(nearest(*case[:2]), solver.nearest(*case[:2]))
+        if not (same and all(close)):
             raise RuntimeError("its kernels share noises out otherwise than the plain path")

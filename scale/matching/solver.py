@@ -116,10 +116,15 @@ def shared_out(values: Tensor, potentials: Tensor, judged: Tensor, temperature: 
     Returns the largest of values − judged, (B,) int64; what samples get of the noises of the first half and of the
     second, (n,) each, the mean over noises; and the mean over noises of the sum of squares, ().
     """
-    winners = (values - judged).argmax(1)
+    winners = nearest(values, judged)
     shared = ((values - potentials) / temperature).softmax(1)
     first, second = (half.mean(0) for half in shared.chunk(2))
     return winners, first, second, shared.square().sum(1).mean()
+
+
+def nearest(values: Tensor, potentials: Tensor) -> Tensor:
+    """The argmax of values − potentials, (B, n) and (n,) → (B,), the lowest of equal ones."""
+    return (values - potentials).argmax(1)
 
 
 def sizes(x: Tensor) -> Tensor:
