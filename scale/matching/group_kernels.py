@@ -3,7 +3,9 @@
 import math
 from functools import partial
 from itertools import chain
+from operator import itemgetter
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -11,14 +13,15 @@ from torch import Tensor
 
 from ..base.launch import on
 from . import kernels
-from .groups import FastGroupedPool, by_group, moved
+from .groups import FastGroupedPool, moved
 from .kernels import COLUMNS, KernelPool
 
+Part = tuple[KernelPool, int, int]  # a pool, where its samples begin in the order by group, and their count
 TILE = tl.constexpr(64)  # samples, noises and their numbers that are multiplied together
 
 
 @triton.jit(do_not_specialize=["units"])
-def _multiply(products, x, noise, table, order, units, UNIT: tl.constexpr, PRECISION: tl.constexpr):
+def _multiply(products, x, noise, table, units, UNIT: tl.constexpr, PRECISION: tl.constexpr):
     """The products of all groups: a program for TILE noises and TILE samples of one, of units · UNIT numbers each.
     x and noise begin at multiples of 16 bytes and their rows at multiples of UNIT numbers, so loads take up to 16 bytes
     at a time. (On a kernel's own arguments Triton ignores tl.multiple_of.)"""
@@ -28,7 +31,7 @@ def _multiply(products, x, noise, table, order, units, UNIT: tl.constexpr, PRECI
     if (tl.program_id(1) * TILE >= samples) | (tl.program_id(0) * TILE >= left):
         return
     noise = tl.multiple_of(tl.load(row).to(noise.dtype), 16)
-    sample = tl.load(order + first + i, mask=i < samples, other=0)
+    sample = tl.load(table + COLUMNS * tl.num_programs(2) + first + i, mask=i < samples, other=0)
     width = units * UNIT
     k = tl.arange(0, TILE)
     a = x + sample[:, None] * width + k[None, :]
@@ -52,62 +55,62 @@ class KernelGroupedPool(FastGroupedPool, KernelPool):
 
     kind = KernelPool
 
-    def _match_groups(self, x: Tensor, labels: list[int], coming: list[int]) -> Tensor:
+    def _match_groups(self, x: Tensor, labels: np.ndarray, coming: list[int]) -> Tensor:
         samples = x.detach().reshape(len(x), self.noise.shape[1]).to(self.noise).contiguous()
         samples = samples.clone() if samples.data_ptr() % 16 else samples  # `_multiply` loads 16 bytes at a time
         z = samples.new_empty(samples.shape)
         at_once = self._samples_at_once(self.rows)
         with on(samples.device):
-            for first in range(0, len(x), at_once):
-                members = by_group(labels[first : first + at_once], coming, first)
-                waiting = [(self.pools[group], numbers) for group, numbers in members.items() if numbers]
+            for begin in range(0, len(x), at_once):
+                part = labels[begin : begin + at_once]
+                order = begin + part.argsort(kind="stable")
+                counts = np.bincount(part, minlength=self.groups)[coming]
+                waiting = [(self.pools[group], end - count, count)
+                           for group, end, count in zip(coming, counts.cumsum().tolist(), counts.tolist(), strict=True)
+                           if count]
                 while waiting:
-                    waiting = self._serve_groups(samples, z, waiting)
+                    waiting = self._serve_groups(samples, z, order, waiting)
         return z.view(x.shape).to(x)
 
-    def _serve_groups(self, x: Tensor, z: Tensor, waiting: list[tuple[KernelPool, list[int]]]) -> list:
+    def _serve_groups(self, x: Tensor, z: Tensor, order: np.ndarray, waiting: list[Part]) -> list[Part]:
         """Match the samples of each group that its pool has noises for. Returns those that wait for the next pool."""
-        for pool, _ in waiting:
+        for pool, _, _ in waiting:
             if pool.left == 0:
                 pool._refill()
-        now = [(pool, numbers[: pool.left]) for pool, numbers in waiting]
-        later = [(pool, numbers[pool.left :]) for pool, numbers in waiting if len(numbers) > pool.left]
-        take(self, x, z, now)
-        for pool, _ in now:
+        now = [(pool, first, min(samples, pool.left)) for pool, first, samples in waiting]
+        later = [(pool, first + pool.left, samples - pool.left)
+                 for pool, first, samples in waiting if samples > pool.left]
+        take(self, x, z, order, now)
+        for pool, _, _ in now:
             pool._draw_ahead()
         return later
 
 
-def take(grouped: KernelGroupedPool, x: Tensor, z: Tensor, parts: list[tuple[KernelPool, list[int]]]) -> None:
-    """Match samples of x: (B, D) → the same rows of z: (B, D). parts: a pool with enough noises left, and the numbers
-    of its samples; 256 in all. x begins at a multiple of 16 bytes."""
-    parts = sorted(parts, key=lambda part: part[0].left > kernels.FEW)
-    table, order, begin = [], [], 0
-    for pool, numbers in parts:
-        addresses = (kept.data_ptr() for kept in (pool.noise, pool.squared, pool.index, pool.place))
-        table.append((*addresses, begin, pool.left, len(order), len(numbers)))
-        begin += len(numbers) * kernels.in_lines(pool.left)
-        order += numbers
-    told = moved([*chain(*table), *order], x.device)
-    order = told[COLUMNS.value * len(table) :]
-    memory = kernels.scratch(grouped, x, len(order) * kernels.in_lines(grouped.rows))
-    most, samples, width = max(pool.left for pool, _ in parts), max(row[-1] for row in table), x.shape[1]
-    grid = triton.cdiv(most, TILE.value), triton.cdiv(samples, TILE.value), len(parts)
-    unit = math.gcd(width, TILE.value)
-    kernels.fast_launch(_multiply, grid, x, (memory[0], x, parts[0][0].noise, told, order, width // unit),
-                    (unit, "tf32" if grouped.tf32 else "tf32x3"), warps=4)
-    kernels.choose(z, parts[0][0], grouped.data_check.found, memory, samples, most,
-                   sum(pool.left <= kernels.FEW for pool, _ in parts), told, order, len(parts))
-    for pool, numbers in parts:
-        pool.left -= len(numbers)
+def take(grouped: KernelGroupedPool, x: Tensor, z: Tensor, order: np.ndarray, parts: list[Part]) -> None:
+    """Match samples of x: (B, D) → the same rows of z: (B, D). order: the numbers of at most 256 samples; parts: pools
+    with enough noises left. x begins at a multiple of 16 bytes."""
+    wide = kernels.in_lines(grouped.rows)
+    rows = [(pool.noise.data_ptr(), pool.squared.data_ptr(), pool.index.data_ptr(), pool.place.data_ptr(),
+             first * wide, pool.left, first, samples) for pool, first, samples in parts]
+    rows.sort(key=itemgetter(5))  # those with few noises left first
+    in_turn = sum(row[5] <= kernels.FEW for row in rows)
+    most, samples = rows[-1][5], max(row[7] for row in rows)
+    table = moved(np.concatenate([np.fromiter(chain.from_iterable(rows), np.int64), order]), x.device)
+    memory = kernels.scratch(grouped, x, len(order) * wide)
+    unit = math.gcd(x.shape[1], TILE.value)
+    grid = -(-most // TILE.value), -(-samples // TILE.value), len(parts)
+    kernels.fast_launch(_multiply, grid, x, (memory[0], x, parts[0][0].noise, table, x.shape[1] // unit),
+                        (unit, "tf32" if grouped.tf32 else "tf32x3"), warps=4)
+    kernels.choose(z, parts[0][0], grouped.data_check.found, memory, samples, most, in_turn, table, len(parts))
+    for pool, _, samples in parts:
+        pool.left -= samples
 
 
 def together(pools: list[KernelPool], x: Tensor) -> Tensor:
     """`kernels.one_by_one` by the same launches."""
     samples = x.repeat(len(pools), 1)
     z = torch.empty_like(samples)
-    numbers = torch.arange(len(samples)).split(len(x))
-    take(pools[0], samples, z, [(pool, of_pool.tolist()) for pool, of_pool in zip(pools, numbers, strict=True)])
+    take(pools[0], samples, z, np.arange(len(samples)), [(pool, i * len(x), len(x)) for i, pool in enumerate(pools)])
     return z
 
 

@@ -34,17 +34,17 @@ class FastGroupedPool(GroupedPool, FastPool):
             self._pool(group)
         return self._match_groups(x, labels, coming)
 
-    def _coming(self, x: Tensor, labels: Tensor | None) -> tuple[list[int], list[int]]:
-        """The label of each sample, and the groups that come."""
+    def _coming(self, x: Tensor, labels: Tensor | None) -> tuple[np.ndarray, list[int]]:
+        """The label of each sample, and the groups that come, in ascending order."""
         self.check(x)
         labels = labels.cpu() if isinstance(labels, Tensor) else labels
-        labels = check_labels(labels, len(x), self.groups).tolist()
-        return labels, sorted(set(labels))
+        labels = check_labels(labels, len(x), self.groups).numpy()
+        return labels, np.bincount(labels).nonzero()[0].tolist()
 
-    def _match_groups(self, x: Tensor, labels: list[int], coming: list[int]) -> Tensor:
+    def _match_groups(self, x: Tensor, labels: np.ndarray, coming: list[int]) -> Tensor:
         z = torch.empty_like(x)
-        for group, members in by_group(labels, coming).items():
-            members = moved(members, x.device)
+        for group in coming:
+            members = moved(np.flatnonzero(labels == group), x.device)
             z[members] = self.pools[group](x[members])
         return z
 
@@ -73,7 +73,7 @@ class SpreadGroupedPool(FastGroupedPool, SpreadPool):
 
     kind = SpreadPool
 
-    def _coming(self, x: Tensor, labels: Tensor | None) -> tuple[list[int], list[int]]:
+    def _coming(self, x: Tensor, labels: Tensor | None) -> tuple[np.ndarray, list[int]]:
         refusal, known, mine = None, [], []
         try:
             known, mine = super()._coming(x, labels)
@@ -88,15 +88,7 @@ class SpreadGroupedPool(FastGroupedPool, SpreadPool):
         return known, told[:, :-1].any(0).nonzero()[:, 0].tolist()
 
 
-def by_group(labels: list[int], coming: list[int], first: int = 0) -> dict[int, list[int]]:
-    """The samples of each group, numbered from `first` on."""
-    members = {group: [] for group in coming}
-    for number, group in enumerate(labels, first):
-        members[group].append(number)
-    return members
-
-
-def moved(numbers: list[int], device: torch.device) -> Tensor:
-    """Numbers as int64 on a device, without waiting for it."""
-    numbers = torch.from_numpy(np.array(numbers, np.int64))  # five times as fast as torch.tensor
+def moved(numbers: np.ndarray, device: torch.device) -> Tensor:
+    """Numbers on a device, without waiting for it."""
+    numbers = torch.from_numpy(numbers)
     return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers

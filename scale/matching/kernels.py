@@ -38,6 +38,7 @@ NOBODY = tl.constexpr(2**31 - 1)
 
 
 # Of `table`: the addresses of noise, squared, index and place, where the products begin, left, first sample, samples.
+# Behind the rows of all groups it holds the number in the batch of each sample, sorted by group.
 COLUMNS = tl.constexpr(8)
 
 
@@ -226,9 +227,9 @@ def _choose(picks, movers, lists, found, products, squared, index, place, left, 
 
 
 @triton.jit(do_not_specialize=["width"])
-def _hand_out(z, noise, picks, movers, width, table, order, BLOCK: tl.constexpr, GROUPED: tl.constexpr):
+def _hand_out(z, noise, picks, movers, width, table, BLOCK: tl.constexpr, GROUPED: tl.constexpr):
     """z[i] = noise[picks[i]], and noise[movers[i]] takes its place. One program reads a row and then writes it, and no
-    row that moves was picked. With groups i is sample order[i] of the batch."""
+    row that moves was picked. With groups, the table's end tells which sample of the batch i is."""
     i = tl.program_id(0).to(tl.int64)
     sample = i
     if GROUPED:
@@ -237,7 +238,7 @@ def _hand_out(z, noise, picks, movers, width, table, order, BLOCK: tl.constexpr,
             return
         noise = tl.load(row).to(noise.dtype)
         i += tl.load(row + 6)
-        sample = tl.load(order + i)
+        sample = tl.load(table + COLUMNS * tl.num_programs(2) + i)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     at, mover = tl.load(picks + i).to(tl.int64), tl.load(movers + i).to(tl.int64)
     there, moves = columns < width, columns < tl.where(mover >= 0, width, 0)
@@ -304,12 +305,13 @@ def scratch(pool: KernelPool, x: Tensor, size: int) -> tuple[Tensor, ...]:
     if pool.scratch is None or len(pool.scratch[0]) < size:
         exact = torch.promote_types(x.dtype, torch.float32)
         pool.scratch = None  # free it first: there are never two at once
-        pool.scratch = x.new_empty(size, dtype=exact), x.new_empty(2 + KEEP[1], SAMPLES, dtype=torch.int32)
-    return pool.scratch[0], *pool.scratch[1].split((1, 1, KEEP[1]))
+        told = x.new_empty(2 + KEEP[1], SAMPLES, dtype=torch.int32)
+        pool.scratch = x.new_empty(size, dtype=exact), *told.split((1, 1, KEEP[1]))
+    return pool.scratch
 
 
 def choose(z: Tensor, pool: KernelPool, found: Tensor, memory: tuple[Tensor, ...], samples: int, most: int,
-           in_turn: int, table: Tensor | None = None, order: Tensor | None = None, groups: int = 1) -> None:
+           in_turn: int, table: Tensor | None = None, groups: int = 1) -> None:
     """Write the noises of a pool, or of those in `table`, into z: (B, D), and close the gaps.
 
     memory   `scratch`, with the products
@@ -319,21 +321,21 @@ def choose(z: Tensor, pool: KernelPool, found: Tensor, memory: tuple[Tensor, ...
     """
     inner, picks, movers, lists = memory
     grouped = table is not None
-    told = (table, order) if grouped else (pool.index, pool.index)  # which nobody looks at
+    table = table if grouped else pool.index  # which nobody looks at
     squared, keep, width = pool.cost == "squared", KEEP[most > MANY], z.shape[1]
     row, ends = (found, inner, pool.squared, pool.index), (pool.left, in_lines(pool.left))
     if in_turn < groups:
         grid = samples, 1, groups
-        fast_launch(_shortlist, grid, z, (lists, *row, *ends, told[0]), (squared, keep, LANES, grouped), warps=8)
+        fast_launch(_shortlist, grid, z, (lists, *row, *ends, table), (squared, keep, LANES, grouped), warps=8)
     for start, end, lanes in ((0, in_turn, FEW), (in_turn, groups, LANES)):
         if start < end:
             few = end == in_turn
             fast_launch(_choose, (1, 1, end - start), z,
-                    (picks, movers, lists, *row, pool.place, *ends, samples, told[0], start),
+                    (picks, movers, lists, *row, pool.place, *ends, samples, table, start),
                     (squared, keep, lanes, SAMPLES, few, grouped), warps=4 if few else 8)
-    block = min(4096, triton.next_power_of_2(width))
-    grid = samples, triton.cdiv(width, block), groups
-    fast_launch(_hand_out, grid, z, (z, pool.noise, picks, movers, width, *told), (block, grouped), warps=4)
+    block = min(4096, 1 << (width - 1).bit_length())
+    grid = samples, -(-width // block), groups
+    fast_launch(_hand_out, grid, z, (z, pool.noise, picks, movers, width, table), (block, grouped), warps=4)
 
 
 _compiled = {}
@@ -343,8 +345,8 @@ def fast_launch(kernel, grid, x, arguments, constants, warps):
     """Run kernel[grid](*arguments, *constants) without Triton's check, slower than the kernel, whether such arguments
     need another compilation: the type of x and the constants tell."""
     key = kernel, x.device, x.dtype, constants
-    if key in _compiled and not compiles_only():
-        _compiled[key][grid](*arguments, *constants)
+    if (known := _compiled.get(key)) and not compiles_only():
+        known[grid](*arguments, *constants)
     elif compiled := launch(kernel, grid, *arguments, *constants, num_warps=warps):  # None in the interpreter
         _compiled[key] = compiled
 

@@ -150,7 +150,7 @@ class FastPool(NoisePool):
         """Make everything that is drawn ahead the current pool."""
         self.number += 1
         self.drawn = 0
-        self.left = self.rows
+        self.left = self.due = self.rows
         self.index = torch.arange(self.rows, device=self.noise.device, dtype=torch.int32)
 
     def _allocate(self) -> None:
@@ -167,10 +167,11 @@ class FastPool(NoisePool):
 
     def _draw_ahead(self) -> None:
         """Draw the next pool from its end to its front, as far as places for it are free."""
-        while self.drawn < self.rows:
+        while self.left <= self.due and self.drawn < self.rows:
             chunk = (self.first + self.rows - self.drawn - 1) // self.chunk
             places = self._places(chunk)
-            if places.start < self.left:
+            self.due = places.start  # with more left, the next batches need not ask
+            if self.due < self.left:
                 break
             self._draw(self.number + 1, chunk, self.noise[places])
             self.squared[places] = squared_norms(self.noise[places])
@@ -192,6 +193,7 @@ class FastPool(NoisePool):
     def _forget(self) -> None:
         """Go back to before the first batch, when no pool was drawn."""
         self.number = self.left = self.drawn = 0  # left: the count of free noises
+        self.due = self.rows
         self.index = self.index.new_empty(0)
 
     # ------------------------------------------------------------------------------- checkpoints
@@ -327,7 +329,7 @@ class DataCheck:
     def __call__(self, x: Tensor, numbers: bool = True) -> None:
         """numbers: False leaves the values to whoever matches, and checks only the form of x."""
         check_batch(x, self.shape)
-        if self.found[0]:
+        if self.found.item():
             if self.ever_found is not None:
                 torch.cuda.synchronize(self.ever_found.device)  # nothing more is on its way
                 self.ever_found.zero_()

@@ -292,7 +292,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from dansm.scale.matching.group_kernels import _multiply as kernel
-types = dict(products="*fp32", x="*fp32", noise="*fp32", table="*i64", order="*i64", units="i32")
+types = dict(products="*fp32", x="*fp32", noise="*fp32", table="*i64", units="i32")
 for unit in 64, 4, 1:
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     whole_lines = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if "*" in types.get(name, "")}
