@@ -96,15 +96,20 @@ def load(path: Path) -> dict:
     """The state in the file `path`, with its tensors on the CPU. No code in the file is run. Raises BadInput for
     anything but a checkpoint that is to the last bit as it was written."""
     with reading(path):
-        with open(path, "rb") as file:
-            size = max(0, file.seek(0, os.SEEK_END) - DIGITS)
-            if _digest(file, size) != file.read():
-                raise BadInput("its checksum is wrong or missing")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = as_written(path)
         if state["dansm"] != VERSION:
             raise BadInput(f"it is of version {state['dansm']!r:.20}, not {VERSION}")
         recipe = {RENAMED.get(name) or name: value for name, value in state["recipe"].items()}
         return state | {"recipe": recipe}
+
+
+def as_written(path: Path) -> dict:
+    """What `write` wrote to the file `path`, its tensors on the CPU. It raises many kinds of errors, see `reading`."""
+    with open(path, "rb") as file:
+        size = max(0, file.seek(0, os.SEEK_END) - DIGITS)
+        if _digest(file, size) != file.read():
+            raise BadInput("its checksum is wrong or missing")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 @contextmanager

@@ -1,0 +1,143 @@
+"""The coupling of a training's data with noises (method "semidiscrete"), solved once and kept on the disk."""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Sequence
+from contextlib import closing, suppress
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from dansm import BadInput
+
+from ..base.files import make_folder
+from ..base.locks import alone
+from ..base.processes import first_before_others
+from ..base.text import Stopped, console, counted, say
+from ..data.latents import Shards
+from ..data.pixels import from_uint8
+from ..matching.semidiscrete import FastSemidiscrete
+from ..matching.solver import Solved, Solver
+from ..model import checkpoint
+
+POTENTIALS = Path("~/.cache/dansm/potentials")
+
+
+class Samples:
+    """The images (n, C, H, W) of `loader.load_images` as a coupling takes them. Mirrored ones, if any, are samples of
+    their own, behind the others. Of moments it takes the means."""
+
+    def __init__(self, images, mirrored: bool):
+        self.images, self.count = images, len(images)
+        self.shape = (self.count * (1 + mirrored), *images.shape[1:])
+
+    def __getitem__(self, numbers: np.ndarray | Tensor) -> Tensor:
+        """The samples of these numbers (B,), as networks see them: (B, C, H, W) float32."""
+        numbers = torch.as_tensor(numbers)
+        rows, mirrored = numbers % self.count, numbers >= self.count
+        if isinstance(self.images, Tensor):
+            x = self.images[rows.to(self.images.device)]
+        else:
+            order = rows.argsort().cpu()  # that of the file: fewer, longer reads
+            in_order = self.images.take(rows.cpu()[order].numpy(), axis=0)[:, : self.shape[1]]
+            x = torch.as_tensor(in_order)[order.argsort()]
+        x = torch.where(mirrored.to(x.device)[:, None, None, None], x.flip(3), x)
+        return from_uint8(x) if x.dtype == torch.uint8 else x.float()
+
+
+def coupled(images, *, flip: bool, labels: np.ndarray | None, part: int | None, error: float, seed: int, device,
+            cache: Path | None, most: int = 1000) -> FastSemidiscrete:
+    """The coupling of images (n, C, H, W) with noises, solved until shares are off by `error` (rms) or `most` noises
+    are drawn for each sample. A line says what was reached. Several processes call it together: the first one solves.
+
+    flip    mirrored images are samples too, see `Samples`
+    labels  (n,): each class is coupled within itself
+    part    see `FastSemidiscrete`
+    cache   folder that keeps the potentials, for a later call with the same data to take or improve; None: POTENTIALS
+
+    Raises BadInput for data that are not finite or do not fit, and Stopped after Ctrl-C, which keeps what was found.
+    """
+    groups = None if labels is None else torch.from_numpy(np.tile(labels, 1 + flip))
+    try:
+        with console.status("reading samples"):
+            coupling = FastSemidiscrete(Samples(images, flip), groups, part=part, seed=seed, device=device)
+    except BadInput:
+        if isinstance(images, Shards):
+            images.check_finite()  # which names the file
+        raise
+    made_for = json.dumps(coupling.solution()["made_for"]).encode()
+    name = f"potentials-{hashlib.blake2b(made_for, digest_size=8).hexdigest()}.pt"
+    kept = make_folder(cache or POTENTIALS.expanduser(), "--cache") / name
+    with first_before_others(), alone(kept.with_suffix(".lock")), closing(Bar(coupling, error, most)) as bar:
+        with suppress(BadInput), checkpoint.reading(kept):  # it may be missing, damaged or another program's
+            coupling.load_solution(checkpoint.as_written(kept))
+        begin = time.monotonic()
+        try:
+            reached = coupling.solve(error, most, bar)
+        except KeyboardInterrupt as interrupt:
+            raise Stopped(f"stopped; {kept} has the potentials so far, the same command resumes") from interrupt
+        finally:
+            if bar.shown:
+                checkpoint.write(kept, coupling.solution())
+    say_reached(coupling, reached, f"{time.monotonic() - begin:.0f} s" if bar.shown else f"found in {kept}")
+    if above := sum(not solved.within(error) for solved in reached):
+        say(f"shares of {above:,} of {counted(len(reached), 'part')} may be off by more than {100 * error:.3g} %:",
+            f"no more than {counted(most, 'noise')} for each sample are drawn")
+    return coupling
+
+
+class Bar:
+    """What `solve` reports to: a progress bar, shown from the first step on."""
+
+    def __init__(self, coupling: FastSemidiscrete, error: float, most: int):
+        self.begins = list(accumulate((len(of_part.samples) for of_part in coupling.all_parts()), initial=0))
+        self.each = max(error**2 / 1.1, 1 / most)  # part of the work that a noise for each sample is, about
+        self.progress = Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=console,
+                                 transient=console.is_terminal)
+        self.task = self.progress.add_task("coupling", total=self.begins[-1])
+        self.shown = False
+
+    def __call__(self, number: int, solver: Solver, solved: Solved | None) -> None:
+        self.shown = True
+        self.progress.start()
+        begin, end = self.begins[number : number + 2]
+        self.progress.update(self.task, completed=begin + (end - begin) * min(1, solver.noises * self.each))
+        if solved:
+            self.progress.update(self.task, description=f"coupling, {in_words(solved)}")
+
+    def close(self) -> None:
+        if self.shown:
+            self.progress.stop()
+
+
+def say_reached(coupling: FastSemidiscrete, reached: list[Solved], how: str) -> None:
+    sizes, points = zip(*((len(part.samples), len(part.points)) for part in coupling.all_parts()), strict=True)
+    if copies := sum(sizes) - sum(points):
+        say(f"{copies:,} of {sum(sizes):,} samples are copies of others, and taken as often as these")
+    what = f"{counted(sum(sizes), 'sample')} in {counted(len(coupling.parts), 'group')}"
+    what += f" and {len(sizes):,} parts" if len(sizes) > len(coupling.parts) else ""
+    solved = overall(reached, sizes)
+    found = f"{in_words(solved)} after {counted(round(solved.noises), 'noise')} for each, {how}"
+    say(f"{what}: {found if sum(points) > len(points) else 'nothing to choose'}")
+
+
+def overall(parts: Sequence[Solved], sizes: Sequence[int]) -> Solved:
+    """How even shares are over all parts, which have this many samples."""
+    weight = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
+    error, deviation, noises = torch.tensor(parts, dtype=torch.float64).T
+    return Solved((weight @ error**2).sqrt().item(), (weight * deviation).norm().item(), (weight @ noises).item())
+
+
+def uncertainty(solved: Solved) -> float:
+    """The standard deviation of the error that was estimated."""
+    return solved.deviation / 2 / max(solved.error, math.sqrt(solved.deviation), 1e-9)
+
+
+def in_words(solved: Solved) -> str:
+    return f"shares off by {100 * solved.error:.1f} % (rms, ±{100 * uncertainty(solved):.1f})"
