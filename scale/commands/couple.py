@@ -1,0 +1,153 @@
+"""dansm couple: solve the coupling of data with noises before a training, and measure it."""
+
+import math
+from collections.abc import Iterator
+from contextlib import closing
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from torch import Tensor
+
+import dansm
+from dansm import BadInput
+
+from ..base import files, machine, text
+from ..base.statistics import told_class
+from ..data import loader
+from ..data.labels import load_labels
+from ..data.latents import known_of
+from ..matching.semidiscrete import FastSemidiscrete
+from ..matching.solver import evenness
+from ..studies.conditions import MOST_BYTES
+from ..studies.pairs import SERVED_AT_ONCE
+from ..train.coupling import Samples, coupled, overall, uncertainty
+from .options import Device, Seed, Size, command_app
+
+EACH, LEAST, POOL = 10, 10_000, 10_000  # noises counted for each sample, and in all; noises in the pool compared with
+MEASURES = {"share_error": ("shares off by, rms", ".1%"), "share_deviation": ("standard deviation of that", ".1%"),
+            "never_taken": ("samples never taken", ",.0f"), "least_share": ("least share", ".2f"),
+            "largest_share": ("largest share", ".2f"), "inner": ("mean ⟨x, z⟩", ",.2f"),
+            "squared_distance": ("mean ‖x − z‖²", ",.1f"), "noise_size": ("mean ‖z‖²/D", ".4f"),
+            "class_told": ("class told from the noise", ".1%")}
+
+app = command_app()
+
+
+@app.command()
+def couple(
+    data: Annotated[str, typer.Argument(help="images or latents, as for dansm train")],
+    size: Size = None,
+    labels: Annotated[str, typer.Option(
+        help="classes of the data, as for dansm train: each is coupled within itself")] = "none",
+    flip: Annotated[bool | None, typer.Option(
+        "--flip/--no-flip", help="mirrored images are samples too", show_default="images yes, latents no")] = None,
+    part: Annotated[int, typer.Option(min=1, help="samples that share a plan, at most")] = 100_000,
+    error: Annotated[float, typer.Option(help="rms by which samples' shares of the noises may be off")] = 0.1,
+    seed: Seed = 0,
+    device: Device = "auto",
+    cache: Annotated[Path | None, typer.Option(
+        help="folder that keeps the potentials and the decoded images, as for dansm train",
+        show_default="~/.cache/dansm/potentials, images in memory")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for couple.csv and couple.json, made if missing")] = None,
+) -> None:
+    """Couple data with noises, for dansm train --method semidiscrete. Ctrl-C saves; the same command resumes."""
+    device = machine.pick_device(device)
+    if not 0 < error < math.inf:
+        raise BadInput(f"--error is {error}: expected a number above 0, like 0.1 for shares that are off by 10 %")
+    if out:
+        loader.check_out(data, out)
+    images = loader.load_images(data, size=size, cache=cache)
+    found = load_labels(data, labels, len(images))
+    if found is None and labels != "none":
+        text.say(f"{data} has no labels: all samples are one group")
+    if out:
+        files.make_folder(out)
+    classes = found.numbers if found else None
+    flip = known_of(images) is None if flip is None else flip
+    coupling = coupled(images, flip=flip, labels=classes, part=part, error=error, seed=seed, device=device, cache=cache)
+    rows = compared(images, coupling, flip=flip, labels=classes, seed=seed)
+    samples, parts = len(coupling.potentials), len(list(coupling.all_parts()))
+    text.console.print(text.table(
+        f"{text.counted(samples, 'sample')} in {text.counted(len(coupling.parts), 'group')} and "
+        f"{text.counted(parts, 'part')}", ["", *(row["pairs"] for row in rows)],
+        [[title, *(format(row[name], style) if name in row else "" for row in rows)]
+         for name, (title, style) in MEASURES.items() if name in rows[-1]],
+        caption="shares of fresh noises, 1 is even; for random pairs, what even ones give by chance"))
+    if out:
+        files.write_csv(out / "couple.csv", rows)
+        files.write_json(out / "couple.json", {
+            "data": data, "shape": list(images.shape[1:]), "samples": samples, "flip": flip, "labels": labels,
+            "groups": len(coupling.parts), "parts": parts, "error": error, "seed": seed, "rows": rows,
+            "hardware": machine.hardware(device)})
+        text.say_files(out, "couple.csv", "couple.json")
+
+
+def compared(images, coupling: FastSemidiscrete, *, flip: bool, labels: np.ndarray | None, seed: int) -> list[dict]:
+    """A row for random pairs, with shares that are even but for chance; for one pool without labels, over its whole
+    life; and for the coupling."""
+    most = max(1, MOST_BYTES // (4 * math.prod(images.shape[1:])))
+    batch, pool = min(SERVED_AT_ONCE, most), min(POOL, len(images), most)
+    pool -= pool % batch if pool > batch else 0
+    whole = max(pool, batch)
+    steps = whole // batch * max(1, min(max(LEAST, len(images)), most) // whole)
+    batches = partial(loader.batches, images, batch, seed=seed, flip=flip, device=coupling.device, labels=labels)
+    even, shares = shares_of(coupling)
+    with closing(batches()) as some, closing(batches()) as same:
+        ways = {"random": (even, dansm.pairs(some, "random", seed=seed)),
+                f"pool of {pool:,}": ({}, dansm.pairs(same, "greedy", pool, seed=seed)),
+                "coupling": (shares, pairs_of(coupling, Samples(images, flip), batch, labels is not None))}
+        return [{"pairs": name} | of_way | measured(pairs, steps, name)
+                for name, (of_way, pairs) in ways.items()]
+
+
+def pairs_of(coupling: FastSemidiscrete, samples: Samples, batch: int, labelled: bool) -> Iterator[tuple]:
+    """Endless batches (x, z), or (x, z, labels)."""
+    while True:
+        z, taken = coupling.draw(batch)
+        taken = taken.cpu()
+        x = samples[taken].to(z.device)
+        yield (x, z, coupling.labels[taken]) if labelled else (x, z)
+
+
+def measured(pairs: Iterator[tuple], steps: int, name: str) -> dict[str, float]:
+    """Means over so many batches, and how often z tells the class if they have labels."""
+    sums, noises, classes = 0, [], []
+    for x, z, *labels in text.with_bar(islice(pairs, steps), name, steps):
+        x, z = x.flatten(1), z.flatten(1)
+        sums += torch.stack([(x * z).sum(1).mean(), (x - z).square().sum(1).mean(), z.square().mean()])
+        if labels:
+            noises.append(z)
+            classes += labels
+    means = dict(zip(("inner", "squared_distance", "noise_size"), (sums / steps).tolist(), strict=True))
+    return means | ({"class_told": told_class(torch.cat(noises), torch.cat(classes))} if classes else {})
+
+
+def shares_of(coupling: FastSemidiscrete) -> tuple[dict, dict]:
+    """What even shares give by chance, and what samples have of fresh noises. Both are counted within parts, as lots
+    bring noises to parts."""
+    taken = torch.zeros(len(coupling.potentials), dtype=torch.int64, device=coupling.device)
+    steps = -(-max(LEAST, EACH * len(taken)) // SERVED_AT_ONCE)
+    for _ in text.with_bar(range(steps), "counting", steps):
+        _, numbers = coupling.draw(SERVED_AT_ONCE)
+        taken.index_add_(0, numbers, torch.ones_like(numbers))
+    counts = [of_part for part in coupling.all_parts() if (of_part := taken[part.samples].cpu()).sum() > 1]
+    lots = torch.Generator().manual_seed(coupling.seed)
+    chance = [torch.randint(len(of_part), (int(of_part.sum()),), generator=lots).bincount(minlength=len(of_part))
+              for of_part in counts]
+    return evenness_of(chance), evenness_of(counts)
+
+
+def evenness_of(counts: list[Tensor]) -> dict[str, float]:
+    """How even the shares are of samples that were taken so often, (n,) for each part."""
+    sizes = [len(of_part) for of_part in counts]
+    even = [torch.full((size,), 1 / size) for size in sizes]
+    solved = overall([evenness(of_part, share, 0) for of_part, share in zip(counts, even, strict=True)], sizes)
+    shares = torch.cat([of_part * (len(of_part) / of_part.sum()) for of_part in counts])
+    return {"share_error": solved.error, "share_deviation": uncertainty(solved),
+            "never_taken": int((shares == 0).sum()), "least_share": shares.min().item(),
+            "largest_share": shares.max().item()}
