@@ -211,7 +211,7 @@ def operations_per_image(settings: dict) -> float:
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):
-        net = dansm.UNet(**settings)
+        net = dansm.UNet(**settings).eval()  # which needs no labels
         with FlopCounterMode(display=False) as counter:
             net(torch.empty(1, *net.shape), torch.empty(1))
     return 3.0 * counter.get_total_flops()

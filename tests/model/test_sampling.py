@@ -12,6 +12,7 @@ from dansm.scale.model.sampling import (
     Guidance,
     guided,
     labels_in_turn,
+    operations_per_image,
     sample_images,
     sampler,
     save_grid,
@@ -119,3 +120,7 @@ def test_a_grid_is_about_square_or_has_the_columns_that_it_is_told(tmp_path):
     for columns, size in ((None, (3 * 10 + 2, 3 * 10 + 2)), (2, (2 * 10 + 2, 4 * 10 + 2))):
         save_grid(images, tmp_path / "grid.png", columns=columns)
         assert Image.open(tmp_path / "grid.png").size == size
+
+
+def test_a_step_of_a_network_with_classes_takes_as_many_operations():
+    assert operations_per_image(SMALLEST | dict(classes=3)) == operations_per_image(SMALLEST) > 0
