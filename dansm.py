@@ -149,27 +149,27 @@ class NoisePool:
     cost        "squared" or "inner", see `cost_matrix`
     device, dtype  of the noises: float32 (M × D × 4 bytes), float64, or bfloat16, which takes half the memory
     seed        None: from torch's generator. By torch.distributed each process has its own noises from the same seed
-    groups      of samples, such as classes: a pool for each, and z = pool(x, labels), see `GroupedPool`
+    groups      of samples, such as classes: a pool for each, and z = pool(x, labels); in scale/
 
-    With scale/, NoisePool(...) returns a subclass that gives the same noises faster and has more options, see
-    dansm.scale.matching.pool.FastPool. BadInput for a batch or an argument that cannot be.
+    scale/ has a faster subclass with more options, dansm.scale.matching.pool.FastPool. BadInput for what cannot be.
     """
 
     dtypes = (torch.float32, torch.float64, torch.bfloat16)  # float16 overflows in the products of long samples
+    grouped = False  # whether it is called with labels
     numbers_per_chunk = 2**23  # each chunk of a pool has a random stream of its own and can be drawn by itself
 
     def __new__(cls, *args, **settings):
         if cls is NoisePool:
             fast = fast_matching()  # Python calls the __init__ of the class that it is given
-            plain = NoisePool if settings.get("groups") is None else GroupedPool
-            cls = fast.pool_class(*args, **settings) if fast else plain
+            cls = fast.pool_class(*args, **settings) if fast else cls
         return super().__new__(cls)
 
     def __init__(self, match_size: int, shape, *, cost: str = "squared", device="cpu", dtype=torch.float32,
                  seed: int | None = None, groups: int | None = None):
-        self.match_size = check_count("match_size", match_size, at_least=0)
-        self.shape = check_shape(shape)
+        self.match_size, self.shape = check_count("match_size", match_size, at_least=0), check_shape(shape)
         self.cost = check_choice("cost", cost, COSTS)
+        if groups is not None:
+            raise BadInput(f"groups is {groups}: expected None where dansm.py is alone, pools for groups are in scale/")
         self.seed = torch.randint(2**31, ()).item() if seed is None else check_count("seed", seed, at_least=0)
         process = process_number()
         self.stream = (process,) if process else ()  # pools of several processes must not be equal
@@ -247,51 +247,6 @@ class NoisePool:
         return made_for | ({"process": self.stream[0]} if self.stream else {})
 
 
-class GroupedPool(NoisePool):
-    """A pool of `match_size` noises for each group of samples: NoisePool(match_size, shape, groups=10).
-
-        z = pool(x, labels)     # labels: (B,) whole numbers from 0 to groups − 1, on any device
-
-    One pool for all classes gives each class noises of its own kind; sampling by class starts elsewhere. Here those of
-    each group are N(0, I) by themselves. A group's pool is made when it first comes. BadInput also for other labels.
-    """
-
-    def __init__(self, match_size: int, shape, *, groups: int, **settings):
-        super().__init__(match_size, shape, **settings)
-        self.groups = check_count("groups", groups)
-        self.settings = settings
-        self.pools = {}  # of the groups that came so far
-
-    @torch.no_grad()
-    def __call__(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        self.check(x)
-        z = torch.empty_like(x)
-        for group, members in members_of(labels, len(x), self.groups).items():
-            members = members.to(x.device)
-            z[members] = self._pool(group)(x[members])
-        return z
-
-    def _pool(self, group: int) -> NoisePool:
-        if group not in self.pools:
-            pool = NoisePool(self.match_size, self.shape, **self.settings | {"seed": self.seed})
-            pool.stream = process_number(), 1 + group  # noises of its own
-            pool.generator = noise_generator(self.seed, pool.noise.device, 0, *pool.stream)
-            self.pools[group] = pool
-        return self.pools[group]
-
-    def state_dict(self) -> dict:
-        return super().state_dict() | {"pools": {group: pool.state_dict() for group, pool in self.pools.items()}}
-
-    def load_state_dict(self, state: dict) -> None:
-        super().load_state_dict(state)
-        self.pools = {}
-        for group, state_of_group in state["pools"].items():
-            self._pool(group).load_state_dict(state_of_group)
-
-    def _made_for(self) -> dict:
-        return super()._made_for() | {"groups": self.groups}
-
-
 class Semidiscrete:
     """Noises for data that are known: each fresh noise z takes the sample x_j of the largest ⟨z, x_j⟩ − b_j.
 
@@ -313,8 +268,7 @@ class Semidiscrete:
 
     groups  of samples, such as classes: the noises of each are N(0, I) by themselves
     seed    see `NoisePool`
-    With scale/, Semidiscrete(...) returns a faster subclass with more options, see
-    dansm.scale.matching.semidiscrete. BadInput for data or labels that cannot be.
+    scale/ has a faster one with more options, in dansm.scale.matching.semidiscrete. BadInput for what cannot be.
     """
 
     def __new__(cls, *args, **settings):
@@ -418,7 +372,7 @@ def _pairs(batches: Iterator, method: str, match_size: int, cost: str, seed: int
             size = match_size if method == "greedy" else 0
             pool = NoisePool(size, x.shape[1:], cost=cost, device=x.device, seed=seed, groups=groups)
         if method == "greedy":
-            yield x, pool(x, *labels if isinstance(pool, GroupedPool) else ()), *labels
+            yield x, pool(x, *labels if pool.grouped else ()), *labels
         else:
             pool.check(x)
             yield x, pool.fresh(x), *labels
@@ -569,8 +523,7 @@ class Norm(nn.GroupNorm):
 
     def __init__(self, channels: int, silu: bool = True, dropout: float = 0.0):
         super().__init__(math.gcd(channels, min(channels // 4, 32)), channels, eps=1e-6)
-        self.silu = silu
-        self.dropout = dropout
+        self.silu, self.dropout = silu, dropout
 
     def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
         """shift: (B, C), added to every pixel first."""
@@ -654,10 +607,8 @@ class UNet(nn.Module):
     residual blocks, every sum is scaled by 1/√2, and on the way up a level has one attention, not one a block.
     `biggan=False` is DDPM's network (Ho et al. 2020).
 
-    channels      of the images, in and out
-    size          of the square images; divisible by 2 once for each level but the first
-    width         channels at the first level; even, at least 4
-    multipliers   of the width, one for each level
+    channels      of the images, in and out; they are size × size pixels, divisible by 2 for each level but the first
+    width         channels at the first level, even, at least 4; times one of the multipliers at each level
     blocks        residual blocks a level
     attention_at  sizes at which there is attention; the middle always has it
     dropout       share of the activations that a residual block drops in training, 0 to 1
@@ -670,10 +621,8 @@ class UNet(nn.Module):
                  attention_at=(16,), dropout: float = 0.15, biggan: bool = True, classes: int = 0,
                  label_dropout: float = 0.1):
         super().__init__()
-        channels = check_count("channels", channels)
-        size = check_count("size", size)
+        channels, size, blocks = map(check_count, ("channels", "size", "blocks"), (channels, size, blocks))
         width = check_count("width", width, at_least=4)
-        blocks = check_count("blocks", blocks)
         multipliers = [check_count("multipliers", multiplier) for multiplier in multipliers]
         if width % 2:
             raise BadInput(f"width is {width}: expected an even number")
@@ -685,8 +634,7 @@ class UNet(nn.Module):
                            f"{len(multipliers)} levels")
         self.settings = dict(channels=channels, size=size, width=width, multipliers=multipliers, blocks=blocks,
                              attention_at=list(attention_at), dropout=dropout, biggan=biggan)
-        self.shape = channels, size, size  # of one image
-        self.width = width
+        self.shape, self.width = (channels, size, size), width  # shape of one image
         c_time = 4 * width
         scale = math.sqrt(0.5) if biggan else 1.0
 
@@ -727,8 +675,7 @@ class UNet(nn.Module):
                 size *= 2
         self.last = nn.Sequential(Norm(c), conv(c, channels, 3))
         self._initialise()
-        self.classes = check_count("classes", classes, at_least=0)
-        self.label_dropout = label_dropout
+        self.classes, self.label_dropout = check_count("classes", classes, at_least=0), label_dropout
         if classes:
             self.label = nn.Embedding(classes + 1, c_time)  # the last one: no label
             self.settings |= dict(classes=classes, label_dropout=label_dropout)
@@ -801,9 +748,7 @@ class Training:
     """
 
     def __init__(self, net: nn.Module, lr: float = 2e-4, decay: float = 0.9999, clip: float = 1.0):
-        self.net = net
-        self.decay = decay
-        self.clip = clip
+        self.net, self.decay, self.clip = net, decay, clip
         self.average = copy.deepcopy(net).eval().requires_grad_(False)
         self.optimizer = torch.optim.Adam(net.parameters(), lr=lr, fused=next(net.parameters()).is_cuda)
         self.step = 0

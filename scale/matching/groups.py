@@ -4,27 +4,36 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dansm import BadInput, GroupedPool, NoisePool, check_count, check_labels, noise_generator
+from dansm import BadInput, NoisePool, check_count, check_labels, noise_generator
 
 from .pool import FastPool
 from .spread import SpreadPool
 
 
-class FastGroupedPool(GroupedPool, FastPool):
-    """`dansm.GroupedPool` of `FastPool`s, whose arguments it takes too.
+class FastGroupedPool(FastPool):
+    """A pool of `match_size` noises for each group of samples: NoisePool(match_size, shape, groups=10).
+
+        z = pool(x, labels)     # labels: (B,) whole numbers from 0 to groups − 1
+
+    One pool for all classes gives each class noises of its own kind; sampling by class starts elsewhere. Here those of
+    each group are N(0, I) by themselves. A group's pool is made when it first comes. It takes the arguments of
+    `FastPool` too:
 
     match_size  of each group; None makes it as large as `memory` allows if all groups come
     memory      gigabytes of all groups' pools together, and their matching
 
-    Labels are needed on the CPU: those on a GPU are copied back, and the CPU waits for it. Raises BadInput also for a
-    group whose pool does not fit any more, before the batch takes a noise.
+    Labels are needed on the CPU: those on a GPU are copied back, and the CPU waits for it. Raises BadInput also for
+    other labels, and for a group whose pool does not fit any more, before the batch takes a noise.
     """
 
-    kind = NoisePool  # of each group's pool
+    grouped = True
+    kind = FastPool  # of each group's pool
 
     def __init__(self, match_size: int | None, shape, *, groups: int, **settings):
         self.groups = check_count("groups", groups)
-        super().__init__(match_size, shape, groups=groups, **settings)
+        self.settings = settings
+        self.pools = {}  # of the groups that came so far
+        super().__init__(match_size, shape, **settings)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -66,6 +75,18 @@ class FastGroupedPool(GroupedPool, FastPool):
             pool.generator = noise_generator(self.seed, pool.noise.device, 0, *self.stream or (self.rank,), 1 + group)
             self.pools[group] = pool
         return self.pools[group]
+
+    def state_dict(self) -> dict:
+        return super().state_dict() | {"pools": {group: pool.state_dict() for group, pool in self.pools.items()}}
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        self.pools = {}
+        for group, state_of_group in state["pools"].items():
+            self._pool(group).load_state_dict(state_of_group)
+
+    def _made_for(self) -> dict:
+        return super()._made_for() | {"groups": self.groups}
 
 
 class SpreadGroupedPool(FastGroupedPool, SpreadPool):

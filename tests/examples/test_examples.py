@@ -217,13 +217,14 @@ def test_diffusers_as_a_diffusion():
 def test_diffusers_by_class(monkeypatch):
     """Each noise is of the pool of its image's digit, and samples are asked for by digit."""
     module, given = load("with_diffusers"), []
-    match = dansm.GroupedPool.__call__
+    kind = type(dansm.NoisePool(2, (1, 8, 8), groups=10))
+    match = kind.__call__
 
     def recorded(pool, x, labels=None):
         given.append((pool.groups, x, labels))
         return match(pool, x, labels)
 
-    monkeypatch.setattr(type(dansm.NoisePool(2, (1, 8, 8), groups=10)), "__call__", recorded)
+    monkeypatch.setattr(kind, "__call__", recorded)
     rows = module.main(classes=True, **SHORT | {"match_size": 100})
     assert measures(rows, "pool of 10 for each class")["path length"] < 0.99 * measures(rows, "random")["path length"]
     digits = module.datasets.load_digits().target

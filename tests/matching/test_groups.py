@@ -15,7 +15,7 @@ from pools import CHANGES, COSTS, KINDS, Changed, NaivePool, data, drawn_for, ro
 from support import ROOT
 
 import dansm
-from dansm import BadInput, GroupedPool, NoisePool, noise_generator
+from dansm import BadInput, NoisePool, noise_generator
 from dansm.scale.matching import gpu
 from dansm.scale.matching.groups import FastGroupedPool, SpreadGroupedPool
 from dansm.scale.matching.pool import FastPool, pool_class
@@ -85,20 +85,10 @@ def test_the_kernels_of_all_groups_are_the_papers_loop_noise_for_noise(**case):
     check_against_the_loop(KernelGroupedPool, kernels.KernelPool, **case)
 
 
-@pytest.mark.parametrize("match_size", [0, 1, 9])
-def test_alone_the_plain_pool_hands_out_the_same_noises(monkeypatch, match_size):
-    x, labels = torch.randn(40, 6), torch.randint(3, (40,))
-    batches = list(zip(x.split(7), labels.split(7), strict=True))
-    fast = NoisePool(match_size, (6,), groups=3, seed=0)
-    assert type(fast) is FastGroupedPool and isinstance(fast, GroupedPool)
-    expected = [fast(*batch) for batch in batches]
-    with monkeypatch.context() as alone:
-        alone.setattr(dansm, "scaled", lambda room: None)
-        plain = NoisePool(match_size, (6,), groups=3, seed=0)
-        assert type(plain) is GroupedPool
-        assert all(torch.equal(plain(*batch), z) for batch, z in zip(batches, expected, strict=True))
-    fast.load_state_dict(plain.state_dict())
-    assert torch.equal(fast(*batches[0]), plain(*batches[0]))
+def test_alone_dansm_refuses_groups(monkeypatch):
+    monkeypatch.setattr(dansm, "scaled", lambda room: None)
+    with pytest.raises(BadInput, match="groups is 3: expected None where"):
+        NoisePool(9, (6,), groups=3)
 
 
 @pytest.mark.parametrize("match_size", [0, 1])
