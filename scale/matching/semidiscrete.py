@@ -100,12 +100,13 @@ class FastSemidiscrete(Semidiscrete):
         limit = free_memory(self.device) / 2 if memory is None else 1e9 * memory
         bytes_each = self.shape.numel() * self.dtype.itemsize
         self.values = int(min(VALUES, limit / 2 // 16))  # products at once; on the CPU there are four copies of them
-        if largest * bytes_each > limit / 2 or self.values < 2 * largest:
-            fits = int(min(limit / 2 // bytes_each, self.values // 2))
+        for_copies = limit - 16 * self.values
+        if largest * bytes_each > for_copies or self.values < 2 * largest:
+            fits = int(min(for_copies // bytes_each, self.values // 2))
             needed = largest * (bytes_each + 32) / 1e9
             raise BadInput(f"{largest:,} samples share a plan, which needs {needed:,.2f} GB of the {limit / 1e9:,.2f} "
                            f"that are for it: expected part={fits:,} or less")
-        return self.device if n * bytes_each <= limit / 2 else torch.device("cpu")
+        return self.device if n * bytes_each <= for_copies else torch.device("cpu")
 
     def _read(self, data, samples: Tensor, keys: Tensor) -> Part:
         """A part of these samples, whose `digests` are put into keys: (n,)."""
@@ -153,7 +154,7 @@ class FastSemidiscrete(Semidiscrete):
         if "solver" in state:
             solver.load_state_dict(state["solver"])
         else:
-            state = {}  # what another device reached is not true of potentials that begin anew
+            state = {}  # what another device reached is not true of potentials that start over
         try:
             while True:
                 solver.step()
@@ -264,7 +265,7 @@ class FastSemidiscrete(Semidiscrete):
                 "device": self.device.type}
 
     def load_solution(self, solution: dict) -> None:
-        """Take what another coupling of the same data found. On another kind of device a solve begins anew, if what was
+        """Take what another coupling of the same data found. On another kind of device a solve starts over, if what was
         reached is not enough. BadInput for other data, groups or parts."""
         check_made_for(solution, self._made_for())
         progress = {}
