@@ -4,6 +4,8 @@ from .gpu import working
 from .others import Assignment, optimal, pairs_to_compare
 from .pool import pool_class
 from .products import products
+from .sampler import CoupledBatchSampler
 from .semidiscrete import FastSemidiscrete
 
-__all__ = ["Assignment", "FastSemidiscrete", "optimal", "pairs_to_compare", "pool_class", "products", "working"]
+__all__ = ["Assignment", "CoupledBatchSampler", "FastSemidiscrete", "optimal", "pairs_to_compare", "pool_class",
+           "products", "working"]
