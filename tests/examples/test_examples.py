@@ -1,5 +1,5 @@
 """The examples run as they stand, shortened; they differ from usual training in one line; the pool in them keeps its
-promises."""
+promises, and so does the coupling."""
 
 import math
 import os
@@ -19,7 +19,8 @@ from dansm.tiny.digits import load_digits
 ROOT = Path(__file__).parents[2]
 EXAMPLES = {path.stem: path for path in sorted((ROOT / "examples").glob("*.py"))}
 PEERS = ("diffusers", "torchcfm")
-TRAINED = [pytest.param(name, marks=[pytest.mark.slow] if name != "bare" else []) for name in EXAMPLES]
+POOLED = [name for name in EXAMPLES if name != "semidiscrete"]
+TRAINED = [pytest.param(name, marks=[pytest.mark.slow] if name != "bare" else []) for name in POOLED]
 ONE_LINE = re.compile(r"^( *)(\w+) = pool\((\w+)(?:, \w+)?\) +# was: (.+)$", re.MULTILINE)
 SHORT = dict(steps=6, seeds=1, match_size=48)
 
@@ -78,10 +79,10 @@ def in_order(z):
 
 
 def test_there_is_an_example_for_each_kind_of_trainer():
-    assert list(EXAMPLES) == ["bare", "with_diffusers", "with_torchcfm"]
+    assert list(EXAMPLES) == ["bare", "semidiscrete", "with_diffusers", "with_torchcfm"]
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", POOLED)
 def test_one_line_is_marked_and_it_stood_for_random_noise(name):
     source = EXAMPLES[name].read_text()
     (_, noise, data, before), = ONE_LINE.findall(source)
@@ -281,3 +282,37 @@ def test_torchcfm_time_goes_from_noise_to_data():
     t, xt, ut = module.draw_paths(module.ConditionalFlowMatcher(), pool, x1)
     assert torch.allclose(xt + (1 - t)[:, None] * ut, x1, atol=1e-5)
     assert torch.allclose(xt - t[:, None] * ut, x1 - ut, atol=1e-5)  # where t is 0: the noise
+
+
+# ------------------------------------------------------------------------------- semidiscrete
+
+
+def short_rows(trainer, monkeypatch):
+    module = load("semidiscrete")
+    monkeypatch.setattr(module, "load_digits", lambda: load_digits()[:300])
+    return module.main(trainer, steps=6, seeds=1)
+
+
+def test_a_coupled_loader_makes_paths_shorter(monkeypatch, capsys):
+    random, coupled = short_rows("plain", monkeypatch)
+    assert coupled["path length"] < 0.95 * random["path length"]
+    assert "Digits and mirror images" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["accelerate", "lightning"])
+def test_every_trainer_with_a_coupled_loader_ends_with_the_same_numbers(trainer, monkeypatch):
+    pytest.importorskip(trainer)
+    assert short_rows(trainer, monkeypatch) == short_rows("plain", monkeypatch)
+
+
+def test_a_trainer_that_is_missing_is_named_before_anything_is_solved(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lightning", None)
+    with pytest.raises(ModuleNotFoundError, match="lightning"):
+        load("semidiscrete").main("lightning")
+
+
+def test_all_mirror_images_are_samples_of_their_own():
+    images = load_digits()[:5]
+    data = load("semidiscrete").Mirrored(images)
+    assert torch.stack([data[number] for number in range(len(data))]).equal(torch.cat([images, images.flip(-1)]))
