@@ -95,8 +95,9 @@ def _tell(found, infinite):
 @triton.jit(do_not_specialize=["left", "wide"])
 def _shortlist(lists, found, products, squared, index, left, wide, table, SQUARED: tl.constexpr, KEEP: tl.constexpr,
                LANES: tl.constexpr, GROUPED: tl.constexpr):
-    """Fill lists: (samples, KEEP) labels, nearest first. Each lane remembers the four nearest that it met. Once a lane
-    has given up all four, another noise that it met might be next, so the list ends with −1."""
+    """Fill lists: (samples, KEEP) labels, nearest first; i + 1 of sample i, as only the i samples before it can be in
+    its way. Each lane remembers the four nearest that it met. Once a lane has given up all four, another noise that it
+    met might be next, so the list ends with −1."""
     sample = tl.program_id(0)
     if GROUPED:
         group = tl.program_id(2)
@@ -121,7 +122,7 @@ def _shortlist(lists, found, products, squared, index, left, wide, table, SQUARE
         c3, l3 = _nearer(c3, l3, c, label)
         c4, l4 = _nearer(c4, l4, worse, worse_label)
     _tell(found, infinite)
-    for k in range(KEEP):
+    for k in range(tl.minimum(sample + 1, KEEP)):
         label = _nearest(c1, l1)
         tl.store(lists + sample * KEEP + k, tl.where(label == NOBODY, -1, label))
         gone = (l1 == label) & (label >= 0)
