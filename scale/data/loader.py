@@ -27,6 +27,7 @@ from .read import Source, check_finite, files_of, open_npy, square
 
 SHARED = Path("~/.cache/dansm/images")  # where processes of one machine find what one of them has decoded
 RESIDENT = 1 / 2  # share of the device's free memory that the data may take: the rest is for training
+CPU = torch.device("cpu")
 AHEAD, READERS = 4, 2  # batches read before they are asked for, and threads that read them
 
 Decoded = tuple[np.ndarray, list[Path]]  # (N, C, H, W), and the files that were left out
@@ -252,28 +253,40 @@ def batches(images: Tensor | np.ndarray | Shards, batch: int, *, seed: int = 0, 
     number `start` is the same for a run that is resumed there. A batch may end one epoch and begin the next.
     Raises BadInput for images of another type, and for a batch that `ranks` does not divide.
     """
-    if images.ndim != 4 or 0 in images.shape or str(images.dtype).split(".")[-1] not in ("uint8", "float16", "float32"):
-        raise BadInput(f"the images are {images.dtype} {tuple(images.shape)}: expected uint8, float16 or float32 "
-                       "(N, C, H, W)")
     if batch < 1 or start < 0 or not 0 <= rank < ranks or batch % ranks:
         raise BadInput(f"batch is {batch}, from {start} on, for rank {rank} of {ranks}: expected a batch that {ranks} "
                        f"divides, and a rank below {ranks}")
     device = torch.device(device or getattr(images, "device", "cpu"))
-    side = torch.cuda.Stream(device) if device.type == "cuda" else None
-    device = side.device if side else device  # cuda:0 for cuda, as the threads know no current device
     share = batch // ranks
     shares = partial(_shares, len(images), seed, flip, start * batch + rank * share, share, batch)
+    served = serve(images, shares, batch, seed=seed, start=start, rank=rank, ranks=ranks, device=device,
+                   resident=resident)
+    if labels is None:
+        return served
+    return _labelled(served, torch.from_numpy(labels), shares(CPU, None), pinned=device.type == "cuda")
+
+
+def serve(images: Tensor | np.ndarray | Shards, shares: Callable[..., Iterator[list]], batch: int, *, seed: int,
+          start: int, rank: int, ranks: int, device: torch.device, resident: bool | None) -> Iterator[Tensor]:
+    """The batches of `batches` with the samples that `shares` chooses.
+
+    shares  is called with the device where its tensors are to be and, for a GPU, a stream to send them by. It yields
+            for each batch rows (B,) and whether each is mirrored (B,), and may add what `on_its_way` gave.
+    """
+    if images.ndim != 4 or 0 in images.shape or str(images.dtype).split(".")[-1] not in ("uint8", "float16", "float32"):
+        raise BadInput(f"the images are {images.dtype} {tuple(images.shape)}: expected uint8, float16 or float32 "
+                       "(N, C, H, W)")
+    side = torch.cuda.Stream(device) if device.type == "cuda" else None
+    device = side.device if side else device  # cuda:0 for cuda, as the threads know no current device
     if resident or (resident is None and _may_live_on(device, images)):
         images_there = images.on(device) if isinstance(images, Shards) else torch.as_tensor(images).to(device)
         served = _served_there(images_there, shares(device, side))
     else:
         images = images.cpu().numpy() if isinstance(images, Tensor) else images
-        served = _read_ahead(images, shares(torch.device("cpu"), None), device, side)
+        served = _read_ahead(images, shares(CPU, None), device, side)
     if isinstance(images, Shards) and images.moments:
-        served = _drawn(served, batch, seed, start, rank * share, device)
-    if labels is None:
-        return served
-    return _labelled(served, torch.from_numpy(labels), shares(torch.device("cpu"), None), side)
+        served = _drawn(served, batch, seed, start, rank * (batch // ranks), device)
+    return served
 
 
 def _may_live_on(device: torch.device, images: Tensor | np.ndarray | Shards) -> bool:
@@ -288,10 +301,11 @@ def _served_there(images: Tensor, shares: Iterator[list[Tensor]]) -> Iterator[Te
             yield _finished(images.index_select(0, rows), mirrored)
 
 
-def _read_ahead(images: np.ndarray | Shards, shares: Iterator[list[Tensor]], device: torch.device,
-                side) -> Iterator[Tensor]:
-    def gather(share: list[Tensor]):
-        rows, mirrored = share
+def _read_ahead(images: np.ndarray | Shards, shares: Iterator[list], device: torch.device, side) -> Iterator[Tensor]:
+    def gather(share: list):
+        rows, mirrored, *sent = share
+        for event in sent:
+            event.synchronize()
         order = np.argsort(rows.numpy())
         in_order = np.take(images, rows.numpy()[order], axis=0)  # in the order of the file: fewer, longer reads
         x = torch.empty(in_order.shape, dtype=getattr(torch, str(images.dtype)), pin_memory=side is not None)
@@ -318,11 +332,11 @@ def _drawn(served: Iterator[Tensor], batch: int, seed: int, start: int, first: i
 
 
 def _labelled(served: Iterator[Tensor], labels: Tensor, shares: Iterator[list[Tensor]],
-              side) -> Iterator[tuple[Tensor, Tensor]]:
+              pinned: bool) -> Iterator[tuple[Tensor, Tensor]]:
     """Each batch with the labels of its rows, which a second row of epochs on the CPU gives: a GPU would make wait."""
     with closing(served), closing(shares):
         for x, (rows, _) in zip(served, shares, strict=False):
-            yield x, labels[rows] if side is None else labels[rows].pin_memory()
+            yield x, labels[rows].pin_memory() if pinned else labels[rows]
 
 
 def _finished(x: Tensor, mirrored: Tensor) -> Tensor:
@@ -362,6 +376,14 @@ def _send(tensors: list[Tensor], device: torch.device, side):
         return [tensor.to(device) for tensor in tensors], None
     with torch.cuda.stream(side):
         return [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors], side.record_event()
+
+
+def on_its_way(tensors: list[Tensor]) -> list:
+    """The tensors of a GPU on the CPU, and the event that tells when they are there: it is for threads to wait."""
+    if not tensors[0].is_cuda:
+        return [tensor.cpu() for tensor in tensors]
+    here = [tensor.to("cpu", non_blocking=True) for tensor in tensors]  # in pinned memory
+    return [*here, torch.cuda.current_stream(tensors[0].device).record_event(torch.cuda.Event(blocking=True))]
 
 
 def _received(tensors: list[Tensor], sent) -> list[Tensor]:
