@@ -73,6 +73,9 @@ class Recipe:
     method: str = in_flow("how noises are paired with samples; the paper's is greedy", "greedy", choices=dansm.METHODS)
     match_size: int = in_flow("greedy: noises in the pool, 0 or 1 gives random pairs; optimal: samples assigned "
                               "together; nearest: noises drawn for each sample", 10_000)
+    part: int = in_flow("semidiscrete: samples that share a plan, at most", 100_000, least=1)
+    couple_error: float = in_flow("semidiscrete: by how much (rms) the samples' shares of the noises may be off", 0.1,
+                                  least=0.001, most=1)
     cost: str = in_flow("what is near: squared distance, as in the paper, or −⟨x, z⟩", "squared", choices=dansm.COSTS)
     match_labels: str = in_flow("with labels: match each class within itself, by a pool of its own", "yes",
                                 choices=("yes", "no"))

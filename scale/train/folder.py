@@ -21,6 +21,7 @@ from ..data.labels import Labels
 from ..data.latents import known_of
 from ..model import checkpoint
 from ..model.recipe import Recipe, changed, write
+from .coupled_batches import CoupledBatches
 from .step import FastTraining
 
 
@@ -28,8 +29,8 @@ class RunFolder:
     """The folder that a run is resumed from and saved to. Only the first of several processes writes into it. With
     `fresh`, a run that is there already keeps its checkpoints and its log until the new one first saves."""
 
-    def __init__(self, out: Path, run: FastTraining, pool: dansm.NoisePool, images, fresh: bool,
-                 labels: Labels | None = None):
+    def __init__(self, out: Path, run: FastTraining, pool: dansm.NoisePool | CoupledBatches, images,
+                 fresh: bool, labels: Labels | None = None):
         self.out = out
         self.run = run
         self.pool = pool
@@ -77,12 +78,17 @@ class RunFolder:
                 raise BadInput(f"{path} is of another run ({', '.join(differences)}): expected the same settings, "
                                "another --out, or --fresh to start over")
             self.run.load_state_dict(state["training"])
-            self.pool.load_state_dict(state["ranks"][self.rank]["pool"])
+            unfinished = self.run.step < self.run.recipe.steps  # else there is nothing left to match
+        if unfinished and isinstance(self.pool, CoupledBatches):
+            self.pool.solve()  # what goes wrong there is not the file's fault
+        with checkpoint.reading(path):
+            if unfinished:
+                self.pool.load_state_dict(state["ranks"][self.rank]["pool"])
             for name, generator in self.generators.items():
                 generator.set_rng_state(state["ranks"][self.rank]["random"][name])
             newer = checkpoint.checkpoints(self.out)
             self.others = newer[: newer.index(path)]  # damaged
-            if self.run.step < self.run.recipe.steps:
+            if unfinished:
                 say(f"resuming from step {self.run.step:,} of {path}")
             return float(state["seconds"])
 

@@ -21,6 +21,7 @@ from ..data.labels import Labels, load_labels
 from ..data.latents import known_of
 from ..model import sampling
 from ..model.recipe import FLOWS, Recipe, check_without_labels, make_flow
+from .coupled_batches import CoupledBatches
 from .evaluation import Evaluation, check_evaluation, due
 from .folder import RunFolder
 from .step import FastTraining
@@ -59,7 +60,8 @@ def read_labels(recipe: Recipe, images, left_out: list[Path]) -> Labels | None:
     if left_out and (lost := set(range(len(labels.names))) - set(labels.numbers.tolist())):
         raise BadInput(f"{recipe.data} has no readable image of class {labels.names[min(lost)]}: expected some of each")
     classes = f"{counted(len(labels.names), 'class')} by {labels.origin} ({shorten(', '.join(labels.names), 80)})"
-    if recipe.method not in ("greedy", "optimal") or recipe.match_size < 2:  # no noise depends on other samples
+    together = recipe.method in ("greedy", "optimal") and recipe.match_size >= 2
+    if not together and recipe.method != "semidiscrete":  # no noise depends on other samples
         say(classes)
     elif recipe.match_labels == "yes":
         say(f"{classes}; each is matched within itself (--match-labels no: all together, and a noise tells the class)")
@@ -80,18 +82,16 @@ def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, 
     pictures = known_of(images) is None
     if recipe.flip is None:  # a mirrored latent is not the latent of the mirrored image
         recipe = dataclasses.replace(recipe, flip=pictures)
-    rank, processes = ranks()
     run, flow, pool = begin(images, recipe, device, labels)
     folder = RunFolder(out, run, pool, images, fresh, labels)
     seconds = folder.resume()
     overdue = due(recipe, run.step) and not folder.has_evaluation()  # it was cut off after its checkpoint
     evaluated = (recipe.evaluate_every or recipe.evaluate_at) and (run.step < recipe.steps or overdue)
     evaluation = Evaluation(images, run, flow, labels) if evaluated else None
-    batches = loader.batches(images, recipe.batch, seed=recipe.seed, flip=recipe.flip, start=run.step, rank=rank,
-                             ranks=processes, device=device,
-                             resident=None if recipe.data_on_gpu == "auto" else recipe.data_on_gpu == "yes",
-                             labels=labels.numbers if labels else None)
+    if recipe.method == "semidiscrete" and run.step < recipe.steps:
+        pool.solve()
     watch = Watch(run, seconds)
+    batches = batches_of(images, run, pool, watch, labels)
     pairs = watch.pairs(batches, pool, groups_of(labels, recipe))
     with closing(batches), closing(folder), blamed_on_data(images), progress(run) as show, \
             Decide(run, lambda: show("stopping after this step")) as decide:
@@ -110,13 +110,24 @@ def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, 
             if due(recipe, run.step):
                 with watch.paused():
                     folder.log(evaluation(watch.seconds, show))
-            if save and not stop and pictures and rank == 0 and device.type in GRID_DEVICES:
-                share = recipe.batch // (processes * recipe.accumulate)  # fits into memory: a step had it
+            if save and not stop and pictures and ranks()[0] == 0 and device.type in GRID_DEVICES:
+                share = recipe.batch // (ranks()[1] * recipe.accumulate)  # fits into memory: a step had it
                 with watch.paused():
                     draw_grid(run.average, flow, recipe, device, out / f"samples-{run.step:08d}.png", min(64, share))
             if stop:
                 break
     return watch.summary(decide.interrupted), run.average, flow
+
+
+def batches_of(images, run: FastTraining, pool: dansm.NoisePool | CoupledBatches, watch: Watch,
+               labels: Labels | None) -> Iterator[tuple | Tensor]:
+    """This process's part of each batch that is left to train on. Those of method "semidiscrete" are pairs already."""
+    recipe, (rank, processes) = run.recipe, ranks()
+    resident = None if recipe.data_on_gpu == "auto" else recipe.data_on_gpu == "yes"
+    place = dict(seed=recipe.seed, start=run.step, rank=rank, ranks=processes, device=run.device, resident=resident)
+    if recipe.method == "semidiscrete":
+        return pool.pairs(watch.matching, **place)
+    return loader.batches(images, recipe.batch, flip=recipe.flip, labels=labels.numbers if labels else None, **place)
 
 
 def groups_of(labels: Labels | None, recipe: Recipe) -> int | None:
@@ -125,7 +136,8 @@ def groups_of(labels: Labels | None, recipe: Recipe) -> int | None:
 
 
 def begin(images, recipe: Recipe, device: torch.device, labels: Labels | None = None) -> tuple:
-    """What trains (`FastTraining`), the flow and the pool, as they are before the first step."""
+    """What trains (`FastTraining`), the flow and the pool, or what draws pairs in its place, as they are before the
+    first step."""
     rank, processes = ranks()
     share = recipe.batch // processes * math.prod(images.shape[1:]) * 4  # bytes
     check_memory(f"--batch is {recipe.batch:,}", share, device)
@@ -137,6 +149,8 @@ def begin(images, recipe: Recipe, device: torch.device, labels: Labels | None = 
     own_seed = np.random.SeedSequence([recipe.seed, rank]).generate_state(1, np.uint64)[0] >> 1
     torch.manual_seed(int(own_seed) if rank else recipe.seed)
     flow = make_flow(dataclasses.asdict(recipe), known_of(images) is None)
+    if recipe.method == "semidiscrete":
+        return run, flow, CoupledBatches(images, recipe, device, labels)
     greedy = recipe.method == "greedy"
     size = recipe.match_size if greedy else 0  # other methods use the pool's generator alone
     dtype = number_type(recipe.pool_dtype, device)
@@ -161,6 +175,8 @@ def check(recipe: Recipe, device: torch.device) -> None:
                        f"times --accumulate {recipe.accumulate}")
     if recipe.match_scope == "global" and not torch.distributed.is_initialized():
         raise BadInput("--match-scope is global: expected several processes, started by torchrun")
+    if recipe.match_scope == "global" and recipe.method == "semidiscrete":
+        raise BadInput("--match-scope is global: expected rank with --method semidiscrete, which has no pool to share")
     check_evaluation(recipe)
 
 

@@ -16,6 +16,7 @@ from ..base.machine import peak
 from ..base.processes import ranks
 from ..base.text import console
 from ..model.sampling import operations_per_image
+from .coupled_batches import CoupledBatches
 from .step import FastTraining
 
 
@@ -50,10 +51,22 @@ class Watch:
         finally:
             self.begin = time.monotonic() - before
 
-    def pairs(self, batches: Iterator, pool: dansm.NoisePool, groups: int | None = None) -> Iterator[tuple]:
-        """Match the batches, x or (x, labels), by the recipe, and note when each matching begins and ends."""
-        for x, z, *labels in dansm.pairs(self._arriving(batches), self.recipe.method, self.recipe.match_size,
-                                         cost=self.recipe.cost, pool=pool, groups=groups):
+    @contextmanager
+    def matching(self) -> Iterator[None]:
+        """Note what happens inside as a matching."""
+        begin = self._now()
+        yield
+        self.matchings.append((begin, self._now()))
+
+    def pairs(self, batches: Iterator, pool: dansm.NoisePool | CoupledBatches,
+              groups: int | None = None) -> Iterator[tuple]:
+        """Match the batches, x or (x, labels), by the recipe, and note when each matching begins and ends. Those of
+        method "semidiscrete" are pairs already."""
+        recipe, matched = self.recipe, batches
+        if recipe.method != "semidiscrete":
+            matched = dansm.pairs(self._arriving(batches), recipe.method, recipe.match_size, cost=recipe.cost,
+                                  pool=pool, groups=groups)
+        for x, z, *labels in matched:
             if self.arrived is not None:  # else "optimal" matched it together with batches before
                 self.matchings.append((self.arrived, self._now()))
                 self.arrived = None

@@ -118,5 +118,5 @@ def test_help_is_whole_in_80_columns(run, monkeypatch):
 
 def test_help_tells_the_choices_and_the_defaults(run, monkeypatch):
     said = " ".join(help_of_train(run, monkeypatch, 200).split())
-    for words in ("random, greedy, optimal, nearest [greedy]", "[128]", "[0.9999]", "bf16, fp16, fp32 [auto]"):
+    for words in ("random, greedy, semidiscrete, optimal, nearest [greedy]", "[128]", "[0.9999]", "fp16, fp32 [auto]"):
         assert words in said
