@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from matplotlib.collections import LineCollection
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import LinearSegmentedColormap, hsv_to_rgb
 from matplotlib.patheffects import withStroke
 from PIL import Image
 from torch import Tensor
@@ -78,6 +78,32 @@ def draw_flow(target: Tensor, movies: dict[str, dict[int, tuple[Tensor, str]]], 
     colours = some.quantize(64, Image.Quantize.MAXCOVERAGE)  # one palette for all frames, or the ground would flicker
     images = [image.quantize(palette=colours, dither=Image.Dither.NONE) for image in images]
     images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0, optimize=True)
+
+
+def draw_cells(x: Tensor, potentials: dict[str, Tensor], z: Tensor, path: Path) -> Image.Image:
+    """The plane of noises in the colours of the samples that take them, x: (n, 2), by the name of potentials (n,); the
+    least and the largest share that a sample gets of the noises z: (N, 2), and lines from some of these."""
+    figure, planes = page_row(0, len(potentials))
+    ticks = torch.linspace(-2.7, 2.7, 541)
+    noises = torch.stack(torch.meshgrid(ticks, ticks, indexing="xy"), 2)  # (height, width, 2)
+    pale, strong = colours_by_direction(x, 0.4, 0.93), colours_by_direction(x, 0.9, 0.72)
+    for panel, (name, b) in zip(planes, potentials.items(), strict=True):
+        cells, taken = ((noise @ x.T - b).argmax(-1) for noise in (noises, z))
+        edges = (cells[1:, 1:] != cells[:-1, 1:]) | (cells[1:, 1:] != cells[1:, :-1])
+        panel.imshow(np.where(edges[:, :, None], 1, pale[cells[1:, 1:]]), origin="lower", extent=(-2.7, 2.7, -2.7, 2.7))
+        shares = taken.bincount(minlength=len(x)) / len(z)
+        lines = torch.stack([z[:10], x[taken[:10]]])
+        draw_lines(panel, lines, f"potentials: {name}\nshares: {shares.min():.1%} to {shares.max():.1%}", 16, 1.2)
+        panel.scatter(*z[:10].T.numpy(), s=16, c=NOISE, edgecolors=INK, linewidths=0.6, zorder=4)
+        panel.scatter(*x.T.numpy(), s=20, c=strong, edgecolors="white", linewidths=0.7, zorder=4)
+    return save(figure, path, LESSON_DPI)
+
+
+def colours_by_direction(x: Tensor, saturation: float, value: float) -> np.ndarray:
+    """A colour for each point of x: (n, 2) → (n, 3): the hue is its direction from the centre, paler near to it."""
+    hue = torch.atan2(x[:, 1], x[:, 0]) / (2 * np.pi) % 1
+    far = x.norm(dim=1) / x.norm(dim=1).max()
+    return hsv_to_rgb(torch.stack([hue, saturation * (0.3 + 0.7 * far), torch.full_like(hue, value)], 1))
 
 
 CLASSES = DATA, "#1f6f8b"

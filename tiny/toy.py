@@ -6,11 +6,12 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import chain, count, islice
+from itertools import chain, count, islice, tee
 from pathlib import Path
 from statistics import median
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 import dansm
@@ -23,7 +24,6 @@ from dansm.scale.base.statistics import (
     straightness,
 )
 from dansm.scale.base.text import counted, say_files
-from dansm.scale.matching import optimal
 
 from .comparison import each_seed, print_table
 from .shapes import SHAPES
@@ -32,6 +32,7 @@ BATCH = 256
 POINTS = 1000  # for each measure: W2² between more points takes seconds, between fewer it has a higher floor
 STEPS_SHOWN = (1, 2, 4, 8, 50)
 AT_MOST = {"random": 1, "optimal": 128, "nearest": 16}  # match_size: larger ones make optimal slow, nearest biased
+KNOWN = 1000  # samples of the shape that a semidiscrete coupling knows; the other methods draw new ones for each batch
 MEASURES = {"path length": "path_length", "share crossing": "crossing", "median bend": "straightness",
             **{f"W2² {counted(steps, 'step')}": f"w2_{steps}_steps" for steps in STEPS_SHOWN}}
 
@@ -72,10 +73,34 @@ def points(shape: str, count: int, purpose: str, seed: int, device="cpu") -> Ten
 
 
 def training_pairs(shape: str, method: str, match_size: int, seed: int, device="cpu") -> Iterator[tuple]:
-    """The endless pairs (x, z) that a training with this method and seed sees, (BATCH, 2) each."""
+    """The endless pairs (x, z) that a training with this method and seed sees, (BATCH, 2) each. A semidiscrete coupling
+    knows the first match_size samples, and takes no others."""
     generator = torch.Generator().manual_seed(seed_for("data", seed))
     drawn = (SHAPES[shape](64 * BATCH, generator).to(device).split(BATCH) for _ in count())
-    return dansm.pairs(chain.from_iterable(drawn), method, match_size, seed=seed_for("noise", seed))
+    batches = chain.from_iterable(drawn)
+    if method == "semidiscrete":
+        known = torch.cat(list(islice(batches, math.ceil(match_size / BATCH))))[:match_size]
+        return pairs_of_known(known, seed_for("noise", seed))
+    return dansm.pairs(batches, method, match_size, seed=seed_for("noise", seed))
+
+
+def pairs_of_known(x: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless pairs of fresh noises with samples x: (n, 2), all taken equally often, within 25 % (rms)."""
+    coupling = dansm.Semidiscrete(x, seed=seed, dtype=torch.float32)
+    coupling.solve(error=0.25)
+    while True:
+        z, taken = coupling.draw(BATCH)
+        yield x[taken], z
+
+
+def settling(x: Tensor, seed: int) -> dict[str, Tensor]:
+    """Potentials (n,) of a semidiscrete coupling of x: (n, 2), from zero until all samples are taken equally often."""
+    coupling = dansm.Semidiscrete(x, seed=seed)
+    potentials = {"zero": torch.zeros(len(x)), "at the start": coupling.potentials.clone()}
+    coupling.solve(most=4)
+    potentials["on the way"] = coupling.potentials.clone()
+    coupling.solve(error=0.05)
+    return potentials | {"settled": coupling.potentials}
 
 
 def pool_from(z: Tensor, x: Tensor, match_size: int) -> Tensor:
@@ -103,7 +128,7 @@ def crossing_share(x: Tensor, z: Tensor) -> float:
 def wasserstein2(a: Tensor, b: Tensor) -> float:
     """The squared Wasserstein-2 distance of two equally large sets of points (N, D): mean ‖a_i − b_j‖², best paired."""
     distances = squared_distances(a.cpu().double(), b.cpu().double())
-    return distances.gather(1, optimal(distances).picks[:, None]).mean().item()
+    return distances[linear_sum_assignment(distances)].mean().item()
 
 
 def measure_pairs(pairs: Iterable, match_size: int) -> dict[str, float]:
@@ -183,20 +208,22 @@ def run_shape(shape: str, settings: Settings, out: Path) -> tuple[list[dict], di
     print_table(lines, f"{shape}, {settings.steps:,} steps of {BATCH}",
                 f"W2² after 1, 2, … sampling steps; other points of the target have {floor['mean']:.3f} ± "
                 f"{floor['std']:.3f}, below which no way is better than another.")
-    say_files(out, "toy.json", "results.csv", "pairs.png", "paths.png", "samples.png", "flow.gif")
+    say_files(out, "toy.json", "results.csv", "pairs.png", "cells.png", "paths.png", "samples.png", "flow.gif")
     return trainings, shown
 
 
 def train_and_measure(shape: str, settings: Settings, method: str, seed: int) -> tuple[nn.Module, dict]:
     """A trained network, and what toy.json holds about it."""
     match_size = max(1, min(settings.match_size, AT_MOST.get(method, math.inf)))
-    pairing = (shape, method, match_size, seed, settings.device)
-    net = train_flow(training_pairs(*pairing), settings.steps, seed, settings.device)
+    if method == "semidiscrete":
+        match_size = KNOWN
+    pairs, again = tee(training_pairs(shape, method, match_size, seed, settings.device))
+    net = train_flow(pairs, settings.steps, seed, settings.device)
     pool = match_size if method == "greedy" else 1  # no other method serves some samples before others
     target, start = target_and_start(shape, seed, settings.device)
     flow = measure_flow(net, target, start)
     return net, {"method": method, "match_size": match_size, "seed": seed,
-                 **measure_pairs(training_pairs(*pairing), pool), "straightness": flow["straightness"],
+                 **measure_pairs(again, pool), "straightness": flow["straightness"],
                  **{f"w2_{steps}_steps": value for steps, value in flow["w2"].items()},
                  "w2_floor": wasserstein2(target, points(shape, POINTS, "floor", seed, settings.device))}
 
@@ -222,17 +249,21 @@ def rows_of(shape: str, trainings: list[dict]) -> list[dict]:
 
 @torch.no_grad()
 def draw(shape: str, shown: dict, settings: Settings, out: Path) -> None:
-    """Draw the four pictures of a shape. shown: (network, measures) by method."""
+    """Draw the five pictures of a shape. shown: (network, measures) by method."""
     from . import pictures  # matplotlib takes a second to import
 
     x, z = target_and_start(shape, settings.seed, settings.device)
     planes = {}
     for match_size in (1, 10, 100, 1000):
-        noise = pool_from(z, x, match_size)
-        note = f"{crossing_share(x, noise):.1%} of pairs cross\nmean length {dansm.path_length(x, noise):.2f}"
         name = "random pairs" if match_size == 1 else f"match size {match_size:,}"
-        planes[name] = torch.stack([noise[::4], x[::4]]), note  # all 1,000 would be a tangle
+        planes[name] = plane_of(x, pool_from(z, x, match_size))
+    pairs = training_pairs(shape, "semidiscrete", KNOWN, settings.seed, settings.device)
+    taken, noise = (torch.cat(part)[:POINTS] for part in zip(*islice(pairs, math.ceil(POINTS / BATCH)), strict=True))
+    planes[f"semidiscrete of {KNOWN:,}"] = plane_of(taken, noise)
     pictures.draw_planes(planes, out / "pairs.png")
+    few = points(shape, 40, "few", settings.seed)
+    pictures.draw_cells(few, settling(few, settings.seed), points("noise", 100_000, "cells", settings.seed),
+                        out / "cells.png")
     paths, grid, movies = {}, {}, {}
     for method, (net, training) in shown.items():
         name = name_of(training)
@@ -247,6 +278,12 @@ def draw(shape: str, shown: dict, settings: Settings, out: Path) -> None:
     pictures.draw_flow(x, movies, out / "flow.gif")
 
 
+def plane_of(x: Tensor, z: Tensor) -> tuple[Tensor, str]:
+    """Some of the lines between pairs x, z: (N, 2), as all would be a tangle, and what is measured of all."""
+    text = f"{crossing_share(x, z):.1%} of pairs cross\nmean length {dansm.path_length(x, z):.2f}"
+    return torch.stack([z[::4], x[::4]]), text
+
+
 def samples_of(shape: str, net: nn.Module, training: dict, steps: int, settings: Settings) -> tuple:
     """Points of the target, samples in `steps` steps, and their W2² as text."""
     target, start = target_and_start(shape, settings.seed, settings.device, times=3)  # denser is easier to see
@@ -255,5 +292,5 @@ def samples_of(shape: str, net: nn.Module, training: dict, steps: int, settings:
 
 def name_of(training: dict) -> str:
     method, size = training["method"], f"{training['match_size']:,}"
-    names = {"random": "random pairs", "nearest": f"nearest of {size}"}
+    names = {"random": "random pairs", "semidiscrete": f"semidiscrete of {size}", "nearest": f"nearest of {size}"}
     return names.get(method, f"{method}, match size {size}")

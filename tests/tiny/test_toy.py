@@ -35,8 +35,26 @@ def test_data_and_noise_of_one_seed_are_not_the_same_numbers():
 
 
 def test_every_method_sees_the_same_data():
-    seen = [next(toy.training_pairs("two-moons", method, 16, seed=3))[0] for method in dansm.METHODS]
-    assert all(x.equal(seen[0]) for x in seen)
+    batches = {method: next(toy.training_pairs("two-moons", method, 16, seed=3))[0] for method in dansm.METHODS}
+    taken = batches.pop("semidiscrete")
+    assert all(x.equal(batches["random"]) for x in batches.values())
+    assert taken.shape == (256, 2) and taken.unique(dim=0).equal(batches["random"][:16].unique(dim=0))
+
+
+def test_semidiscrete_pairs_are_of_all_known_samples_and_fresh_noises():
+    x, z = (torch.cat(part) for part in zip(*islice(toy.training_pairs("two-moons", "semidiscrete", 50, 0), 80),
+                                            strict=True))
+    _, counts = x.unique(dim=0, return_counts=True)
+    assert len(counts) == 50 and (counts / len(x) * 50 - 1).square().mean().sqrt() < 0.3
+    assert z.mean(0).abs().max() < 0.03 and (z.std(0) - 1).abs().max() < 0.03 and len(z.unique(dim=0)) == len(z)
+
+
+def test_potentials_settle():
+    x, z = toy.points("two-moons", 40, "test", 0), toy.points("noise", 50_000, "test", 0)
+    shares = {name: (z @ x.T - b).argmax(1).bincount(minlength=40) / len(z)
+              for name, b in toy.settling(x, 0).items()}
+    off = [(40 * share - 1).abs().max() for share in shares.values()]
+    assert (shares["zero"] == 0).sum() > 20 and min(off[:2]) > off[2] > off[3] and off[3] < 0.2
 
 
 def segments_cross(a, b, c, d) -> bool:
@@ -100,6 +118,7 @@ def test_matched_paths_are_farther_from_each_other():
 def small(monkeypatch):
     monkeypatch.setattr(toy, "POINTS", 200)
     monkeypatch.setattr(toy, "BATCH", 64)
+    monkeypatch.setattr(toy, "KNOWN", 40)
 
 
 def settings(**changes):
@@ -110,19 +129,20 @@ def test_a_run_writes_numbers_and_pictures(small, tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(pictures, "draw_flow", partial(pictures.draw_flow, frames=6))
     out = tmp_path / "new" / "folder"
     toy.run("eight-gaussians", settings(match_size=100, seeds=2), out)
-    written = ["flow.gif", "pairs.png", "paths.png", "results.csv", "samples.png", "toy.json"]
+    written = ["cells.png", "flow.gif", "pairs.png", "paths.png", "results.csv", "samples.png", "toy.json"]
     assert files_of(out) == written
     rows = read_csv(out / "results.csv")
     assert [row["shape"] for row in rows] == ["eight-gaussians"] * len(dansm.METHODS)
     assert [row["method"] for row in rows] == list(dansm.METHODS)
-    assert [(row["match_size"], row["seeds"]) for row in rows] == [(size, "2") for size in ("1", "100", "100", "16")]
+    sizes = "1", "100", "40", "100", "16"
+    assert [(row["match_size"], row["seeds"]) for row in rows] == [(size, "2") for size in sizes]
     assert list(rows[0])[4:7] == ["path_length", "path_length_std", "crossing"]
     for steps in toy.STEPS_SHOWN:
         assert all(float(row[f"w2_{steps}_steps_std"]) > 0 for row in rows)
     trainings = json.loads((out / "toy.json").read_text())["trainings"]
     lengths = [training["path_length"] for training in trainings if training["method"] == "greedy"]
     assert float(rows[1]["path_length"]) == pytest.approx(sum(lengths) / 2, abs=1e-5)
-    for name in ("pairs", "paths", "samples"):
+    for name in ("pairs", "cells", "paths", "samples"):
         image = Image.open(out / f"{name}.png")
         assert image.width >= 900 and len(image.getcolors()) > 30
         assert 10_000 < (out / f"{name}.png").stat().st_size < 300_000
@@ -160,10 +180,11 @@ def test_stopping_keeps_the_seeds_that_are_done(small, tmp_path, monkeypatch):
     assert [(training["method"], training["seed"]) for training in trainings] == [(m, 0) for m in dansm.METHODS]
 
 
-def test_a_match_size_of_0_is_random_pairs_for_every_method(small, tmp_path, monkeypatch):
+def test_a_match_size_of_0_is_random_pairs_for_every_method_that_has_one(small, tmp_path, monkeypatch):
     monkeypatch.setattr(toy, "draw", lambda *_: None)
     toy.run("two-moons", settings(match_size=0, steps=1), tmp_path)
-    assert [row["match_size"] for row in read_csv(tmp_path / "results.csv")] == ["1"] * len(dansm.METHODS)
+    sizes = {row["method"]: row["match_size"] for row in read_csv(tmp_path / "results.csv")}
+    assert sizes.pop("semidiscrete") == "40" and set(sizes.values()) == {"1"}
 
 
 def test_the_same_seed_gives_the_same_flow(small):
