@@ -162,7 +162,19 @@ def test_8_the_pool_does_not_know_the_batch_and_assignment_does(lesson):
     assert lesson.crossing[1000] < lesson.of_pool  # the lesson says so too
 
 
-def test_9_images_gain_some_per_cent_where_the_plane_gains_most(lesson):
+def test_9_single_batches_keep_the_prior_and_lines_cross_less_than_with_the_pool(lesson):
+    p = {name: torch.tensor(of_batches).median() for name, of_batches in lesson.p_of.items()}
+    assert p["pool"] < 1e-3 < 0.1 < p["semidiscrete"]
+    assert lesson.crossing_of["semidiscrete"] < lesson.crossing_of["pool"] / 2
+
+
+def test_9_cells_hold_equal_shares_when_potentials_have_settled(lesson):
+    off = {name: (40 * share - 1).abs().max() for name, share in lesson.shares_of.items()}
+    assert (lesson.shares_of["zero"] == 0).sum() > 20
+    assert off["settled"] < 0.2 < off["on the way"] < min(off["zero"], off["at the start"])
+
+
+def test_10_images_gain_some_per_cent_where_the_plane_gains_most(lesson):
     plane, digits = lesson.shares["two moons"], lesson.shares["digits"]
     assert all(0.85 < share < 0.98 for size, share in digits.items() if size >= 100)
     assert list(digits.values()) == sorted(digits.values(), reverse=True)
