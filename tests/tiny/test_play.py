@@ -208,6 +208,40 @@ def test_a_match_size_of_0_or_1_is_a_random_noise(console, match_size):
     assert [rest for _, *rest in served] == [[0, 0]] * 3  # no pool is ever drawn, as in dansm.py
 
 
+SETTLE = """
+    const coupling = new d.Semidiscrete(arguments[0]);
+    const begun = coupling.shares;
+    for (let steps = 0; steps < 200 && !coupling.settled; steps++) coupling.settle();
+    return {begun, settled: coupling.settled, shares: coupling.shares, potentials: coupling.potentials,
+            taken: arguments[1].map(z => coupling.take(z))};
+"""
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("count", [1, 2, 40, 256])
+def test_cells_settle_to_equal_shares_of_the_noises(console, count, shape):
+    """By a million noises, which choose as in dansm.py."""
+    x, z = toy.points(shape, count, "test", 0).double(), torch.randn(1_000_000, 2, dtype=torch.float64)
+    found = run(console, SETTLE, x, z[:1000])
+    values = z @ x.T - torch.tensor(found["potentials"], dtype=torch.float64)
+    taken = values.argmax(1)
+    assert found["settled"] and taken[:1000].tolist() == found["taken"]
+    counts, expected = taken.bincount(minlength=count), len(z) / count
+    assert (counts - expected).abs().max() < 0.005 * expected + 5 * expected**0.5
+    nearest = torch.cdist(z[:100_000], x).argmin(1).bincount(minlength=count) / 100_000
+    assert nearest == pytest.approx(torch.tensor(found["begun"], dtype=torch.float64), abs=0.008)
+    assert sum(found["shares"]) == pytest.approx(1, abs=1e-4)
+
+
+def test_settled_potentials_are_those_of_dansm(console):
+    x = toy.points("checkerboard", 40, "test", 0)
+    coupling = dansm.Semidiscrete(x, seed=0)
+    coupling.solve(error=0.03)
+    found = torch.tensor(run(console, SETTLE, x.double(), [])["potentials"])
+    apart = found - coupling.potentials
+    assert (apart - apart.mean()).abs().max() < 0.05 < 0.2 < coupling.potentials.std()
+
+
 # Measuring, and drawing lots
 
 
@@ -338,6 +372,24 @@ def test_random_pairing_has_no_pool(page):
     choose(page, "method", "greedy")
     assert says(page, "pool-says") == "no. 1: 60 of 100 left" and says(page, "remark") == ""
 
+
+def test_semidiscrete_pairs_settle_on_the_samples_of_the_batch(page):
+    before = state(page)
+    choose(page, "method", "semidiscrete")
+    run_until(page, "!d.settling()")
+    shown = state(page)
+    data, potentials, shares = (torch.tensor(run(page, f"return d.run().coupling.{name}"), dtype=torch.float64)
+                                for name in ("data", "potentials", "shares"))
+    assert data.tolist() == before["x"] and shown["pool"] == {"number": 0, "left": 0, "noise": []}
+    assert shown["x"] == data[(float64(shown["z"]) @ data.T - potentials).argmax(1)].tolist()
+    assert shares == pytest.approx(1 / 40, rel=0.005) and says(page, "pool-says") == "none"
+    assert "Cells hold 2.5 % of all noises." in says(page, "news")
+    click(page, "redraw")
+    assert not run(page, "return d.settling()") and state(page)["z"] != shown["z"]
+    click(page, "one-batch")
+    assert (state(page)["batch"], len(state(page)["x"])) == (2, 40)
+
+
 @pytest.mark.parametrize("name, setting", [("match-size", "matchSize"), ("batch-size", "batchSize")])
 def test_a_slider_and_its_field_move_together(page, name, setting):
     slider, field = (page.find_element("id", name + end) for end in ("-slider", ""))
@@ -410,11 +462,13 @@ def test_every_suggestion_does_what_it_says(page):
     for button in page.find_elements("css selector", ".tries button"):
         button.click()
         shown[button.text] = state(page)
-    assert [one["settings"]["matchSize"] for one in shown.values()] == [1, 100, 100, 400, 200, 200]
+    assert [one["settings"]["matchSize"] for one in shown.values()] == [1, 100, 100, 400, 200, 200, 100]
     assert shown["Empty in the middle of a batch"]["pools"] == [1] * 20 + [2] * 20
     assert shown["The last of a pool"]["pool"]["left"] == 0
     assert len(shown["A batch of one"]["z"]) == 1 and shown["A batch of one"]["pool"]["left"] == 170
     assert shown["By the inner product"]["settings"]["cost"] == "inner"
+    assert shown["Data known beforehand"]["settings"]["method"] == "semidiscrete"
+    assert not run(page, "return d.settling()")  # at once where motion is unwelcome
 
 
 # How it looks
@@ -435,6 +489,8 @@ def test_pictures_are_drawn_in_the_colours_of_the_scheme(page, scheme, panel):
     noise, data = (143, 168, 196), {"light": (200, 68, 27), "dark": (234, 98, 56)}[scheme]
     counts = {colour: count for count, colour in picture(page, "pairs").getcolors(2**20)}
     assert counts[noise] > 500 and counts[data] > 500
+    choose(page, "method", "semidiscrete")
+    assert max(picture(page, "pairs").getcolors(2**20))[1] not in (panel, (0, 0, 0))
 
 def test_an_address_may_name_a_suggestion(page):
     page.get("about:blank")
