@@ -26,7 +26,7 @@ from .gpu import working
 from .products import products
 from .solver import VALUES, Solved, Solver, first_potentials, nearest
 
-SOLVING, DRAWING, LOTS, PARTS = range(2**31, 2**31 + 4)  # streams of the seed that no pool has
+SOLVING, DRAWING, LOTS, PARTS, TURNS = range(2**31, 2**31 + 5)  # streams of the seed that no pool has
 GROUPS = 2**31
 BLOCK = 4096  # samples that are read together
 CENTRED = 8192  # samples whose mean is taken off all, so that rounding loses less
@@ -48,8 +48,8 @@ class FastSemidiscrete(Semidiscrete):
 
     data    also anything that has a shape (n, ...) and gives the samples of an array of numbers, as files on a disk do
     part    how many samples share a plan, at most; None: all of a group. Samples go to parts at random. All noises that
-            are drawn together choose within one part of their group, taken by lot, so that the prior stays, and a
-            noise costs 2 · part · D operations
+            are drawn together choose within one part of their group, the next in a random order, so that the prior
+            stays, and a noise costs 2 · part · D operations
     device  where noises are drawn and choose; None: where the data are
     dtype   of the copies of the samples there; None: bfloat16 on a GPU, else float32. Sums are in float32 at least
     memory  gigabytes for copies and products; None: half of what the device has free. Copies that do not fit stay on
@@ -87,6 +87,7 @@ class FastSemidiscrete(Semidiscrete):
         process = process_number()
         self.generator = noise_generator(self.seed, self.device, DRAWING, process)
         self.lots = noise_generator(self.seed, "cpu", LOTS, process)
+        self.turns = {}  # of the parts of each group that there have been
         ahead = 1024 * min(4, len(self.parts)) if self.device.type == "cuda" else 256
         self.ahead = max(16, min(ahead, 2**24 // self.shape.numel()))
         kernels = working("semidiscrete_kernels", self.device) if self.dtype != torch.float64 else None
@@ -183,7 +184,7 @@ class FastSemidiscrete(Semidiscrete):
                 if group not in self.parts:
                     raise BadInput(f"no sample of the data has label {group}: expected labels that some have")
                 noises = sent(noises, self.device)
-                taken[noises] = self._choose(self._part_by_lot(group), z[noises], lots[noises])
+                taken[noises] = self._choose(self._next_part(group), z[noises], lots[noises])
             return z.view(count, *self.shape), taken
         pieces = []
         while count or not pieces:
@@ -197,34 +198,34 @@ class FastSemidiscrete(Semidiscrete):
 
     def _draw_ahead(self) -> None:
         """Draw the next noises, of all groups by their sizes."""
-        self.before, self.handed = (self.generator.get_state(), self.lots.get_state()), 0
+        self.before, self.handed = (self.generator.get_state(), self.lots.get_state(), dict(self.turns)), 0
         z, lots = self._noises(self.ahead)
         if len(self.parts) == 1:
-            self.drawn = z, self._choose(self._part_by_lot(*self.parts), z, lots)
+            self.drawn = z, self._choose(self._next_part(*self.parts), z, lots)
             return
         sizes = [float(sum(len(of_part.samples) for of_part in parts)) for parts in self.parts.values()]
         of_groups = torch.multinomial(torch.tensor(sizes), self.ahead, replacement=True, generator=self.lots)
         counts = of_groups.bincount(minlength=len(sizes)).tolist()
-        taken = torch.cat([self._choose(self._part_by_lot(group), *of_group) for group, *of_group in
+        taken = torch.cat([self._choose(self._next_part(group), *of_group) for group, *of_group in
                            zip(self.parts, z.split(counts), lots.split(counts), strict=True) if len(of_group[0])])
         mixed = sent(torch.randperm(self.ahead, generator=self.lots), self.device)
         self.drawn = z[mixed], taken[mixed]
 
     def _forget_drawn(self) -> None:
         self.drawn, self.handed = (torch.empty(0), torch.empty(0)), 0
-        self.before = self.generator.get_state(), self.lots.get_state()
+        self.before = self.generator.get_state(), self.lots.get_state(), dict(self.turns)
 
     def _noises(self, count: int) -> tuple[Tensor, Tensor]:
         """Noises (count, D), and numbers (count,) below 1 that decide among equal samples."""
         z = torch.randn(count, self.shape.numel(), generator=self.generator, device=self.device)
         return z, torch.rand(count, generator=self.generator, device=self.device)
 
-    def _part_by_lot(self, group: int) -> Part:
-        parts = self.parts[group]
-        if len(parts) == 1:
-            return parts[0]
-        sizes = torch.tensor([float(len(of_part.samples)) for of_part in parts])
-        return parts[torch.multinomial(sizes, 1, generator=self.lots)]
+    def _next_part(self, group: int) -> Part:
+        """The part of a group whose turn it is. After all have had one, they come in another order."""
+        parts, turn = self.parts[group], self.turns.get(group, 0)
+        self.turns[group] = turn + 1
+        order = noise_generator(self.seed, "cpu", TURNS, process_number(), group, turn // len(parts))
+        return parts[torch.randperm(len(parts), generator=order)[turn % len(parts)]] if len(parts) > 1 else parts[0]
 
     def _choose(self, of_part: Part, z: Tensor, lots: Tensor) -> Tensor:
         """The samples of a part that noises z: (B, D) take, (B,)."""
@@ -251,11 +252,12 @@ class FastSemidiscrete(Semidiscrete):
         self._forget_drawn()
         if state["handed"]:
             self._draw_ahead()
-            self.handed = state["handed"]
+            self.handed = min(state["handed"], self.ahead)
 
-    def _set_generators(self, states: tuple[Tensor, Tensor]) -> None:
-        for generator, state in zip((self.generator, self.lots), states, strict=True):
+    def _set_generators(self, states: tuple[Tensor, Tensor, dict]) -> None:
+        for generator, state in zip((self.generator, self.lots), states, strict=False):
             generator.set_state(state.cpu())
+        self.turns = dict(states[2])
 
     def solution(self) -> dict:
         """What `solve` found, for a file, as tensors and plain values: four bytes a sample, and twenty to resume it."""

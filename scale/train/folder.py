@@ -51,7 +51,7 @@ class RunFolder:
         self.generators = {"cpu": torch}  # torch's own, of random numbers
         if run.device.type != "cpu":
             self.generators[run.device.type] = torch.get_device_module(run.device)
-        self.board = None
+        self.board = None  # until the first line: a run that is refused before leaves nothing; False: not installed
 
     def resume(self) -> float:
         """Load the newest checkpoint that can be read, unless the run is fresh. Returns the seconds trained before."""
@@ -66,10 +66,7 @@ class RunFolder:
             if self.keeps_other:
                 self.new_metrics.touch()
             cut_back(self.log_file, self.run.step)
-            with suppress(ImportError):  # TensorBoard drops what a killed run wrote after this step, too
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.board = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.run.step + 1)
+            self.first_step = self.run.step + 1
         return seconds
 
     def _load(self, path: Path, state: dict) -> float:
@@ -122,6 +119,12 @@ class RunFolder:
             return
         with open(self.log_file, "a") as file:
             file.write(json.dumps(line) + "\n")
+        if self.board is None:
+            self.board = False
+            with suppress(ImportError):  # TensorBoard drops what a killed run wrote from this step on, too
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.board = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.first_step)
         if self.board:
             for name, value in line.items():
                 self.board.add_scalar(name, value, line["step"])
