@@ -95,7 +95,8 @@ leakage = partial(listing, read("conditions/leakage.csv"), ["coupling"], {
     "on average": numbers("class_mean_average", 2), "‖z‖²/D at first": numbers("size_first_quarter", 3),
     "at last": numbers("size_last_quarter", 3)})
 CLASSES = {"random pairs": "random", "one pool of 10,000, labels ignored": "one-pool",
-           "a pool of 1,000 for each class": "class-1000", "a pool of 10,000 for each class": "class-10000"}
+           "a pool of 1,000 for each class": "class-1000", "a pool of 10,000 for each class": "class-10000",
+           "assigned in batches of 256, within classes": "assigned", "semidiscrete within each class": "semidiscrete"}
 
 
 def classes_cifar10():
@@ -116,7 +117,8 @@ def classes_guided():
     steps = STEPS[1:4]
     columns = {f"best: {count} steps": ({"steps": count}, best) for count in steps} | {
         f"guidance 2: {count}": ({"steps": count, "guidance": "2.0"}, numbers("frechet_distance")) for count in steps}
-    return pivot(read("conditions/cifar10.csv"), {label: {"run": run} for label, run in CLASSES.items()}, columns)
+    rows = {label: {"run": run} for label, run in CLASSES.items() if run != "assigned"}  # it has no guidance
+    return pivot(read("conditions/cifar10.csv"), rows, columns)
 
 
 def continuous():
@@ -134,6 +136,34 @@ def couple():
     columns = {f"{noises} noises": ({"noises": noises}, off) for noises in ("50", "150", "500")}
     rows = {label: {"solver": solver, "settings": settings} for label, (solver, settings) in solvers.items()}
     return pivot(read("bench/couple/compare.csv"), rows, columns)
+
+
+def couple_cifar10():
+    """Without labels, after 2,048,000 images."""
+    runs = "random", "greedy-10000", "greedy-100000", "optimal-10000"
+    rows = {RUNS[run].label: {"run": run, "images": "2048000"} for run in runs}
+    rows["semidiscrete, 100,000 samples"] = {"run": "semidiscrete", "images": "2048000"}
+    columns = {f"{steps} steps": ({"steps": steps}, numbers("distance")) for steps in STEPS}
+    return pivot(read("proof/distances.csv") + read("couple/distances.csv"), rows, columns)
+
+
+def groups():
+    """Milliseconds of a call."""
+    cases = {f"{groups} × {int(size):,} of {shape}": {"groups": groups, "match_size": size, "shape": shape}
+             for groups, size, shape in (("10", "1000", "4×32×32"), ("10", "10000", "4×32×32"),
+                                         ("10", "1000", "3×32×32"), ("10", "10000", "3×32×32"),
+                                         ("100", "1000", "4×32×32"))}
+    columns = {way: ({"way": way}, numbers("median_ms", 2, " ms"))
+               for way in ("grouped", "one pool", "a call for each")}
+    return pivot(read("bench/groups/h100.csv"), cases, columns)
+
+
+def couple_gpu():
+    write = {"samples": "samples", "parts": "parts", "solve_s": "seconds to 10 %", "products_of_solve": "products of it",
+             "choose_256_ms": "ms to choose 256", "products_of_choose": "products of it, choosing"}
+    columns = {label: ({}, numbers(name, *((0,) if name in ("samples", "parts") else (2,))))
+               for name, label in write.items()}
+    return pivot(read("bench/couple/h200.csv"), {way: {"way": way} for way in ("whole", "parts of 10,000")}, columns)
 
 
 def proof_short(*names):

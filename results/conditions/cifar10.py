@@ -15,7 +15,7 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
-from dansm.scale.base.colours import NOTE, POOLS, RANDOM
+from dansm.scale.base.colours import NOTE, OPTIMAL, POOLS, RANDOM, SEMIDISCRETE
 from dansm.scale.base.files import write_csv
 from dansm.scale.studies.style import PAGE, STYLE
 
@@ -24,7 +24,9 @@ MEASURES = "frechet_distance", "frechet_distance_class_mean", "label_accuracy"
 RUNS = {"random": ("random pairs", dict(color=RANDOM, marker="o", linestyle=(0, (4, 2)))),
         "one-pool": ("one pool of 10,000", dict(color=NOTE, marker="^", linestyle=(0, (1, 1.2)))),
         "class-1000": ("a pool of 1,000 for each class", dict(color=POOLS[1000], marker="D", linestyle="-")),
-        "class-10000": ("a pool of 10,000 for each class", dict(color=POOLS[10_000], marker="s", linestyle="-"))}
+        "class-10000": ("a pool of 10,000 for each class", dict(color=POOLS[10_000], marker="s", linestyle="-")),
+        "assigned": ("assigned within batches and classes", dict(color=OPTIMAL, marker="v", linestyle=(0, (3, 1, 1, 1)))),
+        "semidiscrete": ("semidiscrete within each class", dict(color=SEMIDISCRETE, marker="*", linestyle="-"))}
 
 
 def collect(folders: list[Path]) -> list[dict]:
@@ -76,5 +78,5 @@ if __name__ == "__main__":
                  yticks=[0.5, 0.6, 0.7, 0.8, 0.9, 1], yticklabels=["50 %", "60 %", "70 %", "80 %", "90 %", "100 %"])
         for axes in steps, weights, told:
             axes.minorticks_off()
-        figure.legend(*steps.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+        figure.legend(*steps.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
         figure.savefig(HERE / "cifar10.png", dpi=200)

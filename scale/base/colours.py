@@ -4,6 +4,7 @@ lightness too, so a figure printed in grey can be read."""
 NOISE = RANDOM = "#8fa8c4"
 DATA = MATCHED = "#c8441b"
 OPTIMAL = "#7a4b94"  # the linear assignment
+SEMIDISCRETE = "#1b4f72"
 POOLS = {1000: "#e0a458", 10_000: MATCHED, 100_000: "#7a1f3d", 1_000_000: "#2a7f62"}  # by their number of noises
 
 INK = "#2b2f36"  # text, axes, a model's own pairs
