@@ -159,10 +159,11 @@ def groups():
 
 
 def couple_gpu():
-    write = {"samples": "samples", "parts": "parts", "solve_s": "seconds to 10 %", "products_of_solve": "products of it",
-             "choose_256_ms": "ms to choose 256", "products_of_choose": "products of it, choosing"}
-    columns = {label: ({}, numbers(name, *((0,) if name in ("samples", "parts") else (2,))))
-               for name, label in write.items()}
+    columns = {"samples": ({}, numbers("samples", 0)), "parts": ({}, numbers("parts", 0)),
+               "to 10 %": ({}, numbers("solve_s", 1, " s")),
+               "products of that": ({}, numbers("products_of_solve", 0, " %", 100)),
+               "256 choose in": ({}, numbers("choose_256_ms", 2, " ms")),
+               "products of this": ({}, numbers("products_of_choose", 0, " %", 100))}
     return pivot(read("bench/couple/h200.csv"), {way: {"way": way} for way in ("whole", "parts of 10,000")}, columns)
 
 
