@@ -29,6 +29,9 @@ from dansm import (
 from .gpu import working
 
 
+SMALL = 100  # noises up to which scipy is faster than the auction
+
+
 class Assignment(NamedTuple):
     """A pairing, and a bound that proves how good it is."""
 
@@ -45,7 +48,7 @@ def optimal(cost: Tensor, gap: float = 1e-3) -> Assignment:
     """
     check_sides(cost)
     cost = at_least_float32(cost.detach())
-    slow = cost.is_cuda and len(cost) and cost.shape[1] > 100  # below, scipy is faster than the auction
+    slow = cost.is_cuda and len(cost) and cost.shape[1] > SMALL
     if slow and (kernels := working("auction", cost.device)):
         return Assignment(*kernels.auction(cost, gap))
     if not cost.isfinite().all():
@@ -144,9 +147,10 @@ def _optimal_pairs(batches: Iterator, match_size: int, cost: str, pool: NoisePoo
 
 def _assigned(x: Tensor, group: Tensor, cost: str, pool: NoisePool, groups: int) -> Tensor:
     """Fresh noises for x: (B, ...), assigned to the samples of each group (B,) by themselves."""
-    z = torch.empty_like(x)
-    for members in members_of(group, len(x), groups).values():
-        members = members.to(x.device)
-        noise = pool.fresh(x[members])
-        z[members] = noise[optimal(cost_matrix(x[members], noise, cost)).picks]
-    return z
+    noise, picks = pool.fresh(x), torch.arange(len(x))
+    costs, of_groups = cost_matrix(x, noise, cost), members_of(group, len(x), groups).values()
+    if all(len(members) <= SMALL for members in of_groups):
+        costs = costs.cpu()  # scipy takes them all: one wait for a GPU, not one for each
+    for members in of_groups:
+        picks[members] = members[optimal(costs[members][:, members]).picks.cpu()]
+    return noise[picks.to(x.device)]
