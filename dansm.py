@@ -263,11 +263,10 @@ class Semidiscrete:
       there: from zeros, the longest samples would take nearly all noises.
     - Where a sample is taken twice as often as it should be, b_j rises by ‖x_j‖/√(2 ln n): large values thin out at
       that scale, so this is Newton's step if the others stand still. Later steps are shorter.
-    - The mean of the later half of all steps is kept. Each follows the chance of its own noises, the mean does not
-      (Polyak and Juditsky 1992): after N noises shares are off by about √(n/N).
+    - A mean of later steps is kept. Each follows the chance of its own noises, the mean does not (Polyak and Juditsky
+      1992): after N noises shares are off by about √(n/N).
 
-    groups  of samples, such as classes: the noises of each are N(0, I) by themselves
-    seed    see `NoisePool`
+    groups  of samples, such as classes: the noises of each are N(0, I) by themselves. seed  as of `NoisePool`
     scale/ has a faster one with more options, in dansm.scale.matching.semidiscrete. BadInput for what cannot be.
     """
 
@@ -294,11 +293,11 @@ class Semidiscrete:
     def solve(self, error: float = 0.1, most: int = 1000) -> None:
         """Find the potentials, until shares are off by `error` (rms) or `most` noises are drawn for each sample."""
         for group, samples in self.members.items():
-            x, n, noises, steps, off = self.x[samples], len(samples), 0, 8, math.inf
-            scale = x.norm(dim=1) / math.sqrt(2 * math.log(max(n, 2)))
+            x, n, noises, steps = self.x[samples], len(samples), 0, 8
+            scale = (x.norm(dim=1) + x.norm(dim=1).mean()) / 2 / math.sqrt(2 * math.log(max(n, 2)))  # none stands still
             b = mean = self.potentials[samples]
             generator, batch = noise_generator(self.seed, x.device, 2**31 + 1, group), min(256, 4 * n)
-            while off > error**2 and noises < most * n:
+            while noises < most * n:
                 taken, total, steps = 0, 0, 2 * steps  # more than all before them
                 for _ in range(steps):
                     values = torch.randn(batch, x.shape[1], generator=generator, device=x.device).to(x) @ x.T
@@ -308,7 +307,10 @@ class Semidiscrete:
                     total, noises = total + b, noises + batch
                 found = taken / taken.sum()
                 by_chance = found * (1 - found) / (taken.sum() - 1)  # the variance of what is found
-                off, mean = n * ((found - 1 / n).square() - by_chance).sum().item(), total / steps
+                off = n * ((found - 1 / n).square() - by_chance).sum().item()  # of `mean`, squared; its deviation too:
+                if off + 2 * math.sqrt(2 / n) * (max(off, 0) + n / taken.sum()) <= error**2:
+                    break
+                mean = total / steps
             self.potentials[samples] = mean
 
     @torch.no_grad()

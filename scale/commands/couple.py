@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import closing
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -95,14 +94,25 @@ def compared(images, coupling: FastSemidiscrete, *, flip: bool, labels: np.ndarr
     pool -= pool % batch if pool > batch else 0
     whole = max(pool, batch)
     steps = whole // batch * max(1, min(max(LEAST, len(images)), most) // whole)
-    batches = partial(loader.batches, images, batch, seed=seed, flip=flip, device=coupling.device, labels=labels)
+    samples = Samples(images, flip)
+    shuffled = partial(shuffled_batches, samples, coupling, batch, seed, labels is not None)
     even, shares = shares_of(coupling)
-    with closing(batches()) as some, closing(batches()) as same:
-        ways = {"random": (even, dansm.pairs(some, "random", seed=seed)),
-                f"pool of {pool:,}": ({}, dansm.pairs(same, "greedy", pool, seed=seed)),
-                "coupling": (shares, pairs_of(coupling, Samples(images, flip), batch, labels is not None))}
-        return [{"pairs": name} | of_way | measured(pairs, steps, name)
-                for name, (of_way, pairs) in ways.items()]
+    ways = {"random": (even, dansm.pairs(shuffled(), "random", seed=seed)),
+            f"pool of {pool:,}": ({}, dansm.pairs(shuffled(), "greedy", pool, seed=seed)),
+            "coupling": (shares, pairs_of(coupling, samples, batch, labels is not None))}
+    return [{"pairs": name} | of_way | measured(pairs, steps, name) for name, (of_way, pairs) in ways.items()]
+
+
+def shuffled_batches(samples: Samples, coupling: FastSemidiscrete, batch: int, seed: int,
+                     labelled: bool) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
+    """Endless batches x, or (x, labels), of all samples in random order."""
+    generator, left = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.int64)
+    while True:
+        while len(left) < batch:
+            left = torch.cat([left, torch.randperm(len(coupling.potentials), generator=generator)])
+        taken, left = left[:batch], left[batch:]
+        x = samples[taken].to(coupling.device)
+        yield (x, coupling.labels[taken]) if labelled else x
 
 
 def pairs_of(coupling: FastSemidiscrete, samples: Samples, batch: int, labelled: bool) -> Iterator[tuple]:

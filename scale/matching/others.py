@@ -28,7 +28,6 @@ from dansm import (
 
 from .gpu import working
 
-
 SMALL = 100  # noises up to which scipy is faster than the auction
 
 
@@ -85,6 +84,8 @@ def pairs_to_compare(batches: Iterator, method: str, match_size: int, cost: str,
                      pool: NoisePool | None, groups: int | None) -> Iterator[tuple[Tensor, ...]]:
     """`dansm.pairs` by "optimal", "nearest" or "semidiscrete". The pool is asked for fresh noises alone."""
     if method == "semidiscrete":
+        if pool is not None:
+            raise BadInput("a pool is given: expected none for semidiscrete pairs, which use no pool")
         yield from _semidiscrete_pairs(list(batches), seed, groups)
         return
     for batch in batches:
@@ -101,15 +102,16 @@ def pairs_to_compare(batches: Iterator, method: str, match_size: int, cost: str,
 
 def _semidiscrete_pairs(batches: list, seed: int | None, groups: int | None) -> Iterator[tuple[Tensor, ...]]:
     """Batches of the same sizes, from the samples of all: each comes as often as noises take it."""
+    labelled = bool(batches) and len(parts_of(batches[0])) == 2
     for batch in batches:
-        x = parts_of(batch)[0]
+        x, *labels = parts_of(batch)
         check_tensor(x)
         check_batch(x, parts_of(batches[0])[0].shape[1:])
+        if labelled or labels or groups is not None:
+            check_labels(labels[0] if labels else None, len(x), groups or 2**31)
     if not batches:
         return
     data, *labels = (torch.cat(parts) for parts in zip(*map(parts_of, batches), strict=True))
-    if groups is not None:
-        check_labels(labels[0] if labels else None, len(data), groups)
     coupling = Semidiscrete(data, None if groups is None else labels[0], seed=seed)
     coupling.solve()
     for batch in batches:
@@ -148,9 +150,10 @@ def _optimal_pairs(batches: Iterator, match_size: int, cost: str, pool: NoisePoo
 def _assigned(x: Tensor, group: Tensor, cost: str, pool: NoisePool, groups: int) -> Tensor:
     """Fresh noises for x: (B, ...), assigned to the samples of each group (B,) by themselves."""
     noise, picks = pool.fresh(x), torch.arange(len(x))
-    costs, of_groups = cost_matrix(x, noise, cost), members_of(group, len(x), groups).values()
-    if all(len(members) <= SMALL for members in of_groups):
-        costs = costs.cpu()  # scipy takes them all: one wait for a GPU, not one for each
+    of_groups = members_of(group, len(x), groups).values()
+    few = x.is_cuda and len(x) <= 1024 and all(len(members) <= SMALL for members in of_groups)
+    costs = cost_matrix(x, noise, cost).cpu() if few else None  # one wait for a GPU, not one for each group
     for members in of_groups:
-        picks[members] = members[optimal(costs[members][:, members]).picks.cpu()]
+        own = costs[members][:, members] if few else cost_matrix(x[members], noise[members], cost)
+        picks[members] = members[optimal(own).picks.cpu()]
     return noise[picks.to(x.device)]

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler, get_worker_info
 
-from dansm import BadInput, check_count, check_tensor, noise_generator, process_number
+from dansm import BadInput, check_count, check_tensor, process_number
 
-from .semidiscrete import DRAWING, FastSemidiscrete
+from .semidiscrete import FastSemidiscrete
 
 
 class Drawn(NamedTuple):
@@ -33,7 +33,7 @@ class CoupledBatchSampler(Sampler[list[int]]):
               other noises, so the loader is not to be split among them
     batches   in an epoch; None: as many as the data fill
 
-    A loop may end early; the next one has the batches that the loader had only read ahead. BadInput where a batch and
+    A loop may end early; the next one has the batches whose noises were not asked for. BadInput where a batch and
     noises do not belong together.
     """
 
@@ -52,8 +52,6 @@ class CoupledBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         self._check_process()
-        if self.asked == self.batches:  # the last loop took a whole epoch and none of its noises
-            self._forget_drawn()
         self.loop += 1
         self.asked, self.ahead, self.done, loop = 0, 0, self.resumed, self.loop
         for _ in range(self.done, self.batches):
@@ -78,10 +76,10 @@ class CoupledBatchSampler(Sampler[list[int]]):
         self.ahead = 0  # how many it had when `noise` was first called
 
     def _check_process(self) -> None:
-        """BadInput where a process would draw the noises of process 0."""
-        of_first = noise_generator(self.coupling.seed, self.coupling.device, DRAWING, 0)
-        if process_number() and self.coupling.generator.initial_seed() == of_first.initial_seed():
-            raise BadInput("the coupling draws process 0's noises: expected one made after torch.distributed has begun")
+        """BadInput where a process would draw the noises of another."""
+        if process_number() != self.coupling.process:
+            raise BadInput(f"the coupling draws the noises of process {self.coupling.process}: expected one made after "
+                           "torch.distributed has begun")
 
     # ------------------------------------------------------------------------------- noises
 

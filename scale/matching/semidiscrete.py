@@ -22,11 +22,13 @@ from dansm import (
 )
 
 from ..base.machine import free_memory
+from ..base.text import shorten
 from .gpu import working
+from .groups import moved
 from .products import products
 from .solver import VALUES, Solved, Solver, first_potentials, nearest
 
-SOLVING, DRAWING, LOTS, PARTS, TURNS = range(2**31, 2**31 + 5)  # streams of the seed that no pool has
+SOLVING, DRAWING, LOTS, PARTS, TURNS, ASKED = range(2**31, 2**31 + 6)  # streams of the seed that no pool has
 GROUPS = 2**31
 BLOCK = 4096  # samples that are read together
 CENTRED = 8192  # samples whose mean is taken off all, so that rounding loses less
@@ -58,6 +60,8 @@ class FastSemidiscrete(Semidiscrete):
     Noises are drawn some batches ahead, which costs a GPU less. BadInput also for a part that does not fit.
     """
 
+    @torch.inference_mode(False)  # see FastPool.__call__
+    @torch.no_grad()
     def __init__(self, data, groups: Tensor | None = None, *, part: int | None = None, seed: int | None = None,
                  device=None, dtype: torch.dtype | None = None, memory: float | None = None):
         if not hasattr(data, "shape"):
@@ -75,8 +79,8 @@ class FastSemidiscrete(Semidiscrete):
         shuffle = noise_generator(self.seed, "cpu", PARTS)
         split = {group: samples[torch.randperm(len(samples), generator=shuffle)].tensor_split(
             -(-len(samples) // (self.part or len(samples)))) for group, samples in members.items()}
-        self.home = self._home(n, max(len(parts[0]) for parts in split.values()), memory)
         self.potentials = torch.empty(n, device=self.device)
+        self.copies_on = self._room(n, max(len(parts[0]) for parts in split.values()), memory)
         self.centre = read(data, torch.linspace(0, n - 1, min(n, CENTRED)).long(), self.device).mean(0)
         keys = torch.empty(n, dtype=torch.int64)  # of the samples as they are
         self.parts = {group: [self._read(data, samples, keys) for samples in parts] for group, parts in split.items()}
@@ -84,17 +88,19 @@ class FastSemidiscrete(Semidiscrete):
         for of_part in self.all_parts():
             self._keep(of_part, first_potentials(of_part.points))
         self.progress = {}  # the states of parts' solvers, by the numbers of parts
-        process = process_number()
-        self.generator = noise_generator(self.seed, self.device, DRAWING, process)
-        self.lots = noise_generator(self.seed, "cpu", LOTS, process)
-        self.turns = {}  # of the parts of each group that there have been
+        self.process = process_number()
+        self.generator = noise_generator(self.seed, self.device, DRAWING, self.process)
+        self.lots = noise_generator(self.seed, "cpu", LOTS, self.process)  # that share noises out among groups
+        self.turns = {}  # of the parts of each group, the last one
+        self.asked = noise_generator(self.seed, self.device, ASKED, self.process)  # for `draw` with labels,
+        self.asked_turns = {}  # whose parts have turns of their own
         ahead = 1024 * min(4, len(self.parts)) if self.device.type == "cuda" else 256
         self.ahead = max(16, min(ahead, 2**24 // self.shape.numel()))
         kernels = working("semidiscrete_kernels", self.device) if self.dtype != torch.float64 else None
         self.nearest = kernels.nearest if kernels else nearest
         self._forget_drawn()
 
-    def _home(self, n: int, largest: int, memory: float | None) -> torch.device:
+    def _room(self, n: int, largest: int, memory: float | None) -> torch.device:
         """Where the copies live. BadInput if not even one part fits."""
         if memory is not None and not (isinstance(memory, int | float) and 0 < memory < math.inf):
             raise BadInput(f"memory is {memory!r}: expected a number of gigabytes, more than 0")
@@ -102,16 +108,16 @@ class FastSemidiscrete(Semidiscrete):
         bytes_each = self.shape.numel() * self.dtype.itemsize
         self.values = int(min(VALUES, limit / 2 // 16))  # products at once; on the CPU there are four copies of them
         for_copies = limit - 16 * self.values
-        if largest * bytes_each > for_copies or self.values < 2 * largest:
-            fits = int(min(for_copies // bytes_each, self.values // 2))
-            needed = largest * (bytes_each + 32) / 1e9
-            raise BadInput(f"{largest:,} samples share a plan, which needs {needed:,.2f} GB of the {limit / 1e9:,.2f} "
-                           f"that are for it: expected part={fits:,} or less")
+        fits = int(min(for_copies // bytes_each, self.values // 2))
+        if largest > fits:
+            raise BadInput(f"{largest:,} samples share a plan, and {limit / 1e9:,.2f} GB have room for {fits:,}: "
+                           "expected smaller parts, or more memory")
         return self.device if n * bytes_each <= for_copies else torch.device("cpu")
 
     def _read(self, data, samples: Tensor, keys: Tensor) -> Part:
         """A part of these samples, whose `digests` are put into keys: (n,)."""
-        points = torch.empty(len(samples), self.shape.numel(), dtype=self.dtype, device=self.home)
+        samples = samples.sort().values  # as a disk reads them best
+        points = torch.empty(len(samples), self.shape.numel(), dtype=self.dtype, device=self.copies_on)
         for numbers, to in zip(samples.split(BLOCK), points.split(BLOCK), strict=True):
             x = read(data, numbers, self.device)
             keys[numbers] = digests(x).cpu()
@@ -120,6 +126,8 @@ class FastSemidiscrete(Semidiscrete):
         begin = copies.cumsum(0) - copies
         if len(begin) < len(points):
             points, samples = points[order[begin]], samples[order.cpu()]
+        if self.copies_on != self.device:
+            points = points.pin_memory()  # so that no one waits while they come
         return Part(points, samples.to(self.device), begin.to(self.device), copies.to(self.device))
 
     def all_parts(self) -> Iterator[Part]:
@@ -130,6 +138,7 @@ class FastSemidiscrete(Semidiscrete):
 
     # ------------------------------------------------------------------------------- potentials
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def solve(self, error: float = 0.1, most: int = 1000,
               report: Callable[[int, Solver, Solved | None], None] | None = None) -> list[Solved]:
@@ -148,7 +157,7 @@ class FastSemidiscrete(Semidiscrete):
         if len(of_part.points) == 1:
             return Solved(0.0, 0.0, 0.0)
         state = self.progress.get(number, {})
-        if "reached" in state and (state["reached"].within(error) or state["reached"].noises >= most):
+        if "reached" in state and (state["reached"].at_most <= error or state["reached"].noises >= most):
             return state["reached"]
         solver = Solver(of_part.points.to(self.device), of_part.copies / len(of_part.samples),
                         noise_generator(self.seed, self.device, SOLVING, number), self.values)
@@ -159,12 +168,14 @@ class FastSemidiscrete(Semidiscrete):
         try:
             while True:
                 solver.step()
-                solved = solver.check() if solver.due else None
+                solved = solver.check() if solver.due or solver.noises >= most else None
                 if solved:
                     state["reached"] = solved
+                    self._keep(of_part, solver.mean)
+                    self.progress[number] = state | {"solver": solver.state_dict()}
                 if report:
                     report(number, solver, solved)
-                if solved and (solved.within(error) or solved.noises >= most):
+                if solved and (solved.at_most <= error or solved.noises >= most):
                     return solved
         finally:
             self._keep(of_part, solver.mean)
@@ -172,19 +183,20 @@ class FastSemidiscrete(Semidiscrete):
 
     # ------------------------------------------------------------------------------- noises
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def draw(self, count: int, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Fresh noises z: (count, ...), and the numbers (count,) of the samples that they take: those of these labels
         (count,), or of labels as often as the data have them."""
         count = check_count("count", count, at_least=0)
         if labels is not None:
-            z, lots = self._noises(count)
+            z, lots = self._noises(count, self.asked)
             taken = torch.empty(count, dtype=torch.int64, device=self.device)
             for group, noises in members_of(labels, count, GROUPS).items():
                 if group not in self.parts:
                     raise BadInput(f"no sample of the data has label {group}: expected labels that some have")
-                noises = sent(noises, self.device)
-                taken[noises] = self._choose(self._next_part(group), z[noises], lots[noises])
+                noises = moved(noises.numpy(), self.device)
+                taken[noises] = self._choose(self._next_part(group, self.asked_turns), z[noises], lots[noises])
             return z.view(count, *self.shape), taken
         pieces = []
         while count or not pieces:
@@ -199,33 +211,35 @@ class FastSemidiscrete(Semidiscrete):
     def _draw_ahead(self) -> None:
         """Draw the next noises, of all groups by their sizes."""
         self.before, self.handed = (self.generator.get_state(), self.lots.get_state(), dict(self.turns)), 0
-        z, lots = self._noises(self.ahead)
+        z, lots = self._noises(self.ahead, self.generator)
         if len(self.parts) == 1:
-            self.drawn = z, self._choose(self._next_part(*self.parts), z, lots)
+            self.drawn = z, self._choose(self._next_part(*self.parts, self.turns), z, lots)
             return
         sizes = [float(sum(len(of_part.samples) for of_part in parts)) for parts in self.parts.values()]
         of_groups = torch.multinomial(torch.tensor(sizes), self.ahead, replacement=True, generator=self.lots)
         counts = of_groups.bincount(minlength=len(sizes)).tolist()
-        taken = torch.cat([self._choose(self._next_part(group), *of_group) for group, *of_group in
+        taken = torch.cat([self._choose(self._next_part(group, self.turns), *of_group) for group, *of_group in
                            zip(self.parts, z.split(counts), lots.split(counts), strict=True) if len(of_group[0])])
-        mixed = sent(torch.randperm(self.ahead, generator=self.lots), self.device)
+        mixed = moved(torch.randperm(self.ahead, generator=self.lots).numpy(), self.device)
         self.drawn = z[mixed], taken[mixed]
 
     def _forget_drawn(self) -> None:
         self.drawn, self.handed = (torch.empty(0), torch.empty(0)), 0
         self.before = self.generator.get_state(), self.lots.get_state(), dict(self.turns)
 
-    def _noises(self, count: int) -> tuple[Tensor, Tensor]:
+    def _noises(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Noises (count, D), and numbers (count,) below 1 that decide among equal samples."""
-        z = torch.randn(count, self.shape.numel(), generator=self.generator, device=self.device)
-        return z, torch.rand(count, generator=self.generator, device=self.device)
+        z = torch.randn(count, self.shape.numel(), generator=generator, device=self.device)
+        return z, torch.rand(count, generator=generator, device=self.device)
 
-    def _next_part(self, group: int) -> Part:
+    def _next_part(self, group: int, turns: dict[int, int]) -> Part:
         """The part of a group whose turn it is. After all have had one, they come in another order."""
-        parts, turn = self.parts[group], self.turns.get(group, 0)
-        self.turns[group] = turn + 1
-        order = noise_generator(self.seed, "cpu", TURNS, process_number(), group, turn // len(parts))
-        return parts[torch.randperm(len(parts), generator=order)[turn % len(parts)]] if len(parts) > 1 else parts[0]
+        parts = self.parts[group]
+        if len(parts) == 1:
+            return parts[0]
+        turn = turns[group] = turns.get(group, -1) + 1
+        order = noise_generator(self.seed, "cpu", TURNS, self.process, group, turn // len(parts))
+        return parts[torch.randperm(len(parts), generator=order)[turn % len(parts)]]
 
     def _choose(self, of_part: Part, z: Tensor, lots: Tensor) -> Tensor:
         """The samples of a part that noises z: (B, D) take, (B,)."""
@@ -242,17 +256,23 @@ class FastSemidiscrete(Semidiscrete):
 
     def state_dict(self) -> dict:
         """What a checkpoint needs to draw the same noises again: four bytes a sample."""
-        return {"made_for": self._made_for() | {"device": self.device.type}, "potentials": self.potentials.clone(),
-                "before": self.before, "handed": self.handed}
+        return {"made_for": self._made_for() | self._place_of(), "potentials": self.potentials.clone(),
+                "asked": (self.asked.get_state(), dict(self.asked_turns)), "before": self.before, "handed": self.handed}
 
     def load_state_dict(self, state: dict) -> None:
-        check_made_for(state, self._made_for() | {"device": self.device.type})
+        check_made_for(state, self._made_for() | self._place_of())
         self.potentials.copy_(state["potentials"])
         self._set_generators(state["before"])
+        asked, self.asked_turns = state["asked"]
+        self.asked.set_state(asked.cpu())
         self._forget_drawn()
         if state["handed"]:
             self._draw_ahead()
             self.handed = min(state["handed"], self.ahead)
+
+    def _place_of(self) -> dict:
+        """Where the noises are drawn: others draw others."""
+        return {"device": self.device.type, "process": self.process}
 
     def _set_generators(self, states: tuple[Tensor, Tensor, dict]) -> None:
         for generator, state in zip((self.generator, self.lots), states, strict=False):
@@ -260,7 +280,7 @@ class FastSemidiscrete(Semidiscrete):
         self.turns = dict(states[2])
 
     def solution(self) -> dict:
-        """What `solve` found, for a file, as tensors and plain values: four bytes a sample, and twenty to resume it."""
+        """What `solve` found, for a file, as tensors and plain values: 4 bytes a sample, and 16 more to resume it."""
         progress = {number: {name: tuple(value) if name == "reached" else value for name, value in state.items()}
                     for number, state in self.progress.items()}
         return {"made_for": self._made_for(), "potentials": self.potentials.clone(), "progress": progress,
@@ -298,13 +318,8 @@ def check_made_for(state, made_for: dict) -> None:
         raise BadInput(f"the state is a {type(state).__name__}: expected what a Semidiscrete saved")
     for name, expected in made_for.items():
         if saved.get(name) != expected:
-            given, expected = (shortened(value) for value in (saved.get(name), expected))
+            given, expected = (shorten(str(value), 60) for value in (saved.get(name), expected))
             raise BadInput(f"what was saved is for {name} {given}, these data have {expected}: expected the same data")
-
-
-def shortened(value) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"
 
 
 def read(data, numbers: Tensor, device: torch.device) -> Tensor:
@@ -315,11 +330,6 @@ def read(data, numbers: Tensor, device: torch.device) -> Tensor:
     check_tensor(some)
     check_finite_batch(some)
     return at_least_float32(rows(some))
-
-
-def sent(numbers: Tensor, device: torch.device) -> Tensor:
-    """Numbers from the CPU on a device, without waiting for it."""
-    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers
 
 
 # ------------------------------------------------------------------------------- equal samples

@@ -15,13 +15,19 @@ VALUES = 2**28  # of noises and samples, computed at once
 class Solved(NamedTuple):
     """How even the shares of a part's samples are."""
 
-    error: float  # rms of a share over what it should be, less 1; chance taken off, so 0 may be an estimate
-    deviation: float  # of its square
+    square: float  # mean square of a share over what it should be, less 1; chance taken off, so it may be below 0
+    deviation: float  # of this estimate
     noises: float  # drawn for each sample
 
-    def within(self, error: float) -> bool:
-        """Whether shares are off by `error` or less, two deviations of the estimate included."""
-        return self.error**2 + 2 * self.deviation <= error**2
+    @property
+    def error(self) -> float:
+        """The root of the mean square."""
+        return math.sqrt(max(0.0, self.square))
+
+    @property
+    def at_most(self) -> float:
+        """The error, two deviations of the estimate included: where this stops a solve, luck does not."""
+        return math.sqrt(max(0.0, self.square) + 2 * self.deviation)
 
 
 class Solver:
@@ -100,13 +106,13 @@ class Solver:
         return solved
 
     def state_dict(self) -> dict:
-        return {name: getattr(self, name) for name in (*self.changed, "steps", "checked")} | {
+        return {name: getattr(self, name) for name in (*self.changed, "batch", "steps", "checked")} | {
             "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict) -> None:
         for name in self.changed:
-            setattr(self, name, state[name].to(self.x.device))
-        self.steps, self.checked = state["steps"], state["checked"]
+            setattr(self, name, state[name].to(getattr(self, name)))
+        self.batch, self.steps, self.checked = state["batch"], state["steps"], state["checked"]
         self.generator.set_state(state["generator"].cpu())
 
 
@@ -140,8 +146,9 @@ def first_potentials(x: Tensor) -> Tensor:
 
 def evenness(taken: Tensor, share: Tensor, noises: float) -> Solved:
     """How far from their `share` (n,) samples are taken, from how often each was, (n,), by chance too."""
-    total, share = taken.sum().item(), share.double()
-    found = taken.double() / total
+    taken, share = taken.cpu().double(), share.cpu().double()  # Apple's GPUs have no float64
+    total = taken.sum().item()
+    found = taken / total
     by_chance = found * (1 - found) / (total - 1)  # the variance of each, estimated
-    square = max(0.0, (((found - share).square() - by_chance) / share).sum().item())
-    return Solved(math.sqrt(square), math.sqrt(2 / len(taken)) * (square + len(taken) / total), noises)
+    square = (((found - share).square() - by_chance) / share).sum().item()
+    return Solved(square, math.sqrt(2 / len(taken)) * (max(0.0, square) + len(taken) / total), noises)

@@ -10,7 +10,7 @@ import torch
 from ..data import loader
 from ..data.labels import Labels
 from ..model.recipe import Recipe
-from .coupling import coupled
+from .coupling import coupled, uncoupled
 
 
 class CoupledBatches:
@@ -28,11 +28,17 @@ class CoupledBatches:
     def solve(self) -> None:
         """Make the coupling, unless it is there. Its samples from number len(images) on are mirrored."""
         if self.coupling is None:
-            recipe = self.recipe
-            groups = self.labels if recipe.match_labels == "yes" else None
-            self.coupling = coupled(self.images, flip=recipe.flip, labels=groups, part=recipe.part,
-                                    error=recipe.couple_error, seed=recipe.seed, device=self.device,
-                                    cache=Path(recipe.cache) if recipe.cache else None)
+            cache = Path(self.recipe.cache) if self.recipe.cache else None
+            self.coupling = coupled(self.images, error=self.recipe.couple_error, cache=cache, **self._settings())
+
+    def make(self) -> None:
+        """Make the coupling without solving it: a checkpoint has what was found."""
+        self.coupling = uncoupled(self.images, **self._settings())
+
+    def _settings(self) -> dict:
+        recipe = self.recipe
+        return dict(flip=recipe.flip, labels=self.labels if recipe.match_labels == "yes" else None, part=recipe.part,
+                    seed=recipe.seed, device=self.device)
 
     def pairs(self, matching: Callable[[], AbstractContextManager], *, ranks: int, device: torch.device,
               **place) -> Iterator[tuple]:
@@ -61,5 +67,5 @@ class CoupledBatches:
         return self.coupling.state_dict() | self.served
 
     def load_state_dict(self, state: dict) -> None:
-        """Resume after the batch that was served last; it has to be solved. BadInput for the state of other data."""
+        """Resume after the batch that was served last; `make` comes before. BadInput for the state of other data."""
         self.coupling.load_state_dict(state)

@@ -52,9 +52,10 @@ class Samples:
 
 
 def coupled(images, *, flip: bool, labels: np.ndarray | None, part: int | None, error: float, seed: int, device,
-            cache: Path | None, most: int = 1000) -> FastSemidiscrete:
+            cache: Path | None, most: int | None = None) -> FastSemidiscrete:
     """The coupling of images (n, C, H, W) with noises, solved until shares are off by `error` (rms) or `most` noises
-    are drawn for each sample. A line says what was reached. Several processes call it together: the first one solves.
+    are drawn for each sample, by default twice what the error takes, and 1,000 at least. A line says what was reached.
+    Several processes call it together: the first one solves.
 
     flip    mirrored images are samples too, see `Samples`
     labels  (n,): each class is coupled within itself
@@ -63,18 +64,13 @@ def coupled(images, *, flip: bool, labels: np.ndarray | None, part: int | None, 
 
     Raises BadInput for data that are not finite or do not fit, and Stopped after Ctrl-C, which keeps what was found.
     """
-    groups = None if labels is None else torch.from_numpy(np.tile(labels, 1 + flip))
-    try:
-        with console.status("reading samples"):
-            coupling = FastSemidiscrete(Samples(images, flip), groups, part=part, seed=seed, device=device)
-    except BadInput:
-        if isinstance(images, Shards):
-            images.check_finite()  # which names the file
-        raise
+    coupling = uncoupled(images, flip=flip, labels=labels, part=part, seed=seed, device=device)
+    most = max(1000, math.ceil(2 / error**2)) if most is None else most
     made_for = json.dumps(coupling.solution()["made_for"]).encode()
     name = f"potentials-{hashlib.blake2b(made_for, digest_size=8).hexdigest()}.pt"
     kept = make_folder(cache or POTENTIALS.expanduser(), "--cache") / name
     with first_before_others(), alone(kept.with_suffix(".lock")), closing(Bar(coupling, error, most)) as bar:
+        bar.save = lambda: checkpoint.write(kept, coupling.solution())
         with suppress(BadInput), checkpoint.reading(kept):  # it may be missing, damaged or another program's
             coupling.load_solution(checkpoint.as_written(kept))
         begin = time.monotonic()
@@ -84,16 +80,29 @@ def coupled(images, *, flip: bool, labels: np.ndarray | None, part: int | None, 
             raise Stopped(f"stopped; {kept} has the potentials so far, the same command resumes") from interrupt
         finally:
             if bar.shown:
-                checkpoint.write(kept, coupling.solution())
+                bar.save()
     say_reached(coupling, reached, f"{time.monotonic() - begin:.0f} s" if bar.shown else f"found in {kept}")
-    if above := sum(not solved.within(error) for solved in reached):
+    if above := sum(solved.at_most > error for solved in reached):
         say(f"shares of {above:,} of {counted(len(reached), 'part')} may be off by more than {100 * error:.3g} %:",
             f"no more than {counted(most, 'noise')} for each sample are drawn")
     return coupling
 
 
+def uncoupled(images, *, flip: bool, labels: np.ndarray | None, part: int | None, seed: int,
+              device) -> FastSemidiscrete:
+    """The coupling before it is solved, see `coupled`."""
+    groups = None if labels is None else torch.from_numpy(np.tile(labels, 1 + flip))
+    try:
+        with console.status("reading samples"):
+            return FastSemidiscrete(Samples(images, flip), groups, part=part, seed=seed, device=device)
+    except BadInput:
+        if isinstance(images, Shards):
+            images.check_finite()  # which names the file
+        raise
+
+
 class Bar:
-    """What `solve` reports to: a progress bar, shown from the first step on."""
+    """What `solve` reports to: a progress bar, shown from the first step on. What was found is saved every minute."""
 
     def __init__(self, coupling: FastSemidiscrete, error: float, most: int):
         self.begins = list(accumulate((len(of_part.samples) for of_part in coupling.all_parts()), initial=0))
@@ -102,6 +111,7 @@ class Bar:
                                  transient=console.is_terminal)
         self.task = self.progress.add_task("coupling", total=self.begins[-1])
         self.shown = False
+        self.saved = time.monotonic()
 
     def __call__(self, number: int, solver: Solver, solved: Solved | None) -> None:
         self.shown = True
@@ -110,6 +120,9 @@ class Bar:
         self.progress.update(self.task, completed=begin + (end - begin) * min(1, solver.noises * self.each))
         if solved:
             self.progress.update(self.task, description=f"coupling, {in_words(solved)}")
+            if time.monotonic() - self.saved > 60:
+                self.save()
+                self.saved = time.monotonic()
 
     def close(self) -> None:
         if self.shown:
@@ -130,8 +143,8 @@ def say_reached(coupling: FastSemidiscrete, reached: list[Solved], how: str) -> 
 def overall(parts: Sequence[Solved], sizes: Sequence[int]) -> Solved:
     """How even shares are over all parts, which have this many samples."""
     weight = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
-    error, deviation, noises = torch.tensor(parts, dtype=torch.float64).T
-    return Solved((weight @ error**2).sqrt().item(), (weight * deviation).norm().item(), (weight @ noises).item())
+    square, deviation, noises = torch.tensor(parts, dtype=torch.float64).T
+    return Solved((weight @ square).item(), (weight * deviation).norm().item(), (weight @ noises).item())
 
 
 def uncertainty(solved: Solved) -> float:
@@ -140,4 +153,4 @@ def uncertainty(solved: Solved) -> float:
 
 
 def in_words(solved: Solved) -> str:
-    return f"shares off by {100 * solved.error:.1f} % (rms, ±{100 * uncertainty(solved):.1f})"
+    return f"shares off by at most {100 * solved.at_most:.1f} % (rms)"

@@ -77,7 +77,7 @@ class RunFolder:
             self.run.load_state_dict(state["training"])
             unfinished = self.run.step < self.run.recipe.steps  # else there is nothing left to match
         if unfinished and isinstance(self.pool, CoupledBatches):
-            self.pool.solve()  # what goes wrong there is not the file's fault
+            self.pool.make()  # what goes wrong there is not the file's fault
         with checkpoint.reading(path):
             if unfinished:
                 self.pool.load_state_dict(state["ranks"][self.rank]["pool"])

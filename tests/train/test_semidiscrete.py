@@ -17,7 +17,7 @@ from dansm.scale.data.pixels import from_uint8, to_uint8
 from dansm.scale.matching.solver import Solver
 from dansm.scale.model import checkpoint
 from dansm.scale.model.recipe import Recipe
-from dansm.scale.train import coupled_batches
+from dansm.scale.train import coupled_batches, coupling
 from dansm.scale.train.coupled_batches import CoupledBatches
 from dansm.scale.train.watch import Watch
 
@@ -197,6 +197,13 @@ def test_a_run_resumed_in_the_middle_is_the_run_that_never_stopped(train, tmp_pa
     assert "resuming from step 3" in train("--steps", 9, *options, out="twice")
     assert same_run(tmp_path / "once", tmp_path / "twice")
     assert all(one[-2:] != other[-2:] for one, other in pairwise(losses_of(tmp_path / "once")))
+
+
+def test_a_resumed_run_solves_nothing_as_its_checkpoint_has_the_potentials(train, tmp_path, monkeypatch):
+    train("--steps", 2)
+    monkeypatch.setattr(Solver, "step", lambda solver: pytest.fail("a step of the solver"))
+    monkeypatch.setattr(coupling, "POTENTIALS", tmp_path / "another home")
+    assert "resuming from step 2" in train("--steps", 4)
 
 
 @pytest.mark.parametrize("options", [RESIDENT, (*READ_AHEAD, "--flip")])
