@@ -132,8 +132,12 @@ def continuous():
 def couple():
     solvers = {"ours": ("ours", ""), **{f"POT, coordinates / {unit}": ("pot", f"defaults, coordinates / {unit}")
                                         for unit in (1, 4, 8, 16, 32, 64)}}
+    for average, label in (("0.99", "its default average"), ("0.01", "potential_ema 0.01")):
+        solvers |= {f"ott-jax, {name}, {label}": ("ott", f"{name}, potential_ema {average}")
+                    for name in ("sgd, 0.1 of n · mean norm", "adam, 0.1 of mean norm")}
     off = numbers("off", 1, " %", 100)
-    columns = {f"{noises} noises": ({"noises": noises}, off) for noises in ("50", "150", "500")}
+    columns = {f"{int(images):,} images, {noises}": ({"images": images, "noises": noises}, off)
+               for images in ("500", "2000") for noises in ("50", "150", "500")}
     rows = {label: {"solver": solver, "settings": settings} for label, (solver, settings) in solvers.items()}
     return pivot(read("bench/couple/compare.csv"), rows, columns)
 
