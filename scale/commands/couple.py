@@ -97,8 +97,9 @@ def compared(images, coupling: FastSemidiscrete, *, flip: bool, labels: np.ndarr
     samples = Samples(images, flip)
     shuffled = partial(shuffled_batches, samples, coupling, batch, seed, labels is not None)
     even, shares = shares_of(coupling)
+    one_pool = f"pool of {pool:,}" + ", labels ignored" * (labels is not None)
     ways = {"random": (even, dansm.pairs(shuffled(), "random", seed=seed)),
-            f"pool of {pool:,}": ({}, dansm.pairs(shuffled(), "greedy", pool, seed=seed)),
+            one_pool: ({}, dansm.pairs(shuffled(), "greedy", pool, seed=seed)),
             "coupling": (shares, pairs_of(coupling, samples, batch, labels is not None))}
     return [{"pairs": name} | of_way | measured(pairs, steps, name) for name, (of_way, pairs) in ways.items()]
 

@@ -63,6 +63,8 @@ class CoupledBatchSampler(Sampler[list[int]]):
                 raise BadInput("a loop goes on after another began or a state was loaded: expected it to end before")
 
     def _draw(self) -> Drawn:
+        if not self.coupling.solved:
+            raise BadInput("the coupling is not solved: expected coupling.solve(), or a saved state, before the loop")
         place = self._place()
         z, taken = self.coupling.draw(self.size)
         return Drawn(place, z, taken.tolist())

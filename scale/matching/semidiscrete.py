@@ -87,6 +87,7 @@ class FastSemidiscrete(Semidiscrete):
         self.content = hashlib.blake2b(keys.numpy().tobytes(), digest_size=16).hexdigest()
         for of_part in self.all_parts():
             self._keep(of_part, first_potentials(of_part.points))
+        self.solved = False  # or loaded
         self.progress = {}  # the states of parts' solvers, by the numbers of parts
         self.process = process_number()
         self.generator = noise_generator(self.seed, self.device, DRAWING, self.process)
@@ -151,6 +152,7 @@ class FastSemidiscrete(Semidiscrete):
         if not 0 < error < math.inf:
             raise BadInput(f"error is {error}: expected a number above 0, like 0.1 for shares that are off by 10 %")
         self._forget_drawn()
+        self.solved = True  # as far as it comes
         return [self._solve(number, of_part, error, most, report) for number, of_part in enumerate(self.all_parts())]
 
     def _solve(self, number: int, of_part: Part, error: float, most: int, report: Callable | None) -> Solved:
@@ -261,6 +263,7 @@ class FastSemidiscrete(Semidiscrete):
 
     def load_state_dict(self, state: dict) -> None:
         check_made_for(state, self._made_for() | self._place_of())
+        self.solved = True
         self.potentials.copy_(state["potentials"])
         self._set_generators(state["before"])
         asked, self.asked_turns = state["asked"]
@@ -300,7 +303,7 @@ class FastSemidiscrete(Semidiscrete):
                 state["solver"] = solver
             progress[number] = state
         self.potentials.copy_(solution["potentials"])
-        self.progress = progress
+        self.progress, self.solved = progress, True
         self._forget_drawn()
 
     def _made_for(self) -> dict:
@@ -317,6 +320,8 @@ def check_made_for(state, made_for: dict) -> None:
     if saved is None:
         raise BadInput(f"the state is a {type(state).__name__}: expected what a Semidiscrete saved")
     for name, expected in made_for.items():
+        if saved.get(name) != expected and name == "content":
+            raise BadInput("the data have changed since their coupling was saved: expected the same")
         if saved.get(name) != expected:
             given, expected = (shorten(str(value), 60) for value in (saved.get(name), expected))
             raise BadInput(f"what was saved is for {name} {given}, these data have {expected}: expected the same data")

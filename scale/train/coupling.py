@@ -84,7 +84,7 @@ def coupled(images, *, flip: bool, labels: np.ndarray | None, part: int | None, 
     say_reached(coupling, reached, f"{time.monotonic() - begin:.0f} s" if bar.shown else f"found in {kept}")
     if above := sum(solved.at_most > error for solved in reached):
         say(f"shares of {above:,} of {counted(len(reached), 'part')} may be off by more than {100 * error:.3g} %:",
-            f"no more than {counted(most, 'noise')} for each sample are drawn")
+            f"no more than {counted(most, 'noise')} for each sample are drawn; the plan serves as it is")
     return coupling
 
 

@@ -55,7 +55,7 @@ def latents(path, count=12, seed=0):
 
 def test_pairs_of_the_coupling_are_nearest_and_its_noises_tell_no_class(measured, classes, tmp_path):
     rows, said = measured(classes, "--labels", "folders")
-    random, pool, coupled = rows["random"], rows["pool of 48"], rows["coupling"]
+    random, pool, coupled = rows["random"], rows["pool of 48, labels ignored"], rows["coupling"]
     assert abs(random["inner"]) < 1 < pool["inner"] < coupled["inner"]
     assert random["squared_distance"] > pool["squared_distance"] > coupled["squared_distance"]
     for row in rows.values():

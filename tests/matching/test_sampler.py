@@ -212,3 +212,9 @@ def test_each_process_draws_noises_of_its_own(monkeypatch):
     assert not noises(late).equal(first)
     with pytest.raises(BadInput, match="'process': 1"):
         late.batch_sampler.load_state_dict(coupled().state_dict() | {"made_for": early._made_for() | {"process": 0}})
+
+
+def test_a_coupling_that_is_not_solved_is_refused():
+    batches = CoupledBatchSampler(Semidiscrete(DATA, seed=0), 4)
+    with pytest.raises(BadInput, match="the coupling is not solved: expected"):
+        next(iter(batches))
