@@ -127,7 +127,7 @@ class FastSemidiscrete(Semidiscrete):
         begin = copies.cumsum(0) - copies
         if len(begin) < len(points):
             points, samples = points[order[begin]], samples[order.cpu()]
-        if self.copies_on != self.device:
+        if self.copies_on != self.device and self.device.type == "cuda":
             points = points.pin_memory()  # so that no one waits while they come
         return Part(points, samples.to(self.device), begin.to(self.device), copies.to(self.device))
 
@@ -265,9 +265,10 @@ class FastSemidiscrete(Semidiscrete):
         check_made_for(state, self._made_for() | self._place_of())
         self.solved = True
         self.potentials.copy_(state["potentials"])
-        self._set_generators(state["before"])
-        asked, self.asked_turns = state["asked"]
-        self.asked.set_state(asked.cpu())
+        (generator, lots, turns), (asked, asked_turns) = state["before"], state["asked"]
+        for ours, saved in ((self.generator, generator), (self.lots, lots), (self.asked, asked)):
+            ours.set_state(saved.cpu())
+        self.turns, self.asked_turns = dict(turns), dict(asked_turns)
         self._forget_drawn()
         if state["handed"]:
             self._draw_ahead()
@@ -276,11 +277,6 @@ class FastSemidiscrete(Semidiscrete):
     def _place_of(self) -> dict:
         """Where the noises are drawn: others draw others."""
         return {"device": self.device.type, "process": self.process}
-
-    def _set_generators(self, states: tuple[Tensor, Tensor, dict]) -> None:
-        for generator, state in zip((self.generator, self.lots), states, strict=False):
-            generator.set_state(state.cpu())
-        self.turns = dict(states[2])
 
     def solution(self) -> dict:
         """What `solve` found, for a file, as tensors and plain values: 4 bytes a sample, and 16 more to resume it."""

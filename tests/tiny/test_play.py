@@ -220,7 +220,7 @@ SETTLE = """
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("count", [1, 2, 40, 256])
 def test_cells_settle_to_equal_shares_of_the_noises(console, count, shape):
-    """By a million noises, which choose as in dansm.py."""
+    """What each sample gets of a million noises, which choose as in dansm.py."""
     x, z = toy.points(shape, count, "test", 0).double(), torch.randn(1_000_000, 2, dtype=torch.float64)
     found = run(console, SETTLE, x, z[:1000])
     values = z @ x.T - torch.tensor(found["potentials"], dtype=torch.float64)

@@ -207,7 +207,7 @@ def test_a_damaged_or_foreign_file_is_solved_again_and_replaced(solve, steps, ca
 
 
 def on_a_gpu(path):
-    """As if it had been written there: a solver's generator is another there."""
+    """Write the file again as a GPU would have, whose generators have other states."""
     solution = torch.load(path) | {"device": "cuda"}
     for state in solution["progress"].values():
         state["solver"]["generator"] = torch.zeros(16, dtype=torch.uint8)
