@@ -140,8 +140,15 @@ def sizes(x: Tensor) -> Tensor:
 
 
 def first_potentials(x: Tensor) -> Tensor:
-    """Where potentials begin, x: (n, D) → (n,): the largest of n normal numbers lies at √(2 ln n) deviations."""
-    return sizes(x) * math.sqrt(2 * math.log(len(x)))
+    """Where potentials begin, x: (n, D) → (n,): the largest of n normal numbers lies at √(2 ln n) deviations.
+
+    Where noises are shorter than that, √D of them, they begin by taking the sample nearest to z · rms coordinate.
+    """
+    size, n, dimensions = sizes(x), *x.shape
+    if dimensions < 2 * math.log(n):
+        squares = size.square()
+        return squares / (2 * (squares.mean() / dimensions).sqrt()).clamp_min(torch.finfo(size.dtype).tiny)
+    return size * math.sqrt(2 * math.log(n))
 
 
 def evenness(taken: Tensor, share: Tensor, noises: float) -> Solved:

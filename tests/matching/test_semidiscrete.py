@@ -220,8 +220,16 @@ def test_a_start_that_is_even_is_not_made_worse(kind):
     assert unevenness(counts(coupling)) < 0.1
 
 
+def test_a_start_in_few_dimensions_takes_the_nearest_sample():
+    x = points(500, 3) - points(500, 3).mean(0)
+    start = Semidiscrete(x)
+    z, taken = start.draw(200)
+    assert torch.equal(taken, torch.cdist(x.square().mean().sqrt() * z, x).argmin(1))
+    assert unevenness(counts(start)) < 0.8  # lengths times √(2 ln n) are off by 17 shares
+
+
 def test_parts_that_do_not_fit_are_refused():
-    with pytest.raises(BadInput, match=r"60 samples share a plan, and .* have room for 15"):
+    with pytest.raises(BadInput, match=r"60 samples share a plan, and .* have room for \d+:"):
         Semidiscrete(points(), memory=2e-6)
     with pytest.raises(BadInput, match="memory is 0"):
         Semidiscrete(points(), memory=0)
