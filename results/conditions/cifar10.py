@@ -26,7 +26,9 @@ RUNS = {"random": ("random pairs", dict(color=RANDOM, marker="o", linestyle=(0, 
         "class-1000": ("a pool of 1,000 for each class", dict(color=POOLS[1000], marker="D", linestyle="-")),
         "class-10000": ("a pool of 10,000 for each class", dict(color=POOLS[10_000], marker="s", linestyle="-")),
         "assigned": ("assigned within batches and classes", dict(color=OPTIMAL, marker="v", linestyle="-.")),
-        "semidiscrete": ("semidiscrete within each class", dict(color=SEMIDISCRETE, marker="*", linestyle="-"))}
+        "semidiscrete": ("semidiscrete within each class", dict(color=SEMIDISCRETE, marker="*", linestyle="-")),
+        "semidiscrete-one": ("semidiscrete, labels ignored",
+                             dict(color=SEMIDISCRETE, marker="x", linestyle=(0, (1, 1.2))))}
 
 
 def collect(folders: list[Path]) -> list[dict]:
