@@ -96,7 +96,8 @@ leakage = partial(listing, read("conditions/leakage.csv"), ["coupling"], {
     "at last": numbers("size_last_quarter", 3)})
 CLASSES = {"random pairs": "random", "one pool of 10,000, labels ignored": "one-pool",
            "a pool of 1,000 for each class": "class-1000", "a pool of 10,000 for each class": "class-10000",
-           "assigned in batches of 256, within classes": "assigned", "semidiscrete within each class": "semidiscrete"}
+           "assigned in batches of 256, within classes": "assigned", "semidiscrete within each class": "semidiscrete",
+           "semidiscrete, labels ignored": "semidiscrete-one"}
 
 
 def classes_cifar10():
@@ -117,7 +118,7 @@ def classes_guided():
     steps = STEPS[1:4]
     columns = {f"best: {count} steps": ({"steps": count}, best) for count in steps} | {
         f"guidance 2: {count}": ({"steps": count, "guidance": "2.0"}, numbers("frechet_distance")) for count in steps}
-    rows = {label: {"run": run} for label, run in CLASSES.items() if run != "assigned"}  # it has no guidance
+    rows = {label: {"run": run} for label, run in CLASSES.items()}
     return pivot(read("conditions/cifar10.csv"), rows, columns)
 
 
@@ -142,13 +143,35 @@ def couple():
     return pivot(read("bench/couple/compare.csv"), rows, columns)
 
 
-def couple_cifar10():
-    """Without labels, after 2,048,000 images."""
-    runs = "random", "greedy-10000", "greedy-100000", "optimal-10000"
-    rows = {RUNS[run].label: {"run": run, "images": "2048000"} for run in runs}
-    rows["semidiscrete, 100,000 samples"] = {"run": "semidiscrete", "images": "2048000"}
-    columns = {f"{steps} steps": ({"steps": steps}, numbers("distance")) for steps in STEPS}
-    return pivot(read("proof/distances.csv") + read("couple/distances.csv"), rows, columns)
+def couple_cifar10(images):
+    """Without labels, after so many images."""
+    runs = {RUNS[run].label: run for run in ("random", "greedy-10000", "greedy-100000", "optimal-10000")} | {
+        "semidiscrete, parts of 1,000": "semidiscrete-1000", "semidiscrete, parts of 10,000": "semidiscrete-10000",
+        "semidiscrete, all 100,000 samples": "semidiscrete"}
+    found = [row for row in read("proof/distances.csv") + read("couple/distances.csv") if row["images"] == images]
+    rows = {label: {"run": run} for label, run in runs.items() if any(row["run"] == run for row in found)}
+    return pivot(found, rows, {f"{steps} steps": ({"steps": steps}, numbers("distance")) for steps in STEPS})
+
+
+def embeddings():
+    columns = {f"{steps} steps": ({}, numbers(f"frechet_{steps}")) for steps in (3, 10, 50)} | {
+        "condition missed, 50": ({}, numbers("condition_error_50", 2)),
+        "cluster told": ({}, numbers("cluster_told", 1, " %", 100))}
+    rows = {"random pairs": "random", "one pool of 10,000": "pool", "one pool, conditions carried": "carry-1",
+            "ten clusters, a pool of 1,000 for each": "kmeans-10", "100 clusters, a pool of 100 for each": "kmeans-100"}
+    return pivot(read("conditions/embeddings.csv"), {label: {"way": way} for label, way in rows.items()}, columns)
+
+
+def learned():
+    columns = {"straightness": ({}, numbers("straightness", 3)), "calls to 10⁻³": ({}, numbers("nfe_1e-3", 0)),
+               "calls to 10⁻⁵": ({}, numbers("nfe_1e-5", 0)),
+               "to the nearest image": ({}, numbers("pixels_nearest_mean")),
+               "of 1 % at most": ({}, numbers("pixels_nearest_1%")),
+               "below half of the second": ({}, numbers("pixels_below_0.5", 1, " %", 100)),
+               "nearest, features": ({}, numbers("features_nearest_mean", 2))}
+    rows = {"random pairs": "random-0", "pool of 10,000": "pool-0", "semidiscrete": "semi-0",
+            "semidiscrete, 5,120,000 images": "semi-5m-0", "other training images": "real images"}
+    return pivot(read("couple/learned.csv"), {label: {"run": run} for label, run in rows.items()}, columns)
 
 
 def groups():
@@ -162,18 +185,17 @@ def groups():
     return pivot(read("bench/groups/h100.csv"), cases, columns)
 
 
-def couple_gpu():
-    columns = {"samples": ({}, numbers("samples", 0)), "parts": ({}, numbers("parts", 0)),
-               "to 10 %": ({}, numbers("solve_s", 1, " s")),
-               "products of that": ({}, numbers("products_of_solve", 0, " %", 100)),
-               "256 choose in": ({}, numbers("choose_256_ms", 2, " ms")),
-               "products of this": ({}, numbers("products_of_choose", 0, " %", 100))}
-    return pivot(read("bench/couple/h200.csv"), {way: {"way": way} for way in ("whole", "parts of 10,000")}, columns)
+couple_gpu = partial(listing, read("bench/couple/h200.csv"), ["way"], {
+    "samples": numbers("samples", 0), "parts": numbers("parts", 0), "to 10 %": numbers("solve_s", 1, " s"),
+    "products of that": numbers("products_of_solve", 0, " %", 100), "256 choose in": numbers("choose_256_ms", 2, " ms"),
+    "products of this": numbers("products_of_choose", 0, " %", 100)})
 
 
 def proof_short(*names):
     _, needed = proof_images("greedy-10000@5120000")
-    return [*proof(*names), ["images, thousands, with which the pool of 10,000 reaches the first row", *needed[1:]]]
+    *_, coupled = couple_cifar10("5120000")
+    return [*proof(*names), ["semidiscrete, 5,120,000 images", *coupled[1:]],
+            ["images, thousands, with which the pool of 10,000 reaches the first row", *needed[1:]]]
 
 
 def proof_speed():
