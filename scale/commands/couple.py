@@ -10,10 +10,10 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
+from rich.markup import escape
 from torch import Tensor
 
 import dansm
-from dansm import BadInput
 
 from ..base import files, machine, text
 from ..base.statistics import told_class
@@ -22,13 +22,14 @@ from ..data.labels import load_labels
 from ..data.latents import known_of
 from ..matching.semidiscrete import FastSemidiscrete
 from ..matching.solver import evenness
+from ..model.recipe import checked
 from ..studies.conditions import MOST_BYTES
 from ..studies.pairs import SERVED_AT_ONCE
-from ..train.coupling import Samples, coupled, overall, uncertainty
+from ..train.coupling import Samples, coupled, overall
 from .options import Device, Seed, Size, command_app
 
-EACH, LEAST, POOL = 10, 10_000, 10_000  # noises counted for each sample, and in all; noises in the pool compared with
-MEASURES = {"share_error": ("shares off by, rms", ".1%"), "share_deviation": ("standard deviation of that", ".1%"),
+EACH, LEAST, POOL = 10, 10_000, 10_000  # noises counted for each sample at least, and in all; in the pool
+MEASURES = {"share_error": ("shares off by, rms", ".1%"), "share_at_most": ("that and two deviations of it", ".1%"),
             "never_taken": ("samples never taken", ",.0f"), "least_share": ("least share", ".2f"),
             "largest_share": ("largest share", ".2f"), "inner": ("mean ⟨x, z⟩", ",.2f"),
             "squared_distance": ("mean ‖x − z‖²", ",.1f"), "noise_size": ("mean ‖z‖²/D", ".4f"),
@@ -50,14 +51,13 @@ def couple(
     seed: Seed = 0,
     device: Device = "auto",
     cache: Annotated[Path | None, typer.Option(
-        help="folder that keeps the potentials and the decoded images, as for dansm train",
-        show_default="~/.cache/dansm/potentials, images in memory")] = None,
+        help=escape("folder that keeps the potentials, and decoded images if it is given, as for dansm train "
+                    "[potentials in ~/.cache/dansm]"), show_default=False)] = None,
     out: Annotated[Path | None, typer.Option(help="folder for couple.csv and couple.json, made if missing")] = None,
 ) -> None:
     """Couple data with noises, for dansm train --method semidiscrete. Ctrl-C saves; the same command resumes."""
     device = machine.pick_device(device)
-    if not 0 < error < math.inf:
-        raise BadInput(f"--error is {error}: expected a number above 0, like 0.1 for shares that are off by 10 %")
+    error = checked("couple_error", error, "--error")
     if out:
         loader.check_out(data, out)
     images = loader.load_images(data, size=size, cache=cache)
@@ -69,7 +69,7 @@ def couple(
     classes = found.numbers if found else None
     flip = known_of(images) is None if flip is None else flip
     coupling = coupled(images, flip=flip, labels=classes, part=part, error=error, seed=seed, device=device, cache=cache)
-    rows = compared(images, coupling, flip=flip, labels=classes, seed=seed)
+    rows = compared(images, coupling, flip=flip, labels=classes, error=error, seed=seed)
     samples, parts = len(coupling.potentials), len(list(coupling.all_parts()))
     text.console.print(text.table(
         f"{text.counted(samples, 'sample')} in {text.counted(len(coupling.parts), 'group')} and "
@@ -86,7 +86,8 @@ def couple(
         text.say_files(out, "couple.csv", "couple.json")
 
 
-def compared(images, coupling: FastSemidiscrete, *, flip: bool, labels: np.ndarray | None, seed: int) -> list[dict]:
+def compared(images, coupling: FastSemidiscrete, *, flip: bool, labels: np.ndarray | None, error: float,
+             seed: int) -> list[dict]:
     """A row for random pairs, with shares that are even but for chance; for one pool without labels, over its whole
     life; and for the coupling."""
     most = max(1, MOST_BYTES // (4 * math.prod(images.shape[1:])))
@@ -96,7 +97,7 @@ def compared(images, coupling: FastSemidiscrete, *, flip: bool, labels: np.ndarr
     steps = whole // batch * max(1, min(max(LEAST, len(images)), most) // whole)
     samples = Samples(images, flip)
     shuffled = partial(shuffled_batches, samples, coupling, batch, seed, labels is not None)
-    even, shares = shares_of(coupling)
+    even, shares = shares_of(coupling, error)
     one_pool = f"pool of {pool:,}" + ", labels ignored" * (labels is not None)
     ways = {"random": (even, dansm.pairs(shuffled(), "random", seed=seed)),
             one_pool: ({}, dansm.pairs(shuffled(), "greedy", pool, seed=seed)),
@@ -138,11 +139,13 @@ def measured(pairs: Iterator[tuple], steps: int, name: str) -> dict[str, float]:
     return means | ({"class_told": told_class(torch.cat(noises), torch.cat(classes))} if classes else {})
 
 
-def shares_of(coupling: FastSemidiscrete) -> tuple[dict, dict]:
-    """What even shares give by chance, and what samples have of fresh noises. Both are counted within parts, as lots
-    bring noises to parts."""
-    taken = torch.zeros(len(coupling.potentials), dtype=torch.int64, device=coupling.device)
-    steps = -(-max(LEAST, EACH * len(taken)) // SERVED_AT_ONCE)
+def shares_of(coupling: FastSemidiscrete, error: float) -> tuple[dict, dict]:
+    """What even shares give by chance, and what samples have of fresh noises: so many that they tell an `error`, at
+    half the work of its solve at most. Both are counted within parts, as lots bring noises to parts."""
+    n = len(coupling.potentials)
+    taken = torch.zeros(n, dtype=torch.int64, device=coupling.device)
+    each = max(EACH, min(10 * math.sqrt(2 / n), 0.5) / error**2)  # the square's deviation is √(2/n) / each, by chance
+    steps = -(-max(LEAST, math.ceil(each * n)) // SERVED_AT_ONCE)
     for _ in text.with_bar(range(steps), "counting", steps):
         _, numbers = coupling.draw(SERVED_AT_ONCE)
         taken.index_add_(0, numbers, torch.ones_like(numbers))
@@ -159,6 +162,6 @@ def evenness_of(counts: list[Tensor]) -> dict[str, float]:
     even = [torch.full((size,), 1 / size) for size in sizes]
     solved = overall([evenness(of_part, share, 0) for of_part, share in zip(counts, even, strict=True)], sizes)
     shares = torch.cat([of_part * (len(of_part) / of_part.sum()) for of_part in counts])
-    return {"share_error": solved.error, "share_deviation": uncertainty(solved),
+    return {"share_error": solved.error, "share_at_most": solved.at_most,
             "never_taken": int((shares == 0).sum()), "least_share": shares.min().item(),
             "largest_share": shares.max().item()}

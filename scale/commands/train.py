@@ -170,6 +170,9 @@ def advise(recipe: Recipe, device: torch.device, labels: Labels | None) -> None:
     """Say what is likely not meant. labels: by which each class has a pool of its own."""
     if device.type == "cpu" and recipe.network != "small" and recipe.width is None:
         say(f"on a CPU {recipe.network} takes seconds for each image: --network small is for CPUs")
+    for name, rules in SETTINGS.items():
+        if rules.methods and recipe.method not in rules.methods and getattr(recipe, name) != rules.default:
+            say(f"{as_option(name)} has no effect with --method {recipe.method}")
     samples, pool = recipe.steps * recipe.batch, f"the pool of {counted(recipe.match_size, 'noise')}"
     if labels:
         share = np.bincount(labels.numbers) / len(labels.numbers)

@@ -22,16 +22,18 @@ from ..base.text import shorten
 
 RECIPES = Path(__file__).with_name("recipes")
 FLOWS = {"rectified": dansm.RectifiedFlow, "diffusion": dansm.Diffusion}
+COMPARING = "greedy", "optimal", "nearest"  # methods that choose among noises
 NEED_LABELS = "label_dropout", "match_labels"  # else they have no effect
 RENAMED = {"pool": "pool_dtype", "fast": "tf32", "decay": "ema_decay", "resident": "data_on_gpu",
            "ages": ""}  # which was removed
 
 
 def setting(part: str, text: str, default: Any = dataclasses.MISSING, *, least: float = 0, most: float = math.inf,
-            choices: Iterable[str] = (), empty: bool = False, free: bool = False):
+            choices: Iterable[str] = (), empty: bool = False, free: bool = False, methods: Iterable[str] = ()):
     """A field of `Recipe` with its heading, its help and what it may be: a number from least to most, one of the
-    choices, an empty list. What is free may change when a run resumes."""
-    rules = dict(part=part, text=text, least=least, most=most, choices=tuple(choices), empty=empty, free=free)
+    choices, an empty list. What is free may change when a run resumes; without one of the methods it has no effect."""
+    rules = dict(part=part, text=text, least=least, most=most, choices=tuple(choices), empty=empty, free=free,
+                 methods=tuple(methods))
     return dataclasses.field(default=default, metadata=rules)
 
 
@@ -72,11 +74,12 @@ class Recipe:
     target: str = in_flow("what a diffusion's network predicts", "noise", choices=dansm.TARGETS)
     method: str = in_flow("how noises are paired with samples; the paper's is greedy", "greedy", choices=dansm.METHODS)
     match_size: int = in_flow("greedy: noises in the pool, 0 or 1 gives random pairs; optimal: samples assigned "
-                              "together; nearest: noises drawn for each sample", 10_000)
-    part: int = in_flow("semidiscrete: samples that share a plan, at most", 100_000, least=1)
+                              "together; nearest: noises drawn for each sample", 10_000, methods=COMPARING)
+    part: int = in_flow("semidiscrete: samples that share a plan, at most", 100_000, least=1, methods=["semidiscrete"])
     couple_error: float = in_flow("semidiscrete: by how much (rms) the samples' shares of the noises may be off", 0.1,
-                                  least=0.001, most=1)
-    cost: str = in_flow("what is near: squared distance, as in the paper, or −⟨x, z⟩", "squared", choices=dansm.COSTS)
+                                  least=0.001, most=1, methods=["semidiscrete"])
+    cost: str = in_flow("what is near: squared distance, as in the paper, or −⟨x, z⟩", "squared", choices=dansm.COSTS,
+                        methods=COMPARING)
     match_labels: str = in_flow("with labels: match each class within itself, by a pool of its own", "yes",
                                 choices=("yes", "no"))
     match_scope: str = in_flow("a pool for each process, or one over all", "rank", choices=("rank", "global"))

@@ -147,10 +147,5 @@ def overall(parts: Sequence[Solved], sizes: Sequence[int]) -> Solved:
     return Solved((weight @ square).item(), (weight * deviation).norm().item(), (weight @ noises).item())
 
 
-def uncertainty(solved: Solved) -> float:
-    """The standard deviation of the error that was estimated."""
-    return solved.deviation / 2 / max(solved.error, math.sqrt(solved.deviation), 1e-9)
-
-
 def in_words(solved: Solved) -> str:
     return f"shares off by at most {100 * solved.at_most:.1f} % (rms)"

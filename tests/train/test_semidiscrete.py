@@ -179,6 +179,16 @@ def test_no_batch_waits_for_a_gpu(tmp_path, resident):
     assert (x - z).square().mean() < 0.98 * (x - z.roll(1, 0)).square().mean()
 
 
+def test_it_is_said_which_settings_the_method_has_no_use_for(train):
+    said = train("--steps", 1, "--part", 10, "--couple-error", 0.5)
+    assert "--part" not in said and "--couple-error" not in said
+    said = train("--steps", 1, "--cost", "inner", "--match-size", 3, out="b")
+    for option in ("--cost", "--match-size"):
+        assert f"{option} has no effect with --method semidiscrete" in said
+    said = train("--steps", 1, "--method", "random", "--part", 9, out="c")
+    assert "--part has no effect with --method random" in said
+
+
 def test_it_is_said_how_classes_are_matched(train):
     assert "each is matched within itself" in train("--steps", 1, *LABELS)
     assert "a noise tells the class" in train("--steps", 1, *LABELS, "--match-labels", "no", "--fresh")
