@@ -27,7 +27,7 @@ SWELLS = 200  # times its packed size, which no photograph comes near; only for 
 HURTS = 2**24
 EXPECTED = "expected a folder of images, a .zip or .tar of them, an LSUN lmdb, .npy latents, or cifar10"
 LABELS = "labels.npy"  # in a folder of images or latents, whose labels it holds
-VERSION = 1  # a change makes all caches decode again
+VERSION = 2  # a change makes all caches decode again
 
 # (place in the order of names, path for the user, which may lead into an archive, what reads it) of each file
 Entries = Iterable[tuple[int, Path, Callable]]
@@ -92,6 +92,7 @@ class Source:
         with opened as (count, files), warnings.catch_warnings():
             if not count:
                 raise BadInput(f"{self.path} holds no images: expected files ending in {' '.join(sorted(SUFFIXES))}")
+            warnings.filterwarnings("ignore", module="PIL")  # of damaged EXIF, of palettes
             warnings.simplefilter("error", Image.DecompressionBombWarning)  # for images up to twice Pillow's limit
             yield count, ((place, path, partial(read_image, path, read, self.size)) for place, path, read in files)
 
@@ -172,7 +173,8 @@ def read_image(path: Path, read: Callable[[], bytes], size: int | None = None) -
     Raises Unreadable, naming the path, also for an image with more pixels than Pillow takes for an honest one.
     """
     try:
-        with Image.open(BytesIO(read())) as image:
+        with Image.open(BytesIO(read())) as opened:
+            image = _upright(opened)
             if image.mode.startswith(("I", "F")):  # more than 8 bits a pixel, which convert would cut off at 255
                 pixels = np.asarray(image)
                 if pixels.dtype.kind == "f" or pixels.min() < 0 or pixels.max() > 65535:
@@ -185,6 +187,15 @@ def read_image(path: Path, read: Callable[[], bytes], size: int | None = None) -
         reason = str(error).partition(" <_io")[0]  # without the address of the BytesIO
         raise Unreadable(f"{path} cannot be read as an image ({reason}); expected one, or --skip-unreadable, which "
                          "leaves such files out") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image as a viewer shows it: turned and mirrored by its EXIF orientation, where that can be read."""
+    try:
+        image.getexif()
+    except Exception:  # damaged EXIF raises nearly every kind; the pixels may be whole
+        return image
+    return ImageOps.exif_transpose(image)
 
 
 def square(image: Image.Image, size: int | None) -> np.ndarray:
