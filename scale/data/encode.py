@@ -21,10 +21,11 @@ from ..base.locks import owning
 from ..base.processes import processes, quiet, ranks, wait_for_all
 from ..base.text import counted, say, say_files, shorten, with_bar
 from . import latents
+from .archives import Entries
 from .autoencoder import Autoencoder, Encoder
 from .labels import load_labels
 from .loader import check_out, stream_images
-from .read import Entries, Source
+from .read import Source
 
 
 @dataclass(frozen=True)

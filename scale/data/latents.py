@@ -14,7 +14,7 @@ from dansm import BadInput
 
 from ..base.files import read_json, replacing, write_json
 from ..base.text import say
-from .read import check_finite, open_npy
+from .arrays import check_finite, open_npy
 
 VERSION = 2  # of the index
 KNOWN = "autoencoder", "factor", "shift", "moments", "flips", "size", "source"  # that a run keeps of its latents

@@ -1,8 +1,5 @@
 """Images from files to the device: decoded once, kept as one array, shuffled and flipped there."""
 
-import hashlib
-import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
@@ -16,21 +13,20 @@ from torch import Tensor
 
 from dansm import BadInput
 
-from ..base.files import replacing, write_json
-from ..base.locks import alone
-from ..base.machine import check_memory, free_memory
-from ..base.text import say, with_bar
+from ..base.machine import free_memory
+from ..base.text import say
 from ..base.threads import ahead
+from .arrays import check_finite, open_npy
+from .cache import decode_into_cache, decode_into_memory
 from .latents import Shards, known_on_disk, open_encoded
+from .pictures import square
 from .pixels import from_uint8
-from .read import Source, check_finite, files_of, open_npy, square
+from .read import Source, files_of
 
 SHARED = Path("~/.cache/dansm/images")  # where processes of one machine find what one of them has decoded
 RESIDENT = 1 / 2  # share of the device's free memory that the data may take: the rest is for training
 CPU = torch.device("cpu")
 AHEAD, READERS = 4, 2  # batches read before they are asked for, and threads that read them
-
-Decoded = tuple[np.ndarray, list[Path]]  # (N, C, H, W), and the files that were left out
 
 
 def load_images(source: str, *, size: int | None = None, skip_unreadable: bool = False,
@@ -66,12 +62,12 @@ def load_images(source: str, *, size: int | None = None, skip_unreadable: bool =
         check_finite(files.path, latents)
         return latents
     if cache is None and not share:
-        array, missing = _decode_all(files, partial(_make_in_memory, files.path))
+        array, missing = decode_into_memory(files)
         array = torch.from_numpy(array)
     else:
         folder = cache or SHARED.expanduser()
         check_out(files.path, folder, "--cache")
-        array, missing = _cached(folder, files)
+        array, missing = decode_into_cache(folder, files)
         if cache is None:
             say(f"decoded images: {array.filename}, {array.nbytes / 1e9:,.1f} GB; every later run of several processes",
                 "finds it there, delete it if none will")
@@ -119,92 +115,6 @@ def _cifar10(size: int | None) -> np.ndarray:
     if size is not None:
         images = np.stack([square(Image.fromarray(image), size) for image in images])
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
-
-
-def _decode_all(source: Source, make_array: Callable[[tuple[int, ...], np.dtype], np.ndarray]) -> Decoded:
-    """Decode every file into one array, which `make_array` makes once the shape is known."""
-    array, missing = None, []
-    with source.open() as (count, entries), closing(source.decoded(entries)) as parts:
-        filled = np.zeros(count, bool)
-        for place, path, part, _ in with_bar(parts, "reading", len(source.files) if source.holds_latents else count):
-            if part is None:
-                missing.append((place, path))
-                continue
-            if array is None:
-                array = make_array((count, *part.shape[1:]), part.dtype)
-            array[place : place + len(part)] = part
-            filled[place : place + len(part)] = True
-    if array is None:
-        raise BadInput(f"{source.path} holds {len(missing)} files, none of them readable: expected images or latents")
-    if missing:
-        for to, place in enumerate(np.flatnonzero(filled)):
-            array[to] = array[place]
-    return array[: filled.sum()], [path for _, path in sorted(missing)]
-
-
-def _make_in_memory(source: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    what = f"{source} decoded, and as much again to work with (--cache keeps it on the disk, --size makes it smaller)"
-    check_memory(what, 2 * int(np.prod(shape)) * dtype.itemsize, "cpu")
-    return np.empty(shape, dtype)
-
-
-def _cached(cache: Path, source: Source) -> Decoded:
-    """What the folder `cache` holds of these very files, memory-mapped. What is missing is decoded into it first. Of
-    several processes that ask at once one decodes, the others wait."""
-    name = f"{source.path.resolve()} {source.size}"
-    key = hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=4).hexdigest()
-    kept = cache / f"{source.path.name}-{source.size or 'whole'}-{key}.npy"
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with alone(kept.with_suffix(".lock")):
-            if _find(kept, source) is None:
-                _decode_into(kept, source)
-            return _find(kept, source)
-    except OSError as error:
-        raise BadInput(f"the decoded images cannot be kept in {cache}: {error.strerror}; expected a folder that can be "
-                       "written to (--cache)") from error
-
-
-def _find(kept: Path, source: Source) -> Decoded | None:
-    """What an earlier call has kept, None if it is of other files or not whole."""
-    try:
-        index = json.loads(kept.with_suffix(".json").read_text())
-        array = np.load(kept, mmap_mode="c", allow_pickle=False)
-        if index["digest"] != source.digest or (index["left_out"] and not source.skip_unreadable):
-            return None
-        left_out = [source.path / Path(path).relative_to(index["source"]) for path in index["left_out"]]
-        return array[: index["count"]], left_out
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-
-
-def _decode_into(kept: Path, source: Source) -> None:
-    """Write the array, then its index. A kill in between leaves no index of another array."""
-    digest = source.digest  # of the files as they are before they are decoded
-    with replacing(kept) as part:
-        array, left_out = _decode_all(source, partial(_make_on_disk, part))
-        array.flush()
-        kept.with_suffix(".json").unlink(missing_ok=True)
-    write_json(kept.with_suffix(".json"), {
-        "digest": digest, "source": str(source.path), "size": source.size, "count": len(array),
-        "left_out": [str(path) for path in left_out]})
-
-
-def _make_on_disk(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:
-    """A memory-mapped array with all its room taken at once: a disk that fills up under a map ends the process."""
-    array = np.lib.format.open_memmap(path, "w+", dtype, shape=shape)
-    try:
-        with open(path, "r+b") as file:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-            else:  # on macOS
-                file.seek(array.offset)
-                for start in range(0, array.nbytes, 2**24):
-                    file.write(bytes(min(2**24, array.nbytes - start)))
-    except OSError as error:
-        raise BadInput(f"the decoded images take {array.nbytes / 1e9:,.1f} GB, {path.parent} has no room for them "
-                       f"({error.strerror}): expected another --cache, or smaller images (--size)") from error
-    return array
 
 
 def check_out(source: str | Path, out: Path, option: str = "--out") -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from support import PICTURES, as_folder, lsun, packed, picture
 
-from dansm.scale.data import loader
+from dansm.scale.data import cache as kept
 from dansm.scale.data.loader import load_images, stream_images
 
 SOURCES = {"folder": lambda at: as_folder(at / "folder", PICTURES),
@@ -99,7 +99,7 @@ def test_a_file_that_changes_while_it_is_decoded_is_decoded_again(folder, cache,
         return parts
 
     with monkeypatch.context() as patch:
-        patch.setattr(loader, "with_bar", changing)
+        patch.setattr(kept, "with_bar", changing)
         load_images(str(folder), cache=cache)
     expected = load_images(str(folder))
     del decodes[:]
@@ -131,7 +131,7 @@ def interrupted(parts, *_):
 def test_ctrl_c_stops_decoding_and_leaves_nothing_half(tmp_path, cache, source, with_cache, monkeypatch):
     source, before = SOURCES[source](tmp_path), set(threading.enumerate())
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loader, "with_bar", interrupted)
+        patch.setattr(kept, "with_bar", interrupted)
         load_images(str(source), cache=cache if with_cache else None)
     assert not set(threading.enumerate()) - before
     assert not with_cache or [path.suffix for path in cache.iterdir()] == [".lock"]
@@ -166,7 +166,7 @@ def test_of_several_at_once_one_decodes(folder, cache, decodes, monkeypatch):
             time.sleep(0.01)
             yield part
 
-    monkeypatch.setattr(loader, "with_bar", slowly)
+    monkeypatch.setattr(kept, "with_bar", slowly)
     threads = [threading.Thread(target=lambda: found.append(load_images(str(folder), cache=cache))) for _ in range(4)]
     for thread in threads:
         thread.start()

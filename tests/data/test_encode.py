@@ -16,7 +16,7 @@ from dansm import BadInput
 from dansm.scale.data import latents
 from dansm.scale.data.labels import load_labels
 from dansm.scale.data.loader import batches, load_images
-from dansm.scale.data.read import read_image
+from dansm.scale.data.pictures import read_image
 
 pytest.importorskip("diffusers")
 

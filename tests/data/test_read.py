@@ -16,7 +16,7 @@ from PIL import Image
 from support import PACKINGS, PICTURES, as_folder, lsun, noise_image, packed, picture
 
 from dansm import BadInput
-from dansm.scale.data import read
+from dansm.scale.data import archives, pictures, read
 from dansm.scale.data.loader import load_images, stream_images
 
 COMMON = [".zip", ".tar", ".tar.gz"]
@@ -159,7 +159,7 @@ def test_cifar10_is_read_as_torchvision_has_it(monkeypatch):
     monkeypatch.setattr("torchvision.datasets.CIFAR10", lambda root, download: type("Data", (), {"data": images}))
     assert torch.equal(load_images("cifar10"), torch.from_numpy(images).permute(0, 3, 1, 2))
     small = load_images("cifar10", size=8)
-    assert np.array_equal(small[3].permute(1, 2, 0), read.square(Image.fromarray(images[3]), 8))
+    assert np.array_equal(small[3].permute(1, 2, 0), pictures.square(Image.fromarray(images[3]), 8))
     stream = stream_images("cifar10", size=8)
     with stream.open() as (count, entries):
         assert count == 5
@@ -219,7 +219,7 @@ def test_an_encrypted_zip_is_refused(tmp_path, not_loaded):
 
 
 def test_a_zip_that_swells_is_refused_before_it_is_unpacked(tmp_path, monkeypatch, not_loaded):
-    archive = packed(tmp_path / "a.deflated.zip", {"a.png": PICTURES["b.png"], "b.bmp": bytes(read.HURTS + 1)})
+    archive = packed(tmp_path / "a.deflated.zip", {"a.png": PICTURES["b.png"], "b.bmp": bytes(archives.HURTS + 1)})
     monkeypatch.setattr(zipfile.ZipFile, "open", None)
     assert f"{archive / 'b.bmp'} unpacks to 16,777,217 bytes" in not_loaded(archive, skip_unreadable=True)
 
@@ -227,7 +227,7 @@ def test_a_zip_that_swells_is_refused_before_it_is_unpacked(tmp_path, monkeypatc
 @pytest.mark.parametrize("packing", [".tar", ".tar.gz"])
 def test_a_tar_with_a_member_too_large_is_refused_before_it_is_read(tmp_path, packing, not_loaded):
     header = tarfile.TarInfo("a.png")
-    header.size = read.LARGEST + 1
+    header.size = archives.LARGEST + 1
     content = header.tobuf()
     (tmp_path / f"a{packing}").write_bytes(gzip.compress(content) if packing.endswith("gz") else content)
     assert "a.png unpacks to 1,073,741,825 bytes" in not_loaded(tmp_path / f"a{packing}")
@@ -235,7 +235,7 @@ def test_a_tar_with_a_member_too_large_is_refused_before_it_is_read(tmp_path, pa
 
 def test_a_tar_that_swells_as_a_whole_is_refused(tmp_path, monkeypatch, not_loaded):
     archive = packed(tmp_path / "a.tar.gz", {f"{i}.bmp": bytes(10**6) for i in range(5)})
-    monkeypatch.setattr(read, "LARGEST", 3 * 10**6)
+    monkeypatch.setattr(archives, "LARGEST", 3 * 10**6)
     assert "2.bmp unpacks to" in not_loaded(archive)
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from support import PICTURES, as_folder, lsun, packed, picture
 
 from dansm import BadInput
-from dansm.scale.data import read
+from dansm.scale.data import pictures, read
 from dansm.scale.data.loader import load_images, stream_images
 from dansm.scale.evaluate import real_features as room
 from dansm.scale.evaluate.extractors import Extractor
@@ -173,7 +173,7 @@ def test_images_that_come_one_by_one_are_known_as_those_of_an_array(tmp_path, so
 
 def test_no_more_images_than_a_few_batches_are_there_at_once(tmp_path, monkeypatch):
     folder, alive, most = as_folder(tmp_path / "folder", {f"{i:03d}.png": picture(i) for i in range(300)}), set(), []
-    square = read.square
+    square = pictures.square
 
     def counted(*arguments):
         image = np.array(square(*arguments))
@@ -182,7 +182,7 @@ def test_no_more_images_than_a_few_batches_are_there_at_once(tmp_path, monkeypat
         most.append(len(alive))
         return image
 
-    monkeypatch.setattr(read, "square", counted)
+    monkeypatch.setattr(pictures, "square", counted)
     monkeypatch.setattr(read.os, "cpu_count", lambda: 2)
     monkeypatch.setattr("dansm.scale.base.machine.free_memory", lambda _: 0)
     real = of_files(folder, SEEN, batch=10)

@@ -1,0 +1,132 @@
+"""The images of a zip, a tar or an LSUN lmdb, read without unpacking."""
+
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
+from functools import partial
+from pathlib import Path, PurePosixPath
+from threading import Lock
+
+import numpy as np
+
+from dansm import BadInput
+
+from .pictures import SUFFIXES
+
+TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")  # zst: Python 3.14 on
+LARGEST = 2**30  # bytes of one file in an archive: a hundred times any image to train on
+SWELLS = 200  # times its packed size, which no photograph comes near; only for files large enough to hurt
+HURTS = 2**24
+
+# (place in the order of names, path for the user, which may lead into an archive, what reads it) of each file
+Entries = Iterable[tuple[int, Path, Callable]]
+Opened = tuple[int, Entries]  # with how many images or latents there are, also those that turn out unreadable
+
+
+@contextmanager
+def _naming(archive: Path) -> Iterator[None]:
+    """Turn any error of a damaged, cut off or foreign archive into BadInput with the archive's path."""
+    try:
+        yield
+    except (BadInput, MemoryError):
+        raise
+    except Exception as error:  # each packer has its own kinds
+        raise BadInput(f"{archive} cannot be read, or is cut off ({' '.join(str(error).split())}): expected a whole "
+                       "zip, tar or lmdb of images") from error
+
+
+@contextmanager
+def open_zip(source: Path) -> Iterator[Opened]:
+    with _naming(source):
+        archive = zipfile.ZipFile(source)
+    alone = Lock()  # a ZipFile's count of its open members is not safe among threads
+
+    def read(member: zipfile.ZipInfo) -> bytes:
+        with alone:
+            return archive.read(member)
+
+    with archive:
+        members = sorted((member for member in archive.infolist() if _is_image(member.filename)),
+                         key=lambda member: PurePosixPath(member.filename))
+        for member in members:
+            if member.file_size > min(LARGEST, max(HURTS, SWELLS * member.compress_size)):
+                raise _bomb(source / member.filename.lstrip("/"), member.file_size)
+        yield len(members), ((place, source / member.filename.lstrip("/"), partial(read, member))
+                             for place, member in enumerate(members))
+
+
+class _Header(tarfile.TarInfo):
+    """Refuses a long name, or what else stands before a file, that would not fit in memory."""
+
+    def _proc_member(self, archive):  # where tarfile has a subclass come in, once it has read a header
+        if not self.isreg() and self.size > HURTS:
+            raise ValueError(f"it names a file by {self.size:,} bytes")
+        return super()._proc_member(archive)
+
+
+@contextmanager
+def open_tar(source: Path) -> Iterator[Opened]:
+    """The images of a tar, read in one go, as a compressed one can be; each image's place is that of its name."""
+    names = names_in_tar(source)
+    places = np.empty(len(names), int)
+    places[sorted(range(len(names)), key=lambda number: PurePosixPath(names[number]))] = np.arange(len(names))
+
+    def entries() -> Entries:
+        with _naming(source):
+            for place, (name, file) in zip(places.tolist(), _tar_members(source), strict=False):
+                yield place, source / name.lstrip("/"), partial(bytes, file.read())
+
+    yield len(names), entries()
+
+
+def names_in_tar(source: Path) -> list[str]:
+    with _naming(source):
+        return [name for name, _ in _tar_members(source)]
+
+
+def _tar_members(source: Path) -> Iterator[tuple[str, tarfile.ExFileObject]]:
+    """The images in a tar in the order they lie there. That it is cut off is noticed at its end only."""
+    with tarfile.open(source, "r:*", tarinfo=_Header) as archive:
+        packed = source.stat().st_size
+        while (member := archive.next()) is not None:
+            archive.members.clear()  # it keeps all that it has passed: a gigabyte for a million
+            if member.size > LARGEST or member.offset_data + member.size > max(LARGEST, SWELLS * packed):
+                raise _bomb(source / member.name.lstrip("/"), member.size)
+            if member.issym() or member.islnk():
+                raise BadInput(f"{source} holds a link ({member.name}): expected files and folders alone")
+            if member.isreg() and _is_image(member.name):
+                yield member.name, archive.extractfile(member)
+        archive.fileobj.seek(archive.offset)  # tarfile takes a damaged header, or none, for the end
+        if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise BadInput(f"{source} ends in the middle, or is damaged there: expected a whole tar")
+
+
+def _is_image(name: str) -> bool:
+    path = PurePosixPath(name)
+    from_macos = path.name.startswith("._") or "__MACOSX" in path.parts  # bears an image's name and is none
+    return path.suffix.lower() in SUFFIXES and not from_macos and not name.endswith("/")
+
+
+def _bomb(path: Path, size: int) -> BadInput:
+    return BadInput(f"{path} unpacks to {size:,} bytes: expected images of at most {LARGEST:,}, packed at most "
+                    f"{SWELLS} times smaller")
+
+
+@contextmanager
+def open_lmdb(folder: Path) -> Iterator[Opened]:
+    """The images of an LSUN lmdb, whose values are image files, in the order of its keys."""
+    import lmdb
+
+    def entries() -> Entries:
+        with _naming(folder):
+            for place, (key, value) in enumerate(transaction.cursor()):
+                yield place, folder / bytes(key).decode("ascii", "backslashreplace"), partial(bytes, value)
+
+    with _naming(folder):
+        store = lmdb.open(str(folder), readonly=True, lock=False, readahead=False)
+    with closing(store), store.begin(buffers=True) as transaction:  # values are views of the file, until it ends
+        needed = (store.info()["last_pgno"] + 1) * store.stat()["psize"]
+        if (folder / "data.mdb").stat().st_size < needed:  # to touch a page that is not there ends the process
+            raise BadInput(f"{folder / 'data.mdb'} is cut off: expected {needed:,} bytes")
+        yield store.stat()["entries"], entries()
