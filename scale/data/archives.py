@@ -2,6 +2,7 @@
 
 import tarfile
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
@@ -12,7 +13,8 @@ import numpy as np
 
 from dansm import BadInput
 
-from .pictures import SUFFIXES
+from .folder import HIDDEN, is_hidden, kind_of
+from .pictures import suffixes
 
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")  # zst: Python 3.14 on
 LARGEST = 2**30  # bytes of one file in an archive: a hundred times any image to train on
@@ -37,7 +39,8 @@ def _naming(archive: Path) -> Iterator[None]:
 
 
 @contextmanager
-def open_zip(source: Path) -> Iterator[Opened]:
+def open_zip(source: Path, passed_over: Counter) -> Iterator[Opened]:
+    """The images of a zip in the order of their names. Counts in `passed_over` what else it holds."""
     with _naming(source):
         archive = zipfile.ZipFile(source)
     alone = Lock()  # a ZipFile's count of its open members is not safe among threads
@@ -47,8 +50,9 @@ def open_zip(source: Path) -> Iterator[Opened]:
             return archive.read(member)
 
     with archive:
-        members = sorted((member for member in archive.infolist() if _is_image(member.filename)),
-                         key=lambda member: PurePosixPath(member.filename))
+        images = [member for member in archive.infolist()
+                  if not member.is_dir() and _is_image(member.filename, passed_over)]
+        members = sorted(images, key=lambda member: PurePosixPath(member.filename))
         for member in members:
             if member.file_size > min(LARGEST, max(HURTS, SWELLS * member.compress_size)):
                 raise _bomb(source / member.filename.lstrip("/"), member.file_size)
@@ -66,26 +70,27 @@ class _Header(tarfile.TarInfo):
 
 
 @contextmanager
-def open_tar(source: Path) -> Iterator[Opened]:
-    """The images of a tar, read in one go, as a compressed one can be; each image's place is that of its name."""
-    names = names_in_tar(source)
+def open_tar(source: Path, passed_over: Counter) -> Iterator[Opened]:
+    """The images of a tar, read in one go, as a compressed one can be; each image's place is that of its name. Counts
+    in `passed_over` what else it holds."""
+    names = names_in_tar(source, passed_over)
     places = np.empty(len(names), int)
     places[sorted(range(len(names)), key=lambda number: PurePosixPath(names[number]))] = np.arange(len(names))
 
     def entries() -> Entries:
         with _naming(source):
-            for place, (name, file) in zip(places.tolist(), _tar_members(source), strict=False):
+            for place, (name, file) in zip(places.tolist(), _tar_members(source, Counter()), strict=False):
                 yield place, source / name.lstrip("/"), partial(bytes, file.read())
 
     yield len(names), entries()
 
 
-def names_in_tar(source: Path) -> list[str]:
+def names_in_tar(source: Path, passed_over: Counter) -> list[str]:
     with _naming(source):
-        return [name for name, _ in _tar_members(source)]
+        return [name for name, _ in _tar_members(source, passed_over)]
 
 
-def _tar_members(source: Path) -> Iterator[tuple[str, tarfile.ExFileObject]]:
+def _tar_members(source: Path, passed_over: Counter) -> Iterator[tuple[str, tarfile.ExFileObject]]:
     """The images in a tar in the order they lie there. That it is cut off is noticed at its end only."""
     with tarfile.open(source, "r:*", tarinfo=_Header) as archive:
         packed = source.stat().st_size
@@ -95,17 +100,21 @@ def _tar_members(source: Path) -> Iterator[tuple[str, tarfile.ExFileObject]]:
                 raise _bomb(source / member.name.lstrip("/"), member.size)
             if member.issym() or member.islnk():
                 raise BadInput(f"{source} holds a link ({member.name}): expected files and folders alone")
-            if member.isreg() and _is_image(member.name):
+            if member.isreg() and _is_image(member.name, passed_over):
                 yield member.name, archive.extractfile(member)
         archive.fileobj.seek(archive.offset)  # tarfile takes a damaged header, or none, for the end
         if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise BadInput(f"{source} ends in the middle, or is damaged there: expected a whole tar")
 
 
-def _is_image(name: str) -> bool:
+def _is_image(name: str, passed_over: Counter) -> bool:
+    """Whether a file of that name is an image to read. If not, count it."""
     path = PurePosixPath(name)
-    from_macos = path.name.startswith("._") or "__MACOSX" in path.parts  # bears an image's name and is none
-    return path.suffix.lower() in SUFFIXES and not from_macos and not name.endswith("/")
+    hidden = any(map(is_hidden, path.parts))
+    wanted = path.suffix.lower() in suffixes() and not hidden
+    if not wanted:
+        passed_over[HIDDEN if hidden else kind_of(path)] += 1
+    return wanted
 
 
 def _bomb(path: Path, size: int) -> BadInput:

@@ -21,7 +21,7 @@ from .cache import decode_into_cache, decode_into_memory
 from .latents import Shards, known_on_disk, open_encoded
 from .pictures import square
 from .pixels import from_uint8
-from .read import Source, files_of
+from .read import Source, files_of, list_files, say_passed_over
 
 SHARED = Path("~/.cache/dansm/images")  # where processes of one machine find what one of them has decoded
 RESIDENT = 1 / 2  # share of the device's free memory that the data may take: the rest is for training
@@ -95,7 +95,9 @@ def find_source(name: str, size: int | None, skip_unreadable: bool) -> Source:
     path = Path(name)
     if name == "cifar10" and not path.exists():
         return Source(path, [], size, array=_cifar10(size))
-    return Source(path, files_of(path), size, skip_unreadable)
+    files, passed_over = list_files(path)
+    say_passed_over(path, passed_over)
+    return Source(path, files, size, skip_unreadable)
 
 
 def read_cifar10():

@@ -1,6 +1,7 @@
 """One image file to pixels."""
 
 from collections.abc import Callable
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 
@@ -9,11 +10,19 @@ from PIL import Image, ImageOps
 
 from dansm import BadInput
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+# formats that Pillow opens and cannot decode by itself, or that are programs
+NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
 
 class Unreadable(BadInput):
     """One file that cannot be read. The rest may do without it."""
+
+
+@cache
+def suffixes() -> frozenset[str]:
+    """The suffixes of images: all formats that this Pillow opens, as .png, .jfif, .avif and .jp2."""
+    formats = Image.registered_extensions()
+    return frozenset(suffix for suffix, name in formats.items() if name in Image.OPEN and name not in NO_PICTURES)
 
 
 def read_image(path: Path, read: Callable[[], bytes], size: int | None = None) -> np.ndarray:

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -14,10 +15,12 @@ from PIL import Image
 
 from dansm import BadInput
 
+from ..base.text import say
 from ..base.threads import ahead
 from .archives import TARS, Entries, Opened, names_in_tar, open_lmdb, open_tar, open_zip
 from .arrays import open_latents
-from .pictures import SUFFIXES, Unreadable, read_image
+from .folder import in_words, kind_of, list_folder
+from .pictures import Unreadable, read_image, suffixes
 
 EXPECTED = "expected a folder of images, a .zip or .tar of them, an LSUN lmdb, .npy latents, or cifar10"
 LABELS = "labels.npy"  # in a folder of images or latents, whose labels it holds
@@ -39,6 +42,7 @@ class Source:
     size: int | None = None
     skip_unreadable: bool = False
     array: np.ndarray | None = None
+    told: bool = False  # what it passes over
 
     @property
     def holds_latents(self) -> bool:
@@ -49,7 +53,7 @@ class Source:
         """Another one as soon as a file is added, removed, renamed or written to. It is that of its first use."""
         digest = hashlib.blake2b(f"{VERSION} {self.size}".encode(), digest_size=16)
         for path in self.files:
-            state = path.stat()
+            state = path.stat() if path.exists() else path.lstat()  # a link that leads nowhere
             name = str(path)[len(str(self.path)):]  # the same however the source was named
             digest.update(f"{name}\0{state.st_size}\0{state.st_mtime_ns}\0".encode(errors="surrogateescape"))
         return digest.hexdigest()
@@ -68,16 +72,21 @@ class Source:
         if self.holds_latents:
             yield open_latents(self.files)
             return
+        passed_over = Counter()
         if self.files[0].name == "data.mdb":
             opened = open_lmdb(self.path)
         elif self.files[0] != self.path:
             opened = nullcontext((len(self.files), ((place, path, path.read_bytes)
                                                     for place, path in enumerate(self.files))))
         else:
-            opened = open_zip(self.path) if self.path.suffix.lower() == ".zip" else open_tar(self.path)
+            open_archive = open_zip if self.path.suffix.lower() == ".zip" else open_tar
+            opened = open_archive(self.path, passed_over)
         with opened as (count, files), warnings.catch_warnings():
             if not count:
-                raise BadInput(f"{self.path} holds no images: expected files ending in {' '.join(sorted(SUFFIXES))}")
+                raise no_images(self.path, passed_over)
+            if not self.told:
+                say_passed_over(self.path, passed_over)
+            self.told = True
             warnings.filterwarnings("ignore", module="PIL")  # of damaged EXIF, of palettes
             warnings.simplefilter("error", Image.DecompressionBombWarning)  # for images up to twice Pillow's limit
             yield count, ((place, path, partial(read_image, path, read, self.size)) for place, path, read in files)
@@ -85,7 +94,8 @@ class Source:
     def paths(self) -> list[Path]:
         """The path of each image or latent, which may lead into an archive, in their order. No image is read."""
         if self.files == [self.path] and self.path.name.lower().endswith(TARS):
-            return [self.path / name.lstrip("/") for name in sorted(names_in_tar(self.path), key=PurePosixPath)]
+            names = names_in_tar(self.path, Counter())
+            return [self.path / name.lstrip("/") for name in sorted(names, key=PurePosixPath)]
         with self.open() as (count, entries):
             named = [(place, path) for place, path, _ in entries]
         ends = [place for place, _ in named[1:]] + [count]
@@ -126,25 +136,41 @@ def check_alike(path: Path, array: np.ndarray, first_path: Path, first: np.ndarr
 def files_of(source: Path) -> list[Path]:
     """The files that `source` is made of, in the order of their names, without reading them: a file itself, a
     folder's images or .npy files with its subfolders, an lmdb's data.mdb. BadInput if there are none."""
+    return list_files(source)[0]
+
+
+def list_files(source: Path) -> tuple[list[Path], Counter]:
+    """`files_of` a source, and how many others a folder holds, by why they are passed over."""
     if (source / "data.mdb").is_file():
-        return [source / "data.mdb"]
+        return [source / "data.mdb"], Counter()
     if not source.is_dir():
         if not source.exists() or not source.name.lower().endswith((".zip", ".npy", *TARS)):
             raise BadInput(f"{source} {'is a file' if source.exists() else 'does not exist'}: {EXPECTED}")
-        return [source]
+        return [source], Counter()
+    files, passed_over = list_folder(source)
+    by_kind = {"images": [], "latents": []}
+    for path in files:
+        suffix = path.suffix.lower()
+        if suffix in suffixes():
+            by_kind["images"].append(path)
+        elif suffix == ".npy":
+            by_kind["latents"] += [path] if path != source / LABELS else []
+        else:
+            passed_over[kind_of(path)] += 1
+    found = {kind: of_kind for kind, of_kind in by_kind.items() if of_kind}
+    if len(found) > 1:
+        kinds = " and ".join(f"{kind} ({of_kind[0]})" for kind, of_kind in found.items())
+        raise BadInput(f"{source} holds {kinds}: expected one kind alone")
+    if not found:
+        raise no_images(source, passed_over, " or .npy latents, or the path of an archive")
+    return next(iter(found.values())), passed_over
 
-    def refuse(error: OSError):
-        raise error
 
-    files = []
-    for folder, folders, names in os.walk(source, onerror=refuse, followlinks=True):
-        folders[:] = [name for name in folders if name[0] != "."]  # .thumbnails, .ipynb_checkpoints
-        files += [Path(folder) / name for name in names if name[0] != "."]
-    images = [path for path in files if path.suffix.lower() in SUFFIXES]
-    latents = [path for path in files if path.suffix.lower() == ".npy" and path != source / LABELS]
-    if images and latents:
-        raise BadInput(f"{source} holds images ({min(images)}) and latents ({min(latents)}): expected one kind alone")
-    if not images and not latents:
-        raise BadInput(f"{source} holds no images: expected files ending in {' '.join(sorted(SUFFIXES))}, or .npy, or "
-                       "the path of an archive")
-    return sorted(images or latents)
+def no_images(source: Path, passed_over: Counter, or_else: str = "") -> BadInput:
+    there = f" ({in_words(passed_over)})" if passed_over else ""
+    return BadInput(f"{source} holds no images{there}: expected .png, .jpg or others that Pillow opens{or_else}")
+
+
+def say_passed_over(source: Path, passed_over: Counter) -> None:
+    if passed_over:
+        say(f"{source}: passed over {in_words(passed_over)}")
