@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ..base.machine import pick_device
-from .options import Autoencoder, Device, Out, Precision, SkipUnreadable, command_app
+from .options import Autoencoder, Background, Device, Out, Precision, SkipUnreadable, command_app
 
 app = command_app()
 
@@ -25,6 +25,7 @@ def encode(
     workers: Annotated[int, typer.Option(min=0, help="threads of each process that read images; 0: its cores")] = 0,
     precision: Precision = "auto",
     skip_unreadable: SkipUnreadable = False,
+    background: Background = "white",
     labels: Annotated[str, typer.Option(
         help="kept in the index, for dansm train --labels auto: none, auto, folders or a file, as there")] = "auto",
     device: Device = "auto",
@@ -34,5 +35,5 @@ def encode(
     from ..data.autoencoder import read_autoencoder
     from ..data.encode import Settings, encode
 
-    settings = Settings(size, shard, flips, moments, batch, workers, precision, skip_unreadable, labels)
+    settings = Settings(size, shard, flips, moments, batch, workers, precision, skip_unreadable, background, labels)
     encode(source, read_autoencoder(autoencoder), pick_device(device), out, settings)

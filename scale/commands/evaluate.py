@@ -41,6 +41,8 @@ def evaluate(
     count: Annotated[int, typer.Option(min=2, help="images drawn for each row of the table")] = 10_000,
     size: Annotated[int | None, typer.Option(min=1, help="make the real images squares of this many pixels")] = None,
     skip_unreadable: options.SkipUnreadable = False,
+    background: Annotated[str | None, typer.Option(
+        help="colour under transparent pixels of the real images", show_default="as in training, or white")] = None,
     labels: Annotated[str | None, typer.Option(
         help="of the real images, as for dansm train", show_default="as in the models' training, or auto")] = None,
     guidance: options.Guidances = "1",
@@ -70,7 +72,7 @@ def evaluate(
     make_folder(out)
     known = read_rows(out / "evaluate.json")
     extractor = load_extractor(features, on, inception_weights)
-    source, images = find_real(trained, data, size, skip_unreadable)
+    source, images = find_real(trained, data, skip_unreadable, size=size, background=background)
     names, labelled = find_classes(trained, data, labels, source, images)
     real = real_features(images, extractor, on, cache=cache.expanduser(), check=partial(check_images, trained, source))
     if data is None:
@@ -115,25 +117,27 @@ def read_rows(path: Path) -> dict[str, dict]:
         raise BadInput(f"{path} was not written by dansm evaluate ({error}): expected another --out") from error
 
 
-def find_real(models: list[Model], data: str | None, size: int | None, skip_unreadable: bool) -> tuple[str, Source]:
+def find_real(models: list[Model], data: str | None, skip_unreadable: bool, size: int | None,
+              background: str | None) -> tuple[str, Source]:
     """The name of the real images, and these: of --data, or what the models were trained on, read as it was then."""
+    read_as = {}
     if data is None:
-        recipe = models[0].about["recipe"]
+        recipe = read_as = models[0].about["recipe"]
         sources = {os.path.realpath(name): name for name in (str(model.about["data"]) for model in models)}
         if len(sources) > 1 or "" in sources.values():
             raise BadInput(f"the models were trained on {', '.join(sorted(map(repr, sources.values())))}: expected "
                            "--data, the images to compare all of them with")
         (data,) = sources.values()
         size = size or recipe.get("size") or None
-        skip_unreadable = skip_unreadable or recipe.get("skip_unreadable", False)
         if not models[0].draws_images:
-            encoded = known_on_disk(Path(data))
-            latents = models[0].about["latents"] or encoded
+            read_as = known_on_disk(Path(data))
+            latents = models[0].about["latents"] or read_as
             if "source" not in latents:
                 raise BadInput(f"{data} does not say what images its latents are of: expected --data, those images")
             data, size = latents["source"], size or latents["size"]
-            skip_unreadable = skip_unreadable or encoded.get("skip_unreadable", False)
-    return data, stream_images(data, size=size, skip_unreadable=skip_unreadable)
+            skip_unreadable = skip_unreadable or recipe.get("skip_unreadable", False)
+    return data, stream_images(data, size=size, background=background or read_as.get("background", "white"),
+                               skip_unreadable=skip_unreadable or read_as.get("skip_unreadable", False))
 
 
 def check_images(models: list[Model], source: str, shape: tuple[int, int, int], count: int | None = None) -> None:

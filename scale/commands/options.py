@@ -23,6 +23,7 @@ Labels = Annotated[list[str] | None, typer.Option(
     show_default="their folders' names")]
 Data = Annotated[str | None, typer.Option(
     help="images or latents, as for dansm train", show_default="those of the model's training")]
+Background = Annotated[str, typer.Option(help="colour under transparent pixels of images, by name or as #rrggbb")]
 Size = Annotated[int | None, typer.Option(min=1, help="make images squares of this many pixels")]
 SampleSteps = Annotated[int, typer.Option(min=1, help="steps from a noise to the model's sample")]
 Batch = Annotated[int, typer.Option(min=1, help="samples drawn together")]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,7 +19,18 @@ from ..base.machine import check_memory
 from ..base.text import with_bar
 from .read import Source
 
-Decoded = tuple[np.ndarray, list[Path]]  # (N, C, H, W), and the files that were left out
+
+class Decoded(NamedTuple):
+    """All images of a source.
+
+    array        (N, C, H, W)
+    left_out     files that could not be read
+    transparent  how many images let the background show through
+    """
+
+    array: np.ndarray
+    left_out: list[Path]
+    transparent: int
 
 
 def _decode_all(source: Source, make_array: Callable[[tuple[int, ...], np.dtype], np.ndarray]) -> Decoded:
@@ -39,7 +51,7 @@ def _decode_all(source: Source, make_array: Callable[[tuple[int, ...], np.dtype]
     if missing:
         for to, place in enumerate(np.flatnonzero(filled)):
             array[to] = array[place]
-    return array[: filled.sum()], [path for _, path in sorted(missing)]
+    return Decoded(array[: filled.sum()], [path for _, path in sorted(missing)], len(source.transparent))
 
 
 def decode_into_memory(source: Source) -> Decoded:
@@ -56,9 +68,9 @@ def _make_in_memory(source: Path, shape: tuple[int, ...], dtype: np.dtype) -> np
 def decode_into_cache(cache: Path, source: Source) -> Decoded:
     """What the folder `cache` holds of these very files, memory-mapped. What is missing is decoded into it first. Of
     several processes that ask at once one decodes, the others wait."""
-    name = f"{source.path.resolve()} {source.size}"
+    name = f"{source.path.resolve()} {source.reading}"
     key = hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=4).hexdigest()
-    kept = cache / f"{source.path.name}-{source.size or 'whole'}-{key}.npy"
+    kept = cache / f"{source.path.name}-{source.reading.size or 'whole'}-{key}.npy"
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with alone(kept.with_suffix(".lock")):
@@ -78,7 +90,7 @@ def _find(kept: Path, source: Source) -> Decoded | None:
         if index["digest"] != source.digest or (index["left_out"] and not source.skip_unreadable):
             return None
         left_out = [source.path / Path(path).relative_to(index["source"]) for path in index["left_out"]]
-        return array[: index["count"]], left_out
+        return Decoded(array[: index["count"]], left_out, index["transparent"])
     except (OSError, ValueError, LookupError, TypeError):
         return None
 
@@ -87,12 +99,12 @@ def _decode_into(kept: Path, source: Source) -> None:
     """Write the array, then its index. A kill in between leaves no index of another array."""
     digest = source.digest  # of the files as they are before they are decoded
     with replacing(kept) as part:
-        array, left_out = _decode_all(source, partial(_make_on_disk, part))
+        array, left_out, transparent = _decode_all(source, partial(_make_on_disk, part))
         array.flush()
         kept.with_suffix(".json").unlink(missing_ok=True)
     write_json(kept.with_suffix(".json"), {
-        "digest": digest, "source": str(source.path), "size": source.size, "count": len(array),
-        "left_out": [str(path) for path in left_out]})
+        "digest": digest, "source": str(source.path), "size": source.reading.size, "count": len(array),
+        "transparent": transparent, "left_out": [str(path) for path in left_out]})
 
 
 def _make_on_disk(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:

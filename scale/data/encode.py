@@ -25,7 +25,7 @@ from .archives import Entries
 from .autoencoder import Autoencoder, Encoder
 from .labels import load_labels
 from .loader import check_out, stream_images
-from .read import Source
+from .read import Source, say_transparent
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Settings:
     workers: int = 0
     precision: str = "auto"
     skip_unreadable: bool = False
+    background: str = "white"
     labels: str = "none"  # may change: the latents do not depend on them
 
 
@@ -58,9 +59,9 @@ class Job:
         self.shape = encoder.autoencoder.channels * (1 + settings.moments), side, side
         self.described = {
             "dansm_latents": latents.VERSION, "source": str(source.path), "source_digest": source.digest,
-            "size": settings.size, "flips": settings.flips, "moments": settings.moments,
-            **encoder.autoencoder.identity, "precision": encoder.precision, "batch": self.batch,
-            "shard": settings.shard}
+            "size": settings.size, "background": settings.background, "flips": settings.flips,
+            "moments": settings.moments, **encoder.autoencoder.identity, "precision": encoder.precision,
+            "batch": self.batch, "shard": settings.shard}
 
     def missing(self, images: int) -> list[int]:
         """The numbers of the shards that are missing, or not whole, where the source has this many images."""
@@ -72,7 +73,8 @@ def encode(source: Path, autoencoder: Autoencoder, device: torch.device, out: Pa
     """Encode all images of `source` into `out`. The same call resumes one that was stopped, makes lost shards again,
     and does nothing where all are there."""
     check_out(str(source), out)
-    images = stream_images(str(source), size=settings.size, skip_unreadable=settings.skip_unreadable)
+    images = stream_images(str(source), size=settings.size, background=settings.background,
+                           skip_unreadable=settings.skip_unreadable)
     if settings.size % autoencoder.shrinks:
         raise BadInput(f"--size is {settings.size}: expected a multiple of {autoencoder.shrinks}, as it gets divided")
     make_folder(out)
@@ -138,6 +140,7 @@ def _encode(job: Job) -> None:
         raise BadInput(f"{job.source.path} holds no readable image: expected at least one")
     if left_out:
         say(f"left out {counted(len(left_out), 'image')}, not readable: {shorten(', '.join(left_out), 200)}")
+    say_transparent(job.source, sum(note.get("transparent", 0) for note in notes))
     say(f"{counted(made, 'latent')} of {'×'.join(map(str, job.shape))};",
         f"this time {counted(left, 'image')} in {seconds:.1f} s, {left / seconds:,.1f} a second")
     say_files(job.out, "index.json", next(note["file"] for note in notes if note["count"]))
@@ -152,8 +155,7 @@ def _encode_shards(job: Job, count: int, entries: Entries, numbers: list[int]) -
     with closing(images), closing(with_bar(images, "encoding", total)) as tracked:
         try:
             for number, of_shard in groupby(tracked, lambda image: image[0] // shard):
-                made, left_out = _encode_shard(job, of_shard)
-                latents.write_shard(job.out, number, made, left_out)
+                latents.write_shard(job.out, number, *_encode_shard(job, of_shard))
         except (BadInput, KeyboardInterrupt):
             say("whole shards are kept; the same command resumes")
             raise
@@ -164,8 +166,9 @@ def cores() -> int:
     return max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def _encode_shard(job: Job, images: Iterator[tuple]) -> tuple[np.ndarray, list[Path]]:
-    """Latents (n, C or 2C, h, w) float16 of one shard's images, and the paths of those that could not be read."""
+def _encode_shard(job: Job, images: Iterator[tuple]) -> tuple[np.ndarray, list[Path], int]:
+    """Latents (n, C or 2C, h, w) float16 of one shard's images, the paths of those that could not be read, and how many
+    let the background show through."""
     made = [torch.empty(0, *job.shape, dtype=torch.float16, device=job.encoder.device)]
     sides, names, left_out = 1 + job.settings.flips, [], []
 
@@ -183,7 +186,7 @@ def _encode_shard(job: Job, images: Iterator[tuple]) -> tuple[np.ndarray, list[P
     if not finite.all():
         raise BadInput(f"{names[finite.int().argmin() // sides]} encodes to NaN or infinite numbers in "
                        f"{job.encoder.precision}: expected finite ones, which --precision fp32 may give")
-    return result.numpy(), left_out
+    return result.numpy(), left_out, len(job.source.transparent.intersection(names))
 
 
 def _encode_batch(job: Job, images: np.ndarray) -> Tensor:

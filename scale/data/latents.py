@@ -106,7 +106,7 @@ def known_on_disk(folder: Path) -> dict:
     if version == 1:
         images = index["count"] // (1 + index["flips"]) + len(index["left_out"])
         index |= {"dansm_latents": VERSION, "images": images}
-    return index
+    return {"background": "white"} | index
 
 
 def renew(folder: Path, index: dict) -> None:
@@ -152,7 +152,7 @@ def shard_path(out: Path, number: int) -> Path:
     return out / f"latents-{number:05d}.npy"
 
 
-def write_shard(out: Path, number: int, latents: np.ndarray, left_out: list[Path]) -> None:
+def write_shard(out: Path, number: int, latents: np.ndarray, left_out: list[Path], transparent: int = 0) -> None:
     """Latents (n, C or 2C, h, w) float16, whole or not at all, then their note."""
     path = shard_path(out, number)
     if len(latents):
@@ -161,7 +161,7 @@ def write_shard(out: Path, number: int, latents: np.ndarray, left_out: list[Path
         with replacing(path) as partial:
             partial.write_bytes(content.getbuffer())
     write_json(path.with_suffix(".json"), {"file": path.name, "count": len(latents), "shape": latents.shape[1:],
-                                           "left_out": [str(image) for image in left_out]})
+                                           "left_out": [str(image) for image in left_out], "transparent": transparent})
 
 
 def read_notes(folder: Path) -> list[dict]:

@@ -19,9 +19,9 @@ from ..base.threads import ahead
 from .arrays import check_finite, open_npy
 from .cache import decode_into_cache, decode_into_memory
 from .latents import Shards, known_on_disk, open_encoded
-from .pictures import square
+from .pictures import Reading, square
 from .pixels import from_uint8
-from .read import Source, files_of, list_files, say_passed_over
+from .read import Source, files_of, list_files, say_passed_over, say_transparent
 
 SHARED = Path("~/.cache/dansm/images")  # where processes of one machine find what one of them has decoded
 RESIDENT = 1 / 2  # share of the device's free memory that the data may take: the rest is for training
@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 AHEAD, READERS = 4, 2  # batches read before they are asked for, and threads that read them
 
 
-def load_images(source: str, *, size: int | None = None, skip_unreadable: bool = False,
+def load_images(source: str, *, size: int | None = None, background: str = "white", skip_unreadable: bool = False,
                 left_out: list[Path] | None = None, cache: Path | None = None,
                 share: bool = False) -> Tensor | np.ndarray | Shards:
     """All of `source` as one array (N, C, H, W): uint8 for images, float16 or float32 for latents.
@@ -40,6 +40,7 @@ def load_images(source: str, *, size: int | None = None, skip_unreadable: bool =
             Latents: a folder that dansm encode wrote; a .npy file (N, C, H, W) or (C, H, W), or a folder of such
             files, all of one kind.
     size    shorter side to this many pixels, then the centre square; None takes the images as they are.
+    background  colour under transparent pixels, by name or as #rrggbb.
     left_out  gets the paths of the files that `skip_unreadable` left out.
     cache   a folder that keeps what was decoded, memory-mapped: the next call for the same files decodes nothing.
     share   use SHARED if no cache is given.
@@ -49,7 +50,7 @@ def load_images(source: str, *, size: int | None = None, skip_unreadable: bool =
     than half of the free memory (without a cache), and for an unreadable file, which it names.
     """
     encoded = known_on_disk(Path(source)) if source else {}
-    files = None if encoded else find_source(source, size, skip_unreadable)
+    files = None if encoded else find_source(source, Reading(size, background), skip_unreadable)
     if size is not None and (encoded or files.holds_latents):
         raise BadInput(f"--size is {size}, and {source} holds latents, which are taken as they are: expected none")
     if encoded:
@@ -62,15 +63,16 @@ def load_images(source: str, *, size: int | None = None, skip_unreadable: bool =
         check_finite(files.path, latents)
         return latents
     if cache is None and not share:
-        array, missing = decode_into_memory(files)
+        array, missing, transparent = decode_into_memory(files)
         array = torch.from_numpy(array)
     else:
         folder = cache or SHARED.expanduser()
         check_out(files.path, folder, "--cache")
-        array, missing = decode_into_cache(folder, files)
+        array, missing, transparent = decode_into_cache(folder, files)
         if cache is None:
             say(f"decoded images: {array.filename}, {array.nbytes / 1e9:,.1f} GB; every later run of several processes",
                 "finds it there, delete it if none will")
+    say_transparent(files, transparent)
     if left_out is not None:
         left_out += missing
     return array
@@ -88,16 +90,16 @@ def check_latents(source: str) -> None:
     raise BadInput(f"{source} {found}: expected latents, which dansm encode makes of images; --data names them")
 
 
-def find_source(name: str, size: int | None, skip_unreadable: bool) -> Source:
+def find_source(name: str, reading: Reading, skip_unreadable: bool) -> Source:
     """The source of that name, or cifar10. BadInput for one that is missing or empty."""
     if not name:
         raise BadInput("the folder of images is '': expected a path, or cifar10")
     path = Path(name)
     if name == "cifar10" and not path.exists():
-        return Source(path, [], size, array=_cifar10(size))
+        return Source(path, [], reading, array=_cifar10(reading.size))
     files, passed_over = list_files(path)
     say_passed_over(path, passed_over)
-    return Source(path, files, size, skip_unreadable)
+    return Source(path, files, reading, skip_unreadable)
 
 
 def read_cifar10():
@@ -126,10 +128,11 @@ def check_out(source: str | Path, out: Path, option: str = "--out") -> None:
                        "folder outside of it")
 
 
-def stream_images(source: str, *, size: int | None = None, skip_unreadable: bool = False) -> Source:
+def stream_images(source: str, *, size: int | None = None, background: str = "white",
+                  skip_unreadable: bool = False) -> Source:
     """The images of `source`, to be decoded as they are read: they need not fit in the memory. BadInput for latents,
     and for a source that is missing or empty."""
-    images = find_source(source, size, skip_unreadable)
+    images = find_source(source, Reading(size, background), skip_unreadable)
     if images.holds_latents:
         raise BadInput(f"{source} holds latents: expected images")
     return images

@@ -1,12 +1,13 @@
 """One image file to pixels."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageColor, ImageOps
 
 from dansm import BadInput
 
@@ -18,6 +19,25 @@ class Unreadable(BadInput):
     """One file that cannot be read. The rest may do without it."""
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How image files become arrays that are alike.
+
+    size        pixels on each side of the square that an image is made; None leaves images as they are
+    background  colour under transparent pixels, by name or as #rrggbb
+    Raises BadInput for an unknown colour.
+    """
+
+    size: int | None = None
+    background: str = "white"
+
+    def __post_init__(self):
+        try:
+            ImageColor.getrgb(self.background)
+        except ValueError as error:
+            raise BadInput(f"--background is {self.background!r}: expected a colour, as white or #ff8000") from error
+
+
 @cache
 def suffixes() -> frozenset[str]:
     """The suffixes of images: all formats that this Pillow opens, as .png, .jfif, .avif and .jp2."""
@@ -25,8 +45,9 @@ def suffixes() -> frozenset[str]:
     return frozenset(suffix for suffix, name in formats.items() if name in Image.OPEN and name not in NO_PICTURES)
 
 
-def read_image(path: Path, read: Callable[[], bytes], size: int | None = None) -> np.ndarray:
-    """One image as (1, 3, H, W) uint8, from the bytes that `read` returns. size: see `square`.
+def read_image(path: Path, read: Callable[[], bytes], reading: Reading, transparent: set[Path]) -> np.ndarray:
+    """One image as (1, 3, H, W) uint8, from the bytes that `read` returns. Adds the path to `transparent` if the
+    background shows through it.
 
     Raises Unreadable, naming the path, also for an image with more pixels than Pillow takes for an honest one.
     """
@@ -38,7 +59,12 @@ def read_image(path: Path, read: Callable[[], bytes], size: int | None = None) -
                 if pixels.dtype.kind == "f" or pixels.min() < 0 or pixels.max() > 65535:
                     raise ValueError("neither 8 nor 16 bits a pixel: the value of white is unknown")
                 image = Image.fromarray((pixels // 257).astype(np.uint8))
-            return np.ascontiguousarray(square(image.convert("RGB"), size).transpose(2, 0, 1))[None]
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                if image.getextrema()[3][0] < 255:
+                    transparent.add(path)
+                    image = Image.alpha_composite(Image.new("RGBA", image.size, reading.background), image)
+            return np.ascontiguousarray(square(image.convert("RGB"), reading.size).transpose(2, 0, 1))[None]
     except MemoryError:
         raise
     except Exception as error:  # Pillow and the archives raise nearly every kind for damaged data

@@ -6,7 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 
@@ -15,12 +15,12 @@ from PIL import Image
 
 from dansm import BadInput
 
-from ..base.text import say
+from ..base.text import counted, say
 from ..base.threads import ahead
 from .archives import TARS, Entries, Opened, names_in_tar, open_lmdb, open_tar, open_zip
 from .arrays import open_latents
 from .folder import in_words, kind_of, list_folder
-from .pictures import Unreadable, read_image, suffixes
+from .pictures import Reading, Unreadable, read_image, suffixes
 
 EXPECTED = "expected a folder of images, a .zip or .tar of them, an LSUN lmdb, .npy latents, or cifar10"
 LABELS = "labels.npy"  # in a folder of images or latents, whose labels it holds
@@ -32,17 +32,18 @@ class Source:
     """Images or latents, and how they are to be read.
 
     files  see `files_of`; none for cifar10
-    size   pixels on each side of the square that an image is made; None leaves images as they are
+    reading  how each image is read
     skip_unreadable  leaves out images that cannot be read
     array  the images (N, C, H, W), where they are decoded already
     """
 
     path: Path
     files: list[Path]
-    size: int | None = None
+    reading: Reading = field(default_factory=Reading)
     skip_unreadable: bool = False
     array: np.ndarray | None = None
     told: bool = False  # what it passes over
+    transparent: set[Path] = field(default_factory=set)  # what was read and let the background show through
 
     @property
     def holds_latents(self) -> bool:
@@ -51,7 +52,7 @@ class Source:
     @cached_property
     def digest(self) -> str:
         """Another one as soon as a file is added, removed, renamed or written to. It is that of its first use."""
-        digest = hashlib.blake2b(f"{VERSION} {self.size}".encode(), digest_size=16)
+        digest = hashlib.blake2b(f"{VERSION} {self.reading}".encode(), digest_size=16)
         for path in self.files:
             state = path.stat() if path.exists() else path.lstat()  # a link that leads nowhere
             name = str(path)[len(str(self.path)):]  # the same however the source was named
@@ -89,7 +90,8 @@ class Source:
             self.told = True
             warnings.filterwarnings("ignore", module="PIL")  # of damaged EXIF, of palettes
             warnings.simplefilter("error", Image.DecompressionBombWarning)  # for images up to twice Pillow's limit
-            yield count, ((place, path, partial(read_image, path, read, self.size)) for place, path, read in files)
+            yield count, ((place, path, partial(read_image, path, read, self.reading, self.transparent))
+                          for place, path, read in files)
 
     def paths(self) -> list[Path]:
         """The path of each image or latent, which may lead into an archive, in their order. No image is read."""
@@ -169,6 +171,12 @@ def list_files(source: Path) -> tuple[list[Path], Counter]:
 def no_images(source: Path, passed_over: Counter, or_else: str = "") -> BadInput:
     there = f" ({in_words(passed_over)})" if passed_over else ""
     return BadInput(f"{source} holds no images{there}: expected .png, .jpg or others that Pillow opens{or_else}")
+
+
+def say_transparent(source: Source, count: int) -> None:
+    if count:
+        images = counted(count, "image") + (" has" if count == 1 else " have")
+        say(f"{source.path}: {images} transparent pixels, laid over {source.reading.background} (--background)")
 
 
 def say_passed_over(source: Path, passed_over: Counter) -> None:

@@ -24,7 +24,7 @@ from dansm import BadInput
 from ..base.files import replacing, write_json
 from ..base.locks import alone
 from ..base.text import counted, say, with_bar
-from ..data.read import Source
+from ..data.read import Source, say_transparent
 from .extractors import MOST_AT_ONCE, Extractor, features_of
 
 VERSION = 1  # a change makes everything be measured again
@@ -123,6 +123,7 @@ def _read(source: Source, extractor: Extractor, batch: int, check: Callable, use
                 check(shape)
             digests[places] = part_digests
             use(places, lots[places], images)
+    say_transparent(source, len(source.transparent))
     left_out = tuple(np.flatnonzero(~digests.any(1)).tolist())  # their digests are still 0
     digests = np.delete(digests, left_out, axis=0)
     if len(digests) < 4:

@@ -35,9 +35,9 @@ def read_data(recipe: Recipe) -> tuple:
     """The recipe's data as `loader.load_images` gives it, and the files that were left out."""
     left_out = []
     with first_before_others() if recipe.data == "cifar10" else nullcontext():  # it is downloaded
-        images = loader.load_images(recipe.data, size=recipe.size or None, skip_unreadable=recipe.skip_unreadable,
-                                    cache=Path(recipe.cache) if recipe.cache else None, share=ranks()[1] > 1,
-                                    left_out=left_out)
+        images = loader.load_images(recipe.data, size=recipe.size or None, background=recipe.background,
+                                    skip_unreadable=recipe.skip_unreadable, left_out=left_out,
+                                    cache=Path(recipe.cache) if recipe.cache else None, share=ranks()[1] > 1)
     if left_out:
         say(f"left out {len(left_out):,} of {counted(len(images) + len(left_out), 'image')}, not readable, such as",
             ", ".join(map(str, left_out[:3])))

@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support import CPU, as_folder, in_processes, limited_files, lsun, needs_gloo, packed
 
 from dansm import BadInput
 from dansm.scale.data import latents
 from dansm.scale.data.labels import load_labels
 from dansm.scale.data.loader import batches, load_images
-from dansm.scale.data.pictures import read_image
+from dansm.scale.data.pictures import Reading, read_image
 
 pytest.importorskip("diffusers")
 
@@ -26,7 +27,7 @@ from dansm.scale.data.autoencoder import Encoder, read_autoencoder
 @pytest.fixture
 def expected(photographs, weights):
     """Mean and log-variance of the images of the lmdb, and of each mirrored one behind it."""
-    images = [read_image(Path(key), lambda key=key: photographs[key], 16)[0]
+    images = [read_image(Path(key), lambda key=key: photographs[key], Reading(16), set())[0]
               for key in sorted(photographs)]
     both = np.stack([side for image in images for side in (image, image[..., ::-1])])
     return Encoder(read_autoencoder(weights), CPU).moments(torch.from_numpy(both))
@@ -415,3 +416,19 @@ def test_the_papers_layout_is_read_also_beside_an_index_of_another_program(tmp_p
     for number, latent in enumerate(array):
         np.save(tmp_path / f"{number}.npy", latent)
     assert np.array_equal(load_images(str(tmp_path)), array)
+
+
+def test_transparent_pixels_are_encoded_over_the_background_and_counted(tmp_path, run, encode_command, not_encoded):
+    for name, alpha in (("transparent", 0), ("opaque", 255)):
+        (tmp_path / name).mkdir()
+        for number in range(5):
+            pixels = np.full((16, 16, 4), 0 if alpha else 9 * number, np.uint8)  # seen over black, all are black
+            pixels[..., 3] = alpha
+            Image.fromarray(pixels).save(tmp_path / name / f"{number}.png")
+    source = tmp_path / "transparent"
+    code, out, _ = run(*encode_command("a", "--background", "black", source=source))
+    assert code == 0 and "5 images have transparent pixels, laid over black" in out
+    run(*encode_command("b", source=tmp_path / "opaque"))
+    a, b = (np.concatenate([np.load(path) for path in sorted((tmp_path / name).glob("*.npy"))]) for name in "ab")
+    assert np.array_equal(a, b)
+    assert "background black → white" in not_encoded("a", source=source)
