@@ -14,7 +14,7 @@ app = command_app()
 @app.command()
 def encode(
     source: Annotated[Path, typer.Argument(
-        help="a folder of images (with subfolders), a zip or tar of them, or an LSUN lmdb")],
+        help="a folder of images (with subfolders), a zip or tar of them, an LSUN lmdb, or uint8 arrays")],
     autoencoder: Autoencoder,
     size: Annotated[int, typer.Option(min=1, help="pixels of the shorter side, then the centre square")] = 256,
     flips: Annotated[bool, typer.Option("--flips", help="after each latent, that of the mirrored image")] = False,

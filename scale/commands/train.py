@@ -78,7 +78,7 @@ def train(
     recipe: Annotated[str, typer.Argument(
         metavar="RECIPE", show_default=False,
         help="a recipe's name, a .toml file of your own, or data: a folder of images (with subfolders), a zip or tar "
-             "of them, an LSUN lmdb, latents (.npy), or cifar10")],
+             "of them, an LSUN lmdb, arrays of images or latents (.npy, .npz, .safetensors, .pt), or cifar10")],
     *,
     out: Annotated[Path | None, typer.Option(
         metavar="PATH", help=escape("folder for the results, made if missing [runs/ and the name of the recipe or of "

@@ -52,7 +52,7 @@ def decode(source: Path, decoder: Decoder, out: Path, count: int | None = None, 
 def read_latents(source: Source, autoencoder: Autoencoder):
     """Latents (N, C, h, w), see `load_images`; BadInput for images, and for latents of another autoencoder."""
     if not source.holds_latents:
-        raise BadInput(f"{source.path} holds images ({source.files[0]}): expected latents, which are .npy files")
+        raise BadInput(f"{source.path} holds images ({source.files[0]}): expected latents")
     autoencoder.check(latents.known_on_disk(source.path), f"{source.path} holds")
     encoded = load_images(str(source.path))
     if encoded.shape[1] != autoencoder.channels:

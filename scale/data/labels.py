@@ -10,6 +10,7 @@ import numpy as np
 from dansm import BadInput
 
 from ..base.text import counted, say, shorten
+from .arrays import labels_in
 from .latents import known_on_disk
 from .loader import read_cifar10
 from .read import LABELS, Source, files_of
@@ -73,7 +74,9 @@ def _find(data: str, setting: str) -> Labels | None:
     if "labels" in index:
         return _of_index(path / "index.json", index)
     file = (path if path.is_dir() else path.parent) / LABELS
-    return _of_file(file) if file.is_file() else _of_folders(path, asked=False)
+    if file.is_file():
+        return _of_file(file)
+    return _of_arrays(path) or _of_folders(path, asked=False)
 
 
 def _of_index(path: Path, index: dict) -> Labels:
@@ -96,6 +99,22 @@ def _of_file(path: Path) -> Labels:
     except (OSError, ValueError, EOFError) as error:
         why = f" ({error})" if isinstance(error, OSError) else ""  # NumPy's word for any text is that it is a pickle
         raise BadInput(f"{path} cannot be read as labels{why}: expected a .npy file of whole numbers") from error
+    return _numbered(path, array)
+
+
+def _of_arrays(path: Path) -> Labels | None:
+    """The labels that lie in the same files as the images or latents, as in an .npz."""
+    files = files_of(path) if path.exists() else []
+    if not Source(path, files).holds_arrays or labels_in(files[0]) is None:
+        return None
+    parts = {file: labels_in(file) for file in files}
+    if missing := [file for file, part in parts.items() if part is None]:
+        raise BadInput(f"{missing[0]} holds no labels, {files[0]} does: expected some in each, or --labels none")
+    return _numbered(path, np.concatenate([np.atleast_1d(part.squeeze()) for part in parts.values()]))
+
+
+def _numbered(path: Path, array: np.ndarray) -> Labels:
+    """Labels whose classes are called by their numbers."""
     numbers = _whole_numbers(path, array)
     found = np.unique(numbers).tolist()
     if missing := set(range(len(found))) - set(found):

@@ -14,7 +14,7 @@ from dansm import BadInput
 
 from ..base.files import read_json, replacing, write_json
 from ..base.text import say
-from .arrays import check_finite, open_npy
+from .arrays import check_finite, open_samples
 
 VERSION = 2  # of the index
 KNOWN = "autoencoder", "factor", "shift", "moments", "flips", "size", "source"  # that a run keeps of its latents
@@ -76,8 +76,8 @@ class Shards:
 
 
 def _mapped(path: Path) -> np.ndarray:
-    """Like `open_npy`, but no file stays open: there may be more shards than a process may have open files."""
-    array = open_npy(path)
+    """Like `open_samples`, but no file stays open: there may be more shards than a process may have open files."""
+    array = open_samples(path, (4,))
     begin = array.offset // array.itemsize
     numbers = torch.from_file(str(path), size=begin + array.size, dtype=getattr(torch, str(array.dtype)))
     return numbers[begin:].numpy().reshape(array.shape)
@@ -180,6 +180,6 @@ def is_whole(path: Path) -> bool:
     """Whether a shard has a note and is as noted. Where no image was readable there is a note alone."""
     try:
         note = _read_note(path.with_suffix(".json"))
-        return not note["count"] or open_npy(path).shape == (note["count"], *note["shape"])
+        return not note["count"] or open_samples(path, (4,)).shape == (note["count"], *note["shape"])
     except (FileNotFoundError, ValueError, TypeError):
         return False

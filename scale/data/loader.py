@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from dansm import BadInput
@@ -16,10 +15,10 @@ from dansm import BadInput
 from ..base.machine import free_memory
 from ..base.text import say
 from ..base.threads import ahead
-from .arrays import check_finite, open_npy
+from .arrays import check_finite, open_samples
 from .cache import decode_into_cache, decode_into_memory
 from .latents import Shards, known_on_disk, open_encoded
-from .pictures import Reading, square
+from .pictures import Reading
 from .pixels import from_uint8
 from .read import Source, files_of, list_files, say_passed_over, say_transparent
 
@@ -37,8 +36,8 @@ def load_images(source: str, *, size: int | None = None, background: str = "whit
     source  images: a folder with its subfolders, in the order of their names; a .zip, .tar, .tar.gz, .tar.bz2, .tar.xz
             (from Python 3.14 on also .tar.zst) of them, read without unpacking; an LSUN lmdb, a folder with data.mdb;
             or "cifar10", which torchvision downloads into data/ at first use.
-            Latents: a folder that dansm encode wrote; a .npy file (N, C, H, W) or (C, H, W), or a folder of such
-            files, all of one kind.
+            Arrays: uint8 images or latents in a .npy, .npz, .safetensors or .pt file, see `arrays.open_samples`, or a
+            folder of such files. Latents: also a folder that dansm encode wrote.
     size    shorter side to this many pixels, then the centre square; None takes the images as they are.
     background  colour under transparent pixels, by name or as #rrggbb.
     left_out  gets the paths of the files that `skip_unreadable` left out.
@@ -55,13 +54,10 @@ def load_images(source: str, *, size: int | None = None, background: str = "whit
         raise BadInput(f"--size is {size}, and {source} holds latents, which are taken as they are: expected none")
     if encoded:
         return open_encoded(Path(source), encoded)
-    if files.array is not None:
-        return torch.from_numpy(files.array)
-    if files.holds_latents and files.files[0] == files.path:
-        latents = open_npy(files.path, (3, 4))
-        latents = latents if latents.ndim == 4 else latents[None]
-        check_finite(files.path, latents)
-        return latents
+    if files.array is not None and size is None:
+        if files.holds_latents:
+            check_finite(files.path, files.array)
+        return files.array if isinstance(files.array, np.memmap) else torch.from_numpy(files.array)
     if cache is None and not share:
         array, missing, transparent = decode_into_memory(files)
         array = torch.from_numpy(array)
@@ -83,7 +79,7 @@ def check_latents(source: str) -> None:
     path = Path(source)
     if not source or not path.exists():
         found = "does not exist"
-    elif known_on_disk(path) or files_of(path)[0].suffix.lower() == ".npy":
+    elif known_on_disk(path) or Source(path, files_of(path)).holds_latents:
         return
     else:
         found = "holds images"
@@ -96,10 +92,13 @@ def find_source(name: str, reading: Reading, skip_unreadable: bool) -> Source:
         raise BadInput("the folder of images is '': expected a path, or cifar10")
     path = Path(name)
     if name == "cifar10" and not path.exists():
-        return Source(path, [], reading, array=_cifar10(reading.size))
+        return Source(path, [], reading, array=_cifar10())
     files, passed_over = list_files(path)
     say_passed_over(path, passed_over)
-    return Source(path, files, reading, skip_unreadable)
+    source = Source(path, files, reading, skip_unreadable)
+    if source.holds_arrays and files == [path]:
+        source.array = open_samples(path)
+    return source
 
 
 def read_cifar10():
@@ -113,12 +112,9 @@ def read_cifar10():
                        "the path of a folder of images") from error
 
 
-def _cifar10(size: int | None) -> np.ndarray:
+def _cifar10() -> np.ndarray:
     """(N, 3, H, W) uint8"""
-    images = read_cifar10().data
-    if size is not None:
-        images = np.stack([square(Image.fromarray(image), size) for image in images])
-    return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+    return np.ascontiguousarray(read_cifar10().data.transpose(0, 3, 1, 2))
 
 
 def check_out(source: str | Path, out: Path, option: str = "--out") -> None:

@@ -1,4 +1,4 @@
-"""Sources of images and latents: folders, archives, LSUN's lmdb and .npy files, read file by file without unpacking."""
+"""Sources of images and latents: folders, archives, LSUN's lmdb and arrays, read file by file without unpacking."""
 
 import hashlib
 import os
@@ -17,12 +17,13 @@ from dansm import BadInput
 
 from ..base.text import counted, say
 from ..base.threads import ahead
+from . import arrays
 from .archives import TARS, Entries, Opened, names_in_tar, open_lmdb, open_tar, open_zip
-from .arrays import open_latents
 from .folder import in_words, kind_of, list_folder
 from .pictures import Reading, Unreadable, read_image, suffixes
 
-EXPECTED = "expected a folder of images, a .zip or .tar of them, an LSUN lmdb, .npy latents, or cifar10"
+ARRAYS = "arrays (.npy, .npz, .safetensors, .pt)"
+EXPECTED = f"expected a folder of images, a .zip or .tar of them, an LSUN lmdb, {ARRAYS}, or cifar10"
 LABELS = "labels.npy"  # in a folder of images or latents, whose labels it holds
 VERSION = 2  # a change makes all caches decode again
 
@@ -34,7 +35,7 @@ class Source:
     files  see `files_of`; none for cifar10
     reading  how each image is read
     skip_unreadable  leaves out images that cannot be read
-    array  the images (N, C, H, W), where they are decoded already
+    array  images or latents (N, C, H, W) that are decoded already
     """
 
     path: Path
@@ -46,8 +47,16 @@ class Source:
     transparent: set[Path] = field(default_factory=set)  # what was read and let the background show through
 
     @property
+    def holds_arrays(self) -> bool:
+        return bool(self.files) and self.files[0].suffix.lower() in arrays.SUFFIXES
+
+    @cached_property
     def holds_latents(self) -> bool:
-        return bool(self.files) and self.files[0].suffix.lower() == ".npy"
+        """Whether these are latents, not images: by the first file."""
+        if self.array is None and not self.holds_arrays:
+            return False
+        first = arrays.open_array(self.files[0]) if self.array is None else self.array
+        return first.dtype != np.uint8
 
     @cached_property
     def digest(self) -> str:
@@ -67,11 +76,11 @@ class Source:
     def open(self) -> Iterator[Opened]:
         """Open the source for `decoded`, in several threads at once."""
         if self.array is not None:
-            yield len(self.array), ((place, self.path, partial(np.expand_dims, image, 0))
-                                    for place, image in enumerate(self.array))
+            yield len(self.array), arrays.images_of([(self.path, self.array)], self.reading)
             return
-        if self.holds_latents:
-            yield open_latents(self.files)
+        if self.holds_arrays:
+            opened = arrays.open_latents if self.holds_latents else arrays.open_images
+            yield opened(self.files, self.reading)
             return
         passed_over = Counter()
         if self.files[0].name == "data.mdb":
@@ -137,7 +146,7 @@ def check_alike(path: Path, array: np.ndarray, first_path: Path, first: np.ndarr
 
 def files_of(source: Path) -> list[Path]:
     """The files that `source` is made of, in the order of their names, without reading them: a file itself, a
-    folder's images or .npy files with its subfolders, an lmdb's data.mdb. BadInput if there are none."""
+    folder's images or arrays with its subfolders, an lmdb's data.mdb. BadInput if there are none."""
     return list_files(source)[0]
 
 
@@ -146,17 +155,17 @@ def list_files(source: Path) -> tuple[list[Path], Counter]:
     if (source / "data.mdb").is_file():
         return [source / "data.mdb"], Counter()
     if not source.is_dir():
-        if not source.exists() or not source.name.lower().endswith((".zip", ".npy", *TARS)):
+        if not source.exists() or not source.name.lower().endswith((".zip", *arrays.SUFFIXES, *TARS)):
             raise BadInput(f"{source} {'is a file' if source.exists() else 'does not exist'}: {EXPECTED}")
         return [source], Counter()
     files, passed_over = list_folder(source)
-    by_kind = {"images": [], "latents": []}
+    by_kind = {"image files": [], "arrays": []}
     for path in files:
         suffix = path.suffix.lower()
         if suffix in suffixes():
-            by_kind["images"].append(path)
-        elif suffix == ".npy":
-            by_kind["latents"] += [path] if path != source / LABELS else []
+            by_kind["image files"].append(path)
+        elif suffix in arrays.SUFFIXES:
+            by_kind["arrays"] += [path] if path != source / LABELS else []
         else:
             passed_over[kind_of(path)] += 1
     found = {kind: of_kind for kind, of_kind in by_kind.items() if of_kind}
@@ -164,7 +173,7 @@ def list_files(source: Path) -> tuple[list[Path], Counter]:
         kinds = " and ".join(f"{kind} ({of_kind[0]})" for kind, of_kind in found.items())
         raise BadInput(f"{source} holds {kinds}: expected one kind alone")
     if not found:
-        raise no_images(source, passed_over, " or .npy latents, or the path of an archive")
+        raise no_images(source, passed_over, f", {ARRAYS}, or the path of an archive")
     return next(iter(found.values())), passed_over
 
 
