@@ -794,7 +794,7 @@ def check_tensor(x) -> None:
     """BadInput for anything but a tensor of floating point numbers."""
     if not isinstance(x, Tensor):
         raise BadInput(f"the batch is a {type(x).__name__}: expected a tensor of the samples alone")
-    if not x.is_floating_point():
+    if not x.is_floating_point() or x.element_size() < 2:  # float8
         raise BadInput(f"the batch is of {x.dtype}: expected floating point data, images in [−1, 1] for instance")
 
 

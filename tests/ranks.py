@@ -1,4 +1,4 @@
-"""What each process of tests/matching/test_spread.py does. It stands apart, as a new process imports it by its name."""
+"""What other processes of tests/matching do. It stands apart, as a new process imports it by its name."""
 
 import torch
 import torch.distributed as group
@@ -40,6 +40,45 @@ def grouped_batches(match_size, batches, coming, ranks):
         sizes = sizes[:ranks]
         case = 1000 * match_size + number
         yield samples(case, "random", sizes), groups_of(case, sizes, coming), sizes
+
+
+class Paired:
+    """A dataset that makes the mistake to draw noises where samples are read."""
+
+    def __init__(self, noises, shape):
+        self.noises, self.shape = noises, shape
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        return self.noises(torch.zeros(1, *self.shape))
+
+
+class Drawing:
+    def __init__(self, coupling):
+        self.coupling = coupling
+
+    def __call__(self, x):
+        return self.coupling.draw(len(x))[0]
+
+
+def one_rank_that_begins_late(rank, ranks, folder):
+    """Save the noises of pools made before torch.distributed began, and of pools made after."""
+    kinds = dict(match_size=12), dict(match_size=12, groups=2), dict(match_size=0)
+    x, labels = torch.zeros(8, 3), torch.arange(8) % 2
+
+    def made():
+        return [NoisePool(shape=(3,), seed=0, **kind) for kind in kinds]
+
+    def noises(pool):
+        return torch.cat([pool(x, labels) if pool.grouped else pool(x), pool.fresh(x)])
+
+    before = made()
+    group.init_process_group("gloo", init_method=f"file://{folder}/late", rank=rank, world_size=ranks)
+    torch.save([(noises(early), noises(late)) for early, late in zip(before, made(), strict=True)],
+               f"{folder}/late-{rank}.pt")
+    group.destroy_process_group()
 
 
 def one_rank_with_groups(rank, ranks):

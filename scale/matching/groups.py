@@ -35,9 +35,7 @@ class FastGroupedPool(FastPool):
         self.pools = {}  # of the groups that came so far
         super().__init__(match_size, shape, **settings)
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def __call__(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+    def _answer(self, x: Tensor, labels: Tensor | None) -> Tensor:
         labels, coming = self._coming(x, labels)
         for group in coming:
             self._pool(group)

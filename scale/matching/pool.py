@@ -20,11 +20,12 @@ from dansm import (
     greedy,
     has_distances,
     noise_generator,
+    process_number,
     squared_norms,
 )
 
 from ..base.machine import free_memory
-from . import gpu
+from . import gpu, inside
 from .products import products
 
 SCOPES = ("rank", "global")
@@ -54,7 +55,7 @@ def pool_class(match_size=0, shape=(), *, cost: str = "squared", device="cpu", d
     return FastPool if groups is None else FastGroupedPool
 
 
-class FastPool(NoisePool):
+class FastPool(inside.OfOneProcess, NoisePool):
     """`dansm.NoisePool` that costs a batch next to nothing: the same noises, fewer operations, bounded memory.
 
     It takes the arguments of `NoisePool`, and:
@@ -97,10 +98,37 @@ class FastPool(NoisePool):
         self.rows = self.match_size // self.ranks  # of the pool's noises, those that this rank keeps,
         self.first = self.rank * self.rows  # from this one on
         self._forget()
+        self.calls, self.handle = torch.zeros((), dtype=torch.int64), inside.handle_of(self)
 
-    @torch.inference_mode(False)  # tensors made in that mode could never be written to again
     def __call__(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Match x: (B, *shape), of any B, dtype and device → z like x, in its memory layout, z_i matched to x_i.
+
+        What torch.compile compiles may call it, with fullgraph=True too. BadInput in a worker of a DataLoader."""
+        if torch.compiler.is_compiling():
+            return inside.matched(self, x, labels)
+        self.check_worker()
+        self.settle()
+        with torch.inference_mode(False), torch.no_grad():  # tensors of that mode could never be written to again
+            return laid_out_like(x, self._answer(x, labels))
+
+    def _answer(self, x: Tensor, labels: Tensor | None) -> Tensor:
         return super().__call__(x, labels)
+
+    def fresh(self, x: Tensor) -> Tensor:
+        self.check_worker()
+        self.settle()
+        return laid_out_like(x, super().fresh(x))
+
+    def settle(self) -> None:
+        """Draw the noises of this process, if it has got another number before the first pool: a pool may be made
+        before torch.distributed begins."""
+        if self.number == 0 and self.ranks == 1 and (process := process_number()) != (self.stream or (0,))[0]:
+            self.stream = (process, *self.stream[1:])
+            self.generator = noise_generator(self.seed, self.noise.device, 0, *self.stream)
+
+    def __setstate__(self, state: dict) -> None:  # of a copy
+        self.__dict__.update(state)
+        self.handle = inside.handle_of(self)
 
     def _match(self, samples: Tensor) -> Tensor:
         at_once = self._samples_at_once(self.rows)
@@ -199,9 +227,11 @@ class FastPool(NoisePool):
     # ------------------------------------------------------------------------------- checkpoints
 
     def state_dict(self) -> dict:
+        self.settle()
         return super().state_dict() | {"index": self.index[: self.left].clone()}
 
     def load_state_dict(self, state: dict) -> None:
+        self.settle()
         check_state(state, self._made_for())
         self._forget()
         self.seed, self.number = state["seed"], state["number"]
@@ -279,6 +309,11 @@ class FastPool(NoisePool):
     def _samples_at_once(self, rows: int) -> int:
         """How many samples of one rank to match together: their costs take at most a gigabyte, their noises 32 MB."""
         return max(1, min(self.served_at_once, 2**28 // max(1, rows), 2**23 // self.shape.numel()))
+
+
+def laid_out_like(x: Tensor, z: Tensor) -> Tensor:
+    """z, of the shape, number type and device of x, in the memory layout of x: channels_last for instance."""
+    return z if z.stride() == x.stride() else torch.empty_like(x).copy_(z)
 
 
 def greedy_anywhere(cost: Tensor) -> Tensor:

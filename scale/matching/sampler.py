@@ -29,8 +29,8 @@ class CoupledBatchSampler(Sampler[list[int]]):
         for x, y in DataLoader(dataset, batch_sampler=sampler, num_workers=4):
             z = sampler.noise(x)        # once for each batch, in the loader's order
 
-    coupling  a solved `dansm.Semidiscrete`. Processes make their own after torch.distributed has begun; each then draws
-              other noises, so the loader is not to be split among them
+    coupling  a solved `dansm.Semidiscrete`. Each process makes its own and draws other noises, so the loader is not to
+              be split among them
     batches   in an epoch; None: as many as the data fill
 
     A loop may end early; the next one has the batches whose noises were not asked for. BadInput where a batch and
@@ -51,7 +51,7 @@ class CoupledBatchSampler(Sampler[list[int]]):
         return self.batches
 
     def __iter__(self) -> Iterator[list[int]]:
-        self._check_process()
+        self.coupling.settle()
         self.loop += 1
         self.asked, self.ahead, self.done, loop = 0, 0, self.resumed, self.loop
         for _ in range(self.done, self.batches):
@@ -76,12 +76,6 @@ class CoupledBatchSampler(Sampler[list[int]]):
         self.drawn = deque()
         self.asked = 0  # how many of them the loader has asked for
         self.ahead = 0  # how many it had when `noise` was first called
-
-    def _check_process(self) -> None:
-        """BadInput where a process would draw the noises of another."""
-        if process_number() != self.coupling.process:
-            raise BadInput(f"the coupling draws the noises of process {self.coupling.process}: expected one made after "
-                           "torch.distributed has begun")
 
     # ------------------------------------------------------------------------------- noises
 

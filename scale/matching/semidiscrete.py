@@ -25,6 +25,7 @@ from ..base.machine import free_memory
 from ..base.text import shorten
 from .gpu import working
 from .groups import moved
+from .inside import OfOneProcess
 from .products import products
 from .solver import VALUES, Solved, Solver, first_potentials, nearest
 
@@ -43,7 +44,7 @@ class Part(NamedTuple):
     copies: Tensor  # (m,) and how many they are
 
 
-class FastSemidiscrete(Semidiscrete):
+class FastSemidiscrete(OfOneProcess, Semidiscrete):
     """`dansm.Semidiscrete` for millions of samples, on a GPU.
 
     It takes the arguments of `dansm.Semidiscrete`, and:
@@ -89,17 +90,12 @@ class FastSemidiscrete(Semidiscrete):
             self._keep(of_part, first_potentials(of_part.points))
         self.solved = False  # or loaded
         self.progress = {}  # the states of parts' solvers, by the numbers of parts
-        self.process = process_number()
-        self.generator = noise_generator(self.seed, self.device, DRAWING, self.process)
-        self.lots = noise_generator(self.seed, "cpu", LOTS, self.process)  # that share noises out among groups
-        self.turns = {}  # of the parts of each group, the last one
-        self.asked = noise_generator(self.seed, self.device, ASKED, self.process)  # for `draw` with labels,
-        self.asked_turns = {}  # whose parts have turns of their own
         ahead = 1024 * min(4, len(self.parts)) if self.device.type == "cuda" else 256
         self.ahead = max(16, min(ahead, 2**24 // self.shape.numel()))
         kernels = working("semidiscrete_kernels", self.device) if self.dtype != torch.float64 else None
         self.nearest = kernels.nearest if kernels else nearest
-        self._forget_drawn()
+        self.process = None
+        self.settle()
 
     def _room(self, n: int, largest: int, memory: float | None) -> torch.device:
         """Where the copies live. BadInput if not even one part fits."""
@@ -185,11 +181,26 @@ class FastSemidiscrete(Semidiscrete):
 
     # ------------------------------------------------------------------------------- noises
 
+    def settle(self) -> None:
+        """Draw the noises of this process, if it has got another number: a coupling may be made before
+        torch.distributed begins."""
+        if self.process == process_number():
+            return
+        self.process = process_number()
+        self.generator = noise_generator(self.seed, self.device, DRAWING, self.process)
+        self.lots = noise_generator(self.seed, "cpu", LOTS, self.process)  # that share noises out among groups
+        self.turns = {}  # of the parts of each group, the last one
+        self.asked = noise_generator(self.seed, self.device, ASKED, self.process)  # for `draw` with labels,
+        self.asked_turns = {}  # whose parts have turns of their own
+        self._forget_drawn()
+
     @torch.inference_mode(False)
     @torch.no_grad()
     def draw(self, count: int, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Fresh noises z: (count, ...), and the numbers (count,) of the samples that they take: those of these labels
         (count,), or of labels as often as the data have them."""
+        self.check_worker()
+        self.settle()
         count = check_count("count", count, at_least=0)
         if labels is not None:
             z, lots = self._noises(count, self.asked)
@@ -262,6 +273,7 @@ class FastSemidiscrete(Semidiscrete):
                 "asked": (self.asked.get_state(), dict(self.asked_turns)), "before": self.before, "handed": self.handed}
 
     def load_state_dict(self, state: dict) -> None:
+        self.settle()
         check_made_for(state, self._made_for() | self._place_of())
         self.solved = True
         self.potentials.copy_(state["potentials"])

@@ -36,13 +36,12 @@ class SpreadPool(FastPool):
 
         self.stream = ()  # all ranks draw from the streams of one process
 
-    def __call__(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+    def _answer(self, x: Tensor, labels: Tensor | None) -> Tensor:
         """Match x: (B, *shape), this rank's samples, → z: the same; B may differ between ranks. Where the data of one
         rank is refused all ranks raise, so that none waits for ever."""
         if self.match_size <= 1:
-            return super().__call__(x, labels)
-        with torch.no_grad(), torch.inference_mode(False):
-            return self._match(x).view(x.shape).to(x)
+            return super()._answer(x, labels)
+        return self._match(x).view(x.shape).to(x)
 
     def _match(self, x: Tensor) -> Tensor:
         samples, receiver, left = self._everyones_samples(x)

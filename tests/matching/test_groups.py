@@ -16,7 +16,7 @@ from support import ROOT
 
 import dansm
 from dansm import BadInput, NoisePool, noise_generator
-from dansm.scale.matching import gpu
+from dansm.scale.matching import gpu, pool
 from dansm.scale.matching.groups import FastGroupedPool, SpreadGroupedPool
 from dansm.scale.matching.pool import FastPool, pool_class
 
@@ -193,7 +193,8 @@ def test_groups_share_no_noise_and_processes_neither(monkeypatch):
     x, labels = torch.zeros(16, 3), torch.arange(2).repeat(8)
     noises = []
     for process in range(2):
-        monkeypatch.setattr(dansm, "process_number", lambda process=process: process)
+        for module in (dansm, pool):
+            monkeypatch.setattr(module, "process_number", lambda process=process: process)
         for match_size in (8, 1):
             noises.append(NoisePool(match_size, (3,), groups=2, seed=0)(x, labels))
     assert len(torch.cat(noises).unique(dim=0)) == 4 * 16
