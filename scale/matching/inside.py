@@ -1,0 +1,59 @@
+"""Pools inside other people's steps: in what torch.compile compiles, and in the wrong process.
+
+To the compiler a pool is one operation that it does not look into, also with fullgraph=True.
+"""
+
+from itertools import count
+from multiprocessing.context import get_spawning_popen
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from dansm import BadInput, NoisePool
+
+POOLS = WeakValueDictionary()  # by handle
+_handles = count()
+
+
+def handle_of(pool: NoisePool) -> int:
+    """A whole number by which the operation finds the pool, as long as there is the pool."""
+    handle = next(_handles)
+    POOLS[handle] = pool
+    return handle
+
+
+def matched(pool: NoisePool, x: Tensor, labels: Tensor | None) -> Tensor:
+    """pool(x, labels), for code that is being compiled."""
+    return torch.ops.dansm.matched(x.detach(), labels, pool.calls, pool.handle)
+
+
+# It changes `calls`, so that no call is left out, moved or made one with another.
+@torch.library.custom_op("dansm::matched", mutates_args=("calls",), tags=(torch.Tag.cudagraph_unsafe,),
+                         schema="(Tensor x, Tensor? labels, Tensor(a!) calls, int pool) -> Tensor")
+def _matched(x, labels, calls, pool):
+    calls += 1
+    return POOLS[pool](x, labels)
+
+
+@_matched.register_fake
+def _like_x(x, labels, calls, pool):
+    return torch.empty_like(x)
+
+
+class OfOneProcess:
+    """What draws noises, which are to be drawn by one process alone."""
+
+    def check_worker(self) -> None:
+        """BadInput in a worker of a DataLoader."""
+        if get_worker_info() is not None:
+            raise BadInput(f"a {type(self).__name__} is called in a worker of a DataLoader, where each would hand out "
+                           "the same noises: expected a call in the process that trains, on the loader's batches")
+
+    def __getstate__(self) -> dict:
+        """BadInput where it is on the way to another process, as to a worker of a DataLoader."""
+        if get_spawning_popen() is not None:
+            raise BadInput(f"a {type(self).__name__} is sent to another process, where it would hand out the same "
+                           "noises: expected one made where it is called, in the process that trains")
+        return self.__dict__

@@ -1,0 +1,133 @@
+"""The pool inside other people's steps: compiled, in a loader's workers, in any memory layout."""
+
+import copy
+import pickle
+from functools import partial
+
+import pytest
+import torch
+import torch.multiprocessing as processes
+from ranks import Drawing, Paired, one_rank_that_begins_late
+from support import needs_gloo
+from torch.utils.data import DataLoader
+
+import dansm
+from dansm import BadInput, NoisePool
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SHAPE = (3, 4, 4)
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_before():
+    torch.compiler.reset()
+
+
+def batches(count=6, size=5, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(size, *SHAPE, generator=generator).to(DEVICE) for _ in range(count)]
+
+
+def pool_of(match_size=12, **settings):
+    return NoisePool(match_size, SHAPE, device=DEVICE, seed=3, **settings)
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"groups": 3}, {"match_size": 0}, {"dtype": torch.bfloat16}], ids=str)
+def test_a_compiled_step_gets_the_noises_of_the_plain_one(settings, fullgraph):
+    weight = torch.randn(48, 48, device=DEVICE, requires_grad=True)
+    pools = pool_of(**settings), pool_of(**settings)
+
+    def step(pool, x, *labels):
+        z = pool(x, *labels)
+        first, again = z.flatten(1), pool(x, *labels).flatten(1)  # of the same batch: another noise
+        return ((x - z).flatten(1) @ weight - first).square().mean(), z, again
+
+    compiled = torch.compile(step, fullgraph=fullgraph, backend="aot_eager")
+    for i, x in enumerate(batches()):
+        labels = [torch.arange(len(x)) % 3] * ("groups" in settings)
+        x = x.requires_grad_(i % 2 == 1)
+        loss, *noises = compiled(pools[0], x, *labels)
+        expected, *noises_expected = step(pools[1], x, *labels)
+        assert all(map(torch.equal, noises, noises_expected)) and not torch.equal(*noises)
+        torch.testing.assert_close(loss, expected)
+        loss.backward()
+    assert weight.grad.isfinite().all()
+
+
+def test_a_noise_that_a_compiled_step_does_not_use_has_left_the_pool_all_the_same():
+    pools = pool_of(), pool_of()
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def step(x):
+        pools[0](x)
+        return 2 * x
+
+    for x in batches(2):
+        step(x)
+        pools[1](x)
+    x, = batches(1, seed=1)
+    assert torch.equal(pools[0](x), pools[1](x))
+
+
+def test_what_a_compiled_step_may_not_give_is_refused_when_it_runs():
+    step = torch.compile(pool_of().__call__, backend="eager")
+    with pytest.raises(BadInput, match="NaN"):
+        step(batches(1)[0] / 0 * 0)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pool: pickle.loads(pickle.dumps(pool))])
+def test_a_compiled_step_asks_the_copy_that_it_is_given(copied):
+    first = pool_of()
+    first(batches(1)[0])
+    second, third = copied(first), copied(first)
+    step = torch.compile(lambda pool, x: pool(x), backend="eager", fullgraph=True)
+    for x in batches(4, seed=2):
+        assert torch.equal(step(second, x), third(x))
+
+
+@pytest.mark.parametrize("match_size", [0, 12])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_noises_have_the_memory_layout_of_their_batch(match_size, compiled):
+    pool = pool_of(match_size)
+    call = torch.compile(pool.__call__, backend="aot_eager") if compiled else pool
+    plain = pool_of(match_size)
+    for number, x in enumerate(batches()):
+        there = [x, x.to(memory_format=torch.channels_last), x.transpose(2, 3), x[:, :1].expand(-1, 3, -1, -1),
+                 x.double(), x[:0]][number]
+        z = call(there)
+        assert z.stride() == torch.empty_like(there).stride() == torch.randn_like(there).stride()
+        assert torch.equal(z, plain(there.contiguous())) and z.dtype == there.dtype
+
+
+MADE = {"pool": lambda: NoisePool(12, SHAPE, seed=0).__call__, "fresh": lambda: NoisePool(12, SHAPE, seed=0).fresh,
+        "groups": lambda: partial(NoisePool(12, SHAPE, seed=0, groups=2), labels=torch.tensor([1])),
+        "semidiscrete": lambda: Drawing(dansm.Semidiscrete(torch.randn(5, *SHAPE)))}
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_in_a_loaders_workers_noises_are_refused_and_told_where_to_be_drawn(kind):
+    data = Paired(MADE[kind](), SHAPE)
+    assert len(list(DataLoader(data))) == 4  # without workers all is one process
+    with pytest.raises(BadInput, match=r"(?s)called in a worker of a DataLoader.*expected .* the process that trains"):
+        list(DataLoader(data, num_workers=1, multiprocessing_context="fork"))
+    with pytest.raises(BadInput, match=r"sent to another process.*expected .* the process that trains"):
+        list(DataLoader(data, num_workers=1, multiprocessing_context="spawn"))
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2, torch.int64])
+def test_number_types_without_room_for_noises_are_refused(dtype):
+    with pytest.raises(BadInput, match=f"the batch is of {dtype}: expected floating point data"):
+        pool_of()(torch.zeros(2, *SHAPE).to(dtype))
+    with pytest.raises(BadInput, match=f"the batch is of {dtype}"):
+        dansm.Semidiscrete(torch.zeros(2, *SHAPE).to(dtype))
+
+
+@needs_gloo
+def test_a_pool_made_before_torch_distributed_begins_has_the_noises_of_its_process(tmp_path):
+    processes.spawn(one_rank_that_begins_late, (2, str(tmp_path)), 2)
+    first, second = (torch.load(tmp_path / f"late-{rank}.pt") for rank in range(2))
+    for (before, after), (_, other) in zip(first, second, strict=True):
+        assert torch.equal(before, after)
+        assert not (after[:, None] == other).all(2).any()
+    assert all(torch.equal(before, after) for before, after in second)
