@@ -11,8 +11,8 @@ from dansm import BadInput
 
 from ..base.text import counted, say, shorten
 from .arrays import labels_in
+from .cifar import open_cifar
 from .latents import known_on_disk
-from .loader import read_cifar10
 from .read import LABELS, Source, files_of
 
 
@@ -67,9 +67,9 @@ def _find(data: str, setting: str) -> Labels | None:
         return _of_folders(path, asked=True)
     if setting != "auto":
         return _of_file(Path(setting))
-    if data == "cifar10" and not path.exists():
-        cifar10 = read_cifar10()
-        return Labels(np.array(cifar10.targets), cifar10.classes, "CIFAR-10")
+    if cifar := open_cifar(data):
+        name, dataset = cifar
+        return Labels(np.array(dataset.targets), dataset.classes, name)
     index = known_on_disk(path)
     if "labels" in index:
         return _of_index(path / "index.json", index)

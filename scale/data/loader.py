@@ -17,6 +17,7 @@ from ..base.text import say
 from ..base.threads import ahead
 from .arrays import check_finite, open_samples
 from .cache import decode_into_cache, decode_into_memory
+from .cifar import open_cifar
 from .latents import Shards, known_on_disk, open_encoded
 from .pictures import Reading
 from .pixels import from_uint8
@@ -35,7 +36,8 @@ def load_images(source: str, *, size: int | None = None, background: str = "whit
 
     source  images: a folder with its subfolders, in the order of their names; a .zip, .tar, .tar.gz, .tar.bz2, .tar.xz
             (from Python 3.14 on also .tar.zst) of them, read without unpacking; an LSUN lmdb, a folder with data.mdb;
-            or "cifar10", which torchvision downloads into data/ at first use.
+            "cifar10", which torchvision downloads into data/ at first use; or the folder in which it leaves CIFAR-10 or
+            CIFAR-100.
             Arrays: uint8 images or latents in a .npy, .npz, .safetensors or .pt file, see `arrays.open_samples`, or a
             folder of such files. Latents: also a folder that dansm encode wrote.
     size    shorter side to this many pixels, then the centre square; None takes the images as they are.
@@ -91,30 +93,15 @@ def find_source(name: str, reading: Reading, skip_unreadable: bool) -> Source:
     if not name:
         raise BadInput("the folder of images is '': expected a path, or cifar10")
     path = Path(name)
-    if name == "cifar10" and not path.exists():
-        return Source(path, [], reading, array=_cifar10())
+    if cifar := open_cifar(name):
+        images = np.ascontiguousarray(cifar[1].data.transpose(0, 3, 1, 2))
+        return Source(path, files_of(path) if path.exists() else [], reading, array=images)
     files, passed_over = list_files(path)
     say_passed_over(path, passed_over)
     source = Source(path, files, reading, skip_unreadable)
     if source.holds_arrays and files == [path]:
         source.array = open_samples(path)
     return source
-
-
-def read_cifar10():
-    """The training images as torchvision has them, downloaded into data/ at first use."""
-    from torchvision.datasets import CIFAR10
-
-    try:
-        return CIFAR10("data", download=True)
-    except (OSError, RuntimeError) as error:
-        raise BadInput(f"CIFAR-10 is not in data/ and could not be downloaded ({error}): expected a connection, or "
-                       "the path of a folder of images") from error
-
-
-def _cifar10() -> np.ndarray:
-    """(N, 3, H, W) uint8"""
-    return np.ascontiguousarray(read_cifar10().data.transpose(0, 3, 1, 2))
 
 
 def check_out(source: str | Path, out: Path, option: str = "--out") -> None:

@@ -19,7 +19,8 @@ from ..base.text import counted, say
 from ..base.threads import ahead
 from . import arrays
 from .archives import TARS, Entries, Opened, names_in_tar, open_lmdb, open_tar, open_zip
-from .folder import in_words, kind_of, list_folder
+from .cifar import find_cifar
+from .folder import in_words, is_hidden, kind_of, list_folder
 from .pictures import Reading, Unreadable, read_image, suffixes
 
 ARRAYS = "arrays (.npy, .npz, .safetensors, .pt)"
@@ -154,6 +155,8 @@ def list_files(source: Path) -> tuple[list[Path], Counter]:
     """`files_of` a source, and how many others a folder holds, by why they are passed over."""
     if (source / "data.mdb").is_file():
         return [source / "data.mdb"], Counter()
+    if cifar := find_cifar(source):
+        return sorted(path for path in cifar[1].iterdir() if not is_hidden(path.name)), Counter()
     if not source.is_dir():
         if not source.exists() or not source.name.lower().endswith((".zip", *arrays.SUFFIXES, *TARS)):
             raise BadInput(f"{source} {'is a file' if source.exists() else 'does not exist'}: {EXPECTED}")
