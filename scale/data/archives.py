@@ -4,7 +4,7 @@ import tarfile
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
 from threading import Lock
@@ -38,8 +38,35 @@ def _naming(archive: Path) -> Iterator[None]:
                        "zip, tar or lmdb of images") from error
 
 
+def is_archive(path: Path) -> bool:
+    return path.name.lower().endswith((".zip", *TARS))
+
+
+def names_in(archive: Path) -> list[PurePosixPath]:
+    """The names of the images in a zip or tar, in the order in which they are counted."""
+    if archive.suffix.lower() != ".zip":
+        names = _names_in_tar(archive, Counter())
+    else:
+        with _naming(archive), zipfile.ZipFile(archive) as opened:
+            names = [member.filename for member in _images_of(opened, Counter())]
+    return [PurePosixPath(name.lstrip("/")) for name in sorted(names, key=PurePosixPath)]
+
+
 @contextmanager
-def open_zip(source: Path, passed_over: Counter) -> Iterator[Opened]:
+def open_archives(files: list[Path], passed_over: Counter) -> Iterator[Opened]:
+    """The images of several zips and tars, one after the other. Counts in `passed_over` what else they hold."""
+    with ExitStack() as stack:
+        opened = []
+        for path in files:
+            open_archive = _open_zip if path.suffix.lower() == ".zip" else _open_tar
+            opened.append(stack.enter_context(open_archive(path, passed_over)))
+        starts = np.cumsum([0, *(count for count, _ in opened)]).tolist()
+        yield starts[-1], ((start + place, path, read) for start, (_, entries) in zip(starts, opened, strict=False)
+                           for place, path, read in entries)
+
+
+@contextmanager
+def _open_zip(source: Path, passed_over: Counter) -> Iterator[Opened]:
     """The images of a zip in the order of their names. Counts in `passed_over` what else it holds."""
     with _naming(source):
         archive = zipfile.ZipFile(source)
@@ -50,14 +77,17 @@ def open_zip(source: Path, passed_over: Counter) -> Iterator[Opened]:
             return archive.read(member)
 
     with archive:
-        images = [member for member in archive.infolist()
-                  if not member.is_dir() and _is_image(member.filename, passed_over)]
-        members = sorted(images, key=lambda member: PurePosixPath(member.filename))
+        members = sorted(_images_of(archive, passed_over), key=lambda member: PurePosixPath(member.filename))
         for member in members:
             if member.file_size > min(LARGEST, max(HURTS, SWELLS * member.compress_size)):
                 raise _bomb(source / member.filename.lstrip("/"), member.file_size)
         yield len(members), ((place, source / member.filename.lstrip("/"), partial(read, member))
                              for place, member in enumerate(members))
+
+
+def _images_of(archive: zipfile.ZipFile, passed_over: Counter) -> list[zipfile.ZipInfo]:
+    return [member for member in archive.infolist()
+            if not member.is_dir() and _is_image(member.filename, passed_over)]
 
 
 class _Header(tarfile.TarInfo):
@@ -70,10 +100,10 @@ class _Header(tarfile.TarInfo):
 
 
 @contextmanager
-def open_tar(source: Path, passed_over: Counter) -> Iterator[Opened]:
+def _open_tar(source: Path, passed_over: Counter) -> Iterator[Opened]:
     """The images of a tar, read in one go, as a compressed one can be; each image's place is that of its name. Counts
     in `passed_over` what else it holds."""
-    names = names_in_tar(source, passed_over)
+    names = _names_in_tar(source, passed_over)
     places = np.empty(len(names), int)
     places[sorted(range(len(names)), key=lambda number: PurePosixPath(names[number]))] = np.arange(len(names))
 
@@ -85,7 +115,7 @@ def open_tar(source: Path, passed_over: Counter) -> Iterator[Opened]:
     yield len(names), entries()
 
 
-def names_in_tar(source: Path, passed_over: Counter) -> list[str]:
+def _names_in_tar(source: Path, passed_over: Counter) -> list[str]:
     with _naming(source):
         return [name for name, _ in _tar_members(source, passed_over)]
 

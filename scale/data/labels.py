@@ -10,6 +10,7 @@ import numpy as np
 from dansm import BadInput
 
 from ..base.text import counted, say, shorten
+from .archives import names_in
 from .arrays import labels_in
 from .cifar import open_cifar
 from .latents import known_on_disk
@@ -137,12 +138,14 @@ def _of_folders(path: Path, asked: bool) -> Labels | None:
     fewer than two folders. Then None, or BadInput if folders are `asked` for."""
     files = files_of(path) if path.exists() else []
     listed = bool(files) and files[0].name != "data.mdb"  # the images of an lmdb have keys, and there are millions
-    images = list(Source(path, files).paths()) if listed else []
+    source = Source(path, files)
+    images = _unpacked(source) if listed else []
     top = Path(os.path.commonpath([image.parent for image in images])) if images else path  # archives often have one
     folders = [_first_folder(image, top) for image in images]
     names, numbers = np.unique(folders, return_inverse=True)
     if len(names) > 1 and "" not in folders:
-        inside = {folder.name for folder in top.iterdir() if folder.is_dir()} if top.is_dir() else set()
+        on_disk = top.is_dir() and not source.holds_archives
+        inside = {folder.name for folder in top.iterdir() if folder.is_dir()} if on_disk else set()
         if empty := {name for name in inside - set(names.tolist()) if name[0] != "."}:
             if asked:
                 raise BadInput(f"{top / min(empty)} holds no images: expected some in each folder of a class")
@@ -159,6 +162,13 @@ def _of_folders(path: Path, asked: bool) -> Labels | None:
     if asked:
         raise BadInput(f"--labels is folders, and {path} {why}: expected each image in the folder of its class")
     return None
+
+
+def _unpacked(source: Source) -> list[Path]:
+    """The path of each image, as if all archives of a folder were unpacked there."""
+    if source.holds_archives and source.files != [source.path]:
+        return [source.path / name for archive in source.files for name in names_in(archive)]
+    return source.paths()
 
 
 def _folders_in_each(images: list[Path], folders: list[str], top: Path) -> list[str]:

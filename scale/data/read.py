@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -18,13 +18,13 @@ from dansm import BadInput
 from ..base.text import counted, say
 from ..base.threads import ahead
 from . import arrays
-from .archives import TARS, Entries, Opened, names_in_tar, open_lmdb, open_tar, open_zip
+from .archives import Entries, Opened, is_archive, names_in, open_archives, open_lmdb
 from .cifar import find_cifar
 from .folder import in_words, is_hidden, kind_of, list_folder
 from .pictures import Reading, Unreadable, read_image, suffixes
 
 ARRAYS = "arrays (.npy, .npz, .safetensors, .pt)"
-EXPECTED = f"expected a folder of images, a .zip or .tar of them, an LSUN lmdb, {ARRAYS}, or cifar10"
+EXPECTED = f"expected a folder of images, .zip or .tar files of them, an LSUN lmdb, {ARRAYS}, or cifar10"
 LABELS = "labels.npy"  # in a folder of images or latents, whose labels it holds
 VERSION = 2  # a change makes all caches decode again
 
@@ -46,6 +46,10 @@ class Source:
     array: np.ndarray | None = None
     told: bool = False  # what it passes over
     transparent: set[Path] = field(default_factory=set)  # what was read and let the background show through
+
+    @property
+    def holds_archives(self) -> bool:
+        return bool(self.files) and is_archive(self.files[0])
 
     @property
     def holds_arrays(self) -> bool:
@@ -86,12 +90,11 @@ class Source:
         passed_over = Counter()
         if self.files[0].name == "data.mdb":
             opened = open_lmdb(self.path)
-        elif self.files[0] != self.path:
+        elif self.holds_archives:
+            opened = open_archives(self.files, passed_over)
+        else:
             opened = nullcontext((len(self.files), ((place, path, path.read_bytes)
                                                     for place, path in enumerate(self.files))))
-        else:
-            open_archive = open_zip if self.path.suffix.lower() == ".zip" else open_tar
-            opened = open_archive(self.path, passed_over)
         with opened as (count, files), warnings.catch_warnings():
             if not count:
                 raise no_images(self.path, passed_over)
@@ -105,9 +108,8 @@ class Source:
 
     def paths(self) -> list[Path]:
         """The path of each image or latent, which may lead into an archive, in their order. No image is read."""
-        if self.files == [self.path] and self.path.name.lower().endswith(TARS):
-            names = names_in_tar(self.path, Counter())
-            return [self.path / name.lstrip("/") for name in sorted(names, key=PurePosixPath)]
+        if self.holds_archives:
+            return [archive / name for archive in self.files for name in names_in(archive)]
         with self.open() as (count, entries):
             named = [(place, path) for place, path, _ in entries]
         ends = [place for place, _ in named[1:]] + [count]
@@ -147,7 +149,7 @@ def check_alike(path: Path, array: np.ndarray, first_path: Path, first: np.ndarr
 
 def files_of(source: Path) -> list[Path]:
     """The files that `source` is made of, in the order of their names, without reading them: a file itself, a
-    folder's images or arrays with its subfolders, an lmdb's data.mdb. BadInput if there are none."""
+    folder's images, arrays or archives with its subfolders, an lmdb's data.mdb. BadInput if there are none."""
     return list_files(source)[0]
 
 
@@ -158,26 +160,31 @@ def list_files(source: Path) -> tuple[list[Path], Counter]:
     if cifar := find_cifar(source):
         return sorted(path for path in cifar[1].iterdir() if not is_hidden(path.name)), Counter()
     if not source.is_dir():
-        if not source.exists() or not source.name.lower().endswith((".zip", *arrays.SUFFIXES, *TARS)):
+        if not source.exists() or not (is_archive(source) or source.suffix.lower() in arrays.SUFFIXES):
             raise BadInput(f"{source} {'is a file' if source.exists() else 'does not exist'}: {EXPECTED}")
         return [source], Counter()
     files, passed_over = list_folder(source)
-    by_kind = {"image files": [], "arrays": []}
+    by_sort = {"images": [], "arrays": [], "archives": [], "other files": []}
     for path in files:
-        suffix = path.suffix.lower()
-        if suffix in suffixes():
-            by_kind["image files"].append(path)
-        elif suffix in arrays.SUFFIXES:
-            by_kind["arrays"] += [path] if path != source / LABELS else []
-        else:
-            passed_over[kind_of(path)] += 1
-    found = {kind: of_kind for kind, of_kind in by_kind.items() if of_kind}
-    if len(found) > 1:
-        kinds = " and ".join(f"{kind} ({of_kind[0]})" for kind, of_kind in found.items())
-        raise BadInput(f"{source} holds {kinds}: expected one kind alone")
-    if not found:
-        raise no_images(source, passed_over, f", {ARRAYS}, or the path of an archive")
-    return next(iter(found.values())), passed_over
+        if path != source / LABELS:
+            by_sort[_sort_of(path)].append(path)
+    pictures, of_arrays, archives, _ = by_sort.values()
+    if pictures and of_arrays:
+        raise BadInput(f"{source} holds images ({pictures[0]}) and arrays ({of_arrays[0]}): expected one kind alone")
+    wanted = pictures or of_arrays or archives
+    passed_over += Counter(kind_of(path) for paths in by_sort.values() if paths is not wanted for path in paths)
+    if not wanted:
+        raise no_images(source, passed_over, f", {ARRAYS}, or archives")
+    return wanted, passed_over
+
+
+def _sort_of(path: Path) -> str:
+    suffix = path.suffix.lower()
+    if suffix in suffixes():
+        return "images"
+    if suffix in arrays.SUFFIXES:
+        return "arrays"
+    return "archives" if is_archive(path) else "other files"
 
 
 def no_images(source: Path, passed_over: Counter, or_else: str = "") -> BadInput:

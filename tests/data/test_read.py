@@ -141,13 +141,13 @@ def test_an_image_over_pillows_limit_is_refused_or_left_out(tmp_path, monkeypatc
     assert not warned and "b.png" in message and "exceeds limit" in message
 
 
-def test_a_file_of_another_kind_and_a_folder_of_archives_alone_are_refused(tmp_path, not_loaded):
+def test_a_file_of_another_kind_and_an_empty_folder_are_refused(tmp_path, not_loaded):
     (tmp_path / "a.rar").write_bytes(b"")
     assert "a.rar" in not_loaded(tmp_path / "a.rar") and "b.zip" in not_loaded(tmp_path / "b.zip")
     assert "''" in not_loaded("")
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "a.zip").touch()
     assert f"{tmp_path / 'data'} holds no images" in not_loaded(tmp_path / "data")
+    (tmp_path / "data" / "a.zip").touch()
     (tmp_path / "data" / "x.png").touch()
     assert read.files_of(tmp_path / "data") == [tmp_path / "data" / "x.png"]
 
