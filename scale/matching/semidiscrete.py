@@ -137,46 +137,51 @@ class FastSemidiscrete(OfOneProcess, Semidiscrete):
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def solve(self, error: float = 0.1, most: int = 1000,
+    def solve(self, error: float = 0.1, most: int | None = None,
               report: Callable[[int, Solver, Solved | None], None] | None = None) -> list[Solved]:
         """Find the potentials, part by part, until the shares are off by `error` or less (rms), two deviations of its
         estimate included, or `most` noises have been drawn for each sample. Returns what each part reached.
 
-        A solve that is interrupted keeps what it has found, and the next continues there.
+        A solve that is interrupted keeps the best that it has found, and the next continues there.
+        most    None: 1,000, or more for a small error, and for a small part until its error is told from chance
         report  is called after each step, with the number of the part and its solver, and what a check told if any
         """
-        if not 0 < error < math.inf:
+        if not isinstance(error, int | float) or not 0 < error < math.inf:
             raise BadInput(f"error is {error}: expected a number above 0, like 0.1 for shares that are off by 10 %")
+        most = most if most is None else check_count("most", most)
         self._forget_drawn()
         self.solved = True  # as far as it comes
         return [self._solve(number, of_part, error, most, report) for number, of_part in enumerate(self.all_parts())]
 
-    def _solve(self, number: int, of_part: Part, error: float, most: int, report: Callable | None) -> Solved:
+    def _solve(self, number: int, of_part: Part, error: float, most: int | None, report: Callable | None) -> Solved:
         if len(of_part.points) == 1:
             return Solved(0.0, 0.0, 0.0)
+        most = most or max(1000, (2 + 20 * math.sqrt(2 / len(of_part.points))) / error**2)
         state = self.progress.get(number, {})
-        if "reached" in state and (state["reached"].at_most <= error or state["reached"].noises >= most):
-            return state["reached"]
+        reached = state.get("reached")  # by the potentials that are kept
+        if reached and (reached.at_most <= error or reached.noises >= most):
+            return reached
         solver = Solver(of_part.points.to(self.device), of_part.copies / len(of_part.samples),
                         noise_generator(self.seed, self.device, SOLVING, number), self.values)
         if "solver" in state:
             solver.load_state_dict(state["solver"])
-        else:
-            state = {}  # what another device reached is not true of potentials that start over
         try:
             while True:
                 solver.step()
-                solved = solver.check() if solver.due or solver.noises >= most else None
-                if solved:
-                    state["reached"] = solved
-                    self._keep(of_part, solver.mean)
-                    self.progress[number] = state | {"solver": solver.state_dict()}
+                solved = None
+                if solver.due or solver.noises >= most:
+                    judged, solved = solver.judged, solver.check()
+                    if not reached or solved.at_most <= reached.at_most:
+                        self._keep(of_part, judged)
+                        reached = solved
+                    reached = reached._replace(noises=solved.noises)
+                    state = {"reached": reached, "solver": solver.state_dict()}
+                    self.progress[number] = state
                 if report:
                     report(number, solver, solved)
-                if solved and (solved.at_most <= error or solved.noises >= most):
-                    return solved
+                if solved and (reached.at_most <= error or reached.noises >= most):
+                    return reached
         finally:
-            self._keep(of_part, solver.mean)
             self.progress[number] = state | {"solver": solver.state_dict()}
 
     # ------------------------------------------------------------------------------- noises
@@ -274,7 +279,7 @@ class FastSemidiscrete(OfOneProcess, Semidiscrete):
 
     def load_state_dict(self, state: dict) -> None:
         self.settle()
-        check_made_for(state, self._made_for() | self._place_of())
+        check_made_for(state, self._made_for() | self._place_of(), "potentials", "before", "asked", "handed")
         self.solved = True
         self.potentials.copy_(state["potentials"])
         (generator, lots, turns), (asked, asked_turns) = state["before"], state["asked"]
@@ -300,14 +305,15 @@ class FastSemidiscrete(OfOneProcess, Semidiscrete):
     def load_solution(self, solution: dict) -> None:
         """Take what another coupling of the same data found. On another kind of device a solve starts over, if what was
         reached is not enough. BadInput for other data, groups or parts."""
-        check_made_for(solution, self._made_for())
-        progress = {}
+        check_made_for(solution, self._made_for(), "potentials", "progress", "device")
+        progress, resumable = {}, {*Solver.changed, *Solver.counted, "generator"}
         for number, of_part in enumerate(self.all_parts()):
             state = dict(solution["progress"].get(number, {}))
             if "reached" in state:
                 state["reached"] = Solved(*state["reached"])
             solver = state.pop("solver", None)
-            if solver and solution["device"] == self.device.type and len(solver["b"]) == len(of_part.points):
+            if solver and solution["device"] == self.device.type and resumable == solver.keys() and (
+                    len(solver["b"]) == len(of_part.points)):
                 state["solver"] = solver
             progress[number] = state
         self.potentials.copy_(solution["potentials"])
@@ -322,9 +328,9 @@ class FastSemidiscrete(OfOneProcess, Semidiscrete):
                 "parts": sizes} | split
 
 
-def check_made_for(state, made_for: dict) -> None:
-    """BadInput for anything but what was saved for the same data."""
-    saved = state.get("made_for") if isinstance(state, dict) else None
+def check_made_for(state, made_for: dict, *needed: str) -> None:
+    """BadInput for anything but what was saved for the same data, with all that is needed."""
+    saved = state.get("made_for") if isinstance(state, dict) and state.keys() >= set(needed) else None
     if saved is None:
         raise BadInput(f"the state is a {type(state).__name__}: expected what a Semidiscrete saved")
     for name, expected in made_for.items():

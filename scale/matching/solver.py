@@ -53,6 +53,7 @@ class Solver:
     """
 
     changed = "b", "mean", "judged", "taken", "temperature", "spread", "unevenness", "averaged"
+    counted = "batch", "steps", "checked"
 
     def __init__(self, x: Tensor, share: Tensor, generator: torch.Generator, values: int = VALUES):
         self.x, self.share, self.generator, n = x, share, generator, len(x)
@@ -106,13 +107,14 @@ class Solver:
         return solved
 
     def state_dict(self) -> dict:
-        return {name: getattr(self, name) for name in (*self.changed, "batch", "steps", "checked")} | {
+        return {name: getattr(self, name) for name in (*self.changed, *self.counted)} | {
             "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict) -> None:
         for name in self.changed:
             setattr(self, name, state[name].to(getattr(self, name)))
-        self.batch, self.steps, self.checked = state["batch"], state["steps"], state["checked"]
+        for name in self.counted:
+            setattr(self, name, state[name])
         self.generator.set_state(state["generator"].cpu())
 
 

@@ -121,5 +121,7 @@ def reading(path: Path) -> Iterator[None]:
     except (OSError, LookupError, TypeError, ValueError, AttributeError, RuntimeError, pickle.UnpicklingError) as error:
         if lacks_memory(error) or (isinstance(error, BadInput) and str(path) in str(error)):
             raise
+        if isinstance(error, BadInput) and ": expected " in str(error):
+            raise BadInput(f"{path} cannot be used: {error}") from error
         reason = getattr(error, "strerror", None) or shorten(" ".join(str(error).split()), 200)
         raise BadInput(f"{path} cannot be used ({reason}): {EXPECTED}") from error

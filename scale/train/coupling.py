@@ -5,7 +5,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from itertools import accumulate
 from pathlib import Path
 
@@ -65,14 +65,17 @@ def coupled(images, *, flip: bool, labels: np.ndarray | None, part: int | None, 
     Raises BadInput for data that are not finite or do not fit, and Stopped after Ctrl-C, which keeps what was found.
     """
     coupling = uncoupled(images, flip=flip, labels=labels, part=part, seed=seed, device=device)
-    most = max(1000, math.ceil(2 / error**2)) if most is None else most
     made_for = json.dumps(coupling.solution()["made_for"]).encode()
     name = f"potentials-{hashlib.blake2b(made_for, digest_size=8).hexdigest()}.pt"
     kept = make_folder(cache or POTENTIALS.expanduser(), "--cache") / name
     with first_before_others(), alone(kept.with_suffix(".lock")), closing(Bar(coupling, error, most)) as bar:
         bar.save = lambda: checkpoint.write(kept, coupling.solution())
-        with suppress(BadInput), checkpoint.reading(kept):  # it may be missing, damaged or another program's
-            coupling.load_solution(checkpoint.as_written(kept))
+        try:
+            with checkpoint.reading(kept):
+                coupling.load_solution(checkpoint.as_written(kept))
+        except BadInput as error_of_file:
+            if kept.exists():  # damaged, or another program's
+                say(f"not used, and written anew: {error_of_file}")
         begin = time.monotonic()
         try:
             reached = coupling.solve(error, most, bar)
@@ -83,8 +86,9 @@ def coupled(images, *, flip: bool, labels: np.ndarray | None, part: int | None, 
                 bar.save()
     say_reached(coupling, reached, f"{time.monotonic() - begin:.0f} s" if bar.shown else f"found in {kept}")
     if above := sum(solved.at_most > error for solved in reached):
-        say(f"shares of {above:,} of {counted(len(reached), 'part')} may be off by more than {100 * error:.3g} %:",
-            f"no more than {counted(most, 'noise')} for each sample are drawn; the plan serves as it is")
+        most_drawn = counted(round(max(solved.noises for solved in reached)), "noise")
+        say(f"shares of {above:,} of {counted(len(reached), 'part')} may be off by more than {100 * error:.3g} % after",
+            f"{most_drawn} for each sample; the plan serves as it is")
     return coupling
 
 
@@ -104,9 +108,9 @@ def uncoupled(images, *, flip: bool, labels: np.ndarray | None, part: int | None
 class Bar:
     """What `solve` reports to: a progress bar, shown from the first step on. What was found is saved every minute."""
 
-    def __init__(self, coupling: FastSemidiscrete, error: float, most: int):
+    def __init__(self, coupling: FastSemidiscrete, error: float, most: int | None):
         self.begins = list(accumulate((len(of_part.samples) for of_part in coupling.all_parts()), initial=0))
-        self.each = max(error**2 / 1.1, 1 / most)  # part of the work that a noise for each sample is, about
+        self.each = max(error**2 / 1.1, 1 / (most or math.inf))  # part of the work that a noise a sample is, about
         self.progress = Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=console,
                                  transient=console.is_terminal)
         self.task = self.progress.add_task("coupling", total=self.begins[-1])

@@ -121,6 +121,40 @@ def test_the_error_told_is_that_of_an_independent_count_on_average():
     assert abs(sum(differences)) < 4 * math.hypot(*deviations) < 0.95 * sum(counts_of)
 
 
+@pytest.mark.parametrize(("n", "dim", "error"), [(3000, 256, 0.2), (1000, 1024, 0.15)])
+def test_what_is_told_is_true_of_the_potentials_that_are_kept(n, dim, error):
+    """Samples of equal size are taken evenly from the start on, and first steps make that worse for a while."""
+    coupling = Semidiscrete(points(n, dim), seed=1)
+    for _ in range(3):  # asked for more each time
+        (reached,) = coupling.solve(error, most=40)
+        counted = unevenness(counts(coupling, 10, 4 * n))
+        assert counted < min(error, reached.at_most + 0.02)
+        error *= 0.8
+
+
+def test_a_solve_stopped_before_it_is_good_keeps_the_best_that_was_judged():
+    coupling = Semidiscrete(points(1000, 256), seed=1)
+    start = unevenness(counts(coupling, 10, 4000))
+
+    class Stop(Exception):
+        pass
+
+    def stop(number, solver, solved):
+        if solver.noises > 12:
+            raise Stop
+
+    with pytest.raises(Stop):
+        coupling.solve(0.01, report=stop)
+    assert unevenness(counts(coupling, 10, 4000)) < start + 0.02
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_small_parts_are_solved_until_the_error_is_told_from_chance(n):
+    for seed in range(5):
+        (reached,) = Semidiscrete(points(n, 8, seed), seed=seed).solve(0.1)
+        assert reached.at_most <= 0.1
+
+
 def test_chance_is_taken_off_the_error():
     share = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
     true = torch.tensor([0.12, 0.18, 0.33, 0.37], dtype=torch.float64)
@@ -202,6 +236,9 @@ def test_a_coupling_continues_where_its_state_was_saved(monkeypatch):
         assert torch.equal(z, of_z) and torch.equal(taken, of_taken)
     with pytest.raises(BadInput, match="parts"):
         Semidiscrete(points(), labels, part=5, seed=1).load_state_dict(state)
+    for load in (other.load_state_dict, other.load_solution):
+        with pytest.raises(BadInput, match="expected what a Semidiscrete saved"):
+            load({"made_for": state["made_for"]})
     monkeypatch.setattr(semidiscrete, "process_number", lambda: 1)
     with pytest.raises(BadInput, match="for process 0, these data have 1"):
         other.load_state_dict(state)

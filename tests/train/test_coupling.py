@@ -197,13 +197,26 @@ DAMAGES = {"empty": lambda path: path.write_bytes(b""), "text": lambda path: pat
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
-def test_a_damaged_or_foreign_file_is_solved_again_and_replaced(solve, steps, cache, damage):
+def test_a_damaged_or_foreign_file_is_solved_again_and_replaced(solve, steps, cache, damage, capsys):
     first, taken = solve(), steps["taken"]
+    assert "not used" not in capsys.readouterr().out
     damage(the_file(cache))
     second = solve()
     assert steps["taken"] == 2 * taken and torch.equal(first.potentials, second.potentials)
+    assert f"not used, and written anew: {the_file(cache)}" in capsys.readouterr().out.replace("\n", " ")
     solve()
-    assert steps["taken"] == 2 * taken
+    assert steps["taken"] == 2 * taken and "not used" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", ["b", "steps", "mean"])
+def test_a_solver_of_another_version_starts_over_from_what_was_found(solve, steps, cache, part):
+    first, taken = solve(), steps["taken"]
+    solution = torch.load(the_file(cache))
+    for state in solution["progress"].values():
+        del state["solver"][part]
+    checkpoint.write(the_file(cache), solution)
+    assert torch.equal(solve().potentials, first.potentials) and steps["taken"] == taken
+    assert all(state["reached"].at_most <= 0.1 for state in solve(error=0.1).progress.values())
 
 
 def on_a_gpu(path):
@@ -242,7 +255,7 @@ def test_potentials_that_started_over_do_not_count_as_what_was_there_before(solv
 def test_an_error_that_is_not_reached_is_told(solve, capsys):
     solve(error=0.01, most=5)
     said = capsys.readouterr().out
-    assert "shares of 4 of 4 parts may be off by more than 1 %: no more than 5 noises for each sample are drawn" in said
+    assert "shares of 4 of 4 parts may be off by more than 1 % after 6 noises for each sample; the plan serves" in said
 
 
 def test_the_bar_shows_the_error_so_far(solve, capsys):
