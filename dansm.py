@@ -373,7 +373,7 @@ def _pairs(batches: Iterator, method: str, match_size: int, cost: str, seed: int
             check_tensor(x)
             size = match_size if method == "greedy" else 0
             pool = NoisePool(size, x.shape[1:], cost=cost, device=x.device, seed=seed, groups=groups)
-        if method == "greedy":
+        if method == "greedy" or pool.grouped:
             yield x, pool(x, *labels if pool.grouped else ()), *labels
         else:
             pool.check(x)
@@ -819,7 +819,7 @@ def check_labels(labels, samples: int, groups: int) -> Tensor:
     given = "missing" if labels is None else f"a {type(labels).__name__}"
     if isinstance(labels, Tensor):
         given = f"{labels.dtype} of shape {tuple(labels.shape)}"
-        if not labels.is_floating_point() and labels.dtype != torch.bool:
+        if not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool):
             labels = labels.long()
             if labels.shape == (samples,) and (labels < groups).all() and (labels >= 0).all():
                 return labels

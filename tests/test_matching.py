@@ -404,11 +404,11 @@ def test_groups_that_the_pool_does_not_have_are_refused(given):
     list(pairs(labelled([5], 3), pool=NoisePool(6, (3,), groups=3), groups=3))
 
 
-@pytest.mark.parametrize("method", ["greedy", "optimal"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("labels", "said"), [
     (None, "missing"), (torch.zeros(5), "float32"), (torch.zeros(4, dtype=torch.int64), r"\(4,\)"),
     (torch.tensor([0, 1, 2, 3, 1]), "from 0 to 3"), (torch.tensor([0, 1, -1, 2, 1]), "from -1 to 2"),
-    (torch.zeros(5, dtype=torch.bool), "bool"), ([0, 1, 2, 0, 1], "list")])
+    (torch.zeros(5, dtype=torch.bool), "bool"), (torch.zeros(5, dtype=torch.complex64), "complex64"), ([0, 1, 2, 0, 1], "list")])
 def test_labels_that_are_none_are_refused(method, labels, said):
     batch = torch.zeros(5, 3) if labels is None else (torch.zeros(5, 3), labels)
     with pytest.raises(BadInput, match=rf"the labels are .*{said}.*expected a tensor \(5,\) of whole numbers from 0"):

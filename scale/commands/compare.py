@@ -10,7 +10,7 @@ import typer
 from dansm import BadInput
 
 from ..base import files, machine, statistics, text
-from ..model.load import load_models
+from ..model.load import classes_of, load_models
 from ..studies.pairs import own_pairs
 from . import options
 
@@ -38,6 +38,7 @@ def compare(
     loaded = load_models(models, [steps], labels=names, guidance=guidance, interval=guidance_interval)
     if len(loaded) < 2:
         raise BadInput(f"MODELS is {models[0]} alone: expected two or more to compare, or several --guidance")
+    classes_of(loaded)  # as all get the same ones
     device = machine.pick_device(device)
     loaded = [model.on(device, precision) for model in loaded]
     for model in loaded[1:]:

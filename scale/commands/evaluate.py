@@ -23,7 +23,7 @@ from ..data.read import Source
 from ..evaluate.by_class import Classes
 from ..evaluate.extractors import INCEPTION, LITE0, Extractor, digest_of_weights, features_of_all, load_extractor
 from ..evaluate.real_features import VERSION, Real, digest_of, real_features
-from ..model.load import Model, load_models
+from ..model.load import Model, classes_of, load_models
 from ..model.recipe import parse_counts
 from ..model.sampling import at_once, sample_images
 from . import options
@@ -156,17 +156,17 @@ def find_classes(models: list[Model], data: str | None, labels: str | None, sour
     """The names of the models' classes, none for models without, and the labels of all real images, also of those that
     cannot be read. BadInput for models of different classes, and for labels of classes that they do not know."""
     of_classes = [model for model in models if model.classes]
+    if labels and not of_classes:
+        raise BadInput(f"--labels is {labels}, and {models[0].path} was trained without labels: expected no --labels")
     if not of_classes:
         return [], None
-    first = of_classes[0]
-    if other := next((model for model in of_classes if model.classes != first.classes), None):
-        raise BadInput(f"{first.path} and {other.path} have different classes: expected a call for each")
+    first, names = of_classes[0], classes_of(models)
     if data is None and first.draws_images:
         labels = labels or first.about["recipe"].get("labels")
     with images.open() as (count, _):  # those that cannot be read are counted
         labelled = load_labels(source, labels or "auto", count)
-    Classes(first.classes, labelled)  # refuses unknown classes before anything is measured
-    return first.classes, labelled
+    Classes(names, labelled)  # refuses unknown classes before anything is measured
+    return names, labelled
 
 
 def jobs_of(model: Model, step_counts: list[int], common: dict, real: Real, classes: Classes | None, count: int,

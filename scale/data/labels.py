@@ -97,6 +97,8 @@ def _of_file(path: Path) -> Labels:
                        "whole numbers")
     try:
         array = np.load(path, allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            raise ValueError("an archive")
     except (OSError, ValueError, EOFError) as error:
         why = f" ({error})" if isinstance(error, OSError) else ""  # NumPy's word for any text is that it is a pickle
         raise BadInput(f"{path} cannot be read as labels{why}: expected a .npy file of whole numbers") from error
@@ -130,6 +132,9 @@ def _whole_numbers(path: Path, array: np.ndarray) -> np.ndarray:
         raise BadInput(f"{path} holds {array.dtype} {array.shape}: expected labels (N,), whole numbers from 0 on")
     if array.min(initial=0) < 0:
         raise BadInput(f"{path} holds labels from {array.min()} on: expected whole numbers from 0 on")
+    if array.max(initial=0) >= 2**31:
+        raise BadInput(f"{path} holds a label {array.max()}: expected each number from 0 on, so that each class has an "
+                       "image")
     return array.astype(np.int64)
 
 

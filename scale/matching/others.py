@@ -97,6 +97,8 @@ def pairs_to_compare(batches: Iterator, method: str, match_size: int, cost: str,
             yield from _optimal_pairs(chain([batch], batches), match_size, cost, pool, groups)  # takes all that is left
         else:
             pool.check(x)
+            if groups is not None:
+                check_labels(labels[0] if labels else None, len(x), groups)
             yield x, nearest_of_k(x, match_size, cost, pool.generator), *labels
 
 

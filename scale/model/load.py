@@ -155,6 +155,14 @@ def load_models(paths: list[Path], steps: list[int], *, solver: str = "euler", l
     return guided
 
 
+def classes_of(models: list[Model]) -> list[str]:
+    """The names of the classes of all models that have some. BadInput where they differ."""
+    first, *others = [model for model in models if model.classes] or [None]
+    if other := next((model for model in others if model.classes != first.classes), None):
+        raise BadInput(f"{first.path} and {other.path} have different classes: expected a call for each")
+    return first.classes if first else []
+
+
 def labels_by_path(paths: Iterable[Path]) -> list[str]:
     """A name for each path: a run's folder's, a checkpoint's folder's or an export's. Where several would have the same
     name, the paths themselves."""

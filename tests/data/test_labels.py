@@ -183,7 +183,8 @@ def test_an_lmdb_has_the_labels_that_a_file_gives(tmp_path):
     ([0, 1, 1], np.int64, "3 labels"), ([0, 1, 1, 0, -1], np.int64, "from -1"),
     ([0, 1, 3, 3, 1], np.int64, "without 2"), ([0, 1, 1, 0, 1], np.float32, "float32"),
     ([True, False, True, True, True], bool, "bool"), ([[0, 1, 1, 0, 1]], np.int64, "(1, 5)"),
-    ([2**62, 1, 0, 0, 0], np.uint64, "without 2"), ([], np.int64, "0 labels")])
+    ([2**62, 1, 0, 0, 0], np.uint64, f"label {2**62}"),
+    ([2**64 - 9, 1, 0, 0, 0], np.uint64, f"label {2**64 - 9}"), ([], np.int64, "0 labels")])
 def test_wrong_labels_are_refused_by_the_name_of_their_file(tmp_path, not_labelled, numbers, dtype, told):
     np.save(tmp_path / "a.npy", np.array(numbers, dtype))
     message = not_labelled(tmp_path / "a.npy")
@@ -196,6 +197,8 @@ def test_what_is_no_file_of_labels_is_refused(tmp_path, not_labelled):
     assert str(tmp_path / "a.npy") in not_labelled(tmp_path / "a.npy")
     np.save(tmp_path / "b.npy", np.array([{}]), allow_pickle=True)
     assert str(tmp_path / "b.npy") in not_labelled(tmp_path / "b.npy")
+    np.savez(tmp_path / "c.npz", labels=np.zeros(5, int))
+    assert "c.npz cannot be read as labels: expected a .npy file" in not_labelled(tmp_path / "c.npz")
     (tmp_path / "a.txt").write_text("0\n1\n")
     assert "pickle" not in not_labelled(tmp_path / "a.txt")
 

@@ -296,6 +296,7 @@ def test_what_guidance_and_classes_cannot_be_is_refused(refused, model, of_class
     for models, more, named in (
             ((model,), ("--guidance", "1,2"), "trained without labels"),
             ((of_classes,), ("--guidance", "x"), "--guidance is 'x'"),
+            ((model,), ("--labels", "folders"), "trained without labels"),
             ((of_classes, other), (), "different classes"),
             ((of_classes,), ("--labels", "nowhere.npy"), "nowhere.npy")):
         said = refused("evaluate", *models, *options(tmp_path, *more))

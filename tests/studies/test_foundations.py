@@ -434,6 +434,10 @@ def by_class(tmp_path):
     return by_class
 
 
+def test_models_of_other_classes_are_not_compared_number_by_number(refused, by_class, of_classes):
+    assert "have different classes: expected a call for each" in refused("compare", of_classes, by_class("yes"))
+
+
 @pytest.mark.parametrize("match_labels", ["yes", "no"])
 def test_loss_of_a_model_with_classes_is_of_their_labels(result, by_class, tmp_path, match_labels):
     folder = by_class(match_labels)
