@@ -136,7 +136,9 @@ def find_real(models: list[Model], data: str | None, skip_unreadable: bool, size
                 raise BadInput(f"{data} does not say what images its latents are of: expected --data, those images")
             data, size = latents["source"], size or latents["size"]
             skip_unreadable = skip_unreadable or recipe.get("skip_unreadable", False)
-    return data, stream_images(data, size=size, background=background or read_as.get("background", "white"),
+    channels = models[0].shape[0] if models[0].draws_images else 3
+    return data, stream_images(data, size=size, channels=channels,
+                               background=background or read_as.get("background", "white"),
                                skip_unreadable=skip_unreadable or read_as.get("skip_unreadable", False))
 
 

@@ -16,7 +16,7 @@ from dansm import BadInput
 from ..base.machine import check_memory
 from ..base.text import shorten
 from .archives import Entries, Opened
-from .pictures import Reading, Unreadable, square
+from .pictures import Reading, Unreadable, as_array
 
 NAMES = "arr_0", "images", "latents"  # of the samples, in a file of several arrays
 LABEL_NAMES = "labels", "label", "arr_1"
@@ -169,9 +169,8 @@ def images_of(arrays: Iterator[tuple[Path, np.ndarray]], reading: Reading) -> En
 
 
 def _read_pixels(pixels: np.ndarray, reading: Reading) -> np.ndarray:
-    """(C, H, W) uint8 → (1, C, H, W), of the size that is asked for."""
-    if reading.size is None:
+    """(C, H, W) uint8 → (1, C, H, W), of the size and channels that are asked for."""
+    if reading.keeps(pixels):
         return pixels[None]
     image = Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
-    resized = square(image, reading.size)
-    return (resized[None] if resized.ndim == 2 else resized.transpose(2, 0, 1))[None]
+    return as_array(image, reading)

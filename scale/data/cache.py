@@ -44,6 +44,10 @@ def _decode_all(source: Source, make_array: Callable[[tuple[int, ...], np.dtype]
                 continue
             if array is None:
                 array = make_array((count, *part.shape[1:]), part.dtype)
+            elif part.shape[1] > array.shape[1]:  # the first image in colour after grey ones
+                grey, array = array, make_array((count, *part.shape[1:]), part.dtype)
+                for before in np.flatnonzero(filled):
+                    array[before] = grey[before]
             array[place : place + len(part)] = part
             filled[place : place + len(part)] = True
     if array is None:
@@ -109,6 +113,7 @@ def _decode_into(kept: Path, source: Source) -> None:
 
 def _make_on_disk(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:
     """A memory-mapped array with all its room taken at once: a disk that fills up under a map ends the process."""
+    path.unlink(missing_ok=True)  # an array that was made there stays whole for who reads it
     array = np.lib.format.open_memmap(path, "w+", dtype, shape=shape)
     try:
         with open(path, "r+b") as file:

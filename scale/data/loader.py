@@ -29,8 +29,8 @@ CPU = torch.device("cpu")
 AHEAD, READERS = 4, 2  # batches read before they are asked for, and threads that read them
 
 
-def load_images(source: str, *, size: int | None = None, background: str = "white", skip_unreadable: bool = False,
-                left_out: list[Path] | None = None, cache: Path | None = None,
+def load_images(source: str, *, size: int | None = None, background: str = "white", channels: int = 0,
+                skip_unreadable: bool = False, left_out: list[Path] | None = None, cache: Path | None = None,
                 share: bool = False) -> Tensor | np.ndarray | Shards:
     """All of `source` as one array (N, C, H, W): uint8 for images, float16 or float32 for latents.
 
@@ -42,6 +42,7 @@ def load_images(source: str, *, size: int | None = None, background: str = "whit
             folder of such files. Latents: also a folder that dansm encode wrote.
     size    shorter side to this many pixels, then the centre square; None takes the images as they are.
     background  colour under transparent pixels, by name or as #rrggbb.
+    channels  1 makes images grey, 3 coloured; 0: one if all are grey, else three.
     left_out  gets the paths of the files that `skip_unreadable` left out.
     cache   a folder that keeps what was decoded, memory-mapped: the next call for the same files decodes nothing.
     share   use SHARED if no cache is given.
@@ -50,13 +51,17 @@ def load_images(source: str, *, size: int | None = None, background: str = "whit
     any of them. Raises BadInput for a source that is missing, empty, damaged, of unequal shapes, not finite, or larger
     than half of the free memory (without a cache), and for an unreadable file, which it names.
     """
+    reading = Reading(size, background, channels)
     encoded = known_on_disk(Path(source)) if source else {}
-    files = None if encoded else find_source(source, Reading(size, background), skip_unreadable)
-    if size is not None and (encoded or files.holds_latents):
-        raise BadInput(f"--size is {size}, and {source} holds latents, which are taken as they are: expected none")
+    files = None if encoded else find_source(source, reading, skip_unreadable)
+    if encoded or files.holds_latents:
+        for option, value in {"--size": size, "--channels": channels}.items():
+            if value:
+                raise BadInput(f"{option} is {value}, and {source} holds latents, which are taken as they are: "
+                               f"expected no {option}")
     if encoded:
         return open_encoded(Path(source), encoded)
-    if files.array is not None and size is None:
+    if files.array is not None and reading.keeps(files.array):
         if files.holds_latents:
             check_finite(files.path, files.array)
         return files.array if isinstance(files.array, np.memmap) else torch.from_numpy(files.array)
@@ -111,11 +116,11 @@ def check_out(source: str | Path, out: Path, option: str = "--out") -> None:
                        "folder outside of it")
 
 
-def stream_images(source: str, *, size: int | None = None, background: str = "white",
+def stream_images(source: str, *, size: int | None = None, background: str = "white", channels: int = 3,
                   skip_unreadable: bool = False) -> Source:
     """The images of `source`, to be decoded as they are read: they need not fit in the memory. BadInput for latents,
     and for a source that is missing or empty."""
-    images = find_source(source, Reading(size, background), skip_unreadable)
+    images = find_source(source, Reading(size, background, channels), skip_unreadable)
     if images.holds_latents:
         raise BadInput(f"{source} holds latents: expected images")
     return images

@@ -11,6 +11,7 @@ from PIL import Image, ImageColor, ImageOps
 
 from dansm import BadInput
 
+GREY = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "F"}  # modes of Pillow
 # formats that Pillow opens and cannot decode by itself, or that are programs
 NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
@@ -25,17 +26,25 @@ class Reading:
 
     size        pixels on each side of the square that an image is made; None leaves images as they are
     background  colour under transparent pixels, by name or as #rrggbb
-    Raises BadInput for an unknown colour.
+    channels    1 makes images grey, 3 coloured; 0: one for grey files, three for others
+    Raises BadInput for an unknown colour, and for other channels.
     """
 
     size: int | None = None
     background: str = "white"
+    channels: int = 0
 
     def __post_init__(self):
+        if self.channels not in (0, 1, 3):
+            raise BadInput(f"--channels is {self.channels}: expected 1 (grey), 3, or 0 (grey if all images are)")
         try:
             ImageColor.getrgb(self.background)
         except ValueError as error:
             raise BadInput(f"--background is {self.background!r}: expected a colour, as white or #ff8000") from error
+
+    def keeps(self, pixels: np.ndarray) -> bool:
+        """Whether pixels (…, C, H, W) stay as they are."""
+        return self.size is None and self.channels in (0, pixels.shape[-3])
 
 
 @cache
@@ -46,7 +55,7 @@ def suffixes() -> frozenset[str]:
 
 
 def read_image(path: Path, read: Callable[[], bytes], reading: Reading, transparent: set[Path]) -> np.ndarray:
-    """One image as (1, 3, H, W) uint8, from the bytes that `read` returns. Adds the path to `transparent` if the
+    """One image as (1, 1 or 3, H, W) uint8, from the bytes that `read` returns. Adds the path to `transparent` if the
     background shows through it.
 
     Raises Unreadable, naming the path, also for an image with more pixels than Pillow takes for an honest one.
@@ -54,6 +63,7 @@ def read_image(path: Path, read: Callable[[], bytes], reading: Reading, transpar
     try:
         with Image.open(BytesIO(read())) as opened:
             image = _upright(opened)
+            is_grey = image.mode in GREY
             if image.mode.startswith(("I", "F")):  # more than 8 bits a pixel, which convert would cut off at 255
                 pixels = np.asarray(image)
                 if pixels.dtype.kind == "f" or pixels.min() < 0 or pixels.max() > 65535:
@@ -64,13 +74,21 @@ def read_image(path: Path, read: Callable[[], bytes], reading: Reading, transpar
                 if image.getextrema()[3][0] < 255:
                     transparent.add(path)
                     image = Image.alpha_composite(Image.new("RGBA", image.size, reading.background), image)
-            return np.ascontiguousarray(square(image.convert("RGB"), reading.size).transpose(2, 0, 1))[None]
+                    is_grey &= len(set(ImageColor.getrgb(reading.background)[:3])) == 1
+            return as_array(image.convert("L" if is_grey else "RGB"), reading)
     except MemoryError:
         raise
     except Exception as error:  # Pillow and the archives raise nearly every kind for damaged data
         reason = str(error).partition(" <_io")[0]  # without the address of the BytesIO
         raise Unreadable(f"{path} cannot be read as an image ({reason}); expected one, or --skip-unreadable, which "
                          "leaves such files out") from error
+
+
+def as_array(image: Image.Image, reading: Reading) -> np.ndarray:
+    """An image of mode L or RGB as (1, C, H, W) uint8."""
+    mode = {0: image.mode, 1: "L", 3: "RGB"}[reading.channels]
+    pixels = square(image.convert(mode), reading.size)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1) if mode == "RGB" else pixels[None])[None]
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -83,5 +101,5 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def square(image: Image.Image, size: int | None) -> np.ndarray:
-    """The centre square of `image`, `size` pixels wide, or all of it for None, as (H, W, 3) uint8."""
+    """The centre square of `image`, `size` pixels wide, or all of it for None, as (H, W) or (H, W, 3) uint8."""
     return np.asarray(image if size is None else ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))

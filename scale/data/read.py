@@ -141,8 +141,9 @@ class Source:
 
 
 def check_alike(path: Path, array: np.ndarray, first_path: Path, first: np.ndarray) -> None:
-    """BadInput if the images or latents of two files differ in shape or type."""
-    if array.shape[1:] != first.shape[1:] or array.dtype != first.dtype:
+    """BadInput if the images or latents of two files differ in shape or type. Grey and coloured images may mix."""
+    start = 2 if array.dtype == np.uint8 else 1
+    if array.shape[start:] != first.shape[start:] or array.dtype != first.dtype:
         raise BadInput(f"{path} holds {array.dtype} {array.shape[1:]}, {first_path} {first.dtype} {first.shape[1:]}: "
                        "expected equal shapes; --size N makes images N pixels square")
 

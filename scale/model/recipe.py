@@ -52,6 +52,7 @@ class Recipe:
     data: str = in_data("cifar10, or the path of a folder or archive of images, an lmdb, or latents")
     size: int = in_data("resize images to squares of this many pixels; 0: as they are", 0, most=4096)
     background: str = in_data("colour under transparent pixels of images, by name or as #rrggbb", "white")
+    channels: int = in_data("1 makes images grey, 3 coloured; 0: grey if all of them are", 0, most=3, free=True)
     flip: bool | None = in_data("mirror a random half of the images in each epoch [images yes, latents no]", None)
     skip_unreadable: bool = in_data("leave out images that cannot be read", False)
     cache: str = in_data("folder that keeps the decoded images; several processes share them in any case, in "

@@ -60,6 +60,7 @@ def load_data(source: str | None, models: list[Model], match_sizes: list[int] | 
     read_as = {} if source else recipe
     source = source or models[0].about["data"]
     images = loader.load_images(source, size=size or recipe.get("size") or None,
+                                channels=models[0].shape[0] if models and models[0].draws_images else 0,
                                 background=read_as.get("background", "white"),
                                 skip_unreadable=read_as.get("skip_unreadable", False), left_out=left_out,
                                 cache=Path(read_as["cache"]) if read_as.get("cache") else None)

@@ -36,7 +36,7 @@ def read_data(recipe: Recipe) -> tuple:
     left_out = []
     with first_before_others() if recipe.data == "cifar10" else nullcontext():  # it is downloaded
         images = loader.load_images(recipe.data, size=recipe.size or None, background=recipe.background,
-                                    skip_unreadable=recipe.skip_unreadable, left_out=left_out,
+                                    channels=recipe.channels, skip_unreadable=recipe.skip_unreadable, left_out=left_out,
                                     cache=Path(recipe.cache) if recipe.cache else None, share=ranks()[1] > 1)
     if left_out:
         say(f"left out {len(left_out):,} of {counted(len(images) + len(left_out), 'image')}, not readable, such as",

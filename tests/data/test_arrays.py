@@ -58,7 +58,7 @@ def test_uint8_arrays_are_images(tmp_path, suffix, channels, layout):
     assert str(found.dtype).endswith("uint8") and np.array_equal(np.asarray(found), images)
     x = next(batches(found, 7, flip=False))
     assert x.shape == images.shape and x.min() >= -1 and x.max() <= 1
-    with stream_images(str(path)).open() as (count, entries):
+    with stream_images(str(path), channels=channels).open() as (count, entries):
         assert count == 7 and all(np.array_equal(image()[0], images[place]) for place, _, image in entries)
 
 
