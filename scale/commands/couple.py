@@ -16,14 +16,13 @@ from torch import Tensor
 import dansm
 
 from ..base import files, machine, text
-from ..base.statistics import told_class
 from ..data import loader
 from ..data.labels import load_labels
 from ..data.latents import known_of
 from ..matching.semidiscrete import FastSemidiscrete
 from ..matching.solver import evenness
 from ..model.recipe import checked
-from ..studies.conditions import MOST_BYTES
+from ..studies.conditions import MOST_BYTES, measure_leak
 from ..studies.pairs import SERVED_AT_ONCE
 from ..train.coupling import Samples, coupled, overall
 from .options import Device, Seed, Size, command_app
@@ -33,7 +32,11 @@ MEASURES = {"share_error": ("shares off by, rms", ".1%"), "share_at_most": ("tha
             "never_taken": ("samples never taken", ",.0f"), "least_share": ("least share", ".2f"),
             "largest_share": ("largest share", ".2f"), "inner": ("mean ⟨x, z⟩", ",.2f"),
             "squared_distance": ("mean ‖x − z‖²", ",.1f"), "noise_size": ("mean ‖z‖²/D", ".4f"),
-            "class_told": ("class told from the noise", ".1%")}
+            "class_told": ("class told from the noise", ".1%"),
+            "class_mean_largest": ("class means in standard errors, largest", ".2f"),
+            "class_mean_average": ("on average", ".2f"),
+            "size_first_quarter": ("‖z‖²/D in the first quarter of a pool", ".3f"),
+            "size_last_quarter": ("in the last", ".3f")}
 
 app = command_app()
 
@@ -102,7 +105,8 @@ def compared(images, coupling: FastSemidiscrete, *, flip: bool, labels: np.ndarr
     ways = {"random": (even, dansm.pairs(shuffled(), "random", seed=seed)),
             one_pool: ({}, dansm.pairs(shuffled(), "greedy", pool, seed=seed)),
             "coupling": (shares, pairs_of(coupling, samples, batch, labels is not None))}
-    return [{"pairs": name} | of_way | measured(pairs, steps, name) for name, (of_way, pairs) in ways.items()]
+    return [{"pairs": name} | of_way | measured(pairs, steps, name, pool if name == one_pool else None)
+            for name, (of_way, pairs) in ways.items()]
 
 
 def shuffled_batches(samples: Samples, coupling: FastSemidiscrete, batch: int, seed: int,
@@ -126,8 +130,8 @@ def pairs_of(coupling: FastSemidiscrete, samples: Samples, batch: int, labelled:
         yield (x, z, coupling.labels[taken]) if labelled else (x, z)
 
 
-def measured(pairs: Iterator[tuple], steps: int, name: str) -> dict[str, float]:
-    """Means over so many batches, and how often z tells the class if they have labels."""
+def measured(pairs: Iterator[tuple], steps: int, name: str, match_size: int | None) -> dict[str, float]:
+    """Means over so many batches, and what z tells of the classes if they have labels. match_size: of the pool."""
     sums, noises, classes = 0, [], []
     for x, z, *labels in text.with_bar(islice(pairs, steps), name, steps):
         x, z = x.flatten(1), z.flatten(1)
@@ -136,7 +140,7 @@ def measured(pairs: Iterator[tuple], steps: int, name: str) -> dict[str, float]:
             noises.append(z)
             classes += labels
     means = dict(zip(("inner", "squared_distance", "noise_size"), (sums / steps).tolist(), strict=True))
-    return means | ({"class_told": told_class(torch.cat(noises), torch.cat(classes))} if classes else {})
+    return means | (measure_leak(torch.cat(noises), torch.cat(classes), match_size) if classes else {})
 
 
 def shares_of(coupling: FastSemidiscrete, error: float) -> tuple[dict, dict]:

@@ -62,6 +62,7 @@ def test_pairs_of_the_coupling_are_nearest_and_its_noises_tell_no_class(measured
         assert row["noise_size"] == pytest.approx(1, abs=0.02)
         assert row["squared_distance"] + 2 * row["inner"] == pytest.approx(
             random["squared_distance"] + 2 * random["inner"], rel=0.02)
+    assert pool["class_mean_largest"] > 2 > 1.5 > max(random["class_mean_largest"], coupled["class_mean_largest"])
     assert pool["class_told"] > 0.65 and max(random["class_told"], coupled["class_told"]) < 0.57
     assert coupled["share_error"] < 0.25 and coupled["least_share"] > 0.4 and coupled["largest_share"] < 2
     assert random["never_taken"] == coupled["never_taken"] == 0 and "share_error" not in pool
