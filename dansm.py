@@ -603,27 +603,28 @@ class Chain(nn.ModuleList):
 
 
 class UNet(nn.Module):
-    """The paper's networks: (B, channels, size, size) and times (B,) in [0, 999] → (B, channels, size, size).
+    """The paper's networks: (B, channels, height, width) and times (B,) in [0, 999] → (B, channels, height, width).
 
-    `biggan=True` is NCSN++, in the variant that Song et al. 2021 call DDPM++: images are halved and doubled inside
-    residual blocks, every sum is scaled by 1/√2, and on the way up a level has one attention, not one a block.
-    `biggan=False` is DDPM's network (Ho et al. 2020).
+    `biggan=True` is NCSN++ (as Song et al. 2021's DDPM++): images are halved and doubled inside residual blocks, sums
+    are scaled by 1/√2, and a level has one attention on the way up, not one a block. `False` is DDPM (Ho et al. 2020).
 
-    channels      of the images, in and out; they are size × size pixels, divisible by 2 for each level but the first
+    channels      of the images, in and out
+    size          height and width of the images, one number for squares; divisible by 2 for each level but the first
     width         channels at the first level, even, at least 4; times one of the multipliers at each level
     blocks        residual blocks a level
-    attention_at  sizes at which there is attention; the middle always has it
+    attention_at  lengths of the longer side at which there is attention; the middle always has it
     dropout       share of the activations that a residual block drops in training, 0 to 1
     classes       of images: forward takes labels too, each a learned vector that is added to the time's
     label_dropout share of the labels that training leaves out, for guidance
     Raises BadInput for numbers that no network can have.
     """
 
-    def __init__(self, channels: int = 3, size: int = 32, width: int = 128, multipliers=(1, 2, 2, 2), blocks: int = 4,
+    def __init__(self, channels: int = 3, size=32, width: int = 128, multipliers=(1, 2, 2, 2), blocks: int = 4,
                  attention_at=(16,), dropout: float = 0.15, biggan: bool = True, classes: int = 0,
                  label_dropout: float = 0.1):
         super().__init__()
-        channels, size, blocks = map(check_count, ("channels", "size", "blocks"), (channels, size, blocks))
+        channels, blocks = map(check_count, ("channels", "blocks"), (channels, blocks))
+        sides = [check_count("size", side) for side in (size if isinstance(size, list | tuple) else (size, size))]
         width = check_count("width", width, at_least=4)
         multipliers = [check_count("multipliers", multiplier) for multiplier in multipliers]
         if width % 2:
@@ -631,12 +632,12 @@ class UNet(nn.Module):
         if not 0 <= dropout <= 1 or not 0 <= label_dropout <= 1:
             raise BadInput(f"dropout is {dropout}, label_dropout {label_dropout}: expected shares, 0 to 1")
         least = 2 ** max(len(multipliers) - 1, 0)
-        if not multipliers or size % least:
-            raise BadInput(f"the images are {size} pixels wide: expected a multiple of {least} for a network of "
-                           f"{len(multipliers)} levels")
-        self.settings = dict(channels=channels, size=size, width=width, multipliers=multipliers, blocks=blocks,
-                             attention_at=list(attention_at), dropout=dropout, biggan=biggan)
-        self.shape, self.width = (channels, size, size), width  # shape of one image
+        if not multipliers or len(sides) != 2 or any(side % least for side in sides):
+            raise BadInput(f"size is {size}: expected multiples of {least} for a network of {len(multipliers)} levels")
+        self.settings = dict(channels=channels, size=sides[0] if sides[0] == sides[1] else sides, width=width,
+                             multipliers=multipliers, blocks=blocks, attention_at=list(attention_at), dropout=dropout,
+                             biggan=biggan)
+        self.shape, self.width, size = (channels, *sides), width, max(sides)  # shape of one image
         c_time = 4 * width
         scale = math.sqrt(0.5) if biggan else 1.0
 
@@ -650,8 +651,7 @@ class UNet(nn.Module):
         self.first = conv(channels, width, 3)
         self.down = nn.ModuleList()
         self.up = nn.ModuleList()
-        c = width
-        skips = [c]  # channels of each state that the way up takes from the way down
+        c, skips = width, [width]  # channels, and those of each state that the way up takes from the way down
         for level, multiplier in enumerate(multipliers):  # `size` and `c` are now those of the level
             for _ in range(blocks):
                 layers = Chain([res(c, multiplier * width)])
@@ -695,7 +695,7 @@ class UNet(nn.Module):
             nn.init.zeros_(layer.weight)
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-        """x: (B, channels, size, size), t: (B,) from 0 to 999, labels: (B,) up to `classes`, which is "none" → as x."""
+        """x: (B, channels, H, W), t: (B,) from 0 to 999, labels: (B,) up to `classes`, which is "none" → as x."""
         time = self.time(self._waves(t).to(self.first.weight.dtype))
         if self.classes:
             time = time + self.label(self._known(labels, x))
@@ -732,8 +732,8 @@ class UNet(nn.Module):
 
 
 NETWORKS = {
-    "ncsnpp": dict(),  # the paper's NCSN++: 61,806,724 parameters with 4 channels
-    "ddpm": dict(blocks=2, dropout=0.1, biggan=False),  # the paper's DDPM: 35,748,612
+    "ncsnpp": dict(multipliers=(1, 2, 2, 2)),  # the paper's NCSN++: 61,806,724 parameters with 4 channels
+    "ddpm": dict(multipliers=(1, 2, 2, 2), blocks=2, dropout=0.1, biggan=False),  # the paper's DDPM: 35,748,612
     "small": dict(width=64, multipliers=(1, 2, 2), blocks=2, dropout=0.0),  # ours, for quick runs
 }
 

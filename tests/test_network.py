@@ -95,9 +95,26 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(net(x, t), net(x, t))
 
 
+@pytest.mark.parametrize("size", [(8, 12), [12, 8], (4, 4), 8])
+@pytest.mark.parametrize("biggan", [False, True])
+def test_a_network_takes_height_and_width(size, biggan):
+    net = UNet(2, size, width=8, multipliers=(1, 2, 1), blocks=1, attention_at=(6, 2), biggan=biggan)
+    sides = [size, size] if isinstance(size, int) else list(size)
+    assert net.shape == (2, *sides)
+    assert net.settings["size"] == (sides[0] if sides[0] == sides[1] else sides)
+    assert net(torch.randn(3, *net.shape), torch.ones(3)).shape == (3, *net.shape)
+    assert UNet(**net.settings).shape == net.shape
+
+
+@pytest.mark.parametrize("size", [(8, 6), (6, 8), (8,), (8, 8, 8), (), (8, 0), (8, 2.5), "88"])
+def test_heights_and_widths_that_no_network_has_are_refused(size):
+    with pytest.raises(BadInput, match="size is"):
+        UNet(2, size, width=8, multipliers=(1, 1, 1))
+
+
 @pytest.mark.parametrize(("size", "multipliers"), [(30, (1, 2, 2)), (7, (1, 2)), (12, (1, 1, 1, 1))])
 def test_a_size_that_cannot_be_halved_often_enough_is_refused(size, multipliers):
-    with pytest.raises(BadInput, match=f"{size} pixels.*multiple of {2 ** (len(multipliers) - 1)}"):
+    with pytest.raises(BadInput, match=f"size is {size}.*multiples of {2 ** (len(multipliers) - 1)}"):
         UNet(**SMALL | dict(size=size, multipliers=multipliers))
 
 

@@ -145,9 +145,11 @@ def find_real(models: list[Model], data: str | None, skip_unreadable: bool, size
 def check_images(models: list[Model], source: str, shape: tuple[int, int, int], count: int | None = None) -> None:
     """BadInput for real images (C, H, W) of another size than a model's, or not as many as it was trained on."""
     for model in models:
-        if shape[1:] != (model.pixels, model.pixels):
-            raise BadInput(f"{model.path} makes images of {model.pixels}×{model.pixels} pixels, those of {source} are "
-                           f"{shape[2]}×{shape[1]}: expected equal sizes; --size {model.pixels} makes the real ones so")
+        height, width = model.pixels
+        if tuple(shape[1:]) != (height, width):
+            hint = f"; --size {width} makes the real ones so" if height == width else ""
+            raise BadInput(f"{model.path} makes images of {width}×{height} pixels, those of {source} are "
+                           f"{shape[2]}×{shape[1]}: expected equal sizes{hint}")
         if count and model.draws_images and model.about["images"] not in (None, count):
             raise BadInput(f"{model.path} was trained on {counted(model.about['images'], 'image')}, {source} holds "
                            f"{count:,} now: expected --data, the images to compare with")

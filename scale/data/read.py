@@ -144,8 +144,9 @@ def check_alike(path: Path, array: np.ndarray, first_path: Path, first: np.ndarr
     """BadInput if the images or latents of two files differ in shape or type. Grey and coloured images may mix."""
     start = 2 if array.dtype == np.uint8 else 1
     if array.shape[start:] != first.shape[start:] or array.dtype != first.dtype:
+        hint = "; --size N makes them N pixels square" if array.dtype == first.dtype == np.uint8 else ""
         raise BadInput(f"{path} holds {array.dtype} {array.shape[1:]}, {first_path} {first.dtype} {first.shape[1:]}: "
-                       "expected equal shapes; --size N makes images N pixels square")
+                       f"expected equal shapes{hint}")
 
 
 def files_of(source: Path) -> list[Path]:

@@ -51,12 +51,14 @@ class Model(NamedTuple):
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one sample."""
         network = self.about["network"]
-        return network["channels"], network["size"], network["size"]
+        size = network["size"]
+        return network["channels"], *(size if isinstance(size, list | tuple) else (size, size))
 
     @property
-    def pixels(self) -> int:
-        """Width and height of its images, which are its samples or are decoded from them."""
-        return self.shape[-1] * (self.decoder.autoencoder.shrinks if self.decoder else 1)
+    def pixels(self) -> tuple[int, int]:
+        """Height and width of its images, which are its samples or are decoded from them."""
+        times = self.decoder.autoencoder.shrinks if self.decoder else 1
+        return self.shape[1] * times, self.shape[2] * times
 
     @property
     def draws_images(self) -> bool:

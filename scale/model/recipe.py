@@ -67,7 +67,7 @@ class Recipe:
     width: int | None = in_network("channels at the first level, an even number", None, least=4)
     multipliers: tuple[int, ...] | None = in_network("of the width, one for each level", None, least=1)
     blocks: int | None = in_network("residual blocks at each level", None, least=1)
-    attention_at: tuple[int, ...] | None = in_network("image sizes with attention", None, least=1, empty=True)
+    attention_at: tuple[int, ...] | None = in_network("sizes with attention (longer side)", None, least=1, empty=True)
     dropout: float | None = in_network("share of activations dropped", None, most=1)
     label_dropout: float = in_network("share of the labels that training leaves out, for guidance", 0.1, most=1)
 
@@ -125,8 +125,8 @@ class Recipe:
         if self.target != "noise" and self.flow != "diffusion":
             raise BadInput(f"--target {self.target} needs --flow diffusion: a rectified flow predicts the velocity")
 
-    def network_settings(self, channels: int, size: int) -> dict:
-        """The arguments of `dansm.UNet` for images (channels, size, size)."""
+    def network_settings(self, channels: int, size: int | tuple[int, int]) -> dict:
+        """The arguments of `dansm.UNet` for images of that size: height and width, or one number for squares."""
         given = {name: getattr(self, name) for name in ("width", "multipliers", "blocks", "attention_at", "dropout")}
         given = {name: value for name, value in given.items() if value is not None}
         return dict(channels=channels, size=size) | dansm.NETWORKS[self.network] | given

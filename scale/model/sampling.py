@@ -201,7 +201,7 @@ def at_once(net: dansm.UNet, device: torch.device, guidance: Guidance = UNGUIDED
     takes tens of milliseconds to launch a network's layers for any batch."""
     if device.type != "cuda":
         return 64
-    image = 20 * 4 * net.width * net.settings["size"] ** 2  # bytes; the paper's networks take 17 times the first level
+    image = 20 * 4 * net.width * math.prod(net.shape[1:])  # bytes; the paper's networks take 17 times the first level
     image *= 1 if guidance.weight == 1 else 2
     return max(1, min(2000, free_memory(device) // 2 // image))
 

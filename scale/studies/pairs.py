@@ -66,8 +66,10 @@ def load_data(source: str | None, models: list[Model], match_sizes: list[int] | 
                                 cache=Path(read_as["cache"]) if read_as.get("cache") else None)
     for model in models:
         if tuple(images.shape[1:]) != model.shape:
+            is_square = model.draws_images and model.shape[1] == model.shape[2]
+            hint = f"; --size {model.shape[1]} makes images so" if is_square else ""
             raise BadInput(f"{source} holds samples {tuple(images.shape[1:])}, {model.path} makes {model.shape}: "
-                           "expected the same; --size N makes images N pixels square")
+                           f"expected the same{hint}")
     if match_sizes is None:
         match_sizes = [number for number in default if number <= len(images)] or [len(images)]
     multiple = math.lcm(*match_sizes)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 
@@ -183,19 +183,29 @@ def check(recipe: Recipe, device: torch.device) -> None:
 def new_network(images, recipe: Recipe, classes: int = 0) -> dansm.UNet:
     """A network by the recipe for such images, with labels if there are classes. BadInput for images that it cannot
     take, and for attention without effect, at a size that no level has."""
-    channels, height, width = images.shape[1:]
-    try:
-        if height != width:
-            raise BadInput(f"the images are {width}×{height} pixels: expected squares")
-        net = dansm.UNet(**recipe.network_settings(channels, height), classes=classes,
-                         label_dropout=recipe.label_dropout)
-    except BadInput as error:
-        raise BadInput(f"{error}; --size N makes them N pixels square") from error
-    levels = [height >> level for level in range(len(net.settings["multipliers"]))]
+    channels, *sides = images.shape[1:]
+    settings = recipe.network_settings(channels, sides)
+    check_sides(sides, settings["multipliers"], recipe.data, known_of(images) is None)
+    net = dansm.UNet(**settings, classes=classes, label_dropout=recipe.label_dropout)
+    levels = [max(sides) >> level for level in range(len(settings["multipliers"]))]
     if strange := set(recipe.attention_at or ()) - set(levels):
         raise BadInput(f"--attention-at has {min(strange)}: expected sizes of the network's levels, "
                        f"{', '.join(map(str, levels))}")
     return net
+
+
+def check_sides(sides: list[int], multipliers: Sequence[int], data: str, of_images: bool) -> None:
+    """BadInput if a network of these multipliers cannot halve height and width once for each level but the first."""
+    fits = [level for level in range(len(multipliers)) if all(side % 2**level == 0 for side in sides)]
+    least = 2 ** (len(multipliers) - 1)
+    if len(fits) < len(multipliers):
+        fewer = ",".join(map(str, multipliers[: len(fits)]))
+        remedy = f"--multipliers {fewer} has {counted(len(fits), 'level')}"
+        if of_images:
+            remedy += f"; --size N makes images N pixels square, N a multiple of {least}"
+        kind = "images" if of_images else "latents"
+        raise BadInput(f"{data} holds {kind} of {sides[0]}×{sides[1]} (height × width): expected multiples of "
+                       f"{least} for a network of {len(multipliers)} levels; {remedy}")
 
 
 @contextmanager

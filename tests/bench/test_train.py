@@ -81,7 +81,7 @@ def test_the_papers_settings_are_measured_with_two_images_on_a_cpu(run, monkeypa
 
 @pytest.mark.parametrize(("network", "shape", "words"), [
     ("vit", "3x8x8", "--network"), ("small", "3x8x4", "3x8x4"), ("small", "8", "--shape"),
-    ("ncsnpp", "3x12x12", "12 pixels")])
+    ("ncsnpp", "3x12x12", "size is 12")])
 def test_a_network_or_images_that_do_not_go_are_refused(refused, network, shape, words):
     assert words in refused("bench", "train", "--network", network, "--shape", shape, "--device", "cpu")
 

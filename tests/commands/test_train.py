@@ -240,10 +240,10 @@ def test_images_of_unequal_size_are_refused_and_size_makes_them_equal(run, refus
 def test_images_that_no_network_takes_are_refused(refused, images, tmp_path, monkeypatch):
     monkeypatch.setitem(dansm.NETWORKS, "small", TINY | dict(multipliers=(1, 1, 1)))
     said = refused("train", images, "--size", 18, "--out", tmp_path / "out", *FAST)
-    assert "18 pixels" in said and "multiple of 4" in said and "--size" in said
+    assert "18×18" in said and "multiples of 4" in said and "--size" in said
     wide = make_images(tmp_path / "wide", width=17, height=16)
     said = refused("train", wide, "--steps", 1, "--out", tmp_path / "out", *FAST)
-    assert "17×16" in said and "--size" in said
+    assert "16×17" in said and "--size" in said
     assert files_of(tmp_path / "out") == []
 
 

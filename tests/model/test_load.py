@@ -37,7 +37,7 @@ def test_a_model_is_the_average_ready_to_sample(run_folder):
         model = load_model(place, "heun")
         assert same(model.net.state_dict(), state_of_average(path)) and not model.net.training
         assert isinstance(model.flow, dansm.RectifiedFlow) and model.flow.solver == "heun"
-        assert (model.path, model.label, model.shape, model.pixels) == (place, "some-run", (1, 4, 4), 4)
+        assert (model.path, model.label, model.shape, model.pixels) == (place, "some-run", (1, 4, 4), (4, 4))
         about = {name: model.about[name] for name in ("file", "step", "decay", "data", "images", "latents")}
         assert about == dict(file=path, step=7, decay=0.5, data="digits", images=24, latents=None)
         assert model.draws_images and model.decode is None
