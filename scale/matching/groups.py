@@ -1,5 +1,7 @@
 """A noise pool for each group of samples, at full speed."""
 
+import warnings
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -80,8 +82,10 @@ class FastGroupedPool(FastPool):
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
         self.pools = {}
-        for group, state_of_group in state["pools"].items():
-            self._pool(group).load_state_dict(state_of_group)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what was said of the whole need not be said of each
+            for group, state_of_group in state["pools"].items():
+                self._pool(group).load_state_dict(state_of_group)
 
     def _made_for(self) -> dict:
         return super()._made_for() | {"groups": self.groups}

@@ -3,6 +3,8 @@
 To the compiler a pool is one operation that it does not look into, also with fullgraph=True.
 """
 
+import hashlib
+import warnings
 from itertools import count
 from multiprocessing.context import get_spawning_popen
 from weakref import WeakValueDictionary
@@ -40,6 +42,28 @@ def _matched(x, labels, calls, pool):
 @_matched.register_fake
 def _like_x(x, labels, calls, pool):
     return torch.empty_like(x)
+
+
+PLACE = {"process", "rank", "ranks"}  # of what a state was made for: who draws, not what
+
+
+def from_elsewhere(state, made_for: dict) -> bool:
+    """Whether a state is another process's, or of a pool that others shared, and made for the same otherwise."""
+    saved = state.get("made_for") if isinstance(state, dict) else None
+    kept = [{name: value for name, value in made.items() if name not in PLACE} for made in (saved or {}, made_for)]
+    return saved != made_for and kept[0] == kept[1]
+
+
+def stream_after(state: Tensor) -> int:
+    """A stream that no process has drawn from, for those that go on with the state of another's generator."""
+    return int.from_bytes(hashlib.blake2b(state.cpu().numpy().tobytes(), digest_size=7).digest(), "big")
+
+
+def warn_of_fresh_noises(saved: dict, made_for: dict) -> None:
+    where = [f"rank {made['rank']} of {made['ranks']}" if made.get("ranks", 1) > 1 else
+             f"process {made.get('process', 0)}" for made in (saved, made_for)]
+    warnings.warn(f"the saved state is of {where[0]}, this is {where[1]}: it goes on with noises that nobody has drawn",
+                  stacklevel=3)
 
 
 class OfOneProcess:

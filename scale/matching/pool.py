@@ -231,10 +231,19 @@ class FastPool(inside.OfOneProcess, NoisePool):
         return super().state_dict() | {"index": self.index[: self.left].clone()}
 
     def load_state_dict(self, state: dict) -> None:
+        """Resume where `state_dict` was taken, by a pool made with the same arguments, of any seed. From the state of
+        another process, or of a pool over another number of them, go on with the next pool, whose noises nobody has."""
         self.settle()
-        check_state(state, self._made_for())
+        made_for = self._made_for()
+        foreign = inside.from_elsewhere(state, made_for)
+        check_state(state | {"made_for": made_for} if foreign else state, made_for)
         self._forget()
         self.seed, self.number = state["seed"], state["number"]
+        if foreign:
+            inside.warn_of_fresh_noises(state["made_for"], made_for)
+            self.generator = noise_generator(self.seed, self.noise.device, 0, *self.stream or (self.rank,),
+                                             inside.stream_after(state["generator"]))
+            return
         self.generator.set_state(state["generator"].cpu())
         if len(state["index"]):
             self._draw_again(state["index"].to(self.noise.device))

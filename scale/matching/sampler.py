@@ -11,6 +11,7 @@ from torch.utils.data import Sampler, get_worker_info
 
 from dansm import BadInput, check_count, check_tensor, process_number
 
+from .inside import from_elsewhere
 from .semidiscrete import FastSemidiscrete
 
 
@@ -116,7 +117,7 @@ class CoupledBatchSampler(Sampler[list[int]]):
 
     def state_dict(self) -> dict:
         """What a checkpoint needs to resume after the last batch that has its noises, the coupling's state included.
-        Each of several processes has a state of its own."""
+        Each of several processes has a state of its own, and can go on with another's."""
         before, handed = self.drawn[0].place if self.drawn else self._place()
         return {"made_for": self._made_for(), "done": self.done % self.batches,
                 "coupling": self.coupling.state_dict() | {"before": before, "handed": handed}}
@@ -124,7 +125,7 @@ class CoupledBatchSampler(Sampler[list[int]]):
     def load_state_dict(self, state: dict) -> None:
         """Resume before the next loop: it has the rest of the epoch."""
         saved = state.get("made_for") if isinstance(state, dict) else None
-        if saved != self._made_for():
+        if saved != self._made_for() and not from_elsewhere(state, self._made_for()):
             raise BadInput(f"the saved sampler is {saved}, this one {self._made_for()}: expected the same")
         self.coupling.load_state_dict(state["coupling"])
         self.loop += 1

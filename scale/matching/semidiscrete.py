@@ -25,7 +25,7 @@ from ..base.machine import free_memory
 from ..base.text import shorten
 from .gpu import working
 from .groups import moved
-from .inside import OfOneProcess
+from .inside import OfOneProcess, from_elsewhere, stream_after, warn_of_fresh_noises
 from .products import products
 from .solver import VALUES, Solved, Solver, first_potentials, nearest
 
@@ -192,10 +192,15 @@ class FastSemidiscrete(OfOneProcess, Semidiscrete):
         if self.process == process_number():
             return
         self.process = process_number()
-        self.generator = noise_generator(self.seed, self.device, DRAWING, self.process)
-        self.lots = noise_generator(self.seed, "cpu", LOTS, self.process)  # that share noises out among groups
+        self._begin()
+
+    def _begin(self, *stream: int) -> None:
+        """Forget all noises, and draw from streams of this process."""
+        stream = self.process, *stream
+        self.generator = noise_generator(self.seed, self.device, DRAWING, *stream)
+        self.lots = noise_generator(self.seed, "cpu", LOTS, *stream)  # that share noises out among groups
         self.turns = {}  # of the parts of each group, the last one
-        self.asked = noise_generator(self.seed, self.device, ASKED, self.process)  # for `draw` with labels,
+        self.asked = noise_generator(self.seed, self.device, ASKED, *stream)  # for `draw` with labels,
         self.asked_turns = {}  # whose parts have turns of their own
         self._forget_drawn()
 
@@ -278,11 +283,19 @@ class FastSemidiscrete(OfOneProcess, Semidiscrete):
                 "asked": (self.asked.get_state(), dict(self.asked_turns)), "before": self.before, "handed": self.handed}
 
     def load_state_dict(self, state: dict) -> None:
+        """Resume where `state_dict` was taken, or, from the state of another process, with noises that nobody has."""
         self.settle()
-        check_made_for(state, self._made_for() | self._place_of(), "potentials", "before", "asked", "handed")
+        made_for = self._made_for() | self._place_of()
+        foreign = from_elsewhere(state, made_for)
+        check_made_for(state | {"made_for": made_for} if foreign else state, made_for, "potentials", "before", "asked",
+                       "handed")
         self.solved = True
         self.potentials.copy_(state["potentials"])
         (generator, lots, turns), (asked, asked_turns) = state["before"], state["asked"]
+        if foreign:
+            warn_of_fresh_noises(state["made_for"], made_for)
+            self._begin(stream_after(generator))
+            return
         for ours, saved in ((self.generator, generator), (self.lots, lots), (self.asked, asked)):
             ours.set_state(saved.cpu())
         self.turns, self.asked_turns = dict(turns), dict(asked_turns)

@@ -5,9 +5,11 @@ import hashlib
 import json
 import math
 import os
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import dansm
@@ -15,7 +17,7 @@ from dansm import BadInput
 
 from ..base.files import replacing
 from ..base.processes import everyones, ranks, wait_for_all
-from ..base.text import say, shorten
+from ..base.text import counted, say, shorten
 from ..data import loader
 from ..data.labels import Labels
 from ..data.latents import known_of
@@ -80,14 +82,29 @@ class RunFolder:
             self.pool.make()  # what goes wrong there is not the file's fault
         with checkpoint.reading(path):
             if unfinished:
-                self.pool.load_state_dict(state["ranks"][self.rank]["pool"])
-            for name, generator in self.generators.items():
-                generator.set_rng_state(state["ranks"][self.rank]["random"][name])
+                self._load_random(state["ranks"])
             newer = checkpoint.checkpoints(self.out)
             self.others = newer[: newer.index(path)]  # damaged
             if unfinished:
                 say(f"resuming from step {self.run.step:,} of {path}")
             return float(state["seconds"])
+
+    def _load_random(self, saved: list[dict]) -> None:
+        """Go on with the noises and random numbers of this process, from what each of the processes saved; those that
+        are more than these begin streams that nobody has drawn from, and so do all that share a pool with others."""
+        ours, before, now = saved[self.rank % len(saved)], counted(len(saved), "process"), ranks()[1]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it is said below
+            self.pool.load_state_dict(ours["pool"])
+        if self.rank < len(saved):
+            for name, generator in self.generators.items():
+                generator.set_rng_state(ours["random"][name])
+        else:
+            stream = np.random.SeedSequence([self.run.recipe.seed, self.rank, self.run.step])
+            torch.manual_seed(int(stream.generate_state(1, np.uint64)[0] >> 1))
+        if len(saved) != now:
+            fresh = "all" if self.run.recipe.match_scope == "global" else "those that are new"
+            say(f"saved by {before}, resumed by {now:,}: {fresh} go on with noises that nobody has drawn")
 
     def _state(self) -> dict:
         """What a checkpoint holds. Every process must call it."""
@@ -164,7 +181,7 @@ def fixed(state: dict) -> dict:
     card decides about precision "auto"."""
     latents = state["latents"]
     facts = {"data": "images" if latents is None else "latents", "images": state["images"],
-             "processes": len(state["ranks"]), "device": state["ranks"][0]["pool"]["made_for"]["device"],
+             "device": state["ranks"][0]["pool"]["made_for"]["device"],
              "precision": "fp16" if state["training"]["scaler"] else "bf16 or fp32",
              "classes": shorten(", ".join(state.get("classes", [])), 80) or "none"}
     encoding = {f"latents of {name}": str(value)[:12] for name, value in (latents or {}).items() if name != "source"}

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 import dansm
 from dansm import BadInput, NoisePool
+from dansm.scale.matching import pool, sampler, semidiscrete
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPE = (3, 4, 4)
@@ -89,8 +90,8 @@ def test_a_compiled_step_asks_the_copy_that_it_is_given(copied):
 @pytest.mark.parametrize("match_size", [0, 12])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_noises_have_the_memory_layout_of_their_batch(match_size, compiled):
-    pool = pool_of(match_size)
-    call = torch.compile(pool.__call__, backend="aot_eager") if compiled else pool
+    ours = pool_of(match_size)
+    call = torch.compile(ours.__call__, backend="aot_eager") if compiled else ours
     plain = pool_of(match_size)
     for number, x in enumerate(batches()):
         there = [x, x.to(memory_format=torch.channels_last), x.transpose(2, 3), x[:, :1].expand(-1, 3, -1, -1),
@@ -131,3 +132,57 @@ def test_a_pool_made_before_torch_distributed_begins_has_the_noises_of_its_proce
         assert torch.equal(before, after)
         assert not (after[:, None] == other).all(2).any()
     assert all(torch.equal(before, after) for before, after in second)
+
+
+KINDS = {"pool": lambda: pool_of(), "groups": lambda: pool_of(groups=2), "random": lambda: pool_of(0),
+         "float64": lambda: pool_of(dtype=torch.float64),
+         "semidiscrete": lambda: dansm.Semidiscrete(torch.cat(batches(4)), torch.arange(20) % 2, seed=0)}
+
+
+def drawn(kind, source, count):
+    """The noises of so many batches, (5 · count, D)."""
+    x, labels = batches(1)[0], torch.arange(5) % 2
+    if kind == "semidiscrete":
+        return torch.cat([source.draw(5)[0].flatten(1) for _ in range(count)])
+    return torch.cat([source(x, *[labels] * source.grouped).flatten(1) for _ in range(count)])
+
+
+def as_process(monkeypatch, number):
+    for module in (dansm, pool, semidiscrete, sampler):
+        monkeypatch.setattr(module, "process_number", lambda: number)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_process_goes_on_from_the_state_of_another_with_noises_that_nobody_has_drawn(kind, monkeypatch):
+    first = KINDS[kind]()
+    known = [drawn(kind, first, 5)]
+    state = first.state_dict()
+    known.append(drawn(kind, first, 20))
+    as_process(monkeypatch, 1)
+    known.append(drawn(kind, KINDS[kind](), 5))  # what this process drew before it was stopped
+    resumed = []
+    for _ in range(2):
+        source = KINDS[kind]()
+        with pytest.warns(match="the saved state is of process 0.*, this is process 1.*that nobody has drawn") as said:
+            source.load_state_dict(state)
+        assert len(said) == 1
+        resumed.append(drawn(kind, source, 5))
+    assert torch.equal(*resumed)
+    assert len(torch.cat([*known, resumed[0]]).unique(dim=0)) == 35 * 5
+    again = KINDS[kind]()  # and its own state is exact
+    again.load_state_dict(source.state_dict())
+    assert torch.equal(drawn(kind, again, 3), drawn(kind, source, 3))
+
+
+def test_the_state_of_a_pool_that_was_shared_serves_a_pool_of_one_process():
+    alone = pool_of()
+    drawn("pool", alone, 4)
+    state = alone.state_dict()
+    state["made_for"] |= {"rank": 2, "ranks": 3}
+    with pytest.warns(match="the saved state is of rank 2 of 3, this is process 0: it goes on"):
+        pool_of().load_state_dict(state)
+    for wrong in ({"match_size": 13}, {"cost": "inner"}, {"rank": 1, "shape": [3, 4, 5]}):
+        with pytest.raises(BadInput, match="expected the same"):
+            pool_of().load_state_dict(state | {"made_for": state["made_for"] | wrong})
+    with pytest.raises(BadInput, match=r"expected what NoisePool.state_dict\(\) returned"):
+        pool_of().load_state_dict({"made_for": state["made_for"]})

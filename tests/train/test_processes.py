@@ -38,7 +38,7 @@ pytestmark = [needs_gloo, pytest.mark.slow]
 
 
 @pytest.mark.parametrize("match_scope", ["rank", "global"])
-def test_two_processes_resumed_are_the_run_that_never_stopped(refused, images, tmp_path, match_scope):
+def test_two_processes_resumed_are_the_run_that_never_stopped(run, images, tmp_path, match_scope):
     command = ["train", images, "--match-scope", match_scope, "--accumulate", 2, "--ema-decay", "0.99,0.5", "--warmup",
                4, "--log-steps", 1, *FAST]
     once, twice = tmp_path / "once", tmp_path / "twice"
@@ -57,7 +57,24 @@ def test_two_processes_resumed_are_the_run_that_never_stopped(refused, images, t
     described = json.loads((once / "train.json").read_text())
     assert described["processes"] == 2 and described["images"] == 64
     if match_scope == "rank":
-        assert "processes 2 → 1" in refused(*command, "--steps", 9, "--out", once)
+        code, alone, err = run(*command, "--steps", 9, "--out", once)
+        assert (code, err) == (0, "") and "saved by 2 processes, resumed by 1: those that are new" in alone
+
+
+@pytest.mark.parametrize("options", [(), ("--labels", "auto"), ("--method", "semidiscrete"), ("--method", "random")],
+                         ids=" ".join)
+def test_a_run_goes_on_with_more_processes_each_with_noises_of_its_own(run, images, tmp_path, options):
+    command = ["train", images, "--cache", tmp_path / "cache", "--log-steps", 1, *FAST, *options, "--out",
+               tmp_path / "out"]
+    code, _, err = run(*command, "--steps", 3)
+    assert (code, err) == (0, "")
+    codes, said = in_processes(tmp_path, [*command, "--steps", 6], hook=keep_pairs)
+    assert codes == [[0]] * 2, said
+    assert "saved by 1 process, resumed by 2: those that are new go on with noises that nobody has drawn" in said[0]
+    assert said[1] == ""
+    noises = torch.cat([torch.load(path)[1].flatten(1) for path in sorted(tmp_path.glob("pair-*.pt"))])
+    assert len(noises) == 3 * 8 and len(noises.unique(dim=0)) == len(noises)
+    assert [line["step"] for line in log_of(tmp_path / "out")] == [1, 2, 3, 4, 5, 6]
 
 
 def pairs_of(folder, number, ranks):
