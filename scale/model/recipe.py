@@ -69,6 +69,8 @@ class Recipe:
     blocks: int | None = in_network("residual blocks at each level", None, least=1)
     attention_at: tuple[int, ...] | None = in_network("sizes with attention (longer side)", None, least=1, empty=True)
     dropout: float | None = in_network("share of activations dropped", None, most=1)
+    init: str = in_network("begin with the averaged weights of this run, checkpoint or export, of the same network; a "
+                           "run that is resumed does not read it", "", free=True)
     label_dropout: float = in_network("share of the labels that training leaves out, for guidance", 0.1, most=1)
 
     flow: str = in_flow("what the network learns", "rectified", choices=FLOWS)

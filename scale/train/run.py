@@ -19,7 +19,8 @@ from ..base.text import counted, say, shorten
 from ..data import loader
 from ..data.labels import Labels, load_labels
 from ..data.latents import known_of
-from ..model import sampling
+from ..model import checkpoint, sampling
+from ..model.load import read_average
 from ..model.recipe import FLOWS, Recipe, check_without_labels, make_flow
 from .coupled_batches import CoupledBatches
 from .evaluation import Evaluation, check_evaluation, due
@@ -85,6 +86,8 @@ def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, 
     run, flow, pool = begin(images, recipe, device, labels)
     folder = RunFolder(out, run, pool, images, fresh, labels)
     seconds = folder.resume()
+    if recipe.init and run.step == 0:
+        begin_with(run, Path(recipe.init))
     overdue = due(recipe, run.step) and not folder.has_evaluation()  # it was cut off after its checkpoint
     evaluated = (recipe.evaluate_every or recipe.evaluate_at) and (run.step < recipe.steps or overdue)
     evaluation = Evaluation(images, run, flow, labels) if evaluated else None
@@ -192,6 +195,19 @@ def new_network(images, recipe: Recipe, classes: int = 0) -> dansm.UNet:
         raise BadInput(f"--attention-at has {min(strange)}: expected sizes of the network's levels, "
                        f"{', '.join(map(str, levels))}")
     return net
+
+
+def begin_with(run: FastTraining, path: Path) -> None:
+    """Take the averaged weights of another run. BadInput for those of another network."""
+    weights, about = read_average(path)
+    theirs, ours = about["network"], run.net.settings
+    if differences := [f"{name} {theirs.get(name)} → {value}" for name, value in ours.items()
+                       if theirs.get(name) != value and name not in ("dropout", "label_dropout")]:
+        raise BadInput(f"--init is {path}, a run of another network ({', '.join(differences)}): expected the same")
+    with checkpoint.reading(about["file"]):
+        for net in (run.net, *run.averages):
+            net.load_state_dict(weights)
+    say(f"begins with the averaged weights of {about['file']}, step {about['step']:,}")
 
 
 def check_sides(sides: list[int], multipliers: Sequence[int], data: str, of_images: bool) -> None:

@@ -270,3 +270,29 @@ def test_the_recipe_of_a_run_resumes_it(run, train, tmp_path):
     code, said, _ = run("train", tmp_path / "out" / "recipe.toml", "--steps", 2, "--device", "cpu")
     assert code == 0 and "resuming from step 1" in said
     assert json.loads((tmp_path / "out" / "train.json").read_text())["steps"] == 2
+
+
+# ------------------------------------------------------------------------------- begun with another's weights
+
+
+def test_a_new_run_begins_with_the_averaged_weights_of_another_and_needs_them_once(train, tmp_path):
+    train("--steps", 3, "--lr", 0.01, "--ema-decay", "0.5,0.9", "--seed", 1, out="first")
+    said = train("--steps", 1, "--lr", 1e-9, "--init", tmp_path / "first").replace("\n", " ")
+    assert f"begins with the averaged weights of {checkpoint.newest(tmp_path / 'first')}, step 3" in said
+    begun, first = (state_of(tmp_path / name)["training"] for name in ("out", "first"))
+    torch.testing.assert_close(begun["net"], first["averages"][0]["weights"])
+    torch.testing.assert_close(begun["averages"][0]["weights"], first["averages"][0]["weights"])
+    (tmp_path / "first").rename(tmp_path / "moved")
+    assert "begins with" not in train("--steps", 2, "--lr", 1e-9, "--init", tmp_path / "first")
+
+
+def test_weights_of_another_network_or_of_nothing_begin_no_run(train, refused, images, tmp_path):
+    train("--steps", 1, "--width", 16, out="first")
+
+    def begin(folder):
+        return refused("train", images, "--out", tmp_path / "out", *FAST, "--steps", 1, "--init", folder)
+
+    assert "a run of another network (width 16 → " in begin(tmp_path / "first")
+    assert "holds no checkpoint: expected the folder" in begin(tmp_path)
+    assert str(tmp_path / "none.pt") in begin(tmp_path / "none.pt")
+    assert not (tmp_path / "out").exists()
