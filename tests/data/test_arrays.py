@@ -224,3 +224,21 @@ def test_arrays_train(tmp_path, trained, suffix):
         code, out, _ = trained(write(tmp_path / f"{name}{suffix}", array, name, labels=labels), 1, "--labels", "auto",
                                "--out", tmp_path / name)
         assert code == 0 and f"8 {name} of" in out and "2 classes" in out
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_arrays_are_encoded_and_decoded(tmp_path, suffix, encoded, weights, run):
+    images = pixels(5, 3, 16, 16)
+    source = write(tmp_path / f"a{suffix}", images, "images")
+    (tmp_path / "files").mkdir()
+    for number, image in enumerate(images):
+        Image.fromarray(image.transpose(1, 2, 0)).save(tmp_path / "files" / f"{number}.png")
+    x, y = read(encoded("a", source=source)), read(encoded("b", source=tmp_path / "files"))
+    assert np.array_equal(x, y)
+    for name, data in (("a", tmp_path / "a"), ("c", write(tmp_path / f"c{suffix}", x))):
+        out = tmp_path / f"{name}-out"
+        code, _, err = run("decode", data, "--autoencoder", weights, "--device", "cpu", "--out", out)
+        assert code == 0, err
+    decoded = [[np.array(Image.open(tmp_path / f"{name}-out" / f"{number:06d}.png")) for number in range(5)]
+               for name in "ac"]
+    assert np.array_equal(*decoded)
