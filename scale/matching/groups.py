@@ -33,7 +33,7 @@ class FastGroupedPool(FastPool):
 
     def __init__(self, match_size: int | None, shape, *, groups: int, **settings):
         self.groups = check_count("groups", groups)
-        self.settings = settings
+        self.settings = {name: value for name, value in settings.items() if name != "expected"}
         self.pools = {}  # of the groups that came so far
         super().__init__(match_size, shape, **settings)
 

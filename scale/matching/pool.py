@@ -1,6 +1,7 @@
 """The noise pool at full speed: `dansm.NoisePool` returns one of these classes wherever scale/ is installed."""
 
 import math
+import warnings
 from bisect import bisect_left
 
 import torch
@@ -66,6 +67,7 @@ class FastPool(inside.OfOneProcess, NoisePool):
     memory       gigabytes that the pool and its matching may use; without it, what the device has free
     match_scope  "rank", or "global": under torch.distributed all ranks match their samples against one pool, see
                  `dansm.scale.matching.spread`
+    expected     samples in all: a pool that these do not empty is warned of
     compile      on a GPU, match by Triton kernels, which take a few seconds to compile. Without it: the same noises,
                  2–4 ms a batch at 10,000
 
@@ -88,7 +90,7 @@ class FastPool(inside.OfOneProcess, NoisePool):
 
     def __init__(self, match_size: int | None, shape, *, cost: str = "squared", device="cpu", dtype=torch.float32,
                  seed: int | None = None, tf32: bool = False, memory: float | None = None, match_scope: str = "rank",
-                 compile: bool = True, groups: None = None):
+                 compile: bool = True, groups: None = None, expected: int | None = None):
         super().__init__(0, shape, cost=cost, device=device, dtype=dtype, seed=seed)
         self.tf32 = tf32
         self.squared = squared_norms(self.noise)
@@ -97,6 +99,10 @@ class FastPool(inside.OfOneProcess, NoisePool):
         self.match_size = self._fitting(match_size, memory)
         self.rows = self.match_size // self.ranks  # of the pool's noises, those that this rank keeps,
         self.first = self.rank * self.rows  # from this one on
+        if expected is not None and check_count("expected", expected) < self.groups * max(2, self.match_size):
+            warnings.warn(f"{expected:,} samples do not empty {self.groups * self.match_size:,} noises, of which they "
+                          "take the nearest: these are not N(0, I); a match_size of at most "
+                          f"{expected // (10 * self.groups):,} is safe", stacklevel=2)
         self._forget()
         self.calls, self.handle = torch.zeros((), dtype=torch.int64), inside.handle_of(self)
 

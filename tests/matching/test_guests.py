@@ -134,6 +134,21 @@ def test_a_pool_made_before_torch_distributed_begins_has_the_noises_of_its_proce
     assert all(torch.equal(before, after) for before, after in second)
 
 
+@pytest.mark.parametrize("settings", [{}, {"groups": 4}])
+def test_a_pool_that_the_samples_will_not_empty_is_warned_of_once(settings, recwarn):
+    pools = settings.get("groups", 1)
+    pool_of(expected=12 * pools, **settings)
+    pool_of(0, expected=12, **settings)
+    assert not recwarn.list
+    with pytest.warns(match=rf"samples do not empty {12 * pools} noises.*a match_size of at most 1 is safe") as said:
+        source = pool_of(expected=12 * pools - 1 if pools == 1 else 40, **settings)
+        drawn("groups" if settings else "pool", source, 4)
+    assert len(said) == 1
+    for wrong in (0, 1.5, "x"):
+        with pytest.raises(BadInput, match="expected is"):
+            pool_of(expected=wrong, **settings)
+
+
 KINDS = {"pool": lambda: pool_of(), "groups": lambda: pool_of(groups=2), "random": lambda: pool_of(0),
          "float64": lambda: pool_of(dtype=torch.float64),
          "semidiscrete": lambda: dansm.Semidiscrete(torch.cat(batches(4)), torch.arange(20) % 2, seed=0)}
