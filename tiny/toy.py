@@ -182,7 +182,7 @@ def run(shape: str, settings: Settings, out: Path) -> None:
         trainings, shown = run_shape(name, settings, out / name)
         rows += rows_of(name, trainings)
         write_csv(out / "results.csv", rows)
-        for method in ("random", "greedy"):
+        for method in ("random", "greedy", "semidiscrete"):
             row = grid.setdefault(f"{name_of(shown[method][1])}, 2 steps", {})
             row[name.replace("-", " ")] = samples_of(name, *shown[method], 2, settings)
     draw_samples(grid, out / "shapes.png")
