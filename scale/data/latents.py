@@ -19,7 +19,7 @@ from .arrays import check_finite, open_samples
 VERSION = 2  # of the index
 KNOWN = "autoencoder", "factor", "shift", "moments", "flips", "size", "source"  # that a run keeps of its latents
 NOTED = {"file", "count", "shape", "left_out"}  # of a shard
-OTHERS = {"source_digest": "of other images, or read otherwise by an earlier version",  # digests mean nothing
+OTHERS = {"source_digest": "of other images, or begun by an earlier version",  # digests mean nothing
           "latents": "of other latents", "autoencoder": "by another autoencoder"}
 
 

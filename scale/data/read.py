@@ -66,7 +66,11 @@ class Source:
     @cached_property
     def digest(self) -> str:
         """Another one as soon as a file is added, removed, renamed or written to. It is that of its first use."""
-        digest = hashlib.blake2b(f"{VERSION} {self.reading}".encode(), digest_size=16)
+        return self.digest_for(f"{VERSION} {self.reading}")
+
+    def digest_for(self, read_as: str) -> str:
+        """The digest of the files as they are now, if they are read in this way."""
+        digest = hashlib.blake2b(read_as.encode(), digest_size=16)
         for path in self.files:
             state = path.stat() if path.exists() else path.lstat()  # a link that leads nowhere
             name = str(path)[len(str(self.path)):]  # the same however the source was named

@@ -18,6 +18,7 @@ from dansm.scale.data import latents
 from dansm.scale.data.labels import load_labels
 from dansm.scale.data.loader import batches, load_images
 from dansm.scale.data.pictures import Reading, read_image
+from dansm.scale.data.read import Source, files_of
 
 pytest.importorskip("diffusers")
 
@@ -432,3 +433,18 @@ def test_transparent_pixels_are_encoded_over_the_background_and_counted(tmp_path
     a, b = (np.concatenate([np.load(path) for path in sorted((tmp_path / name).glob("*.npy"))]) for name in "ab")
     assert np.array_equal(a, b)
     assert "background black → white" in not_encoded("a", source=source)
+
+
+def test_what_an_earlier_version_finished_is_kept_and_what_it_began_is_refused(encoded, not_encoded, source, run,
+                                                                               encode_command):
+    out = encoded()
+    index = json.loads((out / "index.json").read_text())
+    index["source_digest"] = Source(source, files_of(source)).digest_for("1 16")  # of version 1 of reading
+    del index["background"]
+    (out / "index.json").write_text(json.dumps(index))
+    before = stamps(out)
+    code, said, err = run(*encode_command())
+    assert code == 0 and "earlier version" in said and "nothing to do" in said, err
+    assert stamps(out) == before
+    next(out.glob("*.npy")).unlink()
+    assert "earlier version" in not_encoded()
