@@ -97,7 +97,7 @@ def settling(x: Tensor, seed: int) -> dict[str, Tensor]:
     """Potentials (n,) of a semidiscrete coupling of x: (n, 2), from zero until all samples are taken equally often."""
     coupling = dansm.Semidiscrete(x, seed=seed)
     potentials = {"zero": torch.zeros(len(x)), "at the start": coupling.potentials.clone()}
-    coupling.solve(most=4)
+    coupling.solve(error=0.5)
     potentials["on the way"] = coupling.potentials.clone()
     coupling.solve(error=0.05)
     return potentials | {"settled": coupling.potentials}
