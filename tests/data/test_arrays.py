@@ -7,7 +7,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from support import picture
 
+from dansm import BadInput
 from dansm.scale.data.labels import load_labels
 from dansm.scale.data.loader import batches, check_latents, load_images, stream_images
 from dansm.scale.data.pictures import square
@@ -242,3 +244,105 @@ def test_arrays_are_encoded_and_decoded(tmp_path, suffix, encoded, weights, run)
     decoded = [[np.array(Image.open(tmp_path / f"{name}-out" / f"{number:06d}.png")) for number in range(5)]
                for name in "ac"]
     assert np.array_equal(*decoded)
+
+
+# ------------------------------------------------------------------------------- .npy
+
+
+def stack(count, dtype=np.float16, shape=(4, 2, 3)):
+    return latents(count, *shape, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_one_file_of_latents_stays_on_the_disk(tmp_path, dtype):
+    np.save(tmp_path / "a.npy", stack(50, dtype))
+    found = load_images(str(tmp_path / "a.npy"))
+    assert isinstance(found, np.memmap) and found.dtype == dtype and (found == stack(50, dtype)).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_a_folder_of_latents_comes_in_the_order_of_the_names_one_a_file_or_many(tmp_path, dtype):
+    x = stack(30, dtype)
+    for name in ("one", "shards"):
+        (tmp_path / name).mkdir()
+    for i, latent in enumerate(x):
+        np.save(tmp_path / "one" / f"{i:03d}.npy", latent)
+    for name, part in (("shards/c", x[17:]), ("shards/a", x[:5]), ("shards/b", np.asfortranarray(x[5:6])),
+                       ("shards/bb", x[6:17])):
+        np.save(tmp_path / f"{name}.npy", part)
+    for folder in ("one", "shards"):
+        found = load_images(str(tmp_path / folder))
+        assert found.dtype == torch.from_numpy(x).dtype and torch.equal(found, torch.from_numpy(x))
+        assert (load_images(str(tmp_path / folder), cache=tmp_path / "cache") == x).all()
+
+
+def bad_latents(folder):
+    """Files that are no latents, by what their refusal says."""
+    spoiled = {"NaN": stack(2000), "inf": stack(5)}
+    spoiled["NaN"][1999, 0, 1, 1], spoiled["inf"][0, 0, 0, 0] = np.nan, -np.inf
+    np.save(folder / "nan.npy", spoiled["NaN"])
+    np.save(folder / "inf.npy", spoiled["inf"])
+    np.save(folder / "integers.npy", stack(5).astype(int))
+    np.save(folder / "doubles.npy", stack(5).astype(float))
+    np.save(folder / "other order.npy", stack(5).astype(">f4"))
+    np.save(folder / "flat.npy", stack(5).reshape(5, -1))
+    np.save(folder / "none.npy", stack(0))
+    np.save(folder / "code.npy", np.array([[[[Bomb(folder / "bang")]]]], object), allow_pickle=True)
+    np.savez(folder / "several.npz", stack(5))
+    (folder / "several.npz").rename(folder / "several.npy")
+    np.save(folder / "whole.npy", stack(5))
+    (folder / "cut.npy").write_bytes((folder / "whole.npy").read_bytes()[:-1])
+    (folder / "whole.npy").unlink()
+    (folder / "empty.npy").write_bytes(b"")
+    (folder / "text.npy").write_bytes(b"a text")
+    return sorted(folder.glob("*.npy"))
+
+
+def test_bad_latents_are_refused_by_name_and_no_code_in_them_runs(tmp_path, not_loaded):
+    paths = bad_latents(tmp_path)
+    assert len(paths) == 12
+    for path in paths:
+        assert str(path) in not_loaded(path)
+        (folder := tmp_path / path.stem).mkdir()
+        np.save(folder / "a.npy", stack(5))
+        path.rename(folder / "b.npy")
+        assert str(folder / "b.npy") in not_loaded(folder)
+    assert not (tmp_path / "bang").exists()
+
+
+def test_a_latent_of_one_large_file_is_named_by_its_number(tmp_path, not_loaded):
+    array = np.zeros((3000, 4, 4, 4), np.float16)
+    array[2345, 3, 1, 2] = np.inf
+    np.save(tmp_path / "a.npy", array)
+    assert "a.npy holds NaN or infinite numbers, in latent 2345" in not_loaded(tmp_path / "a.npy")
+
+
+def test_latents_of_unequal_shape_or_type_are_refused_naming_two(tmp_path, not_loaded):
+    np.save(tmp_path / "a.npy", stack(2)[0])
+    for other in (stack(1, np.float32)[0], stack(1, shape=(4, 3, 3))[0], stack(1)):
+        np.save(tmp_path / "b.npy", other)
+        assert "b.npy" in not_loaded(tmp_path)
+
+
+def test_latents_are_not_resized(tmp_path, not_loaded):
+    np.save(tmp_path / "a.npy", stack(2))
+    for source in (tmp_path, tmp_path / "a.npy"):
+        assert "--size is 64" in not_loaded(source, size=64)
+
+
+def test_an_unreadable_file_of_latents_may_be_left_out(tmp_path):
+    for i in range(3):
+        np.save(tmp_path / f"{i}.npy", stack(3)[i])
+    (tmp_path / "1.npy").write_bytes(b"")
+    left_out = []
+    found = load_images(str(tmp_path), skip_unreadable=True, left_out=left_out)
+    assert (found.numpy() == stack(3)[[0, 2]]).all() and left_out == [tmp_path / "1.npy"]
+
+
+def test_images_next_to_latents_are_refused(tmp_path, not_loaded):
+    np.save(tmp_path / "a.npy", stack(2))
+    (tmp_path / "b.png").write_bytes(picture(0))
+    message = not_loaded(tmp_path)
+    assert "a.npy" in message and "b.png" in message
+    with pytest.raises(BadInput, match=r"a\.npy"):
+        stream_images(str(tmp_path / "a.npy"))
