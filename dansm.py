@@ -373,7 +373,7 @@ def _pairs(batches: Iterator, method: str, match_size: int, cost: str, seed: int
             check_tensor(x)
             size = match_size if method == "greedy" else 0
             pool = NoisePool(size, x.shape[1:], cost=cost, device=x.device, seed=seed, groups=groups)
-        if method == "greedy" or pool.grouped:
+        if method == "greedy" or (pool.grouped and pool.match_size == 0):  # which looks at the labels
             yield x, pool(x, *labels if pool.grouped else ()), *labels
         else:
             pool.check(x)

@@ -396,6 +396,13 @@ def test_optimal_pairs_within_groups_are_scipys_in_each_group():
         assert cost[linear_sum_assignment(cost.numpy())].sum() < 0.999 * cost.diagonal().sum()
 
 
+def test_random_pairs_take_the_generator_of_a_grouped_pool_alone():
+    x = 3 * torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+    batch = x, torch.arange(200) % 2
+    (_, z, _), = pairs([batch], "random", pool=NoisePool(200, (3,), groups=2, seed=0))
+    assert abs((x * z).sum(1).mean()) < 2 < (x * next(pairs([batch], "greedy", 100, groups=2, seed=0))[1]).sum(1).mean()
+
+
 @pytest.mark.parametrize("given", [None, 2])
 def test_groups_that_the_pool_does_not_have_are_refused(given):
     pool = NoisePool(6, (3,), groups=given)
@@ -408,7 +415,8 @@ def test_groups_that_the_pool_does_not_have_are_refused(given):
 @pytest.mark.parametrize(("labels", "said"), [
     (None, "missing"), (torch.zeros(5), "float32"), (torch.zeros(4, dtype=torch.int64), r"\(4,\)"),
     (torch.tensor([0, 1, 2, 3, 1]), "from 0 to 3"), (torch.tensor([0, 1, -1, 2, 1]), "from -1 to 2"),
-    (torch.zeros(5, dtype=torch.bool), "bool"), (torch.zeros(5, dtype=torch.complex64), "complex64"), ([0, 1, 2, 0, 1], "list")])
+    (torch.zeros(5, dtype=torch.bool), "bool"), (torch.zeros(5, dtype=torch.complex64), "complex64"),
+    ([0, 1, 2, 0, 1], "list")])
 def test_labels_that_are_none_are_refused(method, labels, said):
     batch = torch.zeros(5, 3) if labels is None else (torch.zeros(5, 3), labels)
     with pytest.raises(BadInput, match=rf"the labels are .*{said}.*expected a tensor \(5,\) of whole numbers from 0"):

@@ -72,7 +72,10 @@ class FastGroupedPool(FastPool):
                 raise BadInput(f"group {group} comes when {made:,} pools take {taken:.2f}{of} GB: {error}") from error
             process = self.stream or (0,)  # all ranks share the streams of one where they share the pool
             pool.stream = *process, 1 + group
-            pool.generator = noise_generator(self.seed, pool.noise.device, 0, *self.stream or (self.rank,), 1 + group)
+            # After the state of another process no stream is begun anew: `number` is not 0 then.
+            pool.number, fresh = self.number, (self.number,) * (self.number > 0)
+            pool.generator = noise_generator(self.seed, pool.noise.device, 0, *self.stream or (self.rank,), 1 + group,
+                                             *fresh)
             self.pools[group] = pool
         return self.pools[group]
 

@@ -31,8 +31,12 @@ def matched(pool: NoisePool, x: Tensor, labels: Tensor | None) -> Tensor:
     return torch.ops.dansm.matched(x.detach(), labels, pool.calls, pool.handle)
 
 
-# It changes `calls`, so that no call is left out, moved or made one with another.
-@torch.library.custom_op("dansm::matched", mutates_args=("calls",), tags=(torch.Tag.cudagraph_unsafe,),
+# It changes `calls`, so that no call is left out, moved or made one with another; as that is on the CPU, CUDA graphs
+# leave it out even where torch has no tag for that.
+TAGS = {"tags": [torch.Tag.cudagraph_unsafe]} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+
+
+@torch.library.custom_op("dansm::matched", mutates_args=("calls",), **TAGS,
                          schema="(Tensor x, Tensor? labels, Tensor(a!) calls, int pool) -> Tensor")
 def _matched(x, labels, calls, pool):
     calls += 1
@@ -50,13 +54,25 @@ PLACE = {"process", "rank", "ranks"}  # of what a state was made for: who draws,
 def from_elsewhere(state, made_for: dict) -> bool:
     """Whether a state is another process's, or of a pool that others shared, and made for the same otherwise."""
     saved = state.get("made_for") if isinstance(state, dict) else None
-    kept = [{name: value for name, value in made.items() if name not in PLACE} for made in (saved or {}, made_for)]
-    return saved != made_for and kept[0] == kept[1]
+    if not isinstance(saved, dict) or saved == made_for:
+        return False
+    kept = [{name: value for name, value in made.items() if name not in PLACE} for made in (saved, made_for)]
+    return kept[0] == kept[1]
 
 
-def stream_after(state: Tensor) -> int:
-    """A stream that no process has drawn from, for those that go on with the state of another's generator."""
-    return int.from_bytes(hashlib.blake2b(state.cpu().numpy().tobytes(), digest_size=7).digest(), "big")
+def stream_after(state) -> int:
+    """A stream that no process has drawn from, for one that goes on with this state of another: a number of its own for
+    each dictionary, list or tuple of tensors and plain values."""
+    digest, waiting = hashlib.blake2b(digest_size=6), [state]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict):
+            part = [*part, *part.values()]
+        if isinstance(part, list | tuple):
+            waiting += [*part, len(part)]
+        else:
+            digest.update(part.cpu().numpy().tobytes() if isinstance(part, Tensor) else f"{part!r};".encode())
+    return int.from_bytes(digest.digest(), "big")
 
 
 def warn_of_fresh_noises(saved: dict, made_for: dict) -> None:

@@ -99,12 +99,14 @@ class FastPool(inside.OfOneProcess, NoisePool):
         self.match_size = self._fitting(match_size, memory)
         self.rows = self.match_size // self.ranks  # of the pool's noises, those that this rank keeps,
         self.first = self.rank * self.rows  # from this one on
-        if expected is not None and check_count("expected", expected) < self.groups * max(2, self.match_size):
+        enough = self.groups * self.match_size * (self.match_size > 1)
+        if expected is not None and check_count("expected", expected) < enough:
             warnings.warn(f"{expected:,} samples do not empty {self.groups * self.match_size:,} noises, of which they "
                           "take the nearest: these are not N(0, I); a match_size of at most "
                           f"{expected // (10 * self.groups):,} is safe", stacklevel=2)
         self._forget()
-        self.calls, self.handle = torch.zeros((), dtype=torch.int64), inside.handle_of(self)
+        with torch.inference_mode(False):
+            self.calls, self.handle = torch.zeros((), dtype=torch.int64), inside.handle_of(self)
 
     def __call__(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """Match x: (B, *shape), of any B, dtype and device → z like x, in its memory layout, z_i matched to x_i.
@@ -247,8 +249,9 @@ class FastPool(inside.OfOneProcess, NoisePool):
         self.seed, self.number = state["seed"], state["number"]
         if foreign:
             inside.warn_of_fresh_noises(state["made_for"], made_for)
-            self.generator = noise_generator(self.seed, self.noise.device, 0, *self.stream or (self.rank,),
-                                             inside.stream_after(state["generator"]))
+            fresh = inside.stream_after(state)
+            self.number = fresh if self.ranks == 1 else self.number  # which those that share a pool have in common
+            self.generator = noise_generator(self.seed, self.noise.device, 0, *self.stream or (self.rank,), fresh)
             return
         self.generator.set_state(state["generator"].cpu())
         if len(state["index"]):

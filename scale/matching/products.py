@@ -33,9 +33,12 @@ def _suits_onednn(x: Tensor, z: Tensor) -> bool:
 
 @contextmanager
 def _cuda_float32(precision: str):
-    settings = torch.backends.cuda.matmul
-    before, settings.fp32_precision = settings.fp32_precision, precision
+    settings, name = torch.backends.cuda.matmul, "fp32_precision"
+    if not hasattr(settings, name):  # before torch 2.9
+        name, precision = "allow_tf32", precision == "tf32"
+    before = getattr(settings, name)
+    setattr(settings, name, precision)
     try:
         yield
     finally:
-        settings.fp32_precision = before
+        setattr(settings, name, before)

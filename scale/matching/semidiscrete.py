@@ -163,6 +163,7 @@ class FastSemidiscrete(OfOneProcess, Semidiscrete):
             return reached
         solver = Solver(of_part.points.to(self.device), of_part.copies / len(of_part.samples),
                         noise_generator(self.seed, self.device, SOLVING, number), self.values)
+        solver.judged = self.potentials[of_part.samples[of_part.begin]].to(solver.judged)  # they may be loaded ones
         if "solver" in state:
             solver.load_state_dict(state["solver"])
         try:
@@ -289,12 +290,12 @@ class FastSemidiscrete(OfOneProcess, Semidiscrete):
         foreign = from_elsewhere(state, made_for)
         check_made_for(state | {"made_for": made_for} if foreign else state, made_for, "potentials", "before", "asked",
                        "handed")
-        self.solved = True
+        self.solved, self.progress = True, {}
         self.potentials.copy_(state["potentials"])
         (generator, lots, turns), (asked, asked_turns) = state["before"], state["asked"]
         if foreign:
             warn_of_fresh_noises(state["made_for"], made_for)
-            self._begin(stream_after(generator))
+            self._begin(stream_after([state[name] for name in ("before", "handed", "asked")]))
             return
         for ours, saved in ((self.generator, generator), (self.lots, lots), (self.asked, asked)):
             ours.set_state(saved.cpu())
@@ -344,7 +345,7 @@ class FastSemidiscrete(OfOneProcess, Semidiscrete):
 def check_made_for(state, made_for: dict, *needed: str) -> None:
     """BadInput for anything but what was saved for the same data, with all that is needed."""
     saved = state.get("made_for") if isinstance(state, dict) and state.keys() >= set(needed) else None
-    if saved is None:
+    if not isinstance(saved, dict):
         raise BadInput(f"the state is a {type(state).__name__}: expected what a Semidiscrete saved")
     for name, expected in made_for.items():
         if saved.get(name) != expected and name == "content":
