@@ -201,8 +201,8 @@ def begin_with(run: FastTraining, path: Path) -> None:
     """Take the averaged weights of another run. BadInput for those of another network."""
     weights, about = read_average(path)
     theirs, ours = about["network"], run.net.settings
-    if differences := [f"{name} {theirs.get(name)} → {value}" for name, value in ours.items()
-                       if theirs.get(name) != value and name not in ("dropout", "label_dropout")]:
+    if differences := [f"{name} {theirs.get(name)} → {ours.get(name)}" for name in theirs | ours
+                       if theirs.get(name) != ours.get(name) and name not in ("dropout", "label_dropout")]:
         raise BadInput(f"--init is {path}, a run of another network ({', '.join(differences)}): expected the same")
     with checkpoint.reading(about["file"]):
         for net in (run.net, *run.averages):
