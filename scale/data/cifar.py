@@ -47,10 +47,10 @@ def open_cifar(data: str) -> tuple[str, object] | None:
         except (OSError, RuntimeError) as error:
             raise BadInput(f"CIFAR-10 is not in data/ and could not be downloaded ({error}): expected a connection, or "
                            "the path of a folder of images") from error
-    cifar, folder = found
+    cifar, folder = found[0], found[1].resolve()
     dataset = type(cifar.dataset, (getattr(torchvision.datasets, cifar.dataset),), {"base_folder": folder.name})
     try:
-        return cifar.name, dataset(folder.resolve().parent)
+        return cifar.name, dataset(folder.parent)
     except (OSError, RuntimeError) as error:
         raise BadInput(f"{folder} holds files of {cifar.name} that are damaged, or not all ({error}): expected the "
                        "folder as torchvision leaves it") from error

@@ -113,7 +113,8 @@ def _of_arrays(path: Path) -> Labels | None:
     parts = {file: labels_in(file) for file in files}
     if missing := [file for file, part in parts.items() if part is None]:
         raise BadInput(f"{missing[0]} holds no labels, {files[0]} does: expected some in each, or --labels none")
-    return _numbered(path, np.concatenate([np.atleast_1d(part.squeeze()) for part in parts.values()]))
+    parts = [_whole_numbers(file, np.atleast_1d(part.squeeze())) for file, part in parts.items()]
+    return _numbered(path, np.concatenate(parts))
 
 
 def _numbered(path: Path, array: np.ndarray) -> Labels:

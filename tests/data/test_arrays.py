@@ -119,6 +119,10 @@ def test_labels_of_one_file_alone_are_refused(tmp_path):
     write(tmp_path / "0.npz", pixels(2, 3, 4, 4), labels=np.array([[0], [1]]))
     write(tmp_path / "1.npz", pixels(2, 3, 4, 4))
     assert load_labels(str(tmp_path / "0.npz"), "auto", 2).numbers.tolist() == [0, 1]
+    write(tmp_path / "pairs" / "0.npz", pixels(2, 3, 4, 4), labels=np.array([0, 1]))
+    write(tmp_path / "pairs" / "1.npz", pixels(2, 3, 4, 4), labels=np.array([[0, 1], [1, 0]]))
+    with pytest.raises(ValueError, match=r"1\.npz holds int64 \(2, 2\): expected labels \(N,\)"):
+        load_labels(str(tmp_path / "pairs"), "auto", 4)
     with pytest.raises(ValueError, match=r"1\.npz holds no labels, .*0\.npz does: expected"):
         load_labels(str(tmp_path), "auto", 4)
 

@@ -61,6 +61,17 @@ def test_the_folder_or_the_one_around_it_is_the_set(cifar, inside, renamed):
         assert count == len(images) and all(np.array_equal(read()[0], images[place]) for place, _, read in entries)
 
 
+def test_a_link_to_the_folder_and_the_folder_one_stands_in_are_the_set(cifar, tmp_path, monkeypatch):
+    folder, images, _ = cifar
+    real = folder.rename(tmp_path / "elsewhere")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / folder.name).symlink_to(real)
+    for source in (tmp_path / "links", tmp_path / "links" / folder.name):
+        assert np.array_equal(load_images(str(source)), images)
+    monkeypatch.chdir(real)
+    assert np.array_equal(load_images("."), images)
+
+
 def test_by_that_name_a_folder_here_is_taken_and_nothing_downloaded(cifar):
     assert np.array_equal(load_images("cifar10"), cifar[1])  # tests run in tmp_path
 
