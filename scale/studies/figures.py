@@ -39,6 +39,13 @@ def show_images(axes, images: Tensor, columns: int, gap: int = 1) -> None:
     axes.spines[:].set_visible(False)
 
 
+def name_rows(axes, names: list[str], rows: int, height: int) -> None:
+    """The first names beside rows, of this height in pixels each, of `show_images`."""
+    shown = [textwrap.shorten(name, 16, placeholder="…") for name in names[:rows]]
+    axes.set_yticks([height * row + height / 2 - 1 for row in range(rows)], shown, fontsize=5)
+    axes.tick_params(axis="y", length=0, pad=1.5)
+
+
 @matplotlib.rc_context(STYLE)
 def draw_compare(models: list[Model], images: list[Tensor], z: Tensor, pairs: list[dict], path: Path) -> list[str]:
     """Above, a column for each noise z (N, C, H, W): what each model makes of it, unless it makes latents. Below, the
@@ -79,16 +86,20 @@ def draw_distances(axes, pairs: list[dict]) -> None:
 def draw_grid(images: list[Tensor], models: list[Model], counts: list[int], side: int, path: Path) -> list[str]:
     """Rows of steps, columns of models. images: (rows · side, C, H, W) each, row by row."""
     width = COLUMN if len(models) <= 3 else PAGE
-    cell = (width - 0.45) / max(len(models), 2)
+    left = 0.95 if any(model.classes for model in models) else 0.45  # where counts and names are
+    cell = (width - left) / max(len(models), 2)
     titles = [textwrap.fill(model.label, max(8, int(cell * 15))) for model in models]
     lines = max(title.count("\n") + 1 for title in titles)
     tall = cell * max(map(len, images)) / side**2
-    size = (0.45 + cell * len(models), 0.2 + 0.13 * lines + (tall + 0.03) * len(counts))
+    size = (left + cell * len(models), 0.2 + 0.13 * lines + (tall + 0.03) * len(counts))
     figure = Figure(size, layout="constrained")
     figure.get_layout_engine().set(h_pad=0.03, w_pad=0.03, hspace=0.0, wspace=0.0)
     panels = figure.subplots(len(counts), len(models), squeeze=False)
-    for axes, cell_images in zip(panels.flat, images, strict=True):
+    named = next((column for column, model in enumerate(models) if model.classes), None)
+    for place, (axes, cell_images) in enumerate(zip(panels.flat, images, strict=True)):
         show_images(axes, cell_images, side)
+        if place % len(models) == named:  # the first of the models that have a row for each class
+            name_rows(axes, models[named].classes, len(cell_images) // side, cell_images.shape[2] + 1)
     for axes, count in zip(panels[:, 0], counts, strict=True):
         axes.set_ylabel(str(count), rotation=0, ha="right", va="center")
     for axes, title in zip(panels[0], titles, strict=True):

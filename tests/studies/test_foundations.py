@@ -167,7 +167,11 @@ def test_a_grid_of_classes_has_a_row_for_each_of_ten_and_a_column_for_each_guida
     cells = []
     draw = figures.draw_grid
     monkeypatch.setattr(figures, "draw_grid", lambda images, *rest: cells.append(images) or draw(images, *rest))
+    named, save = [], figures.save
+    monkeypatch.setattr(figures, "save", lambda figure, path: named.append(
+        [[label.get_text() for label in axes.get_yticklabels()] for axes in figure.axes]) or save(figure, path))
     found, said = result("grid", of_classes, "--steps", "2", "--side", 2, "--guidance", "1,3")
+    assert named == [[[f"c{number}" for number in range(10)], []]]
     assert "c0, c1, c2, c3, c4, c5, c6, c7, c8, c9\n" in said
     assert [model["guidance"] for model in found["models"]] == [1, 3]
     plain, guided = cells[0]
@@ -175,8 +179,9 @@ def test_a_grid_of_classes_has_a_row_for_each_of_ten_and_a_column_for_each_guida
     model = load_models([of_classes], [2])[0].on(CPU)
     x, *_ = pairs.own_pairs(model, [1] * 3, 2, seed=0, batch=64, device="cpu", labels=torch.tensor([0, 4, 9]))
     torch.testing.assert_close(plain[[1, 9, 19]], x, atol=1e-4, rtol=0)
-    result("grid", of_classes, runs["a"], "--steps", "2,3", "--side", 1)
-    assert [len(cell) for cell in cells[1]] == [10, 1, 10, 1]
+    result("grid", runs["a"], of_classes, "--steps", "2,3", "--side", 1)
+    assert [len(cell) for cell in cells[1]] == [1, 10, 1, 10]
+    assert [len(names) for names in named[1]] == [0, 10, 0, 10]
 
 
 def test_guidances_are_compared_as_models_are(result, refused, of_classes, runs):
