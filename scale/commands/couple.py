@@ -25,7 +25,7 @@ from ..model.recipe import checked
 from ..studies.conditions import MOST_BYTES, measure_leak
 from ..studies.pairs import SERVED_AT_ONCE
 from ..train.coupling import Samples, coupled, overall
-from .options import Device, Seed, Size, command_app
+from .options import Background, Device, Seed, Size, command_app
 
 EACH, LEAST, POOL = 10, 10_000, 10_000  # noises counted for each sample at least, and in all; in the pool
 MEASURES = {"share_error": ("shares off by, rms", ".1%"), "share_at_most": ("that and two deviations of it", ".1%"),
@@ -45,6 +45,9 @@ app = command_app()
 def couple(
     data: Annotated[str, typer.Argument(help="images or latents, as for dansm train")],
     size: Size = None,
+    background: Background = "white",
+    channels: Annotated[int, typer.Option(
+        min=0, max=3, help="1 makes images grey, 3 coloured; 0: grey if all of them are")] = 0,
     labels: Annotated[str, typer.Option(
         help="classes of the data, as for dansm train: each is coupled within itself")] = "none",
     flip: Annotated[bool | None, typer.Option(
@@ -63,7 +66,7 @@ def couple(
     error = checked("couple_error", error, "--error")
     if out:
         loader.check_out(data, out)
-    images = loader.load_images(data, size=size, cache=cache)
+    images = loader.load_images(data, size=size, background=background, channels=channels, cache=cache)
     found = load_labels(data, labels, len(images))
     if found is None and labels != "none":
         text.say(f"{data} has no labels: all samples are one group")

@@ -75,6 +75,12 @@ def test_pairs_of_the_coupling_are_nearest_and_its_noises_tell_no_class(measured
     assert [row["pairs"] for row in record["rows"]] == list(rows)
 
 
+def test_images_are_read_as_a_training_reads_them(measured, classes, tmp_path):
+    assert json.loads((measured(classes) and tmp_path / "out" / "couple.json").read_text())["shape"][0] == 3
+    measured(classes, "--channels", 1)
+    assert json.loads((tmp_path / "out" / "couple.json").read_text())["shape"][0] == 1
+
+
 def test_parts_are_counted_each_by_itself(measured, classes):
     rows, said = measured(classes, "--no-flip", "--part", 5)
     assert "48 samples in 1 group and 10 parts" in said
