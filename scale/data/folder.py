@@ -45,7 +45,7 @@ def kind_of(path: PurePath) -> str:
 
 
 def in_words(passed_over: Counter) -> str:
-    """As in: 3 hidden, 12 .txt, 1 without a suffix."""
+    """What was passed over and how often, as in "3 hidden, 12 .txt, 1 without a suffix"."""
     first = [reason for reason in (HIDDEN, TWICE) if passed_over[reason]]
     others = sorted(passed_over.keys() - {HIDDEN, TWICE}, key=lambda suffix: (-passed_over[suffix], suffix))
     return ", ".join(f"{passed_over[reason]:,} {reason}" for reason in first + others)
