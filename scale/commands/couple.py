@@ -56,6 +56,8 @@ def couple(
     error: Annotated[float, typer.Option(help="rms by which samples' shares of the noises may be off")] = 0.1,
     seed: Seed = 0,
     device: Device = "auto",
+    memory: Annotated[float | None, typer.Option(
+        help="gigabytes that the coupling takes at most", show_default="half of what the device has free")] = None,
     cache: Annotated[Path | None, typer.Option(
         help=escape("folder that keeps the potentials, and decoded images if it is given, as for dansm train "
                     "[potentials in ~/.cache/dansm]"), show_default=False)] = None,
@@ -63,7 +65,7 @@ def couple(
 ) -> None:
     """Couple data with noises, for dansm train --method semidiscrete. Ctrl-C saves; the same command resumes."""
     device = machine.pick_device(device)
-    error = checked("couple_error", error, "--error")
+    error, memory = checked("couple_error", error, "--error"), checked("memory", memory, "--memory")
     if out:
         loader.check_out(data, out)
     images = loader.load_images(data, size=size, background=background, channels=channels, cache=cache)
@@ -74,7 +76,8 @@ def couple(
         files.make_folder(out)
     classes = found.numbers if found else None
     flip = known_of(images) is None if flip is None else flip
-    coupling = coupled(images, flip=flip, labels=classes, part=part, error=error, seed=seed, device=device, cache=cache)
+    coupling = coupled(images, flip=flip, labels=classes, part=part, error=error, seed=seed, device=device, cache=cache,
+                       memory=memory)
     rows = compared(images, coupling, flip=flip, labels=classes, error=error, seed=seed)
     samples, parts = len(coupling.potentials), len(list(coupling.all_parts()))
     text.console.print(text.table(

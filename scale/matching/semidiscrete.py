@@ -27,11 +27,13 @@ from .gpu import working
 from .groups import moved
 from .inside import OfOneProcess, from_elsewhere, stream_after, warn_of_fresh_noises
 from .products import products
-from .solver import VALUES, Solved, Solver, first_potentials, nearest
+from .solver import VALUES, Solved, Solver, first_potentials, nearest, noises_of_a_step
 
 SOLVING, DRAWING, LOTS, PARTS, TURNS, ASKED = range(2**31, 2**31 + 6)  # streams of the seed that no pool has
 GROUPS = 2**31
-BLOCK = 4096  # samples that are read together
+BLOCK = 4096  # samples that are read together, at most
+NUMBERS = 2**24  # in the samples that are read together, and in the noises that are drawn ahead
+EACH, PRODUCT = 100, 16  # bytes for the numbers of a sample in all vectors, and for a product (four copies on the CPU)
 CENTRED = 8192  # samples whose mean is taken off all, so that rounding loses less
 
 
@@ -55,10 +57,12 @@ class FastSemidiscrete(OfOneProcess, Semidiscrete):
             stays, and a noise costs 2 · part · D operations
     device  where noises are drawn and choose; None: where the data are
     dtype   of the copies of the samples there; None: bfloat16 on a GPU, else float32. Sums are in float32 at least
-    memory  gigabytes for copies and products; None: half of what the device has free. Copies that do not fit stay on
-            the CPU, and come part by part
+    memory  gigabytes that the coupling takes on the device at most, besides what `draw` returns: copies of the samples,
+            noises, and their products, for fewer noises at once where there is less. Results differ by rounding only.
+            None: half of what the device has free. A GPU's copies that do not fit stay on the CPU, and come part by
+            part
 
-    Noises are drawn some batches ahead, which costs a GPU less. BadInput also for a part that does not fit.
+    Noises are drawn some batches ahead, which costs a GPU less. BadInput also for what does not fit.
     """
 
     @torch.inference_mode(False)  # see FastPool.__call__
@@ -81,8 +85,11 @@ class FastSemidiscrete(OfOneProcess, Semidiscrete):
         split = {group: samples[torch.randperm(len(samples), generator=shuffle)].tensor_split(
             -(-len(samples) // (self.part or len(samples)))) for group, samples in members.items()}
         self.potentials = torch.empty(n, device=self.device)
+        self.block = max(1, min(BLOCK, NUMBERS // self.shape.numel()))
+        ahead = 1024 * min(4, len(split)) if self.device.type == "cuda" else 256
+        self.ahead = max(16, min(ahead, NUMBERS // self.shape.numel()))
         self.copies_on = self._room(n, max(len(parts[0]) for parts in split.values()), memory)
-        self.centre = read(data, torch.linspace(0, n - 1, min(n, CENTRED)).long(), self.device).mean(0)
+        self.centre = self._centre(data, torch.linspace(0, n - 1, min(n, CENTRED)).long())
         keys = torch.empty(n, dtype=torch.int64)  # of the samples as they are
         self.parts = {group: [self._read(data, samples, keys) for samples in parts] for group, parts in split.items()}
         self.content = hashlib.blake2b(keys.numpy().tobytes(), digest_size=16).hexdigest()
@@ -90,36 +97,45 @@ class FastSemidiscrete(OfOneProcess, Semidiscrete):
             self._keep(of_part, first_potentials(of_part.points))
         self.solved = False  # or loaded
         self.progress = {}  # the states of parts' solvers, by the numbers of parts
-        ahead = 1024 * min(4, len(self.parts)) if self.device.type == "cuda" else 256
-        self.ahead = max(16, min(ahead, 2**24 // self.shape.numel()))
         kernels = working("semidiscrete_kernels", self.device) if self.dtype != torch.float64 else None
         self.nearest = kernels.nearest if kernels else nearest
         self.process = None
         self.settle()
 
     def _room(self, n: int, largest: int, memory: float | None) -> torch.device:
-        """Where the copies live. BadInput if not even one part fits."""
+        """Where the copies live. Sets how many products are computed at once. BadInput if the least does not fit."""
         if memory is not None and not (isinstance(memory, int | float) and 0 < memory < math.inf):
             raise BadInput(f"memory is {memory!r}: expected a number of gigabytes, more than 0")
         limit = free_memory(self.device) / 2 if memory is None else 1e9 * memory
-        bytes_each = self.shape.numel() * self.dtype.itemsize
-        self.values = int(min(VALUES, limit / 2 // 16))  # products at once; on the CPU there are four copies of them
-        for_copies = limit - 16 * self.values
-        fits = int(min(for_copies // bytes_each, self.values // 2))
-        if largest > fits:
-            raise BadInput(f"{largest:,} samples share a plan, and {limit / 1e9:,.2f} GB have room for {fits:,}: "
-                           "expected smaller parts, or more memory")
-        return self.device if n * bytes_each <= for_copies else torch.device("cpu")
+        sample, size = self.shape.numel(), self.shape.numel() * self.dtype.itemsize
+        rows_at_once = max(min(self.block, n), noises_of_a_step(largest), self.ahead)
+        always = EACH * n + 20 * sample * rows_at_once  # float64 sums and hashes take further copies of rows
+        on_gpu = self.device.type != "cpu"
+        copies = size * n if always + size * n + PRODUCT * 256 * largest <= limit or not on_gpu else size * largest
+        least = always + copies + PRODUCT * 2 * largest
+        if least > limit:
+            raise BadInput(f"memory is {limit / 1e9:.3g} GB{' (half of what is free)' * (memory is None)} for {n:,} "
+                           f"samples, of which up to {largest:,} share a plan: expected {up(least / 1e9):g} or more")
+        self.values = int(min(VALUES, (limit - always - copies) // PRODUCT))
+        return self.device if copies == size * n else torch.device("cpu")
+
+    def _centre(self, data, numbers: Tensor) -> Tensor:
+        """The mean of some samples, summed in float64 where there is one, so that it does not depend on blocks."""
+        sums, wide = 0, torch.float32 if self.device.type == "mps" else torch.float64
+        for some in numbers.split(self.block):
+            x = read(data, some, self.device)
+            sums = sums + x.sum(0, dtype=wide)
+        return (sums / len(numbers)).to(x.dtype)
 
     def _read(self, data, samples: Tensor, keys: Tensor) -> Part:
         """A part of these samples, whose `digests` are put into keys: (n,)."""
         samples = samples.sort().values  # as a disk reads them best
         points = torch.empty(len(samples), self.shape.numel(), dtype=self.dtype, device=self.copies_on)
-        for numbers, to in zip(samples.split(BLOCK), points.split(BLOCK), strict=True):
+        for numbers, to in zip(samples.split(self.block), points.split(self.block), strict=True):
             x = read(data, numbers, self.device)
             keys[numbers] = digests(x).cpu()
             to.copy_(x - self.centre)
-        order, copies = same_together(torch.cat([digests(some) for some in points.split(BLOCK)]))
+        order, copies = same_together(torch.cat([digests(some) for some in points.split(self.block)]))
         begin = copies.cumsum(0) - copies
         if len(begin) < len(points):
             points, samples = points[order[begin]], samples[order.cpu()]
@@ -355,6 +371,12 @@ def check_made_for(state, made_for: dict, *needed: str) -> None:
             raise BadInput(f"what was saved is for {name} {given}, these data have {expected}: expected the same data")
 
 
+def up(number: float) -> float:
+    """The next number of three digits."""
+    digit = 10.0 ** (math.floor(math.log10(number)) - 2)
+    return math.ceil(number / digit) * digit
+
+
 def read(data, numbers: Tensor, device: torch.device) -> Tensor:
     """Samples of these numbers (B,) as rows (B, D) in float32 at least, on the device. BadInput for integers, and for
     values that are not finite."""
@@ -371,7 +393,8 @@ def read(data, numbers: Tensor, device: torch.device) -> Tensor:
 def digests(x: Tensor) -> Tensor:
     """A number for each row of x: (n, D) → (n,) int64, the same for equal ones. Others share one by chance alone."""
     factors = torch.randint(-(2**62), 2**62, (x.shape[1],), generator=torch.Generator().manual_seed(0)).to(x.device)
-    return torch.cat([((part + 0.0).float().view(torch.int32) * factors).sum(1) for part in x.split(1024)])
+    parts = x.split(max(1, NUMBERS // 4 // x.shape[1]))
+    return torch.cat([((part + 0.0).float().view(torch.int32) * factors).sum(1) for part in parts])
 
 
 def same_together(keys: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from .gpu import working
 from .products import products
 
-VALUES = 2**28  # of noises and samples, computed at once
+VALUES = 2**28  # products of noises and samples in a step, at most
 
 
 class Solved(NamedTuple):
@@ -47,7 +47,7 @@ class Solver:
     x         on the CPU or a GPU, in any floating point type; noises are rounded to it
     share     of the noises, for each sample; their sum is 1
     generator  of the noises, on the same device
-    values    of noises and samples, computed at once
+    values    products of noises and samples, computed at once; the result is the same but for rounding
 
     No step makes a GPU wait. What the steps change is in `state_dict`.
     """
@@ -56,13 +56,13 @@ class Solver:
     counted = "batch", "steps", "checked"
 
     def __init__(self, x: Tensor, share: Tensor, generator: torch.Generator, values: int = VALUES):
-        self.x, self.share, self.generator, n = x, share, generator, len(x)
-        self.batch = 2 * max(1, min(1024, max(32, n // 4), values // n) // 2)
+        self.x, self.share, self.generator, self.values = x, share, generator, values
+        self.batch = noises_of_a_step(len(x))
         size = sizes(x)
         self.weight = 0.5 + 0.5 * size / size.mean()
         self.b = self.mean = self.judged = first_potentials(x)  # those of the last step, their mean, and that before
-        self.taken = torch.zeros(n, device=x.device, dtype=torch.int32)  # by the potentials `judged`
-        self.scale = size.mean() / math.sqrt(2 * math.log(n))
+        self.taken = torch.zeros(len(x), device=x.device, dtype=torch.int32)  # by the potentials `judged`
+        self.scale = size.mean() / math.sqrt(2 * math.log(len(x)))
         self.temperature, number = self.scale, self.scale.new_tensor
         self.spread, self.unevenness, self.averaged = number(0.95), number(1.0), number(0.0)
         self.steps, self.checked = 0, 0.0  # noises for each sample when it was checked last
@@ -84,7 +84,7 @@ class Solver:
         self.steps += 1
         n, drawn = len(self.x), self.noises
         z = torch.randn(self.batch, self.x.shape[1], generator=self.generator, device=self.x.device).to(self.x)
-        winners, first, second, squares = self.shared_out(products(z, self.x), self.b, self.judged, self.temperature)
+        winners, first, second, squares = self._shared_out(z)
         self.taken.index_add_(0, winners, torch.ones_like(winners, dtype=torch.int32))
         first, second = first / self.share - 1, second / self.share - 1
         uneven = (self.share * first * second).sum()
@@ -99,6 +99,19 @@ class Solver:
         self.temperature = torch.maximum(cooler, 1e-6 * self.scale)
         self.averaged = self.averaged + (self.spread <= least)
         self.mean = torch.lerp(self.mean, self.b, 1 / self.averaged.clamp_min(1))
+
+    def _shared_out(self, z: Tensor) -> tuple[Tensor, ...]:
+        """`shared_out`, of as many noises z: (B, D) at once as `values` allow, as many of each half."""
+        most = max(1, self.values // len(self.x) // 2)
+        pieces = [z] if 2 * most >= len(z) else [torch.cat(pair) for pair in zip(
+            *(half.split(most) for half in z.chunk(2)), strict=True)]
+        found = [self.shared_out(products(some, self.x), self.b, self.judged, self.temperature) for some in pieces]
+        if len(found) == 1:
+            return found[0]
+        winners, *means = zip(*found, strict=True)
+        parts = [len(some) / len(z) for some in pieces]
+        return torch.cat(winners), *(sum(part * of_piece for part, of_piece in zip(parts, of_pieces, strict=True))
+                                     for of_pieces in means)
 
     def check(self) -> Solved:
         """How good the mean at the check before was: told by the noises since, which had no part in it."""
@@ -116,6 +129,11 @@ class Solver:
         for name in self.counted:
             setattr(self, name, state[name])
         self.generator.set_state(state["generator"].cpu())
+
+
+def noises_of_a_step(n: int) -> int:
+    """An even number, for n samples."""
+    return 2 * max(1, min(1024, max(32, n // 4), VALUES // n) // 2)
 
 
 def shared_out(values: Tensor, potentials: Tensor, judged: Tensor, temperature: Tensor) -> tuple[Tensor, ...]:

@@ -82,6 +82,8 @@ class Recipe:
     part: int = in_flow("semidiscrete: samples that share a plan, at most", 100_000, least=1, methods=["semidiscrete"])
     couple_error: float = in_flow("semidiscrete: by how much (rms) the samples' shares of the noises may be off", 0.1,
                                   least=0.001, most=1, methods=["semidiscrete"])
+    memory: float | None = in_flow("semidiscrete: gigabytes that the coupling takes at most [half of what the device "
+                                   "has free]", None, least=1e-6, free=True, methods=["semidiscrete"])
     cost: str = in_flow("what is near: squared distance, as in the paper, or −⟨x, z⟩", "squared", choices=dansm.COSTS,
                         methods=COMPARING)
     match_labels: str = in_flow("with labels: match each class within itself, by a pool of its own", "yes",

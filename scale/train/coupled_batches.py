@@ -38,7 +38,7 @@ class CoupledBatches:
     def _settings(self) -> dict:
         recipe = self.recipe
         return dict(flip=recipe.flip, labels=self.labels if recipe.match_labels == "yes" else None, part=recipe.part,
-                    seed=recipe.seed, device=self.device)
+                    seed=recipe.seed, device=self.device, memory=recipe.memory)
 
     def pairs(self, matching: Callable[[], AbstractContextManager], *, ranks: int, device: torch.device,
               **place) -> Iterator[tuple]:

@@ -52,19 +52,19 @@ class Samples:
 
 
 def coupled(images, *, flip: bool, labels: np.ndarray | None, part: int | None, error: float, seed: int, device,
-            cache: Path | None, most: int | None = None) -> FastSemidiscrete:
+            cache: Path | None, memory: float | None = None, most: int | None = None) -> FastSemidiscrete:
     """The coupling of images (n, C, H, W) with noises, solved until shares are off by `error` (rms) or `most` noises
     are drawn for each sample, by default twice what the error takes, and 1,000 at least. A line says what was reached.
     Several processes call it together: the first one solves.
 
     flip    mirrored images are samples too, see `Samples`
     labels  (n,): each class is coupled within itself
-    part    see `FastSemidiscrete`
+    part, memory  see `FastSemidiscrete`
     cache   folder that keeps the potentials, for a later call with the same data to take or improve; None: POTENTIALS
 
     Raises BadInput for data that are not finite or do not fit, and Stopped after Ctrl-C, which keeps what was found.
     """
-    coupling = uncoupled(images, flip=flip, labels=labels, part=part, seed=seed, device=device)
+    coupling = uncoupled(images, flip=flip, labels=labels, part=part, seed=seed, device=device, memory=memory)
     made_for = json.dumps(coupling.solution()["made_for"]).encode()
     name = f"potentials-{hashlib.blake2b(made_for, digest_size=8).hexdigest()}.pt"
     kept = make_folder(cache or POTENTIALS.expanduser(), "--cache") / name
@@ -92,13 +92,13 @@ def coupled(images, *, flip: bool, labels: np.ndarray | None, part: int | None, 
     return coupling
 
 
-def uncoupled(images, *, flip: bool, labels: np.ndarray | None, part: int | None, seed: int,
-              device) -> FastSemidiscrete:
+def uncoupled(images, *, flip: bool, labels: np.ndarray | None, part: int | None, seed: int, device,
+              memory: float | None = None) -> FastSemidiscrete:
     """The coupling before it is solved, see `coupled`."""
     groups = None if labels is None else torch.from_numpy(np.tile(labels, 1 + flip))
     try:
         with console.status("reading samples"):
-            return FastSemidiscrete(Samples(images, flip), groups, part=part, seed=seed, device=device)
+            return FastSemidiscrete(Samples(images, flip), groups, part=part, seed=seed, device=device, memory=memory)
     except BadInput:
         if isinstance(images, Shards):
             images.check_finite()  # which names the file

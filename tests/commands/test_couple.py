@@ -92,6 +92,17 @@ def test_latents_are_not_mirrored_unless_asked(measured, tmp_path):
     assert "24 samples in 1 group:" in measured(tmp_path / "a.npy", "--flip")[1]
 
 
+def test_the_least_memory_that_a_refusal_names_gives_the_same_coupling(run, measured, tmp_path):
+    rows, _ = measured(latents(tmp_path / "a.npy"), "--cache", tmp_path / "once")
+    code, _, err = run("couple", tmp_path / "a.npy", *QUICK, "--memory", 2e-6)
+    assert code == 2 and err.count("\n") == 1
+    (least,) = re.findall("memory is 2e-06 GB .* expected (.*) or more", err)
+    scarce, said = measured(tmp_path / "a.npy", "--memory", least, "--cache", tmp_path / "twice")
+    assert "found in" not in said
+    for name, value in rows["coupling"].items():
+        assert scarce["coupling"][name] == pytest.approx(value, rel=0.02, abs=0.02)
+
+
 def test_the_second_call_solves_nothing_and_counts_the_same(measured, tmp_path, monkeypatch):
     first, _ = measured(latents(tmp_path / "a.npy"))
     monkeypatch.setattr(Solver, "step", None)
@@ -147,7 +158,8 @@ def test_data_without_labels_are_one_group(measured, tmp_path):
     assert "class_told" not in rows["coupling"]
 
 
-BAD = [(("--error", 0), "--error is 0.0: expected a number from 0.001 to 1"), (("--error", 2), "--error is 2.0"),
+BAD = [(("--memory", -1), "--memory is -1.0: expected a number"),
+       (("--error", 0), "--error is 0.0: expected a number from 0.001 to 1"), (("--error", 2), "--error is 2.0"),
        (("--error", "nan"), "--error is nan"), (("--part", 0), "'--part'.*1, given 0"),
        (("--labels", "short.npy", "--out", "new"), "short.npy holds 5 labels: expected 12"),
        (("--labels", "x.npy"), "--labels is x.npy"),

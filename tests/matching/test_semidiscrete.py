@@ -1,6 +1,7 @@
 """Semidiscrete coupling: every sample is taken as often as it should be, by the plan of least cost."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -262,11 +263,39 @@ def test_a_start_in_few_dimensions_takes_the_nearest_sample():
     assert unevenness(counts(start)) < 0.8  # lengths times √(2 ln n) are off by 17 shares
 
 
-def test_parts_that_do_not_fit_are_refused():
-    with pytest.raises(BadInput, match=r"60 samples share a plan, and .* have room for \d+:"):
-        Semidiscrete(points(), memory=2e-6)
+def refused(data, memory, **settings):
+    """The least memory that the refusal of this one names."""
+    with pytest.raises(BadInput, match=f"memory is {memory:.3g} GB .* expected .* or more") as error:
+        Semidiscrete(data, memory=memory, **settings)
+    return float(re.search("expected (.*) or more", str(error.value))[1])
+
+
+@pytest.mark.parametrize("part", [None, 8])
+def test_too_little_memory_is_refused_by_the_least_that_fits(part):
+    least = refused(points(), 2e-6, part=part)
+    assert refused(points(), 0.98 * least, part=part) == least
+    assert len(Semidiscrete(points(), memory=least, part=part).draw(100)[1]) == 100
     with pytest.raises(BadInput, match="memory is 0"):
         Semidiscrete(points(), memory=0)
+
+
+def test_less_memory_changes_nothing_but_how_much_is_computed_at_once():
+    labels = torch.arange(300) % 2
+    wide, narrow = (Semidiscrete(points(300), labels, part=80, seed=1, memory=memory)
+                    for memory in (None, refused(points(300), 2e-6, part=80)))
+    assert narrow.values < 16 * 75 < wide.values  # a step's noises come in several pieces
+    for coupling in (wide, narrow):
+        coupling.solve(0.3)
+    torch.testing.assert_close(narrow.potentials, wide.potentials, rtol=0, atol=1e-3)
+    (z, taken), (of_z, of_taken) = wide.draw(2000), narrow.draw(2000)
+    assert torch.equal(z, of_z) and (taken == of_taken).double().mean() > 0.99
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="there the copies are in the device's memory")
+def test_copies_that_do_not_fit_on_a_gpu_stay_on_the_cpu():
+    scarce = Semidiscrete(points(600), part=8, seed=1, memory=refused(points(600), 2e-6, part=8))
+    assert scarce.copies_on.type == "cpu"
+    assert torch.equal(scarce.draw(100)[1], Semidiscrete(points(600), part=8, seed=1).draw(100)[1])
 
 
 def test_what_cannot_be_coupled_is_refused():

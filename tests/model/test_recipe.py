@@ -17,7 +17,7 @@ from dansm.scale.train.run import new_network
 
 FREE = {"cache", "channels", "data_on_gpu", "labels", "steps", "minutes", "save_minutes", "keep", "log_steps",
         "sample_steps", "compile", "evaluate_every", "evaluate_at", "evaluate_steps", "evaluate_measures",
-        "evaluate_count", "evaluate_features", "inception_weights", "init"}
+        "evaluate_count", "evaluate_features", "inception_weights", "init", "memory"}
 
 # ------------------------------------------------------------------------------- values
 

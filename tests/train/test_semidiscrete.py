@@ -1,5 +1,6 @@
 """Runs by --method semidiscrete: noises get the samples that they choose, and a resumed run goes on with them."""
 
+import re
 from contextlib import nullcontext
 from itertools import count, pairwise
 
@@ -267,7 +268,14 @@ def test_a_coupling_that_does_not_fit_is_not_the_fault_of_the_checkpoint(train, 
     train("--steps", 1)
     monkeypatch.setattr("dansm.scale.matching.semidiscrete.free_memory", lambda _: 1000)
     message = not_trained("--steps", 2)
-    assert "30 samples share a plan" in message and "checkpoint" not in message
+    assert "30 samples" in message and "memory" in message and "checkpoint" not in message
+
+
+def test_a_run_that_needs_more_memory_than_it_may_take_names_the_least_and_resumes_with_it(train, not_trained):
+    train("--steps", 1)
+    message = not_trained("--steps", 2, "--memory", 2e-6)
+    (least,) = re.findall("memory is 2e-06 GB .* expected (.*) or more", message)
+    assert "resuming from step 1" in train("--steps", 2, "--memory", least)
 
 
 def test_a_checkpoint_with_wrong_parts_is_refused_by_name(train, not_trained, tmp_path):
