@@ -1,7 +1,7 @@
 """Measure what flows have learned: how straight their paths are, what an adaptive solver needs, and whether samples are
 copies of training images.
 
-    pip install torchdiffeq
+    pip install '.[adaptive,eval]'
     PYTHONPATH=. python results/couple/learned.py DATA RUN [RUN …] [--count 10000] [--out learned.csv]
 
 DATA are the images that all runs were trained on, each RUN is a folder of dansm train. A row for each, in float32:
@@ -158,7 +158,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=Path("learned.csv"))
     given = parser.parse_args()
     if odeint is None:
-        print("torchdiffeq is not installed (pip install torchdiffeq): no nfe and no seconds are measured")
+        print("torchdiffeq is not installed (pip install '.[adaptive]'): no nfe and no seconds are measured")
     torch.backends.cudnn.conv.fp32_precision = "ieee"  # tf32 is too coarse for a tolerance of 1e-5
     device, rows = pick_device(given.device), []
     for row in measure(given.data, given.runs, given.count, given.features, device):
