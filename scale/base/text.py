@@ -1,14 +1,19 @@
 """Messages and tables on the console."""
 
-from collections.abc import Iterable, Sequence
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from operator import length_hint
 from pathlib import Path
+from typing import Self
 
 from rich import box
 from rich.console import Console
-from rich.progress import track
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 console = Console()
+SOON, SELDOM = (2, 10), 30  # seconds after which plain lines tell of long work; later ones are this far apart, or 1 %
 
 
 class Stopped(Exception):
@@ -24,9 +29,70 @@ def say_files(out: Path, *names: str) -> None:
     say("written:", ", ".join(str(out / name) for name in names))
 
 
-def with_bar(work: Iterable, text: str, total: float | None = None) -> Iterable:
-    """The items of `work`, under a progress bar. On a terminal the bar disappears when it is full."""
-    return track(work, text, total=total, console=console, transient=console.is_terminal)
+class Bar:
+    """The progress of long work: a live bar on a terminal, elsewhere a plain line now and then. Call it, inside `with`,
+    with the share that is done, 0 to 1, and a text. It returns whether it printed a plain line.
+
+    done     share that was done before
+    seconds  after which the work stops, done or not
+    keeps    leave the bar on the terminal at the end
+    """
+
+    def __init__(self, text: str, *, done: float = 0.0, seconds: float = math.inf, keeps: bool = False):
+        self.began, self.done, self.first = time.monotonic(), done, None
+        self.end = self.began + seconds
+        self.soon = [self.began + after for after in SOON]
+        self.live = None
+        if console.is_terminal:
+            self.live = Progress(BarColumn(8), TextColumn("{task.description}{task.fields[left]}", markup=False),
+                                 console=console, transient=not keeps)
+            self.task = self.live.add_task(text, total=1.0, completed=done, left="")
+
+    def __enter__(self) -> Self:
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.live:
+            self.live.stop()
+
+    def __call__(self, done: float | None, text: str) -> bool:
+        now = time.monotonic()
+        left = None if done is None else self._left(done, now)
+        words = "" if left is None else f", left {clock(left)}"
+        if self.live:
+            self.live.update(self.task, completed=done, description=text, left=words)
+        elif now >= self.soon[0] and done != 1:
+            of_all = (now - self.began + (left or 0)) / 100
+            self.soon = [moment for moment in self.soon if moment > now] or [now + max(SELDOM, of_all)]
+            say(text + words)
+            return True
+        return False
+
+    def _left(self, done: float, now: float) -> float | None:
+        """The seconds left at the mean rate so far, which leaves out what came before the first step ended."""
+        begin, before = self.first or (self.began, self.done)
+        if done <= before:
+            return None
+        self.first = self.first or (now, done)
+        return max(0.0, min((1 - done) * (now - begin) / (done - before), self.end - now))
+
+
+def clock(seconds: float) -> str:
+    """1:02:03 for 3,723 seconds."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+def with_bar(work: Iterable, text: str, total: float | None = None) -> Iterator:
+    """The items of `work`, under a `Bar`, which disappears at the end."""
+    total = total or length_hint(work)
+    with Bar(text) as bar:
+        for number, item in enumerate(work, 1):
+            yield item
+            share = min(1, number / total) if total else None
+            bar(share, f"{text}, {number:,} of {total:,}" if total else f"{text}, {number:,}")
 
 
 def counted(count: int, noun: str) -> str:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from dansm import BadInput
@@ -19,7 +18,7 @@ from dansm import BadInput
 from ..base.files import make_folder
 from ..base.locks import alone
 from ..base.processes import first_before_others
-from ..base.text import Stopped, console, counted, say
+from ..base.text import Bar, Stopped, console, counted, say
 from ..data.latents import Shards
 from ..data.pixels import from_uint8
 from ..matching.semidiscrete import FastSemidiscrete
@@ -68,8 +67,8 @@ def coupled(images, *, flip: bool, labels: np.ndarray | None, part: int | None, 
     made_for = json.dumps(coupling.solution()["made_for"]).encode()
     name = f"potentials-{hashlib.blake2b(made_for, digest_size=8).hexdigest()}.pt"
     kept = make_folder(cache or POTENTIALS.expanduser(), "--cache") / name
-    with first_before_others(), alone(kept.with_suffix(".lock")), closing(Bar(coupling, error, most)) as bar:
-        bar.save = lambda: checkpoint.write(kept, coupling.solution())
+    with first_before_others(), alone(kept.with_suffix(".lock")), closing(Reporter(coupling, error, most)) as reporter:
+        reporter.save = lambda: checkpoint.write(kept, coupling.solution())
         try:
             with checkpoint.reading(kept):
                 coupling.load_solution(checkpoint.as_written(kept))
@@ -78,13 +77,13 @@ def coupled(images, *, flip: bool, labels: np.ndarray | None, part: int | None, 
                 say(f"not used, and written anew: {error_of_file}")
         begin = time.monotonic()
         try:
-            reached = coupling.solve(error, most, bar)
+            reached = coupling.solve(error, most, reporter)
         except KeyboardInterrupt as interrupt:
             raise Stopped(f"stopped; {kept} has the potentials so far, the same command resumes") from interrupt
         finally:
-            if bar.shown:
-                bar.save()
-    say_reached(coupling, reached, f"{time.monotonic() - begin:.0f} s" if bar.shown else f"found in {kept}")
+            if reporter.shown:
+                reporter.save()
+    say_reached(coupling, reached, f"{time.monotonic() - begin:.0f} s" if reporter.shown else f"found in {kept}")
     if above := sum(solved.at_most > error for solved in reached):
         most_drawn = counted(round(max(solved.noises for solved in reached)), "noise")
         say(f"shares of {above:,} of {counted(len(reached), 'part')} may be off by more than {100 * error:.3g} % after",
@@ -105,32 +104,32 @@ def uncoupled(images, *, flip: bool, labels: np.ndarray | None, part: int | None
         raise
 
 
-class Bar:
+class Reporter:
     """What `solve` reports to: a progress bar, shown from the first step on. What was found is saved every minute."""
 
     def __init__(self, coupling: FastSemidiscrete, error: float, most: int | None):
         self.begins = list(accumulate((len(of_part.samples) for of_part in coupling.all_parts()), initial=0))
         self.each = max(error**2 / 1.1, 1 / (most or math.inf))  # part of the work that a noise a sample is, about
-        self.progress = Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=console,
-                                 transient=console.is_terminal)
-        self.task = self.progress.add_task("coupling", total=self.begins[-1])
+        self.bar = Bar("coupling")
+        self.text = "coupling"
         self.shown = False
         self.saved = time.monotonic()
 
     def __call__(self, number: int, solver: Solver, solved: Solved | None) -> None:
-        self.shown = True
-        self.progress.start()
+        if not self.shown:
+            self.bar.__enter__()
+            self.shown = True
         begin, end = self.begins[number : number + 2]
-        self.progress.update(self.task, completed=begin + (end - begin) * min(1, solver.noises * self.each))
         if solved:
-            self.progress.update(self.task, description=f"coupling, {in_words(solved)}")
-            if time.monotonic() - self.saved > 60:
-                self.save()
-                self.saved = time.monotonic()
+            self.text = f"coupling, {in_words(solved)}"
+        self.bar((begin + (end - begin) * min(1, solver.noises * self.each)) / self.begins[-1], self.text)
+        if solved and time.monotonic() - self.saved > 60:
+            self.save()
+            self.saved = time.monotonic()
 
     def close(self) -> None:
         if self.shown:
-            self.progress.stop()
+            self.bar.__exit__()
 
 
 def say_reached(coupling: FastSemidiscrete, reached: list[Solved], how: str) -> None:

@@ -108,6 +108,8 @@ def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, 
                 line = watch.line()
                 folder.log(line)
                 show(in_words(line))
+            else:
+                show()
             if due(recipe, run.step) or save or stop:
                 folder.save(watch.seconds)
             if due(recipe, run.step):

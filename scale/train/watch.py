@@ -1,20 +1,20 @@
 """What is seen of a run while it trains: lines of its log, and a live line on the console."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as group
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 import dansm
 
 from ..base.machine import peak
 from ..base.processes import ranks
-from ..base.text import console
+from ..base.text import Bar, say
 from ..model.sampling import operations_per_image
 from .coupled_batches import CoupledBatches
 from .step import FastTraining
@@ -146,19 +146,27 @@ def in_words(line: dict) -> str:
 
 
 @contextmanager
-def progress(run: FastTraining) -> Iterator[Callable[[str], None]]:
-    """Show a live line with the time left, and yield a function that sets its text."""
+def progress(run: FastTraining) -> Iterator[Callable]:
+    """Show a live line with the time left, or plain lines now and then, and yield a function that is to be called after
+    each step: it takes the text, or shows the last one. A line before them says what the numbers are."""
     recipe = run.recipe
-    begin, first = time.monotonic(), run.step
-    bar = Progress(BarColumn(bar_width=8), TextColumn("{task.fields[line]}  left"), TimeRemainingColumn(),
-                   console=console, disable=first >= recipe.steps)
-    task = bar.add_task("", total=1.0, completed=first / recipe.steps, line="")
+    if run.step >= recipe.steps:
+        yield lambda text="": None
+        return
+    say("in each line: the mean loss since the line before; ‖x−z‖, the mean distance of a sample and its noise, and "
+        "that of the same samples and noises in random pairs, which matching is to undercut")
+    said, last = False, ""  # whether a plain line has told the last text
 
-    def show(line: str) -> None:
-        done = run.step / recipe.steps
-        if recipe.minutes:
-            done = max(done, (time.monotonic() - begin) / (60 * recipe.minutes))
-        bar.update(task, completed=done, line=line)
+    def show(text: str = "") -> None:
+        nonlocal said, last
+        if text:
+            said, last = False, text
+        step = f"step {run.step:,} of {recipe.steps:,}"
+        if bar(run.step / recipe.steps, step if said or not last else last):
+            said = True
 
-    with bar:
+    with Bar(f"step {run.step:,} of {recipe.steps:,}", done=run.step / recipe.steps, keeps=True,
+             seconds=60 * recipe.minutes or math.inf) as bar:
         yield show
+    if last and not said and not bar.live:
+        say(last)
