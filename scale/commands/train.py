@@ -142,11 +142,10 @@ def read_and_train(recipe: Recipe, out: Path, device: torch.device, fresh: bool)
     if ranks()[0]:
         return finished
     written = []
-    saved, grid = checkpoint.newest(out), out / "samples.png"
     if summary["this_call"]["steps"]:
         write_json(out / "train.json", {"data": recipe.data, "data_images": len(images),
                                         "unreadable_images": len(left_out), "hardware": hardware(device), **summary})
-        written = [saved.name, "metrics.jsonl", "train.json", "recipe.toml"]
+        written = [checkpoint.newest(out).name, "metrics.jsonl", "train.json", "recipe.toml"]
         say(f"{counted(summary['images'], 'image')} in {counted(summary['steps'], 'step')},",
             f"{summary['this_call']['images_per_second']:,} a second")
     elif finished:
@@ -154,10 +153,10 @@ def read_and_train(recipe: Recipe, out: Path, device: torch.device, fresh: bool)
     if not finished:
         say(f"stopped at step {summary['steps']:,} of {recipe.steps:,}, saved; this command without --fresh resumes")
     pictures = known_of(images) is None
-    drawn = grid.exists() and grid.stat().st_mtime >= saved.stat().st_mtime  # from this checkpoint
-    if pictures and not drawn and not summary["interrupted"]:
-        training.draw_grid(net, flow, recipe, device, grid, batch=8,  # a row, so that the bar shows the time left
-                           track=lambda draws: with_bar(draws, "sampling", total=min(net.classes, ROWS) or 8))
+    if pictures and written and not summary["interrupted"]:
+        rows = training.rows_of_grid(net, recipe, device, summary["this_call"]["steps"])
+        training.draw_grid(net, flow, recipe, device, out / "samples.png", batch=8, rows=rows,  # for a bar
+                           track=lambda draws: with_bar(draws, "sampling", total=rows))
         written.insert(0, "samples.png")
     if written:
         say_files(out, *written)

@@ -237,12 +237,24 @@ def blamed_on_data(images) -> Iterator[None]:
         raise
 
 
+def rows_of_grid(net: dansm.UNet, recipe: Recipe, device: torch.device, steps: int) -> int:
+    """How many rows of eight images the grid at the end of a call has: eight, or one for each class. On a CPU, after
+    few `steps`, those that take no longer than the steps did, but one at least: to train on an image takes three times
+    as long as a step of sampling."""
+    rows = min(net.classes, sampling.ROWS) or 8
+    if device.type in GRID_DEVICES:
+        return rows
+    return max(1, min(rows, 3 * steps * recipe.batch // (8 * recipe.sample_steps)))
+
+
 def draw_grid(net: dansm.UNet, flow, recipe: Recipe, device: torch.device, path: Path, batch: int,
-              track: Callable[[Iterable], Iterable] = iter) -> None:
-    """Write 64 images of a network as one picture, or a row of eight for each class, from the same noises in every grid
-    of a run."""
+              rows: int | None = None, track: Callable[[Iterable], Iterable] = iter) -> None:
+    """Write `rows` of eight images of a network as one picture, by default eight or one for each class, from the same
+    noises in every grid of a run."""
     network = sampling.sampler(net, device, recipe.precision, recipe.compile)
-    images, labels = sampling.rows_of_classes(net.classes, 8) if net.classes else (range(64), None)
+    images, labels = range(8 * (rows or 8)), None
+    if net.classes:
+        images, labels = sampling.rows_of_classes(min(rows or sampling.ROWS, net.classes), 8)
     draws = sampling.sample_images(network, flow, images, net.shape, recipe.sample_steps, seed=recipe.seed,
                                    batch=batch, device=device, labels=labels)
     sampling.save_grid(torch.cat(list(track(draws))), path, columns=8)

@@ -27,7 +27,8 @@ def test_it_writes_what_it_says(run, images, tmp_path, method, flow):
     names = ["checkpoint-00000004.pt", "metrics.jsonl", "recipe.toml", "samples.png", "train.json"]
     assert files_of(out) == names
     assert all(str(out / name) in said for name in names) and f"dansm sample {out}\n" in said
-    assert Image.open(out / "samples.png").size == (8 * 34 + 2, 8 * 34 + 2)  # 64 of 16 pixels, each two wide
+    rows = 6  # of 16 pixels, each two wide; in two steps each, they take as long as 32 images of training
+    assert Image.open(out / "samples.png").size == (8 * 34 + 2, rows * 34 + 2)
     described = json.loads((out / "train.json").read_text())
     assert described["data"] == str(images) and described["data_images"] == 24
     assert (described["steps"], described["images"], described["stopped_early"]) == (4, 32, False)
