@@ -74,6 +74,8 @@ def needed(records):
         return f"≤ {images}"
     if not row["least_ratio"]:
         return f"{images}, not all"
+    if row["seeds"] == "1":
+        return images
     least, most = (float(row["images"]) / 1000 / float(row[name]) for name in ("most_ratio", "least_ratio"))
     return f"{images} ({least:,.0f}–{most:,.0f})"
 
@@ -145,11 +147,10 @@ def couple():
 
 def couple_cifar10(images):
     """Without labels, after so many images."""
-    runs = {RUNS[run].label: run for run in ("random", "greedy-10000", "greedy-100000", "optimal-10000")} | {
-        "semidiscrete, parts of 1,000": "semidiscrete-1000", "semidiscrete, parts of 10,000": "semidiscrete-10000",
-        "semidiscrete, all 100,000 samples": "semidiscrete"}
-    found = [row for row in read("proof/distances.csv") + read("couple/distances.csv") if row["images"] == images]
-    rows = {label: {"run": run} for label, run in runs.items() if any(row["run"] == run for row in found)}
+    found = read("proof/distances.csv", images=images)
+    rows = {RUNS[run].label: {"run": run} for run in ("random", "greedy-10000", "greedy-100000", "optimal-10000",
+                                                      "semidiscrete-1000", "semidiscrete-10000", "semidiscrete")
+            if any(row["run"] == run for row in found)}
     return pivot(found, rows, {f"{steps} steps": ({"steps": steps}, numbers("distance")) for steps in STEPS})
 
 
@@ -191,11 +192,12 @@ couple_gpu = partial(listing, read("bench/couple/h200.csv"), ["way"], {
     "products of this": numbers("products_of_choose", 0, " %", 100)})
 
 
-def proof_short(*names):
-    _, needed = proof_images("greedy-10000@5120000")
-    *_, coupled = couple_cifar10("5120000")
-    return [*proof(*names), ["semidiscrete, 5,120,000 images", *coupled[1:]],
-            ["images, thousands, with which the pool of 10,000 reaches the first row", *needed[1:]]]
+def proof_short(first, second, *others):
+    """The distances of some runs, and how many images the second needs for those of the first."""
+    _, needed = proof_images(second)
+    label = RUNS[second.partition("@")[0]].label
+    return [*proof(first, second, *others),
+            [f"images, thousands, with which the {label} reaches the first row", *needed[1:]]]
 
 
 def proof_speed():

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MultipleLocator, NullLocator
 
-from ..base.colours import INK, PALE, POOLS
+from ..base.colours import INK, PALE, POOLS, SEMIDISCRETE
 from .proof_runs import MATCHED, MIDDLE, RANDOM, RUNS, SHORT, base_of, summarize
 from .style import COLUMN, PAGE, SERIES, STYLE, save
 
@@ -18,9 +18,11 @@ LOOKS = {RANDOM: SERIES["random"],
          "greedy-1000": dict(color=POOLS[1000], marker="^", linestyle=DOTTED),
          MATCHED: SERIES["matched"],
          "greedy-100000": dict(color=POOLS[100_000], marker="v", linestyle=DOTTED),
-         "greedy-1000000": dict(color=POOLS[1_000_000], marker="D", linestyle=DOTTED)}
+         "greedy-1000000": dict(color=POOLS[1_000_000], marker="D", linestyle=DOTTED),
+         "semidiscrete": dict(color=SEMIDISCRETE, marker="P", linestyle="-")}
 DIFFUSION = {"diffusion-random": SERIES["random"], "diffusion-greedy-10000": SERIES["matched"]}
-PEERS = ["greedy-1000", MATCHED, "greedy-100000", "greedy-1000000", "optimal-10000", "assigned-256", "nearest-16"]
+PEERS = ["greedy-1000", MATCHED, "greedy-100000", "greedy-1000000", "optimal-10000", "semidiscrete",
+         "assigned-256", "nearest-16"]
 BY_COST = [MATCHED, "inner-10000", "greedy-100000", "inner-100000"]
 SMALL = ["batch8-assigned", "batch8-greedy-10000", "batch1-greedy-10000"]
 MARKERS = "osD^v"
@@ -76,7 +78,8 @@ def draw_curves(rows: list[dict], looks: dict[str, dict], card: str = "") -> Fig
     figure.supxlabel(along, fontsize=8)
     legends = [row[0].get_legend_handles_labels() for row in (panels, *below)]
     handles, labels = (list(chain.from_iterable(part)) for part in zip(*legends, strict=True))
-    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
+    figure.legend(handles, labels, loc="outside upper center", ncols=5, frameon=False,
+                  columnspacing=1.5)
     return figure
 
 
@@ -103,12 +106,13 @@ def mean(rows: list[dict], column: str) -> float:
 
 def draw_shares(panels: list[Axes], shares: list[dict], looks: dict[str, dict], counts: list[int]) -> None:
     """A row of panels: of random pairs' images, the share that a run needs to come to their distance."""
+    first = min(row["images"] for row in shares)
     top = 0.2 + max([1.0, *(1 / row["ratio"] for row in shares if row["ratio"])])
     for axes, steps in zip(panels, counts, strict=True):
         axes.axhline(1, linewidth=1.1, **{**SERIES["random"], "marker": ""})
         axes.axhspan(*CLAIMED, color=PALE, linewidth=0, zorder=0)
         for name, look in looks.items():
-            draw_share(axes, [row for row in shares if (row["run"], row["steps"]) == (name, steps)], look, top)
+            draw_share(axes, [row for row in shares if (row["run"], row["steps"]) == (name, steps)], look, top, first)
         axes.grid(axis="x", color=PALE, linewidth=0.5)
         axes.sharey(panels[0])
         axes.label_outer()
@@ -119,8 +123,9 @@ def draw_shares(panels: list[Axes], shares: list[dict], looks: dict[str, dict], 
     panels[0].plot([], [], "^", color=INK, markersize=4, label="not reached by every seed")
 
 
-def draw_share(axes: Axes, shares: list[dict], look: dict, top: float) -> None:
-    """One run. What was reached before the first mark is hollow and on no line. What the mean or a pair of seeds does
+def draw_share(axes: Axes, shares: list[dict], look: dict, top: float, first: int) -> None:
+    """One run. What it reached before the first mark of all is hollow and on no line. It is left out at that mark
+    itself, and where the run has no evaluation so early: there it tells nothing. What the mean or a pair of seeds does
     not reach ends at the top edge. A band is over all pairs of seeds."""
     color = look["color"]
     solid = [row for row in shares if row["ratio"] and not row["at_least"]]
@@ -128,7 +133,7 @@ def draw_share(axes: Axes, shares: list[dict], look: dict, top: float) -> None:
     axes.plot([row["images"] / 1e6 for row in shares], gaps, linewidth=1.1, markersize=3, **look)
     for row in shares:
         x, share = row["images"] / 1e6, 1 / row["ratio"] if row["ratio"] else top
-        if row["at_least"]:
+        if row["at_least"] and row["images"] > row["images_ours"] == first:
             axes.plot(x, share, look["marker"], color=color, markersize=3, markerfacecolor="white")
         if not row["ratio"] or (row["seeds"] > 1 and not row["least_ratio"]):
             axes.plot([x, x], [share, top], color=color, linewidth=0.8, linestyle=(0, (1, 1)))

@@ -93,14 +93,15 @@ def test_a_line_is_of_the_seeds_that_came_farthest_and_its_band_of_all():
 
 
 def test_the_lower_panels_show_the_share_of_images_and_leave_hollow_what_is_at_most():
-    """Half of random pairs' distance all along is half of the images; before the first mark nobody has looked."""
-    rows = rows_by(lambda n, _: 8e6 / n, "random") + rows_by(lambda n, _: 4e6 / n, MATCHED)
+    """A quarter of random pairs' distance is a quarter of the images; before the first mark nobody has looked."""
+    rows = rows_by(lambda n, _: 8e6 / n, "random") + rows_by(lambda n, _: 2e6 / n, MATCHED)
     above, below = proof_figures.draw_curves(rows, proof_figures.LOOKS).axes
     assert len(above.lines) == 2
     equal, line, hollow, *_ = [line for line in below.lines if len(line.get_xdata())]
-    assert list(equal.get_ydata()) == [1, 1] and list(line.get_ydata())[1:] == pytest.approx([0.5, 0.5, 0.5])
-    assert list(line.get_xdata()) == [0.256, 0.512, 1.024, 2.048] and np.isnan(line.get_ydata()[0])
-    assert (list(hollow.get_xdata()), list(hollow.get_ydata()), hollow.get_markerfacecolor()) == ([0.256], [1], "white")
+    assert list(equal.get_ydata()) == [1, 1] and list(line.get_ydata())[2:] == pytest.approx([0.25, 0.25])
+    assert list(line.get_xdata()) == [0.256, 0.512, 1.024, 2.048] and np.isnan(line.get_ydata()[:2]).all()
+    assert hollow.get_markerfacecolor() == "white"
+    assert (list(hollow.get_xdata()), list(hollow.get_ydata())) == ([0.512], [0.5])  # at the first mark it is no news
 
 
 def test_what_is_not_reached_by_each_seed_ends_at_the_top_edge():
