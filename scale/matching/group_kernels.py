@@ -56,6 +56,8 @@ class KernelGroupedPool(FastGroupedPool, KernelPool):
     kind = KernelPool
 
     def _match_groups(self, x: Tensor, labels: np.ndarray, coming: list[int]) -> Tensor:
+        if self.match_size <= 1:  # which "auto" may have chosen
+            return super()._match_groups(x, labels, coming)
         samples = x.detach().reshape(len(x), self.noise.shape[1]).to(self.noise).contiguous()
         samples = samples.clone() if samples.data_ptr() % 16 else samples  # `_multiply` loads 16 bytes at a time
         z = samples.new_empty(samples.shape)

@@ -21,7 +21,8 @@ class FastGroupedPool(FastPool):
     each group are N(0, I) by themselves. A group's pool is made when it first comes. It takes the arguments of
     `FastPool` too:
 
-    match_size  of each group; None makes it as large as `memory` allows if all groups come
+    match_size  of each group; None makes it as large as `memory` allows if all groups come, "auto" such that the
+                `expected` samples, if equally many are of each group, empty each pool ten times or more
     memory      gigabytes of all groups' pools together, and their matching
 
     Labels are needed on the CPU: those on a GPU are copied back, and the CPU waits for it. Raises BadInput also for
@@ -31,7 +32,7 @@ class FastGroupedPool(FastPool):
     grouped = True
     kind = FastPool  # of each group's pool
 
-    def __init__(self, match_size: int | None, shape, *, groups: int, **settings):
+    def __init__(self, match_size: int | str | None, shape, *, groups: int, **settings):
         self.groups = check_count("groups", groups)
         self.settings = {name: value for name, value in settings.items() if name != "expected"}
         self.pools = {}  # of the groups that came so far

@@ -30,6 +30,11 @@ from . import gpu, inside
 from .products import products
 
 SCOPES = ("rank", "global")
+AUTO = "auto"  # a match_size that `expected` samples empty EMPTIED times or more
+EMPTIED = 10
+MOST = {"cpu": 10_000}  # noises of such a pool, where each batch takes longer with more; on other devices:
+MOST_ELSEWHERE = 100_000
+SHARE = 4  # of the free memory it takes a quarter, as a training needs the rest
 
 
 def pool_class(match_size=0, shape=(), *, cost: str = "squared", device="cpu", dtype=torch.float32, tf32: bool = False,
@@ -61,13 +66,16 @@ class FastPool(inside.OfOneProcess, NoisePool):
 
     It takes the arguments of `NoisePool`, and:
 
-    match_size   None makes it as large as `memory` allows
+    match_size   None makes it as large as `memory` allows; "auto" such that the `expected` samples empty it ten times
+                 or more, of 100,000 noises at most (on a CPU 10,000), in `memory` or a quarter of what is free. From a
+                 saved state such a pool takes its size. `why` tells what decided
     tf32         multiply float32 in tf32 on a GPU. Faster; up to four samples in a hundred take another noise, equally
                  near on average (paths change by less than 4e-5 of their length)
     memory       gigabytes that the pool and its matching may use; without it, what the device has free
     match_scope  "rank", or "global": under torch.distributed all ranks match their samples against one pool, see
                  `dansm.scale.matching.spread`
-    expected     samples in all: a pool that these do not empty is warned of
+    expected     samples in all that will be matched, by all processes together where they share the pool: a pool
+                 that these do not empty is warned of
     compile      on a GPU, match by Triton kernels, which take a few seconds to compile. Without it: the same noises,
                  2–4 ms a batch at 10,000
 
@@ -88,22 +96,22 @@ class FastPool(inside.OfOneProcess, NoisePool):
     rank, ranks = 0, 1  # among the ranks that share the pool
     groups = 1  # whose pools share the memory
 
-    def __init__(self, match_size: int | None, shape, *, cost: str = "squared", device="cpu", dtype=torch.float32,
-                 seed: int | None = None, tf32: bool = False, memory: float | None = None, match_scope: str = "rank",
-                 compile: bool = True, groups: None = None, expected: int | None = None):
+    def __init__(self, match_size: int | str | None, shape, *, cost: str = "squared", device="cpu",
+                 dtype=torch.float32, seed: int | None = None, tf32: bool = False, memory: float | None = None,
+                 match_scope: str = "rank", compile: bool = True, groups: None = None, expected: int | None = None):
         super().__init__(0, shape, cost=cost, device=device, dtype=dtype, seed=seed)
         self.tf32 = tf32
         self.squared = squared_norms(self.noise)
         self.data_check = DataCheck(self.shape, self.noise.device)
         self.chunk = max(1, self.numbers_per_chunk // self.shape.numel())
-        self.match_size = self._fitting(match_size, memory)
-        self.rows = self.match_size // self.ranks  # of the pool's noises, those that this rank keeps,
-        self.first = self.rank * self.rows  # from this one on
-        enough = self.groups * self.match_size * (self.match_size > 1)
-        if expected is not None and check_count("expected", expected) < enough:
+        expected = expected if expected is None else check_count("expected", expected)
+        self.memory, self.is_auto, self.why = memory, isinstance(match_size, str) and match_size == AUTO, ""
+        self._resize(self._chosen(expected) if self.is_auto else match_size)
+        if expected is not None and self.match_size > 1 and expected < self.groups * self.match_size:
+            safe = expected // (EMPTIED * self.groups)
             warnings.warn(f"{expected:,} samples do not empty {self.groups * self.match_size:,} noises, of which they "
-                          "take the nearest: these are not N(0, I); a match_size of at most "
-                          f"{expected // (10 * self.groups):,} is safe", stacklevel=2)
+                          f"take the nearest: these are not N(0, I); a match_size of at most {safe:,} is safe",
+                          stacklevel=2)
         self._forget()
         with torch.inference_mode(False):
             self.calls, self.handle = torch.zeros((), dtype=torch.int64), inside.handle_of(self)
@@ -242,6 +250,8 @@ class FastPool(inside.OfOneProcess, NoisePool):
         """Resume where `state_dict` was taken, by a pool made with the same arguments, of any seed. From the state of
         another process, or of a pool over another number of them, go on with the next pool, whose noises nobody has."""
         self.settle()
+        if self.is_auto and isinstance(state, dict) and "match_size" in state.get("made_for", ()):
+            self._resize(state["made_for"]["match_size"])
         made_for = self._made_for()
         foreign = inside.from_elsewhere(state, made_for)
         check_state(state | {"made_for": made_for} if foreign else state, made_for)
@@ -279,17 +289,44 @@ class FastPool(inside.OfOneProcess, NoisePool):
     def check(self, x: Tensor) -> None:
         self.data_check(x)
 
-    def _fitting(self, match_size: int | None, memory: float | None) -> int:
-        """The match_size asked for if it fits, or for None the largest that does."""
+    def _resize(self, match_size: int | None) -> None:
+        """Take another size, before the pool is drawn."""
+        self.match_size = self._fitting(match_size)
+        self.rows = self.match_size // self.ranks  # of the pool's noises, those that this rank keeps,
+        self.first = self.rank * self.rows  # from this one on
+        self.noise = self.noise[:0]
+
+    def _chosen(self, expected: int | None) -> int:
+        """The match_size for "auto"."""
+        if expected is None:
+            raise BadInput("match_size is auto and expected is None: expected the count of all samples to be matched")
+        share = 1 if self.memory is not None else SHARE
+        largest, _ = self._largest(None, self.groups, share)
+        limits = [(expected // (EMPTIED * self.groups), "which the training empties ten times"),
+                  (MOST.get(self.noise.device.type, MOST_ELSEWHERE), "the most that auto takes"),
+                  (largest, "all that fits into memory")]
+        size, self.why = min(limits)
+        size = size // self.ranks * self.ranks
+        if size < 2:
+            size, self.why = 0, "as the training empties no pool ten times"
+        return size
+
+    def _largest(self, match_size: int | None, pools: int, share: int = 1) -> tuple[int, str]:
+        """The largest match_size with which `pools` pools fit into this share of the memory, and what limits it."""
+        memory = self.memory
         if memory is not None and not (isinstance(memory, int | float) and 0 < memory < math.inf):
             raise BadInput(f"memory is {memory!r}: expected a number of gigabytes, more than 0")
-        free = free_memory(self.noise.device)
-        pools = self.groups if match_size is None else 1
+        free = free_memory(self.noise.device) // share
         limit = f"{self.noise.device} has {free / 1e9:,.1f} GB free"
         if memory is not None and 1e9 * memory < free:
             free, limit = int(1e9 * memory), f"memory is {round(memory, 3)} GB"
         largest = bisect_left(range(2**31), True, key=lambda size: self._bytes(size, pools) > free) - 1
-        largest = self._agreed(match_size, largest)
+        return self._agreed(match_size, largest), limit
+
+    def _fitting(self, match_size: int | None) -> int:
+        """The match_size asked for if it fits, or for None the largest that does."""
+        pools = self.groups if match_size is None else 1
+        largest, limit = self._largest(match_size, pools)
         if match_size is None:
             if largest < 2:
                 needed = self._bytes(2, pools) / 1e9

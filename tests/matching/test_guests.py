@@ -230,3 +230,37 @@ def test_a_pool_made_in_inference_mode_serves_a_compiled_step():
         ours = pool_of()
     x, = batches(1)
     assert torch.equal(torch.compile(ours.__call__, backend="eager")(x), pool_of()(x))
+
+
+# ------------------------------------------------------------------------------- a size by itself
+
+
+@pytest.mark.parametrize(("settings", "size"), [
+    (dict(expected=480), 48), (dict(expected=480, groups=4), 12), (dict(expected=10**9), 10_000),
+    (dict(expected=10**9, memory=0.3), None), (dict(expected=19), 0), (dict(expected=20), 2),
+])
+def test_an_automatic_pool_is_emptied_ten_times_and_fits(settings, size, recwarn):
+    pool = pool_of("auto", **settings)
+    assert pool.match_size == size or (size is None and pool._bytes(pool.match_size) < 0.3e9)
+    assert pool.why and not recwarn.list
+    drawn("groups" if "groups" in settings else "pool", pool, 4)
+
+
+@pytest.mark.parametrize("settings", [{}, {"groups": 4}])
+def test_an_automatic_pool_takes_the_size_of_a_saved_one(settings):
+    kind = "groups" if settings else "pool"
+    source, other = pool_of("auto", expected=480, **settings), pool_of("auto", expected=4800, **settings)
+    drawn(kind, source, 4)
+    drawn(kind, other, 4)
+    other.load_state_dict(source.state_dict())
+    assert other.match_size == source.match_size
+    assert torch.equal(drawn(kind, source, 8), drawn(kind, other, 8))
+    with pytest.raises(BadInput, match="expected the same"):
+        pool_of(7, **settings).load_state_dict(source.state_dict())
+
+
+def test_an_automatic_pool_needs_to_know_how_many_samples_come():
+    with pytest.raises(BadInput, match="match_size is auto and expected is None"):
+        pool_of("auto")
+    with pytest.raises(BadInput, match="match_size is 'many'"):
+        pool_of("many", expected=480)
