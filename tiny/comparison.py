@@ -20,6 +20,15 @@ Seeds = Annotated[int, typer.Option(min=1, help="trainings of each row, from oth
 MatchSize = Annotated[int, typer.Option(min=2, help="noises in the pool")]
 
 
+def compare_lengths(train: Callable[[int, int], dict], seeds: int, title: str, match_size: int) -> list[dict]:
+    """Train with random pairs and with a pool by train(match_size, seed) → {measure: value}, print a table of the
+    measures, return its rows {"way", "seed", …}."""
+    ways = {"random": 1, f"pool of {match_size:,}": match_size}
+    rows = [{"way": way, "seed": seed, **train(size, seed)} for seed in range(seeds) for way, size in ways.items()]
+    print_table(rows, title, "")
+    return rows
+
+
 def compare(ways: dict[str, Callable[[int], tuple]], images: Tensor, seeds: int, title: str,
             step_counts=(1, 2, 5, 10)) -> list[dict]:
     """Train each of `ways` with each seed, print the table that ends an example, return its rows {"way", "seed", …}.

@@ -18,16 +18,20 @@ from dansm.tiny.digits import load_digits
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = {path.stem: path for path in sorted((ROOT / "examples").glob("*.py"))}
-PEERS = ("diffusers", "torchcfm")
+PEERS = {"with_accelerate": ["accelerate"], "with_denoising_diffusion": ["denoising_diffusion_pytorch"],
+         "with_diffusers": ["diffusers"], "with_flow_matching": ["flow_matching"], "with_lightning": ["lightning"],
+         "with_lora": ["diffusers", "peft", "transformers"], "with_rectified_flow": ["rectified_flow_pytorch"],
+         "with_torchcfm": ["torchcfm"]}  # the packages of each example
 POOLED = [name for name in EXAMPLES if name != "semidiscrete"]
-TRAINED = [pytest.param(name, marks=[pytest.mark.slow] if name != "bare" else []) for name in POOLED]
-ONE_LINE = re.compile(r"^( *)(\w+) = pool\((\w+)(?:, \w+)?\) +# was: (.+)$", re.MULTILINE)
+TRAINED = [pytest.param(name, marks=[pytest.mark.slow] if name != "bare" else [])
+           for name in POOLED if name != "with_accelerate"]
+ONE_LINE = re.compile(r"^( *)(\w+) = (?:self\.)?pool\((\w+)(?:, \w+)?\) +# was: (.+)$", re.MULTILINE)
 SHORT = dict(steps=6, seeds=1, match_size=48)
 
 
 def load(name: str, change=lambda source: source) -> ModuleType:
     """The example as a module, its source changed before it runs."""
-    if (peer := name.removeprefix("with_")) in PEERS:
+    for peer in PEERS.get(name, ()):
         pytest.importorskip(peer)
     module = ModuleType(name)
     exec(compile(change(EXAMPLES[name].read_text()), EXAMPLES[name], "exec"), module.__dict__)
@@ -79,7 +83,7 @@ def in_order(z):
 
 
 def test_there_is_an_example_for_each_kind_of_trainer():
-    assert list(EXAMPLES) == ["bare", "semidiscrete", "with_diffusers", "with_torchcfm"]
+    assert list(EXAMPLES) == ["bare", "semidiscrete", *PEERS]
 
 
 @pytest.mark.parametrize("name", POOLED)
@@ -103,6 +107,11 @@ def test_an_example_runs_and_its_paths_get_shorter(name, capsys):
         assert all(f"{value:.3f}" in out for key, value in row.items() if key not in ("way", "seed"))
 
 
+@pytest.mark.parametrize("name", [name for name in PEERS if name not in ("with_diffusers", "with_torchcfm")])
+def test_an_example_of_a_trainer_is_short(name):
+    assert EXAMPLES[name].read_text().count("\n") <= 60
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("options, words", [
     (("--steps", "-3"), ["--steps"]),
@@ -112,12 +121,13 @@ def test_what_an_example_cannot_use_is_said_without_a_traceback(options, words):
     assert ended.returncode == 2 and all(word in ended.stderr for word in words) and "Traceback" not in ended.stderr
 
 
-@pytest.mark.parametrize("peer", PEERS)
-def test_an_example_without_its_package_names_the_extra_in_one_line(peer, monkeypatch):
-    for name in {peer, *(name for name in sys.modules if name.startswith(f"{peer}."))}:
-        monkeypatch.setitem(sys.modules, name, None)
+@pytest.mark.parametrize("name", PEERS)
+def test_an_example_without_its_package_names_the_extra_in_one_line(name, monkeypatch):
+    peer = PEERS[name][0]
+    for module in {peer, *(module for module in sys.modules if module.startswith(f"{peer}."))}:
+        monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(EXAMPLES[f"with_{peer}"]))
+        runpy.run_path(str(EXAMPLES[name]))
     assert peer in ended.value.code and "dansm[peers]" in ended.value.code and "\n" not in ended.value.code
 
 
@@ -134,7 +144,7 @@ def test_with_the_line_put_back_it_is_random_pairs_to_the_last_bit(name):
     assert measures(rows, "pool") == measures(rows, "random")
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", [param for param in TRAINED if param.values != ("with_lora",)])
 def test_a_whole_pool_is_handed_out_as_it_was_drawn(name, recorded):
     module = load(name)
     module.NoisePool = Recorded
@@ -282,6 +292,154 @@ def test_torchcfm_time_goes_from_noise_to_data():
     t, xt, ut = module.draw_paths(module.ConditionalFlowMatcher(), pool, x1)
     assert torch.allclose(xt + (1 - t)[:, None] * ut, x1, atol=1e-5)
     assert torch.allclose(xt - t[:, None] * ut, x1 - ut, atol=1e-5)  # where t is 0: the noise
+
+
+# ------------------------------------------------------------------------------- accelerate
+
+
+TWICE = """
+import sys
+from pathlib import Path
+
+import torch
+from dansm.scale.matching.pool import FastPool
+
+given, match = [], FastPool.__call__
+
+def recorded(pool, x, labels=None):
+    given.append(match(pool, x, labels))
+    return given[-1]
+
+FastPool.__call__ = recorded
+source = Path(sys.argv[1]).read_text().replace(*sys.argv[2:])
+example = {"__name__": "example"}
+exec(source, example)
+for folder, steps in ("whole", 8), ("halves", 4), ("halves", 4):
+    example["main"](Path(folder), steps, 48)
+print("\\nnoises", torch.distributed.get_rank(), torch.equal(*torch.stack(given).split(8)), flush=True)
+torch.save(given[:8], f"noises-{torch.distributed.get_rank()}.pt")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("registered", ["Pools([pool])", "pool"])
+def test_two_processes_resume_with_the_noises_of_both(registered, tmp_path):
+    """Without `Pools` accelerate keeps the first process's pool alone, and the other goes on with other noises."""
+    pytest.importorskip("accelerate")
+    (tmp_path / "twice.py").write_text(TWICE)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "twice.py"]
+    command += [EXAMPLES["with_accelerate"], "Pools([pool])", registered]
+    ended = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
+                           capture_output=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    same = dict(re.findall(r"^noises (\d) (\w+)$", ended.stdout, re.MULTILINE))
+    assert same == {"0": "True", "1": str(registered != "pool")}
+    first, second = (torch.cat(torch.load(tmp_path / f"noises-{rank}.pt")) for rank in range(2))
+    assert not torch.isin(first[:, 0], second[:, 0]).any()  # each process has noises of its own
+    weights = [(tmp_path / run / "model.safetensors").read_bytes() for run in ("whole", "halves")]
+    assert (weights[0] == weights[1]) == (registered != "pool")
+
+
+@pytest.mark.slow
+def test_the_example_starts_two_processes_and_the_next_call_resumes(tmp_path):
+    pytest.importorskip("accelerate")
+    for _ in range(2):
+        ended = script("with_accelerate", "--steps", "2", "--match-size", "8", cwd=tmp_path, timeout=300)
+        assert ended.returncode == 0, ended.stderr
+        assert {f"process {rank}" in ended.stdout for rank in range(3)} == {True, False}
+    assert len(list((tmp_path / "runs" / "with_accelerate").glob("random_states_*"))) == 2
+
+
+# ------------------------------------------------------------------------------- Lightning
+
+
+@pytest.mark.slow
+def test_lightnings_checkpoint_has_the_pool(tmp_path):
+    module, x = load("with_lightning"), load_digits()[:64].flatten(1)
+    quiet = dict(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+
+    def trained(seed, steps, checkpoint=None):
+        torch.manual_seed(0)
+        flow, trainer = module.Flow(dansm.NoisePool(100, (64,), seed=seed)), module.Trainer(max_steps=steps, **quiet)
+        trainer.fit(flow, module.DataLoader(x, batch_size=16), ckpt_path=checkpoint)
+        return flow, trainer
+
+    flow, trainer = trained(1, 4)
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    resumed, _ = trained(2, 4, tmp_path / "saved.ckpt")
+    assert len(resumed.lengths) == 0
+    assert resumed.pool(x).equal(flow.pool(x))
+
+
+# ------------------------------------------------------------------------------- LoRA
+
+
+@pytest.mark.slow
+def test_batches_of_one_of_three_shapes_train_a_lora_alone(monkeypatch):
+    module, given, nets = load("with_lora"), [], []
+    kind, unet = type(dansm.NoisePool(2, (1, 8, 8), groups=2)), module.UNet2DConditionModel
+    match = kind.__call__
+
+    def recorded(pool, x, labels=None):
+        given.append((id(pool), tuple(x.shape)))
+        return match(pool, x, labels)
+
+    def made(**settings):
+        net = unet(**settings)
+        nets.append((net, {name: weight.clone() for name, weight in net.named_parameters()}))
+        return net
+
+    monkeypatch.setattr(kind, "__call__", recorded)
+    module.UNet2DConditionModel = made
+    module.train(load_digits(), 6, 48, 0)
+    assert [shape for _, shape in given] == [(1, 1, 8, 8), (1, 1, 8, 12), (1, 1, 12, 8)] * 2
+    assert len({pool for pool, _ in given}) == 3
+    (net, before), = nets
+    frozen = {name.replace(".base_layer", ""): weight for name, weight in net.named_parameters() if "lora" not in name}
+    assert all(weight.equal(before[name]) for name, weight in frozen.items()) and frozen.keys() == before.keys()
+    assert any(weight.any() for name, weight in net.named_parameters() if "lora_B" in name)  # they begin as zeros
+
+
+# ------------------------------------------------------------------------------- lucidrains, flow_matching
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("immiscible", [False, True])
+def test_a_perfect_predictor_of_the_pools_noises_has_no_loss(immiscible, monkeypatch):
+    """What the example says of the package's own option, which is not to be used with a pool."""
+    module, images = load("with_denoising_diffusion"), load_digits()[:64]
+
+    class Perfect(torch.nn.Module):
+        channels = out_dim = 1
+        self_condition = random_or_learned_sinusoidal_cond = False
+
+        def forward(self, x, t, x_self_cond=None):
+            signal = diffusion.alphas_cumprod[t].view(-1, 1, 1, 1)
+            return (x - signal.sqrt() * images) / (1 - signal).sqrt()
+
+    diffusion = module.GaussianDiffusion(Perfect(), image_size=8, objective="pred_noise", immiscible=immiscible)
+    t = torch.randint(100, 900, (64,))
+    random = diffusion.p_losses(images, t).item()
+    matched = diffusion.p_losses(images, t, noise=dansm.NoisePool(1000, (1, 8, 8), seed=0)(images)).item()
+    assert (random > 1.5) == immiscible
+    assert immiscible or matched < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, kind", [("with_rectified_flow", "RectifiedFlow"),
+                                        ("with_denoising_diffusion", "GaussianDiffusion")])
+def test_the_pool_sees_images_as_lucidrains_trains_on_them(name, kind):
+    module, seen = load(name), []
+    pool = module.NoisePool
+
+    class Seeing(pool):
+        def __call__(self, x):
+            seen.append(x)
+            return super().__call__(x)
+
+    module.NoisePool = Seeing
+    module.train((load_digits() + 1) / 2, 1, 48, 0)
+    assert (seen[0].min(), seen[0].max()) == (-1, 1)
 
 
 # ------------------------------------------------------------------------------- semidiscrete
