@@ -7,7 +7,7 @@ nearest noise left in a pool of `match_size` noises: the lines cross less. Read 
 
     1 matching    cost_matrix, greedy, NoisePool, Semidiscrete, pairs
     2 flows       RectifiedFlow, Diffusion: loss(net, x, z), path and sample(net, z, steps)
-    3 network     UNet: the paper's two networks, and a small one
+    3 network     UNet: the paper's two networks, and two small ones
     4 training    train: the plain loop
     5 checks      what is refused, with a message of one line
     6 commands    main: hands the command line to scale/commands
@@ -588,9 +588,7 @@ class Resample(nn.Module):
         self.conv = conv(channels, channels, 3, stride=1 if self.up else 2)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        if self.up:
-            x = F.interpolate(x, scale_factor=2.0)
-        return self.conv(x)
+        return self.conv(F.interpolate(x, scale_factor=2.0) if self.up else x)
 
 
 class Chain(nn.ModuleList):
@@ -734,7 +732,8 @@ class UNet(nn.Module):
 NETWORKS = {
     "ncsnpp": dict(multipliers=(1, 2, 2, 2)),  # the paper's NCSN++: 61,806,724 parameters with 4 channels
     "ddpm": dict(multipliers=(1, 2, 2, 2), blocks=2, dropout=0.1, biggan=False),  # the paper's DDPM: 35,748,612
-    "small": dict(width=64, multipliers=(1, 2, 2), blocks=2, dropout=0.0),  # ours, for quick runs
+    "small": dict(width=64, multipliers=(1, 2, 2), blocks=2, dropout=0.0),  # ours, for quick runs on a GPU
+    "tiny": dict(width=16, multipliers=(1, 2, 4), blocks=1, attention_at=(), dropout=0.0, biggan=False),  # on a CPU
 }
 
 

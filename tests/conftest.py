@@ -30,8 +30,9 @@ def same_random_numbers():
 
 @pytest.fixture(autouse=True)
 def tiny_network(monkeypatch, tmp_path):
-    """In the place of "small", which a CPU takes minutes for; and nothing is written into the project by mistake."""
+    """In the place of those that a CPU takes minutes for; and nothing is written into the project by mistake."""
     monkeypatch.setitem(dansm.NETWORKS, "small", TINY)
+    monkeypatch.setitem(dansm.NETWORKS, "tiny", TINY)
     monkeypatch.chdir(tmp_path)
 
 

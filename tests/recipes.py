@@ -19,6 +19,8 @@ def values_of(name):
         one = st.booleans()
     else:
         one = st.text(st.characters(exclude_categories=["Cs"]))
+    if rules.auto:
+        one |= st.just("auto")
     if rules.several:
         one = st.lists(one, min_size=not rules.empty, max_size=4).map(tuple)
     return st.none() | one if rules.optional else one

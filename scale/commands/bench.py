@@ -91,7 +91,7 @@ def spread(match_size: MatchSizes = ("1000,10000",), batch: Batch = 250, shape: 
 
 @app.command()
 def train(
-    network: Annotated[Literal["ncsnpp", "ddpm", "small"] | None, typer.Option(
+    network: Annotated[Literal["ncsnpp", "ddpm", "small", "tiny"] | None, typer.Option(
         help="at --batch and --shape", show_default="the paper's two at their own")] = None,
     batch: Annotated[int, typer.Option(min=1, help="images a step, with --network")] = 250,
     shape: Square = "4x32x32",
@@ -107,7 +107,7 @@ def train(
     device = pick_device(device)
     cases = [Case(network, shape, batch)] if network else PAPER
     if device.type != "cuda":
-        say("on a CPU a step of these networks takes a minute and more: this is for a GPU, or --network small")
+        say("on a CPU a step of these networks takes a minute and more: this is for a GPU, or --network tiny")
         cases = cases if network else [case._replace(batch=2) for case in PAPER]
     for case in cases:  # refuse what does not fit before anything is measured
         dansm.NoisePool(match_size, case.shape, device=device)

@@ -2,13 +2,12 @@
 
 import inspect
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated
 
-import numpy as np
 import torch
 import typer
 from rich.markup import escape
@@ -25,11 +24,13 @@ from ..data.labels import Labels
 from ..data.latents import known_of
 from ..model import checkpoint
 from ..model.recipe import SETTINGS, Recipe, as_option, check_without_labels, load, names, shown
-from ..model.sampling import ROWS
+from ..train import auto
 from ..train import run as training
+from ..train.folder import starts_over
 from .options import Device
 from .sample import check_foreign_samples
 
+PAPERS = "ncsnpp", "ddpm"  # networks
 VALUES = {int: "N", float: "X", str: "NAME"}  # in the help
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
@@ -99,7 +100,7 @@ def train(
         check_without_labels(settings, "--labels is none", given)
     if recipe in names() and recipe.startswith("latent"):
         loader.check_latents(settings.data)
-    finished = run(settings, out or folder_of_run(recipe), device, fresh)
+    finished = run(settings, out or folder_of_run(recipe), device, fresh, given)
     if all_steps and not finished:
         raise Stopped("not all steps are done, as --all-steps requires")
 
@@ -113,7 +114,7 @@ def folder_of_run(source: str) -> Path:
     return Path("runs") / (name or "train")
 
 
-def run(recipe: Recipe, out: Path, device: torch.device, fresh: bool) -> bool:
+def run(recipe: Recipe, out: Path, device: torch.device, fresh: bool, given: Collection[str] = ()) -> bool:
     """Read the data, train, and write what the run was with a grid of samples. Returns whether all steps are done.
     Under torchrun every process does so, and the first one prints and writes."""
     loader.check_out(recipe.data, out)
@@ -124,7 +125,7 @@ def run(recipe: Recipe, out: Path, device: torch.device, fresh: bool) -> bool:
         first = ranks()[0] == 0
         try:
             with owning(out) if first else nullcontext(), quiet(not first):
-                return read_and_train(recipe, out, device, fresh)
+                return read_and_train(recipe, out, device, fresh, given)
         except BadInput:
             if is_new and first and [path.name for path in out.iterdir()] == [".lock"]:  # nothing was written
                 (out / ".lock").unlink()
@@ -132,11 +133,13 @@ def run(recipe: Recipe, out: Path, device: torch.device, fresh: bool) -> bool:
             raise
 
 
-def read_and_train(recipe: Recipe, out: Path, device: torch.device, fresh: bool) -> bool:
+def read_and_train(recipe: Recipe, out: Path, device: torch.device, fresh: bool, given: Collection[str]) -> bool:
     training.check(recipe, device)
     images, left_out = training.read_data(recipe)
     labels = training.read_labels(recipe, images, left_out)
-    advise(recipe, device, labels if training.groups_of(labels, recipe) else None)
+    over = starts_over(out, fresh)
+    recipe = auto.settled(recipe, images.shape, labels, device, None if over else out)
+    advise(recipe, device, labels if auto.groups_of(labels, recipe) else None, given)
     summary, net, flow = training.fit(images, recipe, out=out, fresh=fresh, device=device, labels=labels)
     finished = summary["steps"] >= recipe.steps
     if ranks()[0]:
@@ -165,17 +168,12 @@ def read_and_train(recipe: Recipe, out: Path, device: torch.device, fresh: bool)
     return finished
 
 
-def advise(recipe: Recipe, device: torch.device, labels: Labels | None) -> None:
-    """Say what is likely not meant. labels: by which each class has a pool of its own."""
-    if device.type == "cpu" and recipe.network != "small" and recipe.width is None:
-        say(f"on a CPU {recipe.network} takes seconds for each image: --network small is for CPUs")
+def advise(recipe: Recipe, device: torch.device, labels: Labels | None, given: Collection[str]) -> None:
+    """Say what is likely not meant. labels: by which each class has a pool of its own; given: the options."""
+    if device.type == "cpu" and recipe.network in PAPERS and recipe.width is None:
+        say(f"on a CPU {recipe.network} takes seconds for each image: --network tiny is for CPUs")
     for name, rules in SETTINGS.items():
-        if rules.methods and recipe.method not in rules.methods and getattr(recipe, name) != rules.default:
+        if name in given and rules.methods and recipe.method not in rules.methods:
             say(f"{as_option(name)} has no effect with --method {recipe.method}")
-    samples, pool = recipe.steps * recipe.batch, f"the pool of {counted(recipe.match_size, 'noise')}"
-    if labels:
-        share = np.bincount(labels.numbers) / len(labels.numbers)
-        samples, pool = int(samples * share.min()), f"{pool} for {labels.names[share.argmin()]}"
-    if recipe.method == "greedy" and recipe.match_size > samples:
-        say(f"{pool} outlasts the {counted(samples, 'image')} of {'that class in ' * bool(labels)}all steps:",
-            "those trained on are not N(0, I); a smaller --match-size, emptied several times, is safer")
+    if advice := auto.safe_size(recipe, labels):
+        say(advice)

@@ -6,7 +6,7 @@ import os
 import pickle
 import re
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -110,6 +110,15 @@ def as_written(path: Path) -> dict:
         if _digest(file, size) != file.read():
             raise BadInput("its checksum is wrong or missing")
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def recipe_in(out: Path) -> dict | None:
+    """The recipe of the newest checkpoint in the folder `out` whose recipe can be read; its tensors are not read. None
+    where there is none."""
+    for path in checkpoints(out):
+        with suppress(BadInput), reading(path):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["recipe"]
+    return None
 
 
 @contextmanager

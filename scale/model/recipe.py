@@ -22,6 +22,7 @@ from ..base.text import shorten
 
 RECIPES = Path(__file__).with_name("recipes")
 FLOWS = {"rectified": dansm.RectifiedFlow, "diffusion": dansm.Diffusion}
+AUTO = "auto"  # a value that a run replaces before it begins, see `train.auto`
 COMPARING = "greedy", "optimal", "nearest"  # methods that choose among noises
 NEED_LABELS = "label_dropout", "match_labels"  # else they have no effect
 RENAMED = {"pool": "pool_dtype", "fast": "tf32", "decay": "ema_decay", "resident": "data_on_gpu",
@@ -29,11 +30,13 @@ RENAMED = {"pool": "pool_dtype", "fast": "tf32", "decay": "ema_decay", "resident
 
 
 def setting(part: str, text: str, default: Any = dataclasses.MISSING, *, least: float = 0, most: float = math.inf,
-            choices: Iterable[str] = (), empty: bool = False, free: bool = False, methods: Iterable[str] = ()):
+            choices: Iterable[str] = (), empty: bool = False, free: bool = False, methods: Iterable[str] = (),
+            auto: bool = False):
     """A field of `Recipe` with its heading, its help and what it may be: a number from least to most, one of the
-    choices, an empty list. What is free may change when a run resumes; without one of the methods it has no effect."""
+    choices, an empty list, "auto". What is free may change when a run resumes; without one of the methods it has no
+    effect."""
     rules = dict(part=part, text=text, least=least, most=most, choices=tuple(choices), empty=empty, free=free,
-                 methods=tuple(methods))
+                 methods=tuple(methods), auto=auto)
     return dataclasses.field(default=default, metadata=rules)
 
 
@@ -63,7 +66,8 @@ class Recipe:
                           "a .npy file of whole numbers; auto: cifar10's own, those of dansm encode, a labels.npy next "
                           "to the data, or folders", "none", free=True)
 
-    network: str = in_network("ncsnpp and ddpm are the paper's", "ncsnpp", choices=dansm.NETWORKS)
+    network: str = in_network("ncsnpp and ddpm are the paper's. auto: tiny on a CPU, on a GPU small for at most 64 "
+                              "pixels a side, else ddpm", AUTO, choices=(AUTO, *dansm.NETWORKS))
     width: int | None = in_network("channels at the first level, an even number", None, least=4)
     multipliers: tuple[int, ...] | None = in_network("of the width, one for each level", None, least=1)
     blocks: int | None = in_network("residual blocks at each level", None, least=1)
@@ -77,8 +81,9 @@ class Recipe:
     times: str = in_flow("distribution of the training times t", "uniform", choices=dansm.TIMES)
     target: str = in_flow("what a diffusion's network predicts", "noise", choices=dansm.TARGETS)
     method: str = in_flow("how noises are paired with samples; the paper's is greedy", "greedy", choices=dansm.METHODS)
-    match_size: int = in_flow("greedy: noises in the pool, 0 or 1 gives random pairs; optimal: samples assigned "
-                              "together; nearest: noises drawn for each sample", 10_000, methods=COMPARING)
+    match_size: int | str = in_flow("greedy: noises in the pool, 0 or 1 gives random pairs, auto a pool that the "
+                                    "training empties ten times or more; optimal: samples assigned together; nearest: "
+                                    "noises drawn for each sample", AUTO, methods=COMPARING, auto=True)
     part: int = in_flow("semidiscrete: samples that share a plan, at most", 100_000, least=1, methods=["semidiscrete"])
     couple_error: float = in_flow("semidiscrete: by how much (rms) the samples' shares of the noises may be off", 0.1,
                                   least=0.001, most=1, methods=["semidiscrete"])
@@ -162,8 +167,8 @@ def checked(name: str, value, called: str | None = None):
     """`value` as the setting `name` keeps it, such as a tuple for a list, a float for a whole number. Numbers may be
     text, as on the command line, with commas between several. BadInput, by the name `called`, for any other value."""
     rules = SETTINGS[name]
-    if value is None and rules.optional:
-        return None
+    if (value is None and rules.optional) or (rules.auto and isinstance(value, str) and value == AUTO):
+        return value
     if isinstance(value, str) and rules.kind in (int, float):
         parts = value.split(",") if value else []
         with suppress(ValueError):
@@ -190,6 +195,7 @@ def _expected(rules: SimpleNamespace) -> str:
     words = {str: "a text", bool: "true or false", float: "a number", int: "a whole number"}[rules.kind]
     if rules.kind in (int, float):
         words += f" of at least {rules.least}" if rules.most == math.inf else f" from {rules.least} to {rules.most}"
+    words = f"{AUTO}, or {words}" if rules.auto else words
     return f"one or more, each {words}" if rules.several else words
 
 

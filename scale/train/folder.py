@@ -26,6 +26,16 @@ from ..model.recipe import Recipe, changed, write
 from .coupled_batches import CoupledBatches
 from .step import FastTraining
 
+NEW_METRICS = "metrics.partial"  # the log of a fresh run, until it first saves
+
+
+def starts_over(out: Path, fresh: bool) -> bool:
+    """Whether a run in the folder `out` starts over, as `fresh` says. Torchrun restarts processes by the same command:
+    what is saved by then is this run's. Every process must call it."""
+    if fresh and any(everyones(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))):  # each node counts alone
+        return (out / NEW_METRICS).exists()
+    return fresh
+
 
 class RunFolder:
     """The folder that a run is resumed from and saved to. Only the first of several processes writes into it. With
@@ -43,10 +53,7 @@ class RunFolder:
             self.data |= {"classes": labels.names, "labels": digest.hexdigest()}
         self.rank = ranks()[0]
         self.metrics = out / "metrics.jsonl"
-        self.new_metrics = out / "metrics.partial"  # of a fresh run, until it first saves
-        # torchrun restarts processes by the same command: what is saved by then is this run's. Each node counts alone.
-        if fresh and any(everyones(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))):
-            fresh = self.new_metrics.exists()
+        self.new_metrics = out / NEW_METRICS
         self.others = checkpoint.checkpoints(out) if fresh else []  # of no use to this run: they go when it first saves
         self.keeps_other = bool(self.others)  # another run; `others` may also be damaged checkpoints of this one
         self.log_file = self.new_metrics if self.keeps_other else self.metrics

@@ -22,9 +22,10 @@ from ..data.latents import known_of
 from ..model import checkpoint, sampling
 from ..model.load import read_average
 from ..model.recipe import FLOWS, Recipe, check_without_labels, make_flow
+from .auto import groups_of, new_pool, settled
 from .coupled_batches import CoupledBatches
 from .evaluation import Evaluation, check_evaluation, due
-from .folder import RunFolder
+from .folder import RunFolder, starts_over
 from .step import FastTraining
 from .stop import Decide
 from .watch import Watch, in_words, progress
@@ -61,7 +62,7 @@ def read_labels(recipe: Recipe, images, left_out: list[Path]) -> Labels | None:
     if left_out and (lost := set(range(len(labels.names))) - set(labels.numbers.tolist())):
         raise BadInput(f"{recipe.data} has no readable image of class {labels.names[min(lost)]}: expected some of each")
     classes = f"{counted(len(labels.names), 'class')} by {labels.origin} ({shorten(', '.join(labels.names), 80)})"
-    together = recipe.method in ("greedy", "optimal") and recipe.match_size >= 2
+    together = recipe.method in ("greedy", "optimal") and recipe.match_size not in (0, 1)
     if not together and recipe.method != "semidiscrete":  # no noise depends on other samples
         say(classes)
     elif recipe.match_labels == "yes":
@@ -81,6 +82,8 @@ def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, 
     every process calls it. BadInput for a run of other settings, a loss that is not finite, a full disk.
     """
     pictures = known_of(images) is None
+    fresh = starts_over(out, fresh)
+    recipe = settled(recipe, images.shape, labels, device, None if fresh else out)
     if recipe.flip is None:  # a mirrored latent is not the latent of the mirrored image
         recipe = dataclasses.replace(recipe, flip=pictures)
     run, flow, pool = begin(images, recipe, device, labels)
@@ -135,11 +138,6 @@ def batches_of(images, run: FastTraining, pool: dansm.NoisePool | CoupledBatches
     return loader.batches(images, recipe.batch, flip=recipe.flip, labels=labels.numbers if labels else None, **place)
 
 
-def groups_of(labels: Labels | None, recipe: Recipe) -> int | None:
-    """In how many groups samples are matched; None if all are matched together."""
-    return len(labels.names) if labels and recipe.match_labels == "yes" else None
-
-
 def begin(images, recipe: Recipe, device: torch.device, labels: Labels | None = None) -> tuple:
     """What trains (`FastTraining`), the flow and the pool, or what draws pairs in its place, as they are before the
     first step."""
@@ -158,15 +156,13 @@ def begin(images, recipe: Recipe, device: torch.device, labels: Labels | None = 
         return run, flow, CoupledBatches(images, recipe, device, labels)
     greedy = recipe.method == "greedy"
     size = recipe.match_size if greedy else 0  # other methods use the pool's generator alone
-    dtype = number_type(recipe.pool_dtype, device)
     groups = groups_of(labels, recipe) if greedy else None
     if groups:  # pools are made as their classes come, when an hour may have passed
+        dtype = number_type(recipe.pool_dtype, device)
         owners = processes if recipe.match_scope == "global" else 1
         check_memory(f"--match-size is {size:,} for each of {counted(groups, 'class')}",
                      groups * size // owners * math.prod(images.shape[1:]) * dtype.itemsize, device)
-    pool = dansm.NoisePool(size, images.shape[1:], cost=recipe.cost, device=device, seed=recipe.seed, dtype=dtype,
-                           tf32=recipe.tf32, match_scope=recipe.match_scope, compile=recipe.compile, groups=groups)
-    return run, flow, pool
+    return run, flow, new_pool(recipe, size, images.shape[1:], device, groups)
 
 
 def check(recipe: Recipe, device: torch.device) -> None:

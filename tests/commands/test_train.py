@@ -54,7 +54,7 @@ def test_on_a_cpu_it_is_said_which_network_is_made_for_one(run, images, tmp_path
     options = "train", images, "--steps", 1, "--out", tmp_path / "out", *FAST
     for network, hint in (("small", False), ("ddpm", True)):
         code, said, _ = run(*options, "--network", network, "--fresh")
-        assert code == 0 and ("--network small" in said) == hint
+        assert code == 0 and ("--network tiny" in said) == hint
 
 
 def test_it_is_said_if_the_pool_outlasts_the_training(run, images, tmp_path):
@@ -63,6 +63,7 @@ def test_it_is_said_if_the_pool_outlasts_the_training(run, images, tmp_path):
         out = tmp_path / f"{method}-{steps}"
         said = run("train", images, *FAST, "--steps", steps, "--method", method, "--out", out)[1]
         assert ("--match-size" in said) == hint
+    assert "--match-size 3 " in run("train", images, *FAST, "--match-size", 80, "--steps", 4, "--out", tmp_path)[1]
 
 
 def test_the_exit_code_tells_who_asks_whether_all_steps_are_done(run, images, tmp_path):

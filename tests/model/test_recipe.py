@@ -24,7 +24,7 @@ FREE = {"cache", "channels", "data_on_gpu", "labels", "steps", "minutes", "save_
 
 def test_a_recipe_of_data_alone_has_the_defaults():
     plain = Recipe("cifar10")
-    assert (plain.network, plain.flow, plain.method, plain.match_size) == ("ncsnpp", "rectified", "greedy", 10_000)
+    assert (plain.network, plain.flow, plain.method, plain.match_size) == ("auto", "rectified", "greedy", "auto")
     assert (plain.batch, plain.lr, plain.ema_decay, plain.precision) == (128, 2e-4, (0.9999,), "auto")
     assert (plain.multipliers, plain.minutes, plain.save_minutes, plain.keep, plain.seed) == (None, 0, 5, 3, 0)
 
@@ -45,7 +45,9 @@ WRONG = [
     ("batch", True, "True"), ("batch", 0, "0"), ("batch", 2.0, "2.0"), ("batch", "8.5", "'8.5'"), ("batch", [8], "8"),
     ("batch", None, "None"), ("lr", True, "True"), ("lr", 0, "0"), ("lr", float("nan"), "nan"), ("lr", 10**400, "1"),
     ("minutes", float("inf"), "inf"), ("flip", 1, "1"), ("flip", "yes", "'yes'"),
-    ("network", "vit", "'vit': expected one of ncsnpp, ddpm, small"), ("network", 3, "3"),
+    ("network", "vit", "'vit': expected one of auto, ncsnpp, ddpm, small, tiny"), ("network", 3, "3"),
+    ("match_size", "many", "'many': expected auto, or a whole number of at least 0"), ("match_size", -1, "-1"),
+    ("batch", "auto", "'auto'"),
     ("network", {"width": 3}, "{'width': 3}"), ("method", "hungarian", "'hungarian': expected one of random, greedy"),
     ("data", 3, "3"), ("width", 2, "2: expected a whole number of at least 4"), ("multipliers", [], "empty"),
     ("multipliers", 2, "2"), ("multipliers", [1, 0], "1,0"), ("multipliers", [1, True], "1,True"),
@@ -253,7 +255,7 @@ def test_what_a_recipe_has_of_the_network_replaces_what_its_name_stands_for():
 
 
 def test_attention_at_a_size_that_no_level_has_is_refused():
-    some = Recipe("x", width=8, multipliers=(1, 1, 1), blocks=1, attention_at=(8, 16))
+    some = Recipe("x", network="small", width=8, multipliers=(1, 1, 1), blocks=1, attention_at=(8, 16))
     images = torch.zeros(2, 3, 32, 32)
     assert new_network(images, some).settings["attention_at"] == [8, 16]
     with pytest.raises(BadInput, match=r"--attention-at has 12.*32, 16, 8"):

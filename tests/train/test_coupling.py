@@ -258,7 +258,9 @@ def test_an_error_that_is_not_reached_is_told(solve, capsys):
     assert "shares of 4 of 4 parts may be off by more than 1 % after 6 noises for each sample; the plan serves" in said
 
 
-def test_the_bar_shows_the_error_so_far(solve, capsys):
+def test_the_bar_shows_the_error_so_far(solve, capsys, monkeypatch):
+    monkeypatch.setattr("dansm.scale.base.text.SOON", (0,))
+    monkeypatch.setattr("dansm.scale.base.text.SELDOM", 0)
     solve()
     assert "coupling, shares off by " in capsys.readouterr().out
 
