@@ -4,12 +4,13 @@ arguments, run@images for a row of the proof. It returns rows, the header first.
 
 import csv
 import json
+import math
 import re
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 
-from dansm.scale.studies.proof_runs import RUNS
+from dansm.scale.studies.proof_runs import RUNS, images_to
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
@@ -132,17 +133,25 @@ def continuous():
     return pivot(read("conditions/continuous.csv"), {name: {"coupling": name} for name in shown}, columns)
 
 
-def couple():
-    solvers = {"ours": ("ours", ""), **{f"POT, coordinates / {unit}": ("pot", f"defaults, coordinates / {unit}")
-                                        for unit in (1, 4, 8, 16, 32, 64)}}
-    for average, label in (("0.99", "its default average"), ("0.01", "potential_ema 0.01")):
-        solvers |= {f"ott-jax, {name}, {label}": ("ott", f"{name}, potential_ema {average}")
-                    for name in ("sgd, 0.1 of n · mean norm", "adam, 0.1 of mean norm")}
-    off = numbers("off", 1, " %", 100)
-    columns = {f"{int(images):,} images, {noises}": ({"images": images, "noises": noises}, off)
-               for images in ("500", "2000") for noises in ("50", "150", "500")}
-    rows = {label: {"solver": solver, "settings": settings} for label, (solver, settings) in solvers.items()}
-    return pivot(read("bench/couple/compare.csv"), rows, columns)
+def couple(images):
+    """How far shares are off, for each count of noises by the best of a solver's settings, and the noises to 10 %."""
+    found = read("bench/couple/compare.csv", images=images)
+    budgets = sorted({int(row["noises"]) for row in found})
+    ways = {"ours": ("ours", ".*"), "POT, defaults": ("pot", ".* / 1"), "POT, coordinates divided": ("pot", ".*"),
+            "ott-jax, SGD": ("ott", "sgd.* 0.99"), "ott-jax, Adam": ("ott", "adam.* 0.99"),
+            "ott-jax, SGD, longer average": ("ott", "sgd.*"), "ott-jax, Adam, longer average": ("ott", "adam.*")}
+    lines = [["", *(f"{budget:,} noises" for budget in budgets), "noises to 10 %"]]
+    for label, (solver, settings) in ways.items():
+        best = {}
+        for row in found:
+            if row["solver"] == solver and re.fullmatch(settings, row["settings"]):
+                noises, off = int(row["noises"]), float(row["off"])
+                best[noises] = min(off, best.get(noises, math.inf))
+        if best:
+            to_ten = images_to(0.1, dict(sorted(best.items())))
+            cells = [f"{100 * best[budget]:,.1f} %" if budget in best else "" for budget in budgets]
+            lines.append([label, *cells, f"{to_ten:,.0f}" if to_ten else f"over {max(best):,}"])
+    return lines
 
 
 def couple_cifar10(images):
