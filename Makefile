@@ -72,8 +72,8 @@ proof: $(READY)  ## does matching pay? trains and evaluates what runs/proof lack
 clean:  ## remove the environment and the caches; runs and data stay
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info
 
-.venv/ready: pyproject.toml
+.venv/ready: pyproject.toml tests/examples/peers.txt
 	python3 -m venv .venv
 	.venv/bin/python -m pip install --quiet -e '.[dev]'
-	.venv/bin/python -m pip install --quiet --no-deps torchcfm
+	.venv/bin/python -m pip install --quiet --no-deps -r tests/examples/peers.txt
 	touch $@
