@@ -47,7 +47,6 @@ def scaled(part: str):
 
 # ------------ 1  Matching ---------------------------------------------------------------------------------------------
 
-COSTS = ("squared", "inner")
 METHODS = ("random", "greedy", "semidiscrete", "optimal", "nearest")
 
 
@@ -71,6 +70,9 @@ def squared_norms(x: Tensor) -> Tensor:
     return at_least_float32(rows(x)).square().sum(1)
 
 
+COSTS = {"squared": squared_norms, "inner": lambda z: 0 * squared_norms(z)}  # of z alone; −2⟨x, z⟩ comes to it
+
+
 def inner_products(x: Tensor, z: Tensor) -> Tensor:
     """⟨x_i, z_j⟩ for every i and j. x: (B, ...), z: (M, ...) → (B, M), in float32 at least."""
     x, z = rows(x), rows(z)
@@ -90,18 +92,16 @@ def cost_matrix(x: Tensor, z: Tensor, cost: str = "squared") -> Tensor:
 
     "squared"  ‖z‖² − 2⟨x, z⟩: the paper's ‖x − z‖² without ‖x‖², which is the same for every noise and, where it is
                large, would only round the rest away. (The paper takes the mean over D, not the sum: the same order.)
-    "inner"    −⟨x, z⟩, as Σ‖z‖² over a whole pool is the same for every pairing. Greedy picks come nearer to the best
+    "inner"    −2⟨x, z⟩, as Σ‖z‖² over a whole pool is the same for every pairing. Greedy picks come nearer to the best
                by it, and yet samples of images mostly get worse (docs/results.md).
     """
     check_choice("cost", cost, COSTS)
-    return costs_from(inner_products(x, z), squared_norms(z), cost)
+    return costs_from(inner_products(x, z), COSTS[cost](z))
 
 
-def costs_from(products: Tensor, z_squared: Tensor, cost: str) -> Tensor:
-    """Turn inner products (B, M) into costs, in place. z_squared: (M,), the noises' ‖z‖²."""
-    if cost == "inner":
-        return products.neg_()
-    return torch.sub(z_squared, products, alpha=2, out=products)
+def costs_from(products: Tensor, own: Tensor) -> Tensor:
+    """Turn inner products (B, M) into costs, in place. own: (M,), what each noise costs whoever takes it, by COSTS."""
+    return torch.sub(own, products, alpha=2, out=products)
 
 
 def greedy(cost: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ class NoisePool:
     the noises handed out are exactly those drawn: the prior stays N(0, I).
 
     match_size, shape  number of noises, 0 or 1 for random pairs; shape of one sample, (C, H, W) or any other
-    cost        "squared" or "inner", see `cost_matrix`
+    cost        "squared", the paper's, or "inner", see `cost_matrix`; in scale/ also "priced", the default there
     device, dtype  of the noises: float32 (M × D × 4 bytes), float64, or bfloat16, which takes half the memory
     seed        None: from torch's generator. By torch.distributed each process has its own noises from the same seed
     groups      of samples, such as classes: a pool for each, and z = pool(x, labels); in scale/
@@ -156,6 +156,7 @@ class NoisePool:
 
     dtypes = (torch.float32, torch.float64, torch.bfloat16)  # float16 overflows in the products of long samples
     grouped = False  # whether it is called with labels
+    costs = ("squared", "inner")  # the first is the default
     numbers_per_chunk = 2**23  # each chunk of a pool has a random stream of its own and can be drawn by itself
 
     def __new__(cls, *args, **settings):
@@ -164,10 +165,10 @@ class NoisePool:
             cls = fast.pool_class(*args, **settings) if fast else cls
         return super().__new__(cls)
 
-    def __init__(self, match_size: int, shape, *, cost: str = "squared", device="cpu", dtype=torch.float32,
+    def __init__(self, match_size: int, shape, *, cost: str | None = None, device="cpu", dtype=torch.float32,
                  seed: int | None = None, groups: int | None = None):
         self.match_size, self.shape = check_count("match_size", match_size, at_least=0), check_shape(shape)
-        self.cost = check_choice("cost", cost, COSTS)
+        self.cost = check_choice("cost", cost or self.costs[0], self.costs)
         if groups is not None:
             raise BadInput(f"groups is {groups}: expected None where dansm.py is alone, pools for groups are in scale/")
         self.seed = torch.randint(2**31, ()).item() if seed is None else check_count("seed", seed, at_least=0)
@@ -336,7 +337,7 @@ def members_of(labels: Tensor | None, samples: int, groups: int) -> dict[int, Te
     return {group: (labels == group).nonzero()[:, 0] for group in labels.unique().tolist()}
 
 
-def pairs(batches: Iterable, method: str = "greedy", match_size: int = 10_000, *, cost: str = "squared",
+def pairs(batches: Iterable, method: str = "greedy", match_size: int = 10_000, *, cost: str | None = None,
           seed: int | None = None, pool: NoisePool | None = None, groups: int | None = None) -> Iterator[tuple]:
     """Pair every batch x with noises z and yield (x, z), or (x, z, labels), the same batches in the same order.
 
@@ -347,13 +348,13 @@ def pairs(batches: Iterable, method: str = "greedy", match_size: int = 10_000, *
                 "optimal"  linear assignment of match_size samples to as many noises, or "nearest", the nearest of
                            match_size fresh ones: to compare with. These three are in dansm.scale.matching.others
     match_size  noises in the pool, samples assigned at once, or noises drawn for each sample, by method
-    cost, seed  see `cost_matrix`, `NoisePool`
+    cost, seed  see `cost_matrix`, `NoisePool`; None: the pool's default, "squared" for "optimal" and "nearest"
     pool        to use, as when a run resumes: "greedy" takes its match_size and cost too, others its generator alone
     groups      match within labels from 0 to groups − 1 ("random" and "nearest" need not); None: whatever the labels
     Raises BadInput for an unknown method or cost, a match_size that is no whole number, a batch of another shape.
     """
     check_choice("method", method, METHODS)
-    check_choice("cost", cost, COSTS)
+    check_choice("cost", cost, (None, "priced", *COSTS))
     match_size = check_count("match_size", match_size, at_least=method in ("optimal", "nearest"))
     groups = groups if groups is None else check_count("groups", groups)
     if method == "greedy" and pool is not None and groups not in (None, getattr(pool, "groups", None)):
@@ -365,7 +366,7 @@ def pairs(batches: Iterable, method: str = "greedy", match_size: int = 10_000, *
     return fast.pairs_to_compare(iter(batches), method, match_size, cost, seed, pool, groups)
 
 
-def _pairs(batches: Iterator, method: str, match_size: int, cost: str, seed: int | None, pool: NoisePool | None,
+def _pairs(batches: Iterator, method: str, match_size: int, cost: str | None, seed: int | None, pool: NoisePool | None,
            groups: int | None) -> Iterator[tuple]:
     for batch in batches:
         x, *labels = parts_of(batch)

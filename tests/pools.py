@@ -6,10 +6,11 @@ import math
 import numpy as np
 import torch
 
+import dansm
 from dansm import NoisePool, noise_generator
 from dansm.scale.matching.pool import FastPool
 
-COSTS = ["squared", "inner"]
+COSTS = list(dansm.COSTS)
 KINDS = ["random", "whole numbers", "one cluster", "the same"]
 CHANGES = {
     "as drawn": lambda noise: noise.clone(),

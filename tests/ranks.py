@@ -8,7 +8,7 @@ from dansm import BadInput, NoisePool
 # match_size, samples of each rank in each batch (by rank, in turn), kind of data
 CASES = [
     (24, [[3, 3, 3], [2, 0, 5], [9, 1, 7]], "random"),  # unequal batches, an empty one, a refill inside
-    (120, [[4, 4, 4]] * 12, "random"),  # several pools, the rounds and the nearly empty end
+    (120, [[6, 6, 6]] * 20, "random"),  # several pools, the rounds and the nearly empty end
     (60, [[8, 8, 8]] * 3, "one cluster"),  # everybody wants the same noises
     (60, [[8, 8, 8]] * 3, "equal"),  # only the labels decide
     (12, [[30, 2, 30]], "random"),  # a batch of several pools
@@ -113,7 +113,7 @@ def one_rank(rank, ranks, folder):
     results = {}
     for case, (match_size, batches, kind) in enumerate(CASES):
         match_size = match_size // ranks * ranks
-        for cost in ("squared", "inner"):
+        for cost in ("squared", "inner", "priced"):
             pool = NoisePool(match_size, (5,), cost=cost, dtype=torch.float64, seed=case, match_scope="global")
             pool.chunk = 7  # so that chunks lie across the ranks' borders
             out = []

@@ -53,7 +53,7 @@ def training_pairs(way: str, settings: Settings, seed: int) -> Iterator[tuple]:
         match_size //= groups
     generator = torch.Generator().manual_seed(seed_for("data", seed))
     drawn = ([part.to(settings.device) for part in labelled_moons(BATCH, generator)] for _ in count())
-    return dansm.pairs(drawn, method, match_size, seed=seed_for("noise", seed), groups=groups)
+    return dansm.pairs(drawn, method, match_size, cost="squared", seed=seed_for("noise", seed), groups=groups)
 
 
 def train_and_measure(settings: Settings, way: str, seed: int) -> tuple[dict, Tensor, Tensor, Tensor, Tensor]:

@@ -76,7 +76,8 @@ def paired(images: Tensor, way: str, settings: Settings, seed: int) -> Iterator[
     draw = np.random.default_rng(seed)
     picks = (torch.from_numpy(draw.integers(len(images), size=settings.batch)) for _ in count())
     match_size = settings.batch if way == "optimal" else settings.match_size
-    return dansm.pairs((images[pick.to(images.device)] for pick in picks), way, match_size, seed=seed)
+    return dansm.pairs((images[pick.to(images.device)] for pick in picks), way, match_size, cost="squared",
+                       seed=seed)
 
 
 def draw_picture(result: dict, settings: Settings, samples: dict[str, dict[int, Tensor]], path: Path) -> None:

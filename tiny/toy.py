@@ -81,7 +81,7 @@ def training_pairs(shape: str, method: str, match_size: int, seed: int, device="
     if method == "semidiscrete":
         known = torch.cat(list(islice(batches, math.ceil(match_size / BATCH))))[:match_size]
         return pairs_of_known(known, seed_for("noise", seed))
-    return dansm.pairs(batches, method, match_size, seed=seed_for("noise", seed))
+    return dansm.pairs(batches, method, match_size, cost="squared", seed=seed_for("noise", seed))
 
 
 def pairs_of_known(x: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -16,6 +16,7 @@ from ..base.machine import free_memory
 from ..base.statistics import squared_distances
 from ..matching import gpu
 from ..matching.others import Assignment, nearest_of_k, optimal
+from ..matching.pool import FastPool
 from ..matching.products import products
 from . import clock
 from .clock import image_like, milliseconds, spread, timed
@@ -56,12 +57,12 @@ def ways(x: Tensor, match_size: int, seed: int) -> dict[str, tuple[int, float, C
         return spread(timed(x.device, repeats, work, x, torch.randn(match_size, *x.shape[1:], device=x.device)))
 
     found = {LOOP: (2 * pool, 1, lambda: on_full_pool(3, paper_loop))}
-    for cost in dansm.COSTS:
+    for cost in FastPool.costs:
         found[f"ours, {cost}"] = pool, 1.5, partial(life, cost=cost)
     found[f"ours, {GROUPS} groups"] = pool, 1.5, partial(life_of_groups, x, match_size, seed)
     if x.device.type == "cuda":
-        found["ours, tf32"] = pool, 1.5, partial(life, tf32=True)
-        found["ours, bf16"] = pool // 2, 1.5, partial(life, dtype=torch.bfloat16)
+        found["ours, tf32"] = pool, 1.5, partial(life, cost="squared", tf32=True)
+        found["ours, bf16"] = pool // 2, 1.5, partial(life, cost="squared", dtype=torch.bfloat16)
     found["bare product"] = 2 * pool, 1, lambda: on_full_pool(15, lambda x, z: products(x.flatten(1), z.flatten(1)))
     found["nearest of k"] = 3 * pool, 1, lambda: spread(timed(x.device, 5, nearest_of_k, x, match_size))
     for name, solve in assignments(x.device).items():
@@ -107,7 +108,8 @@ def life_of_a_pool(x: Tensor, match_size: int, seed: int, **settings) -> dict:
 
 def life_of_groups(x: Tensor, match_size: int, seed: int) -> dict:
     """Time batches of all groups, whose pools hold match_size noises together, after a life that is not counted."""
-    pool = dansm.NoisePool(max(2, match_size // GROUPS), x.shape[1:], device=x.device, seed=seed, groups=GROUPS)
+    pool = dansm.NoisePool(max(2, match_size // GROUPS), x.shape[1:], cost="squared", device=x.device, seed=seed,
+                           groups=GROUPS)
     batches = max(5, -(-match_size // len(x)))
     samples = [image_like(len(x), x.shape[1:], seed + number, x.device) for number in range(min(batches, 16))]
     labels = torch.randint(GROUPS, (len(x),), generator=torch.Generator().manual_seed(seed))
@@ -178,7 +180,7 @@ def floor_ms(rates: dict, row: dict, batch: int, numbers: int) -> float:
 
 def spread_life(x: Tensor, match_size: int, seed: int) -> Iterator[dict]:
     """The row of the life of a pool over all ranks, after one that is not counted: times, and megabytes received."""
-    pool = dansm.NoisePool(match_size, x.shape[1:], device=x.device, seed=seed, match_scope="global")
+    pool = dansm.NoisePool(match_size, x.shape[1:], cost="squared", device=x.device, seed=seed, match_scope="global")
     batches = -(-match_size // (len(x) * pool.ranks))
     times, received = [], []
     for _ in range(2 * batches):

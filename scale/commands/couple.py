@@ -109,7 +109,7 @@ def compared(images, coupling: FastSemidiscrete, *, flip: bool, labels: np.ndarr
     even, shares = shares_of(coupling, error)
     one_pool = f"pool of {pool:,}" + ", labels ignored" * (labels is not None)
     ways = {"random": (even, dansm.pairs(shuffled(), "random", seed=seed)),
-            one_pool: ({}, dansm.pairs(shuffled(), "greedy", pool, seed=seed)),
+            one_pool: ({}, dansm.pairs(shuffled(), "greedy", pool, cost="squared", seed=seed)),
             "coupling": (shares, pairs_of(coupling, samples, batch, labels is not None))}
     return [{"pairs": name} | of_way | measured(pairs, steps, name, pool if name == one_pool else None)
             for name, (of_way, pairs) in ways.items()]

@@ -79,11 +79,13 @@ class KernelGroupedPool(FastGroupedPool, KernelPool):
         for pool, _, _ in waiting:
             if pool.left == 0:
                 pool._refill()
-        now = [(pool, first, min(samples, pool.left)) for pool, first, samples in waiting]
-        later = [(pool, first + pool.left, samples - pool.left)
-                 for pool, first, samples in waiting if samples > pool.left]
+        now = [(pool, first, min(samples, pool._at_most(pool.left))) for pool, first, samples in waiting]
+        later = [(pool, first + served, samples - served)
+                 for (pool, first, samples), (_, _, served) in zip(waiting, now, strict=True) if samples > served]
         take(self, x, z, order, now)
-        for pool, _, _ in now:
+        for pool, first, samples in now:
+            if pool.prices and pool.prices.missing:
+                pool._learn(x[moved(order[first : first + samples], x.device)])
             pool._draw_ahead()
         return later
 
@@ -92,7 +94,7 @@ def take(grouped: KernelGroupedPool, x: Tensor, z: Tensor, order: np.ndarray, pa
     """Match samples of x: (B, D) → the same rows of z: (B, D). order: the numbers of at most 256 samples; parts: pools
     with enough noises left. x begins at a multiple of 16 bytes."""
     wide = kernels.in_lines(grouped.rows)
-    rows = [(pool.noise.data_ptr(), pool.squared.data_ptr(), pool.index.data_ptr(), pool.place.data_ptr(),
+    rows = [(pool.noise.data_ptr(), pool.own.data_ptr(), pool.index.data_ptr(), pool.place.data_ptr(),
              first * wide, pool.left, first, samples) for pool, first, samples in parts]
     rows.sort(key=itemgetter(5))  # those with few noises left first
     in_turn = sum(row[5] <= kernels.FEW for row in rows)

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dansm import costs_from, greedy, squared_norms
+from dansm import COSTS, costs_from, greedy
 
 from ..base.launch import compiles_only, compiling_ahead, launch, on
 from .pool import DataCheck, FastPool
@@ -37,20 +37,20 @@ FEW = 1024  # with so few noises left, a list would hold all of them: samples ar
 NOBODY = tl.constexpr(2**31 - 1)
 
 
-# Of `table`: the addresses of noise, squared, index and place, where the products begin, left, first sample, samples.
+# Of `table`: the addresses of noise, own, index and place, where the products begin, left, first sample, samples.
 # Behind the rows of all groups it holds the number in the batch of each sample, sorted by group.
 COLUMNS = tl.constexpr(8)
 
 
 @triton.jit
-def _group(table, group, products, squared, index, place):
+def _group(table, group, products, own, index, place):
     """What the kernels are given for one pool, of a group; and the first of its samples."""
     row = table + COLUMNS * group
-    squared = tl.load(row + 1).to(squared.dtype)
+    own = tl.load(row + 1).to(own.dtype)
     index = tl.load(row + 2).to(index.dtype)
     place = tl.load(row + 3).to(place.dtype)
     left, first, samples = tl.load(row + 5).to(tl.int32), tl.load(row + 6).to(tl.int32), tl.load(row + 7).to(tl.int32)
-    return products + tl.load(row + 4), squared, index, place, left, tl.cdiv(left, 16) * 16, samples, first
+    return products + tl.load(row + 4), own, index, place, left, tl.cdiv(left, 16) * 16, samples, first
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -77,11 +77,11 @@ def _nearest(cost, label):
 
 
 @triton.jit
-def _costs(products, squared, index, sample, places, left, wide, SQUARED: tl.constexpr):
+def _costs(products, own, index, sample, places, left, wide):
     """Cost and label of the noises at these places, for one sample; inf and NOBODY beyond the last."""
     there = places < left
     cost = tl.load(products + sample * tl.cast(wide, tl.int64) + places, mask=there, other=0.0)
-    cost = tl.load(squared + places, mask=there, other=0.0) - 2 * cost if SQUARED else -cost
+    cost = tl.load(own + places, mask=there, other=0.0) - 2 * cost
     cost = tl.where(there & (cost == cost), cost, float("inf"))  # NaN is as far as can be
     return cost, tl.load(index + places, mask=there, other=NOBODY)
 
@@ -93,7 +93,7 @@ def _tell(found, infinite):
 
 
 @triton.jit(do_not_specialize=["left", "wide"])
-def _shortlist(lists, found, products, squared, index, left, wide, table, SQUARED: tl.constexpr, KEEP: tl.constexpr,
+def _shortlist(lists, found, products, own, index, left, wide, table, KEEP: tl.constexpr,
                LANES: tl.constexpr, GROUPED: tl.constexpr):
     """Fill lists: (samples, KEEP) labels, nearest first; i + 1 of sample i, as only the i samples before it can be in
     its way. Each lane remembers the four nearest that it met. Once a lane has given up all four, another noise that it
@@ -101,18 +101,18 @@ def _shortlist(lists, found, products, squared, index, left, wide, table, SQUARE
     sample = tl.program_id(0)
     if GROUPED:
         group = tl.program_id(2)
-        products, squared, index, _, left, wide, samples, first = _group(table, group, products, squared, index, index)
+        products, own, index, _, left, wide, samples, first = _group(table, group, products, own, index, index)
         if sample >= samples:
             return
         lists += first * KEEP
     lane = tl.arange(0, LANES)
-    c1, l1 = _costs(products, squared, index, sample, lane + left, left, wide, SQUARED)  # none: inf and NOBODY
+    c1, l1 = _costs(products, own, index, sample, lane + left, left, wide)  # none: inf and NOBODY
     c2, l2 = c1, l1
     c3, l3 = c1, l1
     c4, l4 = c1, l1
     infinite = l1 != NOBODY
     for start in range(0, left, LANES):
-        c, label = _costs(products, squared, index, sample, start + lane, left, wide, SQUARED)
+        c, label = _costs(products, own, index, sample, start + lane, left, wide)
         infinite |= (label != NOBODY) & (tl.abs(c) == float("inf"))
         worse, worse_label = _farther(c1, l1, c, label)
         c1, l1 = _nearer(c1, l1, c, label)
@@ -138,27 +138,27 @@ def _shortlist(lists, found, products, squared, index, left, wide, table, SQUARE
 
 
 @triton.jit
-def _nearest_not_taken(products, squared, index, place, sample, left, wide, SQUARED: tl.constexpr, LANES: tl.constexpr):
+def _nearest_not_taken(products, own, index, place, sample, left, wide, LANES: tl.constexpr):
     """The label of the nearest noise in the whole row whose place is not marked as taken."""
     lane = tl.arange(0, LANES)
-    best, best_label = _costs(products, squared, index, sample, lane + left, left, wide, SQUARED)
+    best, best_label = _costs(products, own, index, sample, lane + left, left, wide)
     for start in range(0, left, LANES):
-        cost, label = _costs(products, squared, index, sample, start + lane, left, wide, SQUARED)
+        cost, label = _costs(products, own, index, sample, start + lane, left, wide)
         free = tl.load(place + label, mask=label != NOBODY, other=-1, volatile=True) >= 0
         best, best_label = _nearer(best, best_label, tl.where(free, cost, float("inf")), tl.where(free, label, NOBODY))
     return _nearest(best, best_label)
 
 
 @triton.jit(do_not_specialize=["left", "wide", "samples", "start"])
-def _choose(picks, movers, lists, found, products, squared, index, place, left, wide, samples, table, start,
-            SQUARED: tl.constexpr, KEEP: tl.constexpr, LANES: tl.constexpr, SAMPLES: tl.constexpr,
+def _choose(picks, movers, lists, found, products, own, index, place, left, wide, samples, table, start,
+            KEEP: tl.constexpr, LANES: tl.constexpr, SAMPLES: tl.constexpr,
             IN_TURN: tl.constexpr, GROUPED: tl.constexpr):
     """Write the place of each sample's noise into picks, and the place of the noise that moves there into movers, −1
-    for none. Updates squared, index and place for the pool of left − samples noises."""
+    for none. Updates own, index and place for the pool of left − samples noises."""
     i = tl.arange(0, SAMPLES)
     if GROUPED:
         group = start + tl.program_id(2)
-        products, squared, index, place, left, wide, samples, first = _group(table, group, products, squared, index,
+        products, own, index, place, left, wide, samples, first = _group(table, group, products, own, index,
                                                                              place)
         picks, movers, lists = picks + first, movers + first, lists + first * KEEP
     if IN_TURN:  # few noises: a row is no longer than a list would be, and which are taken fits into registers
@@ -166,11 +166,11 @@ def _choose(picks, movers, lists, found, products, squared, index, place, left, 
         free = lane < left
         pick = tl.full([SAMPLES], -1, tl.int32)
         infinite = lane < 0
-        next_cost, label = _costs(products, squared, index, 0, lane, left, wide, SQUARED)
+        next_cost, label = _costs(products, own, index, 0, lane, left, wide)
         for sample in range(samples):
             cost = next_cost
             following = tl.minimum(sample + 1, samples - 1)  # loaded before it is needed
-            next_cost, label = _costs(products, squared, index, following, lane, left, wide, SQUARED)
+            next_cost, label = _costs(products, own, index, following, lane, left, wide)
             infinite |= free & (tl.abs(cost) == float("inf"))
             cost = tl.where(free, cost, float("inf"))
             nearest = _nearest(cost, tl.where(free, label, NOBODY))
@@ -198,7 +198,7 @@ def _choose(picks, movers, lists, found, products, squared, index, place, left, 
                     tl.debug_barrier()
                     tl.store(place + pick, tl.where(at >= 0, -2 - at, at), mask=i < first)  # marked; undone below
                     tl.debug_barrier()
-                    nearest = _nearest_not_taken(products, squared, index, place, first, left, wide, SQUARED, LANES)
+                    nearest = _nearest_not_taken(products, own, index, place, first, left, wide, LANES)
                     pick = tl.where(i == first, nearest, pick)
                 waiting = first < samples
         tl.debug_barrier()
@@ -219,12 +219,12 @@ def _choose(picks, movers, lists, found, products, squared, index, place, left, 
     mover = tl.max(tl.where(fits, (end + i)[None, :], -1), 1)
     tl.store(movers + i, mover, mask=here)
     moved = tl.load(index + mover, mask=gap, other=0)
-    norm = tl.load(squared + mover, mask=gap, other=0.0)
+    moved_own = tl.load(own + mover, mask=gap, other=0.0)
     tl.debug_barrier()
     tl.store(place + pick, -1, mask=here)
     tl.store(place + moved, at, mask=gap)
     tl.store(index + at, moved, mask=gap)
-    tl.store(squared + at, norm, mask=gap)
+    tl.store(own + at, moved_own, mask=gap)
 
 
 @triton.jit(do_not_specialize=["width"])
@@ -323,17 +323,17 @@ def choose(z: Tensor, pool: KernelPool, found: Tensor, memory: tuple[Tensor, ...
     inner, picks, movers, lists = memory
     grouped = table is not None
     table = table if grouped else pool.index  # which nobody looks at
-    squared, keep, width = pool.cost == "squared", KEEP[most > MANY], z.shape[1]
-    row, ends = (found, inner, pool.squared, pool.index), (pool.left, in_lines(pool.left))
+    keep, width = KEEP[most > MANY], z.shape[1]
+    row, ends = (found, inner, pool.own, pool.index), (pool.left, in_lines(pool.left))
     if in_turn < groups:
         grid = samples, 1, groups
-        fast_launch(_shortlist, grid, z, (lists, *row, *ends, table), (squared, keep, LANES, grouped), warps=8)
+        fast_launch(_shortlist, grid, z, (lists, *row, *ends, table), (keep, LANES, grouped), warps=8)
     for start, end, lanes in ((0, in_turn, FEW), (in_turn, groups, LANES)):
         if start < end:
             few = end == in_turn
             fast_launch(_choose, (1, 1, end - start), z,
                     (picks, movers, lists, *row, pool.place, *ends, samples, table, start),
-                    (squared, keep, lanes, SAMPLES, few, grouped), warps=4 if few else 8)
+                    (keep, lanes, SAMPLES, few, grouped), warps=4 if few else 8)
     block = min(4096, 1 << (width - 1).bit_length())
     grid = samples, -(-width // block), groups
     fast_launch(_hand_out, grid, z, (z, pool.noise, picks, movers, width, table), (block, grouped), warps=4)
@@ -357,7 +357,7 @@ def one_by_one(pools: list[KernelPool], x: Tensor) -> Tensor:
     return torch.cat([take(pool, x) for pool in pools])
 
 
-def try_out(device: torch.device, cost: str, dtype: torch.dtype, tf32: bool, match=one_by_one) -> None:
+def try_out(device: torch.device, dtype: torch.dtype, tf32: bool, match=one_by_one) -> None:
     """Match a few samples by the kernels and the plain way on this device. Raises where they differ or nothing runs."""
     generator = torch.Generator(device).manual_seed(0)
     # Whole numbers: every precision multiplies them exactly, and of many equal costs the first must win.
@@ -365,19 +365,19 @@ def try_out(device: torch.device, cost: str, dtype: torch.dtype, tf32: bool, mat
     x, noise = x.split((16, FEW + 32))
     label = torch.arange(len(noise), dtype=torch.int32, device=device)
     samples, noises = x.to(dtype), noise.to(dtype)
-    norms = squared_norms(noises)
+    own = COSTS["squared"](noises)
     lefts = FEW + 20, FEW
 
     def picked():
-        pools = [SimpleNamespace(noise=noises.clone(), squared=norms.clone(), index=label.clone(), place=label.clone(),
-                                 left=left, rows=len(noises), cost=cost, tf32=tf32, data_check=DataCheck((8,), device),
+        pools = [SimpleNamespace(noise=noises.clone(), own=own.clone(), index=label.clone(), place=label.clone(),
+                                 left=left, rows=len(noises), tf32=tf32, data_check=DataCheck((8,), device),
                                  scratch=None) for left in lefts]
         with on(device):
             return match(pools, samples)
 
     with compiling_ahead(device):
         picked()
-    plain = torch.cat([noises[greedy(costs_from(products(samples, noises[:left], tf32), norms[:left], cost))]
+    plain = torch.cat([noises[greedy(costs_from(products(samples, noises[:left], tf32), own[:left]))]
                        for left in lefts])
     for _ in range(2):  # compiled, and launched again
         if not torch.equal(picked(), plain):

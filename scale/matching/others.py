@@ -21,6 +21,7 @@ from dansm import (
     check_sides,
     check_tensor,
     cost_matrix,
+    costs_from,
     members_of,
     parts_of,
     rows,
@@ -74,13 +75,12 @@ def nearest_of_k(x: Tensor, k: int, cost: str = "squared", generator: torch.Gene
     for samples, out in zip(flat.split(block), nearest.split(block), strict=True):
         z = torch.randn(len(samples), k, flat.shape[1], device=x.device, generator=generator)
         scores = torch.einsum("bkd,bd->bk", z, samples)
-        if cost == "squared":
-            scores -= z.square().sum(2) / 2  # ‖x − z‖² = ‖x‖² − 2 (⟨x, z⟩ − ‖z‖²/2)
-        out.copy_(z[torch.arange(len(samples), device=x.device), scores.argmax(1)])
+        costs = costs_from(scores, COSTS[cost](z.flatten(0, 1)).view(scores.shape))
+        out.copy_(z[torch.arange(len(samples), device=x.device), costs.argmin(1)])
     return nearest.view(x.shape).to(x)
 
 
-def pairs_to_compare(batches: Iterator, method: str, match_size: int, cost: str, seed: int | None,
+def pairs_to_compare(batches: Iterator, method: str, match_size: int, cost: str | None, seed: int | None,
                      pool: NoisePool | None, groups: int | None) -> Iterator[tuple[Tensor, ...]]:
     """`dansm.pairs` by "optimal", "nearest" or "semidiscrete". The pool is asked for fresh noises alone."""
     if method == "semidiscrete":
@@ -88,6 +88,7 @@ def pairs_to_compare(batches: Iterator, method: str, match_size: int, cost: str,
             raise BadInput("a pool is given: expected none for semidiscrete pairs, which use no pool")
         yield from _semidiscrete_pairs(list(batches), seed, groups)
         return
+    cost = cost if cost in COSTS else "squared"  # prices are of a pool
     for batch in batches:
         x, *labels = parts_of(batch)
         if pool is None:

@@ -3,6 +3,7 @@
 import math
 import warnings
 from bisect import bisect_left
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,9 +28,12 @@ from dansm import (
 
 from ..base.machine import free_memory
 from . import gpu, inside
+from .prices import Prices, references_of
 from .products import products
 
 SCOPES = ("rank", "global")
+PRICED = "priced"
+PRICES = 2**31 + 2  # a stream that no pool and no coupling has
 AUTO = "auto"  # a match_size that `expected` samples empty EMPTIED times or more
 EMPTIED = 10
 MOST = {"cpu": 10_000}  # noises of such a pool, where each batch takes longer with more; on other devices:
@@ -37,24 +41,27 @@ MOST_ELSEWHERE = 100_000
 SHARE = 4  # of the free memory it takes a quarter, as a training needs the rest
 
 
-def pool_class(match_size=0, shape=(), *, cost: str = "squared", device="cpu", dtype=torch.float32, tf32: bool = False,
+def pool_class(match_size=0, shape=(), *, device="cpu", dtype=torch.float32, tf32: bool = False, grid=None,
                match_scope: str = "rank", compile: bool = True, groups: int | None = None, **others) -> type[NoisePool]:
     """The class that serves a pool with these arguments best."""
     if "fast" in others:
         raise BadInput("fast is now called tf32: expected NoisePool(…, tf32=True)")
-    check_choice("cost", cost, COSTS)
     check_choice("dtype", dtype, NoisePool.dtypes)
     check_choice("match_scope", match_scope, SCOPES)
+    if grid is not None:
+        from .coarse import CoarsePool
+
+        return CoarsePool
     if match_scope == "global":
         from .groups import SpreadGroupedPool, SpreadPool
 
         return SpreadPool if groups is None else SpreadGroupedPool
     if compile and match_size not in (0, 1) and torch.device(device).type == "cuda":
         at = torch.empty(0, device=device).device
-        if groups is None and (kernels := gpu.working("kernels", at, cost, dtype, tf32)):
+        if groups is None and (kernels := gpu.working("kernels", at, dtype, tf32)):
             return kernels.KernelPool
         # A GPU multiplies no float64 in the kernel that does so for all groups.
-        if groups and dtype != torch.float64 and (kernels := gpu.working("group_kernels", at, cost, dtype, tf32)):
+        if groups and dtype != torch.float64 and (kernels := gpu.working("group_kernels", at, dtype, tf32)):
             return kernels.KernelGroupedPool
     from .groups import FastGroupedPool
 
@@ -69,6 +76,9 @@ class FastPool(inside.OfOneProcess, NoisePool):
     match_size   None makes it as large as `memory` allows; "auto" such that the `expected` samples empty it ten times
                  or more, of 100,000 noises at most (on a CPU 10,000), in `memory` or a quarter of what is free. From a
                  saved state such a pool takes its size. `why` tells what decided
+    cost         "priced" too, the default: what a noise costs whoever takes it, ‖z‖² by "squared", is told from the
+                 first samples that come, see `dansm.scale.matching.prices`. Samples get nearer noises, the last of a
+                 pool almost as near as the first
     tf32         multiply float32 in tf32 on a GPU. Faster; up to four samples in a hundred take another noise, equally
                  near on average (paths change by less than 4e-5 of their length)
     memory       gigabytes that the pool and its matching may use; without it, what the device has free
@@ -91,17 +101,19 @@ class FastPool(inside.OfOneProcess, NoisePool):
     Raises BadInput as `NoisePool` does, and for a pool that does not fit, before anything is allocated.
     """
 
+    costs = (PRICED, *COSTS)
     served_at_once = 256  # samples; with more the matrix product gains nothing
+    costs_at_once = 2**28  # a gigabyte
     cost_copies = 5  # of the costs of one batch, that exist at the same time
     rank, ranks = 0, 1  # among the ranks that share the pool
     groups = 1  # whose pools share the memory
 
-    def __init__(self, match_size: int | str | None, shape, *, cost: str = "squared", device="cpu",
+    def __init__(self, match_size: int | str | None, shape, *, cost: str | None = None, device="cpu",
                  dtype=torch.float32, seed: int | None = None, tf32: bool = False, memory: float | None = None,
                  match_scope: str = "rank", compile: bool = True, groups: None = None, expected: int | None = None):
         super().__init__(0, shape, cost=cost, device=device, dtype=dtype, seed=seed)
         self.tf32 = tf32
-        self.squared = squared_norms(self.noise)
+        self.own = squared_norms(self.noise)  # what each noise costs whoever takes it
         self.data_check = DataCheck(self.shape, self.noise.device)
         self.chunk = max(1, self.numbers_per_chunk // self.shape.numel())
         expected = expected if expected is None else check_count("expected", expected)
@@ -112,6 +124,7 @@ class FastPool(inside.OfOneProcess, NoisePool):
             warnings.warn(f"{expected:,} samples do not empty {self.groups * self.match_size:,} noises, of which they "
                           f"take the nearest: these are not N(0, I); a match_size of at most {safe:,} is safe",
                           stacklevel=2)
+        self.prices = Prices(self.match_size, self.noise) if self.cost == PRICED else None
         self._forget()
         with torch.inference_mode(False):
             self.calls, self.handle = torch.zeros((), dtype=torch.int64), inside.handle_of(self)
@@ -156,9 +169,31 @@ class FastPool(inside.OfOneProcess, NoisePool):
         """Match x: (B, D) from this pool and, where it ends, from the next."""
         if self.left == 0:
             self._refill()
-        z = self._take(x[: self.left])
+        now = x[: self._at_most(self.left)]
+        z = self._take(now)
+        self._learn(now)
         self._draw_ahead()
         return z if len(z) == len(x) else torch.cat([z, self._serve(x[len(z) :])])
+
+    def _own_costs(self, noise: Tensor) -> Tensor:
+        """What noises (M, D) cost whoever takes them, (M,)."""
+        cost = COSTS["squared" if self.cost == PRICED else self.cost]
+        if self.prices and self.prices.known:
+            cost = self.prices
+        return torch.cat([cost(part) for part in noise.split(max(1, 2**21 // noise.shape[1]))])
+
+    def _at_most(self, samples: int) -> int:
+        """How many of these samples to serve before prices may change, so that they change after the same sample
+        whatever the batches."""
+        return min(samples, self.prices.missing or samples) if self.prices else samples
+
+    def _learn(self, samples: Tensor) -> None:
+        """Look at samples (B, D) that were served. Once enough are known, all noises get their prices."""
+        generator = partial(noise_generator, self.seed, self.noise.device, PRICES, *self.stream)
+        if self.prices and self.prices.learn(samples, generator):
+            self.own[: self.left] = self._own_costs(self.noise[: self.left])
+            self.due = self.rows
+            self.drawn = 0  # of the next pool: they are drawn again, the same, with their prices
 
     def _take(self, samples: Tensor) -> Tensor:
         """The nearest free noises, (B, D) → (B, D) with B ≤ left, which leave the pool."""
@@ -170,7 +205,7 @@ class FastPool(inside.OfOneProcess, NoisePool):
 
     def _costs(self, samples: Tensor) -> Tensor:
         """The costs of all free noises, (B, left)."""
-        return costs_from(products(samples, self.noise[: self.left], self.tf32), self.squared[: self.left], self.cost)
+        return costs_from(products(samples, self.noise[: self.left], self.tf32), self.own[: self.left])
 
     def _fill_gaps(self, picks: Tensor) -> None:
         """Move the last free noises into the places of those picked: (B,)."""
@@ -178,7 +213,7 @@ class FastPool(inside.OfOneProcess, NoisePool):
         last = torch.arange(end, self.left, device=picks.device)
         last = last[torch.isin(last, picks, invert=True)]
         gaps = picks[picks < end]
-        for stored in (self.noise, self.squared, self.index):
+        for stored in (self.noise, self.own, self.index):
             stored[gaps] = stored[last]
         self.left = end
 
@@ -203,7 +238,7 @@ class FastPool(inside.OfOneProcess, NoisePool):
         rows = -(-self.rows // 16) * 16  # whole lines of memory, which a GPU multiplies fastest
         try:
             self.noise = self.noise.new_empty(rows, self.noise.shape[1])
-            self.squared = self.squared.new_empty(rows)
+            self.own = self.own.new_empty(rows)
         except RuntimeError as error:  # memory that was free when the pool was made
             needed = self._bytes(self.match_size) / 1e9
             raise BadInput(f"match_size is {self.match_size:,}: the pool needs {needed:,.1f} GB, more than "
@@ -218,7 +253,7 @@ class FastPool(inside.OfOneProcess, NoisePool):
             if self.due < self.left:
                 break
             self._draw(self.number + 1, chunk, self.noise[places])
-            self.squared[places] = squared_norms(self.noise[places])
+            self.own[places] = self._own_costs(self.noise[places])
             self.drawn += places.stop - places.start
 
     def _draw(self, number: int, chunk: int, ours: Tensor) -> Tensor:
@@ -244,7 +279,10 @@ class FastPool(inside.OfOneProcess, NoisePool):
 
     def state_dict(self) -> dict:
         self.settle()
-        return super().state_dict() | {"index": self.index[: self.left].clone()}
+        state = super().state_dict() | {"index": self.index[: self.left].clone()}
+        if self.prices:
+            state |= {"prices": self.prices.state_dict(), "own": self.own[: self.left].clone()}
+        return state
 
     def load_state_dict(self, state: dict) -> None:
         """Resume where `state_dict` was taken, by a pool made with the same arguments, of any seed. From the state of
@@ -257,6 +295,8 @@ class FastPool(inside.OfOneProcess, NoisePool):
         check_state(state | {"made_for": made_for} if foreign else state, made_for)
         self._forget()
         self.seed, self.number = state["seed"], state["number"]
+        if self.prices:
+            self.prices.load_state_dict(state["prices"])
         if foreign:
             inside.warn_of_fresh_noises(state["made_for"], made_for)
             fresh = inside.stream_after(state)
@@ -266,6 +306,8 @@ class FastPool(inside.OfOneProcess, NoisePool):
         self.generator.set_state(state["generator"].cpu())
         if len(state["index"]):
             self._draw_again(state["index"].to(self.noise.device))
+            if self.prices:  # told of other noises together, they could round another way
+                self.own[: self.left] = state["own"].to(self.own)
 
     def _draw_again(self, index: Tensor) -> Tensor:
         """Draw this pool again and keep the noises `index`, in that order. Returns the place of every index, or −1."""
@@ -280,7 +322,7 @@ class FastPool(inside.OfOneProcess, NoisePool):
             noise = self._draw(self.number, chunk, self.noise.new_empty(len(places), self.noise.shape[1]))
             free = places >= 0
             self.noise[places[free]] = noise[free]
-            self.squared[places[free]] = squared_norms(noise)[free]
+            self.own[places[free]] = self._own_costs(noise)[free]
         self._draw_ahead()
         return place
 
@@ -349,8 +391,9 @@ class FastPool(inside.OfOneProcess, NoisePool):
 
     def _kept(self, match_size: int) -> int:
         """Bytes of a pool of as many noises between two calls."""
-        rows = -(-match_size // self.ranks // 16) * 16
-        return rows * (self.shape.numel() * self.noise.element_size() + 16)
+        rows, size = -(-match_size // self.ranks // 16) * 16, self.shape.numel() * self.noise.element_size()
+        references = references_of(match_size, self.shape.numel()) if self.cost == PRICED else 0
+        return rows * (size + 16) + references * size
 
     def _bytes(self, match_size: int, pools: int = 1) -> int:
         """Upper bound, in bytes, on what the pools and one call to them allocate, not counting the batch."""
@@ -363,7 +406,7 @@ class FastPool(inside.OfOneProcess, NoisePool):
 
     def _samples_at_once(self, rows: int) -> int:
         """How many samples of one rank to match together: their costs take at most a gigabyte, their noises 32 MB."""
-        return max(1, min(self.served_at_once, 2**28 // max(1, rows), 2**23 // self.shape.numel()))
+        return max(1, min(self.served_at_once, self.costs_at_once // max(1, rows), 2**23 // self.shape.numel()))
 
 
 def laid_out_like(x: Tensor, z: Tensor) -> Tensor:

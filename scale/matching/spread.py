@@ -50,10 +50,12 @@ class SpreadPool(FastPool):
             if not any(left):
                 self._refill()
                 left = [self.rows] * self.ranks
-            now = slice(served, served + min(sum(left), self.ranks * self._samples_at_once(self.rows)))
+            at_once = self._at_most(min(sum(left), self.ranks * self._samples_at_once(self.rows)))
+            now = slice(served, served + at_once)
             noise, taken = self._hand_out(self._labels(samples[now], left), receiver[now])
             left = [before - gone for before, gone in zip(left, taken, strict=True)]
             z.append(noise)
+            self._learn(samples[now])
             self._draw_ahead()
             served = now.stop
         return torch.cat(z)

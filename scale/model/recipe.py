@@ -89,7 +89,8 @@ class Recipe:
                                   least=0.001, most=1, methods=["semidiscrete"])
     memory: float | None = in_flow("semidiscrete: gigabytes that the coupling takes at most [half of what the device "
                                    "has free]", None, least=1e-6, free=True, methods=["semidiscrete"])
-    cost: str = in_flow("what is near: squared distance, as in the paper, or −⟨x, z⟩", "squared", choices=dansm.COSTS,
+    cost: str = in_flow("what is near: squared distance, as in the paper, inner product, or inner product and a price "
+                        "on each noise that many samples would like", "priced", choices=("priced", *dansm.COSTS),
                         methods=COMPARING)
     match_labels: str = in_flow("with labels: match each class within itself, by a pool of its own", "yes",
                                 choices=("yes", "no"))

@@ -50,7 +50,7 @@ def leakage(images, labels: np.ndarray, match_size: int, *, seed: int, device: t
     ways = couplings(min(match_size, count), int(labels.max()) + 1)
     for name, settings in with_bar(ways.items(), "pairing by class"):
         with closing(loader.batches(images, batch, seed=seed, flip=False, device=device, labels=labels)) as batches:
-            pairs = dansm.pairs(batches, **settings, seed=seed)
+            pairs = dansm.pairs(batches, **settings, cost="squared", seed=seed)
             z, classes = zip(*((z.flatten(1), of_z) for _, z, of_z in islice(pairs, -(-count // batch))), strict=True)
         pool = {name: settings.get(name) for name in ("match_size", "groups")} if settings["method"] == "greedy" else {}
         leak = measure_leak(torch.cat(z)[:count], torch.cat(classes)[:count], **pool)

@@ -97,7 +97,8 @@ def data_pairs(images, match_size: int, count: int, served: int, *, seed: int, d
     kept = torch.from_numpy(np.pad(kept, (0, -len(kept) % batch))).to(device).split(batch)
     parts = []
     with closing(loader.batches(images, batch, seed=seed, flip=False, device=device, labels=labels)) as batches:
-        pairs = dansm.pairs(batches, "greedy" if match_size else "random", match_size, seed=seed, groups=groups)
+        pairs = dansm.pairs(batches, "greedy" if match_size else "random", match_size, cost="squared", seed=seed,
+                            groups=groups)
         for rows in with_bar(kept, f"matching, {match_size:,}" if match_size else "random pairs"):
             parts.append([part.to(device)[rows] for part in next(pairs)])
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))

@@ -40,8 +40,8 @@ def prior(images: Tensor, ways: Iterable[Way] = WAYS, seed: int = 0) -> Iterator
 def paired(images: Tensor, way: Way, seed: int) -> Iterator[Tensor]:
     """The noises (B, D) of each batch that belong to the part, of one for each image or of a whole pool. The images are
     in order in the first epoch, then shuffled."""
-    pool = dansm.NoisePool(way.match_size if way.method == "greedy" else 0, images.shape[1:], device=images.device,
-                           seed=seed, tf32=way.tf32)
+    pool = dansm.NoisePool(way.match_size if way.method == "greedy" else 0, images.shape[1:], cost="squared",
+                           device=images.device, seed=seed, tf32=way.tf32)
     count = max(len(images), way.match_size)
     numbers = torch.Generator().manual_seed(seed)
     epochs = [torch.randperm(len(images), generator=numbers) for _ in range(count // len(images))]

@@ -77,7 +77,7 @@ def match_in_pools(x: Tensor, z: Tensor, match_size: int, way: str) -> Tensor:
     paired = []
     for samples, noises in zip(x.split(match_size), z.split(match_size), strict=True):
         inner_products = products(samples, noises)  # faster than `dansm.cost_matrix`, and rounded as in results/theory
-        cost = dansm.costs_from(inner_products, dansm.squared_norms(noises), "inner" if way == "inner" else "squared")
+        cost = dansm.costs_from(inner_products, dansm.COSTS["inner" if way == "inner" else "squared"](noises))
         if way == "free":
             picks = cost.argmin(1)
         else:

@@ -65,7 +65,7 @@ def test_the_kernels_are_the_papers_loop_noise_for_noise(match_size, sizes, kind
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("cost", "dtype"), [("squared", torch.float32), ("inner", torch.bfloat16)])
+@pytest.mark.parametrize(("cost", "dtype"), [("squared", torch.float32), ("inner", torch.bfloat16), ("priced", torch.float32)])
 def test_both_paths_hand_out_the_same_and_leave_the_pool_the_same(cost, dtype):
     pools = [make(110, (5,), cost=cost, dtype=dtype, seed=3) for make in (plain_pool, pool_of_kernels)]
     x = 0.5 * torch.randn(160, 5, device=DEVICE)
@@ -75,7 +75,7 @@ def test_both_paths_hand_out_the_same_and_leave_the_pool_the_same(cost, dtype):
         states = [pool.state_dict() for pool in pools]
         assert all(torch.equal(states[0][part], states[1][part]) for part in ("index", "generator"))
         left = pools[0].left
-        for kept in ("noise", "squared"):
+        for kept in ("noise", "own"):
             assert torch.equal(getattr(pools[0], kept)[:left], getattr(pools[1], kept)[:left])
 
 

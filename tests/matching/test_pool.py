@@ -157,15 +157,17 @@ def test_shapes_of_any_number_of_dimensions(shape):
 def test_settings_of_the_trainer_around_change_no_pick(pool_class):
     x = 0.3 * torch.randn(20, 64)
     expected = pool_class(200, (64,), seed=0)(x)
-    settings = torch.backends.cuda.matmul
-    before = settings.fp32_precision
+    settings, name, tf32 = torch.backends.cuda.matmul, "fp32_precision", "tf32"
+    if not hasattr(settings, name):  # before torch 2.9
+        name, tf32 = "allow_tf32", True
+    before = getattr(settings, name)
     try:
-        settings.fp32_precision = "tf32"
+        setattr(settings, name, tf32)
         with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
             assert torch.equal(pool_class(200, (64,), seed=0)(x), expected)
-        assert settings.fp32_precision == "tf32"
+        assert getattr(settings, name) == tf32
     finally:
-        settings.fp32_precision = before
+        setattr(settings, name, before)
 
 
 def test_tf32_changes_nothing_on_a_cpu():
@@ -324,11 +326,19 @@ def test_a_used_pool_can_be_set_back_to_its_saved_state(pool_class):
 def test_a_saved_state_is_small():
     """The pool itself is drawn again: the file holds 4 bytes a noise, the state of a generator of 5 kB and what the
     format adds, not match_size × D numbers."""
-    pool = NoisePool(1000, (512,), seed=0)
+    pool = NoisePool(1000, (512,), cost="squared", seed=0)
     pool(torch.randn(10, 512))
     file = io.BytesIO()
     torch.save(pool.state_dict(), file)
     assert file.tell() < 990 * 4 + 8_000
+
+
+def test_prices_add_four_bytes_a_noise_to_a_state_and_their_references():
+    pool = NoisePool(1000, (512,), cost="priced", seed=0)
+    pool(torch.randn(1500, 512))
+    file = io.BytesIO()
+    torch.save(pool.state_dict(), file)
+    assert file.tell() < 500 * 8 + 1000 * 512 * 4 + 20_000
 
 
 OTHERS = [(dict(match_size=20), r"\b10\b.*\b20\b"), (dict(shape=(4,)), r"\[3\].*\[4\]"),
@@ -339,9 +349,9 @@ OTHERS = [(dict(match_size=20), r"\b10\b.*\b20\b"), (dict(shape=(4,)), r"\[3\].*
 @either_pool
 @pytest.mark.parametrize(("other", "named"), OTHERS)
 def test_a_state_of_another_pool_is_refused_naming_both(pool_class, other, named):
-    saved = pool_class(10, (3,), seed=0)
+    saved = pool_class(10, (3,), cost="squared", seed=0)
     saved(torch.randn(4, 3))
-    pool = pool_class(**dict(match_size=10, shape=(3,), seed=1) | other)
+    pool = pool_class(**dict(match_size=10, cost="squared", shape=(3,), seed=1) | other)
     untouched = pool.generator.get_state().clone()
     with pytest.raises(BadInput, match=named):
         pool.load_state_dict(saved.state_dict())

@@ -17,7 +17,7 @@ def test_ranks_that_share_a_pool_match_as_one_process_with_the_joined_batch(rank
     done = [torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks)]
     for case, (match_size, batches, kind) in enumerate(CASES):
         match_size = match_size // ranks * ranks
-        for cost in ("squared", "inner"):
+        for cost in ("squared", "inner", "priced"):
             alone = NoisePool(match_size, (5,), cost=cost, dtype=torch.float64, seed=case)
             alone.chunk = 7
             for number, sizes in enumerate(batches):

@@ -1,0 +1,84 @@
+"""What a noise costs whoever takes it, told from samples that came before: the cost "priced" of a pool."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .products import products
+from .solver import Solver, sizes
+
+REFERENCES = 1000  # samples that prices are told from; twice as many bring 0.5 % more
+FEW = 100  # the fewest, but of long samples
+NUMBERS = 2**23  # that these hold at most, 32 MB
+NOISES = 20  # drawn for each of them, while their potentials are found
+
+
+def references_of(match_size: int, numbers: int) -> int:
+    """How many samples of so many numbers tell the prices of a pool's noises: half as many as these, at most."""
+    return min(REFERENCES, NUMBERS // numbers, max(match_size // 2, min(FEW, 2**18 // numbers)))
+
+
+class Prices:
+    """Prices of noises by which a pool's last samples find noises nearly as good as its first.
+
+    By ‖x − z‖² alone the first samples take what suits many, and the last get what is left. In the best plan of all
+    (`dansm.Semidiscrete`) a noise z goes to the sample of the largest ⟨z, x_j⟩ − b_j, and this maximum is what it is
+    worth to that one: the price that anybody else must outbid. So each sample takes the noise of the largest
+    ⟨x, z⟩ − price(z). The x_j are the first samples that came, their potentials b_j are found once.
+
+    The maximum is a soft one, T · log Σ exp((⟨z, x_j⟩ − b_j) / T), as other samples lie between the x_j. T is half the
+    scale at which values near the largest thin out, ‖x‖ / √(2 ln n), and less in few dimensions.
+
+    Until enough samples have come, noises have no price, and where all of these are equal they stay without.
+
+    match_size  of the pool
+    like        (any, D), of the number type and on the device of the noises
+    """
+
+    def __init__(self, match_size: int, like: Tensor):
+        self.missing = references_of(match_size, like.shape[1])  # samples that are to come yet
+        self.references = like[:0].clone()
+        self.potentials = like.new_empty(0, dtype=torch.float32)  # empty until they are found
+        self.temperature = 0.0
+
+    @property
+    def known(self) -> bool:
+        return len(self.potentials) > 0
+
+    def learn(self, samples: Tensor, generator: Callable[[], torch.Generator]) -> bool:
+        """Look at samples (B, D), B ≤ `missing`, until that is 0. Returns whether noises have prices from now on.
+
+        generator  is called once, for what the potentials are found with
+        """
+        if not self.missing:
+            return False
+        self.references = torch.cat([self.references, samples[samples.isfinite().all(1)]])
+        self.missing -= len(samples)
+        n = len(self.references)
+        if self.missing or n < 2 or not (size := sizes(self.references).mean().item()) > 0:
+            return False
+        shares = torch.full((n,), 1 / n, device=samples.device)
+        solver = Solver(self.references, shares, generator())
+        while solver.noises < NOISES:
+            solver.step()
+        self.potentials = solver.mean
+        nearest = 2 * math.log(n)  # the largest of n normal numbers lies near its root
+        self.temperature = size / math.sqrt(nearest) / 2 * min(1.0, samples.shape[1] / nearest)
+        return True
+
+    def __call__(self, noise: Tensor) -> Tensor:
+        """Twice the price of each noise, (M, D) → (M,), as −2⟨x, z⟩ comes to it."""
+        parts = noise.split(max(1, 2**20 // len(self.references)))
+        values = ((products(part, self.references) - self.potentials) / self.temperature for part in parts)
+        return 2 * self.temperature * torch.cat([value.logsumexp(1) for value in values])
+
+    def state_dict(self) -> dict:
+        return {"missing": self.missing, "references": self.references.clone(), "potentials": self.potentials.clone(),
+                "temperature": self.temperature}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.missing, self.temperature = state["missing"], state["temperature"]
+        self.references = state["references"].to(self.references, copy=True)
+        self.potentials = state["potentials"].to(self.potentials, copy=True)
