@@ -734,7 +734,7 @@ NETWORKS = {
     "ncsnpp": dict(multipliers=(1, 2, 2, 2)),  # the paper's NCSN++: 61,806,724 parameters with 4 channels
     "ddpm": dict(multipliers=(1, 2, 2, 2), blocks=2, dropout=0.1, biggan=False),  # the paper's DDPM: 35,748,612
     "small": dict(width=64, multipliers=(1, 2, 2), blocks=2, dropout=0.0),  # ours, for quick runs on a GPU
-    "tiny": dict(width=16, multipliers=(1, 2, 4), blocks=1, attention_at=(), dropout=0.0, biggan=False),  # on a CPU
+    "tiny": dict(width=32, multipliers=(1, 1, 2), blocks=1, attention_at=(), dropout=0.0, biggan=False),  # on a CPU
 }
 
 
