@@ -12,8 +12,7 @@ def products(x: Tensor, z: Tensor, tf32: bool = False, out: Tensor | None = None
 
     tf32  multiply float32 on a GPU with ten bits of mantissa, several times faster
     """
-    autocast = torch.is_autocast_enabled(x.device.type)
-    with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
+    with without_autocast(x.device):
         if x.dtype in (torch.bfloat16, torch.float16):
             if x.is_cuda:
                 return torch.mm(x, z.T, out_dtype=torch.float32, out=out)
@@ -24,11 +23,23 @@ def products(x: Tensor, z: Tensor, tf32: bool = False, out: Tensor | None = None
             return torch.mm(x, z.T, out=out)
 
 
+def without_autocast(device: torch.device):
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+
+
+@contextmanager
+def exactly(device: torch.device):
+    """Multiply tensors as their number types have it, whatever a trainer around has set."""
+    with without_autocast(device), _cuda_float32("ieee"):
+        yield
+
+
 def _suits_onednn(x: Tensor, z: Tensor) -> bool:
     """Whether oneDNN pays for its preparations: for large float32 products it is 1.6 times as fast as torch.mm on an
-    AMD EPYC, and as exact."""
+    AMD EPYC, and as exact. That of torch 2.6 copies z, so it would take more memory than a pool promises."""
     large = x.device.type == "cpu" and x.dtype == z.dtype == torch.float32 and x.numel() * len(z) > 2**28
-    return large and torch.backends.mkldnn.is_available() and not x.requires_grad
+    frugal = torch.__version__ >= (2, 10)
+    return large and frugal and torch.backends.mkldnn.is_available() and not x.requires_grad
 
 
 @contextmanager

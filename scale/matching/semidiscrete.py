@@ -380,6 +380,8 @@ def up(number: float) -> float:
 def read(data, numbers: Tensor, device: torch.device) -> Tensor:
     """Samples of these numbers (B,) as rows (B, D) in float32 at least, on the device. BadInput for integers, and for
     values that are not finite."""
+    if isinstance(data, Tensor):
+        check_tensor(data)  # torch 2.6 takes no rows of float8 on a CPU
     some = data[numbers.to(data.device)] if isinstance(data, Tensor) else data[numbers.numpy()]
     some = torch.as_tensor(some).detach().to(device)
     check_tensor(some)

@@ -20,6 +20,18 @@ def short_lists(request, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def masks_of_the_interpreter(monkeypatch):
+    """Triton's interpreter (3.2.0, that of torch 2.6) stores although a mask of one number is False, so the kernels find
+    infinite costs in every batch. On a GPU such a mask holds."""
+    release = tuple(map(int, pytest.importorskip("triton").__version__.split(".")[:2]))
+    if release < (3, 6) and not torch.cuda.is_available():
+        from dansm.scale.matching import group_kernels, kernels
+
+        for pool in (kernels.KernelPool, group_kernels.KernelGroupedPool):
+            monkeypatch.setattr(pool, "__init__", lambda *_, **__: pytest.skip("needs torch 2.10: masks in Triton 3.2"))
+
+
+@pytest.fixture(autouse=True)
 def bfloat16_products(monkeypatch):
     """Triton's interpreter (3.8.0) takes bfloat16 in a product for whole numbers of 16 bits."""
     interpreter = pytest.importorskip("triton.runtime.interpreter")
