@@ -14,9 +14,10 @@ def products(x: Tensor, z: Tensor, tf32: bool = False, out: Tensor | None = None
     """
     with without_autocast(x.device):
         if x.dtype in (torch.bfloat16, torch.float16):
-            if x.is_cuda:
+            if x.is_cuda and torch.__version__ >= (2, 10):  # torch 2.6 has no out_dtype
                 return torch.mm(x, z.T, out_dtype=torch.float32, out=out)
-            return torch.cat([x.float() @ rows.float().T for rows in z.split(4096)], 1, out=out)
+            with _cuda_float32("ieee"):
+                return torch.cat([x.float() @ rows.float().T for rows in z.split(4096)], 1, out=out)
         if out is None and _suits_onednn(x, z):
             return F.linear(x.to_mkldnn(), z).to_dense()
         with _cuda_float32("tf32" if tf32 else "ieee"):
