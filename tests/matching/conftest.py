@@ -21,7 +21,7 @@ def short_lists(request, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def masks_of_the_interpreter(monkeypatch):
-    """Triton's interpreter (3.2.0, that of torch 2.6) stores although a mask of one number is False, so the kernels find
+    """The one of Triton 3.2.0, that of torch 2.6, stores although a mask of one number is False, so the kernels find
     infinite costs in every batch. On a GPU such a mask holds."""
     release = tuple(map(int, pytest.importorskip("triton").__version__.split(".")[:2]))
     if release < (3, 6) and not torch.cuda.is_available():

@@ -294,7 +294,7 @@ for unit in 64, 4, 1:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(torch.__version__ < (2, 10), reason="needs torch 2.10: Triton's compiler is called otherwise before")
+@pytest.mark.skipif(torch.__version__ < (2, 10), reason="needs torch 2.10: Triton's compiler is called otherwise")
 def test_products_load_16_bytes_at_a_time_where_rows_begin_at_such():
     """In what Triton compiles for an H100, which takes no GPU: .cg copies 16 bytes, .ca fewer."""
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
