@@ -22,7 +22,7 @@ def short_lists(request, monkeypatch):
 @pytest.fixture(autouse=True)
 def masks_of_the_interpreter(monkeypatch):
     """The one of Triton 3.2.0, that of torch 2.6, stores although a mask of one number is False, so the kernels find
-    infinite costs in every batch. On a GPU such a mask holds."""
+    infinite costs in every batch. On a GPU kernels are tried before they are used."""
     release = tuple(map(int, pytest.importorskip("triton").__version__.split(".")[:2]))
     if release < (3, 6) and not torch.cuda.is_available():
         from dansm.scale.matching import group_kernels, kernels
