@@ -155,3 +155,18 @@ def one_rank(rank, ranks, folder):
     torch.save((results, refused, own, NoisePool(0, (4,), seed=1, match_scope="global")(torch.zeros(2, 4))),
                f"{folder}/{rank}.pt")
     group.destroy_process_group()
+
+
+def one_rank_with_a_grid(rank, ranks, folder):
+    """Save this rank's samples, their noises and what is told when rank 1 has a batch without a channel."""
+    group.init_process_group("gloo", init_method=f"file://{folder}/grid", rank=rank, world_size=ranks)
+    pool = NoisePool(16, (2, 8, 8), grid=(4, 4), seed=3, match_scope="global")
+    x = torch.randn(5, 2, 8, 8, generator=torch.Generator().manual_seed(rank))
+    z, said = pool(x), ""
+    try:
+        pool(x[:, rank:])
+    except BadInput as error:
+        said = str(error)
+    assert pool(x).shape == x.shape
+    torch.save((x, z, said), f"{folder}/{rank}.pt")
+    group.destroy_process_group()

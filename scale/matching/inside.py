@@ -26,9 +26,9 @@ def handle_of(pool: NoisePool) -> int:
     return handle
 
 
-def matched(pool: NoisePool, x: Tensor, labels: Tensor | None) -> Tensor:
-    """pool(x, labels), for code that is being compiled."""
-    return torch.ops.dansm.matched(x.detach(), labels, pool.calls, pool.handle)
+def matched(pool: NoisePool, x: Tensor, labels: Tensor | None, mask: Tensor | None = None) -> Tensor:
+    """pool(x, labels), or pool(x, labels, mask), for code that is being compiled."""
+    return torch.ops.dansm.matched(x.detach(), labels, mask, pool.calls, pool.handle)
 
 
 # It changes `calls`, so that no call is left out, moved or made one with another; as that is on the CPU, CUDA graphs
@@ -37,14 +37,14 @@ TAGS = {"tags": [torch.Tag.cudagraph_unsafe]} if hasattr(torch.Tag, "cudagraph_u
 
 
 @torch.library.custom_op("dansm::matched", mutates_args=("calls",), **TAGS,
-                         schema="(Tensor x, Tensor? labels, Tensor(a!) calls, int pool) -> Tensor")
-def _matched(x, labels, calls, pool):
+                         schema="(Tensor x, Tensor? labels, Tensor? mask, Tensor(a!) calls, int pool) -> Tensor")
+def _matched(x, labels, mask, calls, pool):
     calls += 1
-    return POOLS[pool](x, labels)
+    return POOLS[pool](x, labels) if mask is None else POOLS[pool](x, labels, mask)
 
 
 @_matched.register_fake
-def _like_x(x, labels, calls, pool):
+def _like_x(x, labels, mask, calls, pool):
     return torch.empty_like(x)
 
 
