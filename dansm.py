@@ -150,13 +150,12 @@ class NoisePool:
     device, dtype  of the noises: float32 (M × D × 4 bytes), float64, or bfloat16, which takes half the memory
     seed        None: from torch's generator. By torch.distributed each process has its own noises from the same seed
     groups      of samples, such as classes: a pool for each, and z = pool(x, labels); in scale/
-
     scale/ has a faster subclass with more options, dansm.scale.matching.pool.FastPool. BadInput for what cannot be.
     """
 
     dtypes = (torch.float32, torch.float64, torch.bfloat16)  # float16 overflows in the products of long samples
     grouped = False  # whether it is called with labels
-    costs = ("squared", "inner")  # the first is the default
+    costs = tuple(COSTS)  # the first is the default
     numbers_per_chunk = 2**23  # each chunk of a pool has a random stream of its own and can be drawn by itself
 
     def __new__(cls, *args, **settings):

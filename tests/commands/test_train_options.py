@@ -16,7 +16,7 @@ from dansm.scale.model.recipe import RENAMED, SETTINGS, Recipe, load, names, wri
 
 @pytest.fixture
 def given_to_run(monkeypatch):
-    """What the command line makes: (recipe, out, device, fresh); nothing is trained."""
+    """What the command line makes: (recipe, out, device, fresh, given); nothing is trained."""
     calls = []
     monkeypatch.setattr(command, "run", lambda *arguments: calls.append(arguments) or True)
 
@@ -52,12 +52,13 @@ def test_every_setting_has_its_option(some):
 
 def test_only_what_is_given_replaces_the_recipe(given_to_run):
     for name in ("cifar10", "celeba-64-dm"):
-        some, out, device, fresh = given_to_run(name, "--device", "cpu")
+        some, out, device, fresh, given = given_to_run(name, "--device", "cpu")
         assert (some, out, device, fresh) == (load(name), Path("runs") / name, torch.device("cpu"), False)
+        assert not given
     options = ["--lr", "3", "--fresh", "--no-flip", "--ema-decay", "0.5,0.25", "--attention-at", "", "--out", "o"]
-    some, out, _, fresh = given_to_run(*options, "ffhq-64")
+    some, out, _, fresh, given = given_to_run(*options, "ffhq-64")
     expected = dataclasses.replace(load("ffhq-64"), lr=3.0, flip=False, ema_decay=(0.5, 0.25), attention_at=())
-    assert (some, out, fresh) == (expected, Path("o"), True)
+    assert (some, out, fresh, {*given}) == (expected, Path("o"), True, {"lr", "flip", "ema_decay", "attention_at"})
 
 
 def test_a_run_is_named_for_its_recipe_its_data_or_the_run_that_the_recipe_lies_in(given_to_run, tmp_path):

@@ -42,7 +42,7 @@ def not_resumed(refused, images, tmp_path):
 # ------------------------------------------------------------------------------- who may resume
 
 
-CHANGES = [("seed", 0, 1), ("lr", 0.0002, 0.001), ("cost", "squared", "inner"), ("method", "greedy", "random"),
+CHANGES = [("seed", 0, 1), ("lr", 0.0002, 0.001), ("cost", "priced", "inner"), ("method", "greedy", "random"),
            ("match_size", 10, 11), ("batch", 8, 4), ("flow", "rectified", "diffusion"), ("ema_decay", 0.9999, 0.5),
            ("times", "uniform", "logit-normal"), ("size", 0, 16), ("pool_dtype", "fp32", "bf16")]
 

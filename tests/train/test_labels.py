@@ -107,7 +107,8 @@ def test_a_run_without_labels_keeps_what_it_kept_before(train, tmp_path):
     assert sorted(state) == ["dansm", "data", "images", "latents", "look", "network", "ranks", "recipe", "seconds",
                              "training"]
     assert not {"classes", "label_dropout"} & state["network"].keys()
-    assert sorted(state["ranks"][0]["pool"]) == ["generator", "index", "made_for", "number", "seed"]
+    assert sorted(state["ranks"][0]["pool"]) == ["generator", "index", "made_for", "number", "own",
+                                                        "prices", "seed"]
     assert "label.weight" not in state["training"]["net"]
 
 
