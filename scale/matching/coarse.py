@@ -174,10 +174,10 @@ def checked_grid(grid, shape: torch.Size) -> tuple[int | None, ...]:
     return (None,) * (len(shape) - len(counts)) + counts
 
 
-def key_shape(shape: torch.Size, grid: tuple[int | None, ...]) -> torch.Size:
-    """The shape of a key. grid: for the last axes of the shape, or for all."""
-    kept = len(shape) - len(grid)
-    return torch.Size([*shape[:kept], *(blocks or size for blocks, size in zip(grid, shape[kept:], strict=True))])
+def key_shape(shape: torch.Size, grid) -> torch.Size:
+    """The shape of a key of a pool, which is that of a sample without a grid."""
+    blocks = checked_grid(grid, shape) if grid else (None,) * len(shape)
+    return torch.Size(count or size for count, size in zip(blocks, shape, strict=True))
 
 
 def shown(grid: tuple[int | None, ...]) -> str:

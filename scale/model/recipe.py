@@ -84,6 +84,9 @@ class Recipe:
     match_size: int | str = in_flow("greedy: noises in the pool, 0 or 1 gives random pairs, auto a pool that the "
                                     "training empties ten times or more; optimal: samples assigned together; nearest: "
                                     "noises drawn for each sample", AUTO, methods=COMPARING, auto=True)
+    grid: tuple[int, ...] = in_flow("greedy: match only the sums over so many blocks along the last axes, as 8,8, in a "
+                                    "fraction of the memory; empty: match whole noises", (), least=1, empty=True,
+                                    methods=["greedy"])
     part: int = in_flow("semidiscrete: samples that share a plan, at most", 100_000, least=1, methods=["semidiscrete"])
     couple_error: float = in_flow("semidiscrete: by how much (rms) the samples' shares of the noises may be off", 0.1,
                                   least=0.001, most=1, methods=["semidiscrete"])

@@ -95,9 +95,10 @@ def new_pool(recipe: Recipe, size: int | str, shape: tuple[int, ...], device: to
              expected: int | None = None) -> dansm.NoisePool:
     """The pool of a run for samples of this shape (C, H, W)."""
     dtype = number_type(recipe.pool_dtype, device)
+    coarse = {"grid": recipe.grid} if recipe.grid and recipe.method == "greedy" else {}
     return dansm.NoisePool(size, shape, cost=recipe.cost, device=device, seed=recipe.seed, dtype=dtype,
                            tf32=recipe.tf32, match_scope=recipe.match_scope, compile=recipe.compile, groups=groups,
-                           expected=expected)
+                           expected=expected, **coarse)
 
 
 def safe_size(recipe: Recipe, labels: Labels | None) -> str:

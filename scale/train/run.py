@@ -19,6 +19,7 @@ from ..base.text import counted, say, shorten
 from ..data import loader
 from ..data.labels import Labels, load_labels
 from ..data.latents import known_of
+from ..matching.coarse import key_shape
 from ..model import checkpoint, sampling
 from ..model.load import read_average
 from ..model.recipe import FLOWS, Recipe, check_without_labels, make_flow
@@ -160,8 +161,9 @@ def begin(images, recipe: Recipe, device: torch.device, labels: Labels | None = 
     if groups:  # pools are made as their classes come, when an hour may have passed
         dtype = number_type(recipe.pool_dtype, device)
         owners = processes if recipe.match_scope == "global" else 1
+        numbers = key_shape(images.shape[1:], recipe.grid).numel()
         check_memory(f"--match-size is {size:,} for each of {counted(groups, 'class')}",
-                     groups * size // owners * math.prod(images.shape[1:]) * dtype.itemsize, device)
+                     groups * size // owners * numbers * dtype.itemsize, device)
     return run, flow, new_pool(recipe, size, images.shape[1:], device, groups)
 
 

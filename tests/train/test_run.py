@@ -29,12 +29,13 @@ OFTEN = ("--save-minutes", 1e-9)  # after each step, but not at once
 # ------------------------------------------------------------------------------- resumed
 
 
-@pytest.mark.parametrize(("method", "flow"), [("greedy", "rectified"), ("random", "diffusion"),
-                                              ("nearest", "rectified")])
-def test_a_run_resumed_in_the_middle_is_the_run_that_never_stopped(run, images, tmp_path, method, flow):
+@pytest.mark.parametrize(("method", "flow", "grid"), [("greedy", "rectified", ""), ("random", "diffusion", ""),
+                                                      ("nearest", "rectified", ""), ("greedy", "diffusion", "4,4")])
+def test_a_run_resumed_in_the_middle_is_the_run_that_never_stopped(run, images, tmp_path, method, flow, grid):
     """Weights, optimizer, pool, random numbers and the log, to the last bit; the pool of 10 ends inside batches of 8,
     images are mirrored, and dropout draws random numbers of its own."""
-    command = ["train", images, "--method", method, "--flow", flow, "--log-steps", 1, "--ema-decay", "0.9,0.5", *FAST]
+    command = ["train", images, "--method", method, "--flow", flow, "--grid", grid, "--log-steps", 1, "--ema-decay",
+               "0.9,0.5", *FAST]
     once, twice = tmp_path / "once", tmp_path / "twice"
     run(*command, "--steps", 12, "--out", once)
     run(*command, "--steps", 5, "--out", twice)
@@ -352,16 +353,26 @@ def test_random_pairs_need_no_room_for_a_pool(run, images, tmp_path):
     assert state_of(tmp_path / "out")["ranks"][0]["pool"]["made_for"]["match_size"] == 0
 
 
+def test_a_grid_is_the_pools_and_has_no_effect_on_other_methods(run, images, tmp_path):
+    command = ["train", images, *FAST, "--steps", 1, "--grid", "4,4"]
+    for method, made_for, told in (("greedy", [None, 4, 4], False), ("random", None, True)):
+        code, said, _ = run(*command, "--method", method, "--out", tmp_path / method)
+        assert code == 0 and ("--grid has no effect with --method random" in said) == told
+        assert state_of(tmp_path / method)["ranks"][0]["pool"]["made_for"].get("grid") == made_for
+
+
 @pytest.mark.parametrize(("option", "value", "named"), [
     ("--batch", 10**12, "1,000,000,000,000"), ("--match-size", 10**13, "10,000,000,000,000"),
-    ("--precision", "fp16", "fp16"), ("--accumulate", 3, "multiple of 3"), ("--match-scope", "global", "global")])
+    ("--precision", "fp16", "fp16"), ("--accumulate", 3, "multiple of 3"), ("--match-scope", "global", "global"),
+    ("--grid", "8,8,8,8", "(8, 8, 8, 8)")])
 def test_what_cannot_be_done_here_is_refused_before_a_step(refused, images, tmp_path, option, value, named):
     said = refused("train", images, *FAST, option, value, "--out", tmp_path / "out").replace("_", "-")
     assert option[2:] in said and named in said
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("option", "value"), [("--accumulate", 3), ("--match-scope", "global"), ("--precision", "x")])
+@pytest.mark.parametrize(("option", "value"), [("--accumulate", 3), ("--match-scope", "global"), ("--precision", "x"),
+                                               ("--grid", "8,0"), ("--grid", "8x8")])
 def test_what_cannot_be_done_here_is_refused_before_the_data_is_read(refused, tmp_path, option, value):
     (tmp_path / "empty").mkdir()
     assert option in refused("train", tmp_path / "empty", option, value, "--out", tmp_path / "out")
