@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import runpy
 
 import pytest
 import torch
@@ -12,11 +13,13 @@ from hypothesis import strategies as st
 from pools import drawn_for, saved_and_loaded
 from ranks import one_rank_with_a_grid
 from scipy.stats import kstest
-from support import needs_gloo
+from support import ROOT, needs_gloo
 from torch.utils.data import DataLoader
 
 import dansm
 from dansm import BadInput, NoisePool, noise_generator
+from dansm.scale.base.files import read_csv
+from dansm.scale.matching import coarse as coarse_module
 from dansm.scale.matching.coarse import CoarsePool, blocks_of
 
 COSTS = ["squared", "inner", "priced"]
@@ -220,6 +223,23 @@ def test_each_group_has_keys_of_its_own():
             arguments[0](*arguments[1:])
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("short_lists")
+@pytest.mark.parametrize("groups", [None, 3])
+def test_by_kernels_it_hands_out_the_same_noises(groups, monkeypatch):
+    pytest.importorskip("triton")
+    from dansm.scale.matching import group_kernels, kernels
+
+    batches = [(x, torch.arange(10) % 3 if groups else None) for x in images(40, size=(7, 9)).split(10)]
+    plain = pool_of(40, groups=groups)
+    expected = [plain(*batch) for batch in batches]
+    kind = group_kernels.KernelGroupedPool if groups else kernels.KernelPool
+    monkeypatch.setattr(coarse_module, "pool_class", lambda *_, **__: kind)
+    pool = pool_of(40, groups=groups)
+    assert type(pool.keys) is kind
+    torch.testing.assert_close([pool(*batch) for batch in batches], expected)
+
+
 def test_pairs_are_made_by_it():
     x = images(30)
     labels = torch.arange(30) % 2
@@ -302,6 +322,16 @@ def test_it_has_what_others_ask_a_pool_for():
     chosen = pool_of("auto", expected=1000)
     assert chosen.match_size == 100 and chosen.why
     assert pool_of(None, memory=0.5).match_size > 5 * NoisePool(None, (2, 64, 64), memory=0.5).match_size
+
+
+def test_its_bench_compares_it_with_whole_noises(tmp_path, monkeypatch):
+    monkeypatch.setattr(coarse_module, "COSTS_AT_ONCE", coarse_module.COSTS_AT_ONCE)  # which it sets
+    measure = runpy.run_path(str(ROOT / "results" / "bench" / "coarse" / "measure.py"))
+    measure["main"](["--device", "cpu", "--tiny", "--seconds", "0.01", "--out", str(tmp_path / "rows.csv")])
+    rows = [row for row in read_csv(tmp_path / "rows.csv") if row["left"] == "all"]
+    assert {(row["shape"], row["batch"], row["way"]) for row in rows} == {
+        (shape, batch, way) for shape, batch in (("4×16×16", "1"), ("3×16×16", "8")) for way in ("whole", "coarse")}
+    assert all((row["way"] == "coarse") == bool(row["faster"]) for row in rows)
 
 
 @needs_gloo
