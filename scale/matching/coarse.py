@@ -57,7 +57,8 @@ class CoarsePool(inside.OfOneProcess, NoisePool):
     def __init__(self, match_size: int | str | None, shape, *, grid, **settings):
         self.shape = check_shape(shape)
         self.grid = checked_grid(grid, self.shape)  # for every axis
-        kind = pool_class(match_size, shape := key_shape(self.shape, self.grid), **settings)
+        shape = key_shape(self.shape, self.grid)
+        kind = pool_class(match_size, shape, **settings)
         self.keys = kind.__new__(kind)
         self.keys.costs_at_once = COSTS_AT_ONCE  # before it reckons its memory
         self.keys.__init__(match_size, shape, **settings)
@@ -70,7 +71,13 @@ class CoarsePool(inside.OfOneProcess, NoisePool):
             return inside.matched(self, x, labels, mask)
         self.check_worker()
         with torch.inference_mode(False), torch.no_grad():  # see FastPool.__call__
-            blocks, coarse = self._coarse(x, mask)
+            try:
+                blocks, coarse = self._coarse(x, mask)
+            except BadInput:
+                if self.ranks > 1:  # the other ranks wait for this one
+                    with suppress(BadInput):
+                        self.keys(torch.empty(0, device="cpu"))
+                raise
             key = self.keys(coarse, labels)
             z = torch.randn(x.shape, dtype=key.dtype, device=key.device, generator=self.generator)
             blocks.set_sums(z, key)
@@ -86,27 +93,21 @@ class CoarsePool(inside.OfOneProcess, NoisePool):
 
     def _coarse(self, x: Tensor, mask: Tensor | None) -> tuple["EqualBlocks | UnequalBlocks", Tensor]:
         """The blocks of x, and what is matched with the keys: Px as if x had the sizes of `shape`."""
-        try:
-            self._check_form(x, mask)
-            x = x.detach().to(self.noise.device)
-            exact = torch.promote_types(self.noise.dtype, torch.float32)
-            if mask is None:
-                blocks = blocks_of(x.shape[1:], self.grid, x.device, exact)
-                growth = math.sqrt(self._numbers(self.shape) / max(1, self._numbers(x.shape[1:])))
-            else:
-                real = over_samples(mask.to(x.device), x)
-                x = x.masked_fill(~real, 0)
-                blocks = UnequalBlocks({1: averages(real.flatten(1), self.grid[0], exact)})
-                growth = (self.shape[0] / real.sum(1, keepdim=True, dtype=exact).clamp(min=1)).sqrt()
-            if x.device.type == "cpu":  # a GPU's values are looked at with the sums
-                check_finite_batch(x)
-            coarse = blocks.sums(x, exact)
-            return blocks, coarse if mask is None and growth == 1 else coarse * growth
-        except BadInput:
-            if self.ranks > 1:  # the other ranks wait for this one
-                with suppress(BadInput):
-                    self.keys(torch.empty(0, device="cpu"))
-            raise
+        self._check_form(x, mask)
+        x = x.detach().to(self.noise.device)
+        exact = torch.promote_types(self.noise.dtype, torch.float32)
+        if mask is None:
+            blocks = blocks_of(x.shape[1:], self.grid, x.device, exact)
+            growth = math.sqrt(self._numbers(self.shape) / max(1, self._numbers(x.shape[1:])))
+        else:
+            real = over_samples(mask.to(x.device), x)
+            x = x.masked_fill(~real, 0)
+            blocks = UnequalBlocks({1: averages(real.flatten(1), self.grid[0], exact)})
+            growth = (self.shape[0] / real.sum(1, keepdim=True, dtype=exact).clamp(min=1)).sqrt()
+        if x.device.type == "cpu":  # a GPU's values are looked at with the sums
+            check_finite_batch(x)
+        coarse = blocks.sums(x, exact)
+        return blocks, coarse if mask is None and growth == 1 else coarse * growth
 
     def _numbers(self, sizes: torch.Size) -> int:
         """How many numbers lie in the blocks of one channel, for samples of these sizes."""
