@@ -1,7 +1,7 @@
 """The pool where diffusers trains a text-to-image LoRA by peft: batches of one, buckets of three shapes, tiny networks.
 
-One line differs from diffusers' own training; the comment "was:" shows what it replaces. Each shape has a pool for each
-caption. (Many texts are put into clusters by their embeddings, and the pool is given those: docs/conditions.md.)
+One line differs from diffusers' own training; "was:" shows what it replaces. A coarse pool for each caption serves all
+shapes. (Many texts are put into clusters by their embeddings, and the pool is given those: docs/conditions.md.)
 
     python examples/with_lora.py        seconds on two cores; it downloads nothing
 """
@@ -37,10 +37,10 @@ def train(images: torch.Tensor, steps: int, match_size: int, seed: int) -> dict:
     unet.requires_grad_(False)
     unet.add_adapter(LoraConfig(target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     optimizer, lengths = torch.optim.AdamW(filter(lambda weight: weight.requires_grad, unet.parameters()), lr=1e-3), []
-    pools = {shape: NoisePool(match_size, shape, groups=2, seed=3 * seed + i) for i, shape in enumerate(BUCKETS)}
+    pool = NoisePool(match_size, BUCKETS[0], grid=(4, 4), groups=2, seed=seed)
     for step in range(steps):
         latents = F.interpolate(images[torch.randint(len(images), (1,))], BUCKETS[step % 3][1:])
-        caption, pool = (latents.mean((1, 2, 3)) > -0.4).long(), pools[latents.shape[1:]]
+        caption = (latents.mean((1, 2, 3)) > -0.4).long()
         noise = pool(latents, caption)  # was: noise = torch.randn_like(latents)
         timesteps = torch.randint(scheduler.config.num_train_timesteps, (1,))
         encoder_hidden_states = text_encoder(CAPTIONS[caption])[0]
