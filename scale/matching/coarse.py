@@ -207,12 +207,15 @@ class EqualBlocks:
 
     def sums(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Px: the sum of each block over the root of its size."""
-        return x.reshape(len(x), *self.cut).sum(self.axes, dtype=dtype).div_(self.root)
+        return self._totals(x, dtype).div_(self.root)
 
     def set_sums(self, z: Tensor, key: Tensor) -> None:
         """Change z, of the type of the key, so that Pz is the key."""
-        missing = key - self.sums(z, key.dtype)
+        missing = torch.sub(key, self._totals(z, key.dtype), alpha=1 / self.root)
         z.view(len(z), *self.cut).add_(missing.view(len(z), *self.of_sums), alpha=1 / self.root)
+
+    def _totals(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x.reshape(len(x), *self.cut).sum(self.axes, dtype=dtype)
 
 
 class UnequalBlocks:
