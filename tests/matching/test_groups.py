@@ -336,7 +336,7 @@ def test_data_that_is_not_finite_is_refused_when_the_next_batch_comes_and_breaks
 
 @pytest.mark.slow
 def test_the_trial_notices_kernels_that_pick_wrong(monkeypatch):
-    way = "squared", torch.float32, False
+    way = torch.float32, False
     group_kernels.try_out(DEVICE, *way)
     monkeypatch.setattr(kernels, "choose", lambda z, *_, **__: z.zero_())
     with pytest.raises(RuntimeError, match="other noises"):

@@ -165,8 +165,7 @@ def test_no_kernels_are_tried_where_none_will_be_used(monkeypatch, settings):
     assert pool_class(**dict(match_size=10, shape=(2,), device="cuda") | settings) is FastPool
 
 
-WAYS = [("squared", torch.float32, False), ("inner", torch.float32, True), ("squared", torch.bfloat16, False),
-        ("inner", torch.float64, False)]
+WAYS = [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False), (torch.float64, False)]
 
 
 def test_a_kernel_that_is_compiled_already_does_not_run_while_others_are_only_compiled(monkeypatch):
