@@ -48,7 +48,21 @@ def _like_x(x, labels, mask, calls, pool):
     return torch.empty_like(x)
 
 
-PLACE = {"process", "rank", "ranks"}  # of what a state was made for: who draws, not what
+PLACE = {"process", "rank", "ranks", "multiprocessors"}  # of what a state was made for: who draws, not what
+
+
+def card(device: torch.device) -> dict:
+    """What of a device decides, besides its type, which noises a seed gives: the multiprocessors of a GPU."""
+    if device.type != "cuda":
+        return {}
+    return {"multiprocessors": torch.cuda.get_device_properties(device).multi_processor_count}
+
+
+def as_known_to(state, made_for: dict) -> dict:
+    """What this is made for, without the card where a state of an earlier version does not tell it."""
+    saved = state.get("made_for") if isinstance(state, dict) else None
+    known = not isinstance(saved, dict) or "multiprocessors" in saved
+    return made_for if known else {name: value for name, value in made_for.items() if name != "multiprocessors"}
 
 
 def from_elsewhere(state, made_for: dict) -> bool:
@@ -78,6 +92,9 @@ def stream_after(state) -> int:
 def warn_of_fresh_noises(saved: dict, made_for: dict) -> None:
     where = [f"rank {made['rank']} of {made['ranks']}" if made.get("ranks", 1) > 1 else
              f"process {made.get('process', 0)}" for made in (saved, made_for)]
+    if saved.get("multiprocessors") != made_for.get("multiprocessors"):
+        where = [f"{place} on a GPU of {made.get('multiprocessors')} multiprocessors"
+                 for place, made in zip(where, (saved, made_for), strict=True)]
     warnings.warn(f"the saved state is of {where[0]}, this is {where[1]}: it goes on with noises that nobody has drawn",
                   stacklevel=3)
 

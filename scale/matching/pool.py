@@ -110,7 +110,8 @@ class FastPool(inside.OfOneProcess, NoisePool):
 
     def __init__(self, match_size: int | str | None, shape, *, cost: str | None = None, device="cpu",
                  dtype=torch.float32, seed: int | None = None, tf32: bool = False, memory: float | None = None,
-                 match_scope: str = "rank", compile: bool = True, groups: None = None, expected: int | None = None):
+                 match_scope: str = "rank", compile: bool = True, groups: None = None, grid: None = None,
+                 expected: int | None = None):
         super().__init__(0, shape, cost=cost, device=device, dtype=dtype, seed=seed)
         self.tf32 = tf32
         self.own = squared_norms(self.noise)  # what each noise costs whoever takes it
@@ -286,13 +287,16 @@ class FastPool(inside.OfOneProcess, NoisePool):
 
     def load_state_dict(self, state: dict) -> None:
         """Resume where `state_dict` was taken, by a pool made with the same arguments, of any seed. From the state of
-        another process, or of a pool over another number of them, go on with the next pool, whose noises nobody has."""
+        another process, of a pool over another number of them, or of a GPU of other multiprocessors, which draws others
+        from a seed, go on with the next pool, whose noises nobody has."""
         self.settle()
         if self.is_auto and isinstance(state, dict) and "match_size" in state.get("made_for", ()):
             self._resize(state["made_for"]["match_size"])
-        made_for = self._made_for()
+        made_for = inside.as_known_to(state, self._made_for())
         foreign = inside.from_elsewhere(state, made_for)
         check_state(state | {"made_for": made_for} if foreign else state, made_for)
+        if self.prices and not {"prices", "own"} <= state.keys():
+            raise BadInput("the state of a priced pool has no prices: expected what NoisePool.state_dict() returned")
         self._forget()
         self.seed, self.number = state["seed"], state["number"]
         if self.prices:
@@ -383,7 +387,7 @@ class FastPool(inside.OfOneProcess, NoisePool):
         return match_size
 
     def _made_for(self) -> dict:
-        return super()._made_for() | {"rank": self.rank, "ranks": self.ranks}
+        return super()._made_for() | {"rank": self.rank, "ranks": self.ranks} | inside.card(self.noise.device)
 
     def _agreed(self, match_size: int | None, largest: int) -> int:
         """The largest match_size that fits on every rank that shares the pool."""

@@ -25,7 +25,7 @@ from ..base.machine import free_memory
 from ..base.text import shorten
 from .gpu import working
 from .groups import moved
-from .inside import OfOneProcess, from_elsewhere, stream_after, warn_of_fresh_noises
+from .inside import OfOneProcess, as_known_to, card, from_elsewhere, stream_after, warn_of_fresh_noises
 from .products import products
 from .solver import VALUES, Solved, Solver, first_potentials, nearest, noises_of_a_step
 
@@ -302,7 +302,7 @@ class FastSemidiscrete(OfOneProcess, Semidiscrete):
     def load_state_dict(self, state: dict) -> None:
         """Resume where `state_dict` was taken, or, from the state of another process, with noises that nobody has."""
         self.settle()
-        made_for = self._made_for() | self._place_of()
+        made_for = as_known_to(state, self._made_for() | self._place_of())
         foreign = from_elsewhere(state, made_for)
         check_made_for(state | {"made_for": made_for} if foreign else state, made_for, "potentials", "before", "asked",
                        "handed")
@@ -323,7 +323,7 @@ class FastSemidiscrete(OfOneProcess, Semidiscrete):
 
     def _place_of(self) -> dict:
         """Where the noises are drawn: others draw others."""
-        return {"device": self.device.type, "process": self.process}
+        return {"device": self.device.type, "process": self.process} | card(self.device)
 
     def solution(self) -> dict:
         """What `solve` found, for a file, as tensors and plain values: 4 bytes a sample, and 16 more to resume it."""

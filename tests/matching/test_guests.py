@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 import dansm
 from dansm import BadInput, NoisePool
-from dansm.scale.matching import pool, sampler, semidiscrete
+from dansm.scale.matching import inside, pool, sampler, semidiscrete
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPE = (3, 4, 4)
@@ -194,6 +194,31 @@ def test_a_process_goes_on_from_the_state_of_another_with_noises_that_nobody_has
     again = KINDS[kind]()  # and its own state is exact
     again.load_state_dict(source.state_dict())
     assert torch.equal(drawn(kind, again, 3), drawn(kind, source, 3))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_gpu_that_draws_others_a_run_goes_on_with_noises_that_nobody_has_drawn(kind, monkeypatch):
+    """H100s and H200s have 132 multiprocessors, an A100 has 108: torch draws other noises there from one seed."""
+    def source_on(multiprocessors):
+        found = {"multiprocessors": multiprocessors} if multiprocessors else {}
+        for module in (inside, semidiscrete):
+            monkeypatch.setattr(module, "card", lambda device: found)
+        return KINDS[kind]()
+
+    first = source_on(132)
+    known = [drawn(kind, first, 1)]
+    state = first.state_dict()
+    known.append(drawn(kind, first, 20))
+    same = source_on(132)
+    same.load_state_dict(state)
+    assert torch.equal(drawn(kind, same, 20), known[1])
+    other = source_on(108)
+    with pytest.warns(match="of 132 multiprocessors, this is .* of 108 multiprocessors: .*nobody has drawn"):
+        other.load_state_dict(state)
+    known.append(drawn(kind, other, 5))
+    assert len(torch.cat(known).unique(dim=0)) == 26 * 5
+    earlier = source_on(0).state_dict()  # of a version that did not tell the card
+    source_on(132).load_state_dict(earlier)
 
 
 def test_the_state_of_a_pool_that_was_shared_serves_a_pool_of_one_process():
