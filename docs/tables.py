@@ -98,7 +98,8 @@ leakage = partial(listing, read("conditions/leakage.csv"), ["coupling"], {
     "on average": numbers("class_mean_average", 2), "‖z‖²/D at first": numbers("size_first_quarter", 3),
     "at last": numbers("size_last_quarter", 3)})
 CLASSES = {"random pairs": "random", "one pool of 10,000, labels ignored": "one-pool",
-           "a pool of 1,000 for each class": "class-1000", "a pool of 10,000 for each class": "class-10000",
+           "a pool of 1,000 for each class": "class-1000", "the same with prices": "class-1000-priced",
+           "a pool of 10,000 for each class": "class-10000",
            "assigned in batches of 256, within classes": "assigned", "semidiscrete within each class": "semidiscrete",
            "semidiscrete, labels ignored": "semidiscrete-one"}
 
@@ -154,13 +155,11 @@ def couple(images):
     return lines
 
 
-def couple_cifar10(images):
-    """Without labels, after so many images."""
-    found = read("proof/distances.csv", images=images)
-    rows = {RUNS[run].label: {"run": run} for run in ("random", "greedy-10000", "greedy-100000", "optimal-10000",
-                                                      "semidiscrete-1000", "semidiscrete-10000", "semidiscrete")
-            if any(row["run"] == run for row in found)}
-    return pivot(found, rows, {f"{steps} steps": ({"steps": steps}, numbers("distance")) for steps in STEPS})
+def proof_after(images, *runs):
+    """Distances after so many images."""
+    rows = {RUNS[run].label: {"run": run} for run in runs}
+    columns = {f"{steps} steps": ({"steps": steps}, numbers("distance")) for steps in STEPS}
+    return pivot(read("proof/distances.csv", images=images), rows, columns)
 
 
 def embeddings():
@@ -201,12 +200,12 @@ couple_gpu = partial(listing, read("bench/couple/h200.csv"), ["way"], {
     "products of this": numbers("products_of_choose", 0, " %", 100)})
 
 
-def proof_short(first, second, *others):
-    """The distances of some runs, and how many images the second needs for those of the first."""
-    _, needed = proof_images(second)
-    label = RUNS[second.partition("@")[0]].label
-    return [*proof(first, second, *others),
-            [f"images, thousands, with which the {label} reaches the first row", *needed[1:]]]
+coarse = partial(listing, read("bench/coarse/h200.csv", left="all"), ["match_size", "shape", "batch", "way", "dtype"], {
+    "a call": numbers("median_ms", 2, " ms"), "memory": numbers("peak_mb", 0, " MB"), "faster": numbers("faster", 1),
+    "smaller": numbers("smaller", 0)})
+prices = partial(listing, read("bench/prices/h200.csv"), ["shape", "batch", "match_size", "cost"], {
+    "median": numbers("median_ms", 2, " ms"), "mean": numbers("mean_ms", 2, " ms"),
+    "slowest": numbers("most_ms", 2, " ms")})
 
 
 def proof_speed():

@@ -24,6 +24,8 @@ MEASURES = "frechet_distance", "frechet_distance_class_mean", "label_accuracy"
 RUNS = {"random": ("random pairs", dict(color=RANDOM, marker="o", linestyle=(0, (4, 2)))),
         "one-pool": ("one pool of 10,000", dict(color=NOTE, marker="^", linestyle=(0, (1, 1.2)))),
         "class-1000": ("a pool of 1,000 for each class", dict(color=POOLS[1000], marker="D", linestyle="-")),
+        "class-1000-priced": ("a pool of 1,000 for each class, with prices",
+                              dict(color=POOLS[1000], marker="P", linestyle=(0, (4, 1.5)))),
         "class-10000": ("a pool of 10,000 for each class", dict(color=POOLS[10_000], marker="s", linestyle="-")),
         "assigned": ("assigned within batches and classes", dict(color=OPTIMAL, marker="v", linestyle="-.")),
         "semidiscrete": ("semidiscrete within each class", dict(color=SEMIDISCRETE, marker="*", linestyle="-")),

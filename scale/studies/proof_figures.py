@@ -21,8 +21,8 @@ LOOKS = {RANDOM: SERIES["random"],
          "greedy-1000000": dict(color=POOLS[1_000_000], marker="D", linestyle=DOTTED),
          "semidiscrete": dict(color=SEMIDISCRETE, marker="P", linestyle="-")}
 DIFFUSION = {"diffusion-random": SERIES["random"], "diffusion-greedy-10000": SERIES["matched"]}
-PEERS = ["greedy-1000", MATCHED, "greedy-100000", "greedy-1000000", "optimal-10000", "semidiscrete",
-         "assigned-256", "nearest-16"]
+PEERS = ["greedy-1000", MATCHED, "priced-10000", "greedy-100000", "priced-100000", "greedy-1000000",
+         "optimal-10000", "semidiscrete", "assigned-256", "nearest-16"]
 BY_COST = [MATCHED, "inner-10000", "greedy-100000", "inner-100000"]
 SMALL = ["batch8-assigned", "batch8-greedy-10000", "batch1-greedy-10000"]
 MARKERS = "osD^v"

@@ -45,7 +45,7 @@ def test_every_run_is_the_command_that_stands_in_commands_txt(run):
 
 def test_runs_differ_from_random_pairs_in_their_pairs_alone():
     """But for flow, batch and the learning rate that goes with it, which their own random pairs share."""
-    pairs = {"method", "match_size", "cost", "pool_dtype", "part"}
+    pairs = {"method", "match_size", "cost", "grid", "pool_dtype", "part"}
     for run in RUNS.values():
         base = RUNS[base_of(run)]
         differing = {key for key in run.settings | base.settings if run.settings.get(key) != base.settings.get(key)}
