@@ -53,12 +53,14 @@ def compare(ways: dict[str, Callable[[int], tuple]], images: Tensor, seeds: int,
 
 
 def print_table(rows: list[dict], title: str, caption: str) -> None:
-    """Print the mean and the standard deviation of each measure over the seeds, a line for each way."""
+    """Print the mean and the standard deviation of each measure over the seeds, a line for each way; a way may lack
+    measures that the first has."""
     measures = [name for name in rows[0] if name not in ("way", "seed")]
     lines = []
     for way in dict.fromkeys(row["way"] for row in rows):
-        values = [mean_and_std([row[name] for row in rows if row["way"] == way]) for name in measures]
-        lines.append([way, *(f"{value['mean']:.3f}\n[dim]±{value['std']:.3f}[/]" for value in values)])
+        same = [row for row in rows if row["way"] == way]
+        values = [mean_and_std([row[name] for row in same]) if name in same[0] else None for name in measures]
+        lines.append([way, *(f"{value['mean']:.3f}\n[dim]±{value['std']:.3f}[/]" if value else "" for value in values)])
     seeds = counted(len(rows) // len(lines), "seed")
     columns = [name.replace(" ", "\n") for name in measures]
     console.print(table(f"{title}, {seeds}", ["pairs", *columns], lines, caption))

@@ -230,7 +230,7 @@ def report(rows: list[dict], labels: list[str], extractor: Extractor, count: int
         lines.append([label, str(row.get("steps", "")), f"{row['count']:,}", *numbers, f"{row['precision']:.3f}",
                       f"{row['recall']:.3f}",
                       *(format(row[name], style) if name in row else "" for name, (style, _) in by_class.items())])
-    measures = ["FID", "KID·10³", "IS"] if inception else ["Fréchet", "kernel·10³"]
+    measures = ["FID", "KID × 1,000", "IS"] if inception else ["Fréchet", "kernel × 1,000"]
     available, taken = rows[0]["real_images"], rows[0]["count"]
     console.print(table(f"Distances by {extractor.name} to {available:,} images of {rows[0]['data']}",
                         ["model", "steps", "images", *measures, "precision", "recall",
