@@ -109,7 +109,7 @@ def ott(x, args):
 
 
 def unevenness(x, found, noises=100, seed=99):
-    """Of several potentials, counted with the same noises for all."""
+    """The errors of several potentials, counted with the same noises for all."""
     generator, taken = torch.Generator().manual_seed(seed), {name: torch.zeros(len(x)) for name in found}
     for _ in range(noises * len(x) // 1000):
         values = torch.randn(1000, x.shape[1], generator=generator) @ x.T
