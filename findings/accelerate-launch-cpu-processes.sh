@@ -2,7 +2,8 @@
 # accelerate 1.15.0: `accelerate launch --cpu --num_processes 2` starts one process on a machine with CPUs only, and says
 # nothing of it.
 #
-# Guess before: two processes, as its help says: "The total number of processes to be launched in parallel".
+# Expected, by the script that was written for it: two processes, as its help says: "The total number of processes to be
+# launched in parallel". (Noted down after it was seen.)
 # Seen: the script runs once, as process 0 of 1, with no WORLD_SIZE. launch_command has no way of several processes on
 # CPUs: what is not multi_gpu, tpu and the like goes to simple_launcher. torchrun with the same script starts two, and
 # Accelerator takes them.
