@@ -28,7 +28,7 @@ from dansm import (
 
 from ..base.machine import free_memory
 from . import gpu, inside
-from .prices import Prices, references_of
+from .prices import Prices, bytes_to_learn, references_of
 from .products import products
 
 SCOPES = ("rank", "global")
@@ -290,13 +290,16 @@ class FastPool(inside.OfOneProcess, NoisePool):
         another process, of a pool over another number of them, or of a GPU of other multiprocessors, which draws others
         from a seed, go on with the next pool, whose noises nobody has."""
         self.settle()
-        if self.is_auto and isinstance(state, dict) and "match_size" in state.get("made_for", ()):
-            self._resize(state["made_for"]["match_size"])
         made_for = inside.as_known_to(state, self._made_for())
+        saved = state.get("made_for") if isinstance(state, dict) else None
+        if self.is_auto and isinstance(saved, dict) and "match_size" in saved:
+            made_for["match_size"] = saved["match_size"]
         foreign = inside.from_elsewhere(state, made_for)
         check_state(state | {"made_for": made_for} if foreign else state, made_for)
         if self.prices and not {"prices", "own"} <= state.keys():
             raise BadInput("the state of a priced pool has no prices: expected what NoisePool.state_dict() returned")
+        if made_for["match_size"] != self.match_size:
+            self._resize(made_for["match_size"])
         self._forget()
         self.seed, self.number = state["seed"], state["number"]
         if self.prices:
@@ -340,7 +343,7 @@ class FastPool(inside.OfOneProcess, NoisePool):
         self.match_size = self._fitting(match_size)
         self.rows = self.match_size // self.ranks  # of the pool's noises, those that this rank keeps,
         self.first = self.rank * self.rows  # from this one on
-        self.noise = self.noise[:0]
+        self.noise = self.noise.new_empty(0, self.noise.shape[1])
 
     def _chosen(self, expected: int | None) -> int:
         """The match_size for "auto"."""
@@ -406,6 +409,8 @@ class FastPool(inside.OfOneProcess, NoisePool):
         costs = self.cost_copies * max(size, 4)
         handed_out = 3 * samples * self.shape.numel() * size  # the samples, their noises, and those that move
         drawn = 2 * max(self.numbers_per_chunk, self.shape.numel()) * max(size, 4)
+        if self.cost == PRICED:  # when prices are told, nothing is drawn
+            drawn = max(drawn, bytes_to_learn(match_size, self.shape.numel(), size))
         return pools * self._kept(match_size) + rows * samples * costs + handed_out + drawn
 
     def _samples_at_once(self, rows: int) -> int:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .products import products
-from .solver import Solver, sizes
+from .solver import Solver, noises_of_a_step, sizes
 
 REFERENCES = 1000  # samples that prices are told from; twice as many bring 0.5 % more
 FEW = 100  # the fewest, but of long samples
@@ -18,6 +18,12 @@ NOISES = 20  # drawn for each of them, while their potentials are found
 def references_of(match_size: int, numbers: int) -> int:
     """How many samples of so many numbers tell the prices of a pool's noises: half as many as these, at most."""
     return min(REFERENCES, NUMBERS // numbers, max(match_size // 2, min(FEW, 2**18 // numbers)))
+
+
+def bytes_to_learn(match_size: int, numbers: int, size: int) -> int:
+    """Of the noises that prices are told with, in float32 and in a type of `size` bytes."""
+    references = references_of(match_size, numbers)
+    return noises_of_a_step(references) * numbers * (4 if size == 4 else 4 + size) if references > 1 else 0
 
 
 class Prices:
@@ -40,7 +46,8 @@ class Prices:
     def __init__(self, match_size: int, like: Tensor):
         self.missing = references_of(match_size, like.shape[1])  # samples that are to come yet
         self.references = like[:0].clone()
-        self.potentials = like.new_empty(0, dtype=torch.float32)  # empty until they are found
+        exact = torch.promote_types(like.dtype, torch.float32)
+        self.potentials = like.new_empty(0, dtype=exact)  # empty until they are found
         self.temperature = 0.0
 
     @property
@@ -57,13 +64,13 @@ class Prices:
         self.references = torch.cat([self.references, samples[samples.isfinite().all(1)]])
         self.missing -= len(samples)
         n = len(self.references)
-        if self.missing or n < 2 or not (size := sizes(self.references).mean().item()) > 0:
+        if self.missing or n < 2 or not 0 < (size := sizes(self.references).mean().item()) < math.inf:
             return False
         shares = torch.full((n,), 1 / n, device=samples.device)
         solver = Solver(self.references, shares, generator())
         while solver.noises < NOISES:
             solver.step()
-        self.potentials = solver.mean
+        self.potentials = solver.mean.to(self.potentials)
         nearest = 2 * math.log(n)  # the largest of n normal numbers lies near its root
         self.temperature = size / math.sqrt(nearest) / 2 * min(1.0, samples.shape[1] / nearest)
         return True

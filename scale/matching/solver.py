@@ -56,7 +56,7 @@ class Solver:
     counted = "batch", "steps", "checked"
 
     def __init__(self, x: Tensor, share: Tensor, generator: torch.Generator, values: int = VALUES):
-        self.x, self.share, self.generator, self.values = x, share, generator, values
+        self.x, self.share, self.generator, self.values = x, share.float(), generator, values
         self.batch = noises_of_a_step(len(x))
         size = sizes(x)
         self.weight = 0.5 + 0.5 * size / size.mean()
@@ -83,7 +83,8 @@ class Solver:
     def step(self) -> None:
         self.steps += 1
         n, drawn = len(self.x), self.noises
-        z = torch.randn(self.batch, self.x.shape[1], generator=self.generator, device=self.x.device).to(self.x)
+        z = torch.randn(self.batch, self.x.shape[1], generator=self.generator, device=self.x.device,
+                        dtype=torch.float32).to(self.x)  # whatever the default type is
         winners, first, second, squares = self._shared_out(z)
         self.taken.index_add_(0, winners, torch.ones_like(winners, dtype=torch.int32))
         first, second = first / self.share - 1, second / self.share - 1

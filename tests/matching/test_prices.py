@@ -88,18 +88,50 @@ def test_picks_are_greedy_by_inner_product_less_price():
 
 
 @pytest.mark.parametrize("served", [0, 40, 250, 399, 400, 520, 1111])
-def test_a_run_resumes_with_the_same_noises(served):
-    x = images(1500, 8)
-    pool = NoisePool(200, (8,), seed=0)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_run_resumes_with_the_same_noises(served, dtype):
+    x = images(1500, 8).to(dtype)
+    pool = NoisePool(200, (8,), dtype=dtype, seed=0)
     pool(x[:served])
     file = io.BytesIO()
     torch.save(pool.state_dict(), file)
     file.seek(0)
-    resumed = NoisePool(200, (8,), seed=99)
+    resumed = NoisePool(200, (8,), dtype=dtype, seed=99)
     resumed(x[:33])  # what it had is forgotten
     resumed.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(resumed.prices.potentials, pool.prices.potentials)
     for part in x[served:].split(57):
         assert torch.equal(resumed(part), pool(part))
+
+
+def test_a_refused_state_leaves_a_pool_that_chose_its_size_as_it_was():
+    x = images(400, 8)
+    pools = [NoisePool("auto", (8,), expected=2000, seed=0) for _ in range(2)]
+    for pool in pools:
+        pool(x[:150])
+    good = NoisePool(50, (8,), seed=0).state_dict()
+    without_prices = {name: value for name, value in good.items() if name != "prices"}
+    for bad in (NoisePool(50, (7,), seed=0).state_dict(), without_prices, good | {"made_for": None}):
+        with pytest.raises(BadInput):
+            pools[0].load_state_dict(bad)
+    assert torch.equal(*(pool(x[150:]) for pool in pools))
+
+
+def test_the_default_number_type_changes_nothing():
+    x = images(400, 8)
+    z = NoisePool(100, (8,), seed=0)(x)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(NoisePool(100, (8,), seed=0)(x), z)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_what_prices_are_told_with_counts_as_memory():
+    shape = (4 * 2**20,)  # 32 noises of these take half a gigabyte
+    assert NoisePool(8, shape, cost="squared", memory=0.5).match_size == 8
+    with pytest.raises(BadInput, match=r"8.*0\.9 GB.*0\.5 GB"):
+        NoisePool(8, shape, memory=0.5)
 
 
 def test_a_copy_goes_its_own_way():
@@ -138,6 +170,8 @@ def test_samples_that_are_not_finite_tell_no_price():
     assert prices.learn(x, lambda: torch.Generator().manual_seed(0))
     assert len(prices.references) == FEW - 2
     assert prices(torch.randn(5, 4)).isfinite().all()
+    prices = Prices(FEW, torch.empty(0, 4))
+    assert not prices.learn(x.nan_to_num(1e25), lambda: torch.Generator().manual_seed(0)) and not prices.known
 
 
 def test_long_samples_tell_prices_by_few_of_them():
