@@ -32,7 +32,8 @@ def settled(recipe: Recipe, shape: tuple[int, ...], labels: Labels | None, devic
     if not names:
         return recipe
     if kept := everyones(out and checkpoint.recipe_in(out))[0]:
-        say(", ".join(f"{name.replace('_', ' ')} {kept[name]}" for name in names) + ", as the run began")
+        words = {name: f"{kept[name]:,}" if isinstance(kept[name], int) else kept[name] for name in names}
+        say(", ".join(f"{name.replace('_', ' ')} {word}" for name, word in words.items()) + ", as the run began")
         return dataclasses.replace(recipe, **{name: kept[name] for name in names})
     if "network" in names:
         name, why = _network(recipe, max(shape[2:]), device)
@@ -111,5 +112,7 @@ def safe_size(recipe: Recipe, labels: Labels | None) -> str:
     if labels:
         pool += f" for {labels.names[np.bincount(labels.numbers).argmin()]}"
         of = " of that class"
+    size = samples // 10
+    advice = f"--match-size {size} is emptied ten times" if size > 1 else "--match-size 0 gives random pairs"
     return (f"{pool} outlasts the {counted(samples, 'image')}{of} in all steps: those trained on are not N(0, I); "
-            f"--match-size {samples // 10} is emptied ten times")
+            f"{advice}")
