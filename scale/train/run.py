@@ -111,7 +111,7 @@ def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, 
             if run.step % recipe.log_steps == 0 or save or stop:
                 line = watch.line()
                 folder.log(line)
-                show(in_words(line))
+                show(line=in_words(line))
             else:
                 show()
             if due(recipe, run.step) or save or stop:

@@ -148,21 +148,24 @@ def in_words(line: dict) -> str:
 @contextmanager
 def progress(run: FastTraining) -> Iterator[Callable]:
     """Show a live line with the time left, or plain lines now and then, and yield a function that is to be called after
-    each step: it takes the text, or shows the last one. A line before them says what the numbers are."""
+    each step. It takes a line of the log in words, which is shown from now on, or else what goes on now. A line before
+    all says what the numbers are."""
     recipe = run.recipe
     if run.step >= recipe.steps:
-        yield lambda text="": None
+        yield lambda *_, **__: None
         return
     say("in each line: the mean loss since the line before; ‖x−z‖, the mean distance of a sample and its noise, and "
         "that of the same samples and noises in random pairs, which matching is to undercut")
-    said, last = False, ""  # whether a plain line has told the last text
+    said, last, last_step = True, "", 0  # whether a plain line has told the last line of the log; at which step it is
 
-    def show(text: str = "") -> None:
-        nonlocal said, last
-        if text:
-            said, last = False, text
-        step = f"step {run.step:,} of {recipe.steps:,}"
-        if bar(run.step / recipe.steps, step if said or not last else last):
+    def show(now: str = "", line: str = "") -> None:
+        nonlocal said, last, last_step
+        if line:
+            said, last, last_step = False, line, run.step
+        text = f"step {run.step:,} of {recipe.steps:,}"
+        if last and (bar.live or not said):
+            text = last if last_step == run.step else f"{text}, at {last}"
+        if bar(None if now else run.step / recipe.steps, now or text) and not now:
             said = True
 
     with Bar(f"step {run.step:,} of {recipe.steps:,}", done=run.step / recipe.steps, keeps=True,
