@@ -4,6 +4,7 @@ import torch
 import torch.distributed as group
 
 from dansm import BadInput, NoisePool
+from dansm.scale.matching import prices
 
 # match_size, samples of each rank in each batch (by rank, in turn), kind of data
 CASES = [
@@ -110,6 +111,7 @@ def one_rank_with_groups(rank, ranks):
 def one_rank(rank, ranks, folder):
     group.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=ranks)
     torch.set_num_threads(1)
+    prices.DIMENSIONS = 1
     results = {}
     for case, (match_size, batches, kind) in enumerate(CASES):
         match_size = match_size // ranks * ranks

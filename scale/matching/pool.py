@@ -33,7 +33,7 @@ from .products import products
 
 SCOPES = ("rank", "global")
 PRICED = "priced"
-PRICES = 2**31 + 2  # a stream that no pool and no coupling has
+PRICES = 2**31 + 6  # a stream that no pool and no coupling has
 AUTO = "auto"  # a match_size that `expected` samples empty EMPTIED times or more
 EMPTIED = 10
 MOST = {"cpu": 10_000}  # noises of such a pool, where each batch takes longer with more; on other devices:
@@ -296,8 +296,8 @@ class FastPool(inside.OfOneProcess, NoisePool):
             made_for["match_size"] = saved["match_size"]
         foreign = inside.from_elsewhere(state, made_for)
         check_state(state | {"made_for": made_for} if foreign else state, made_for)
-        if self.prices and not {"prices", "own"} <= state.keys():
-            raise BadInput("the state of a priced pool has no prices: expected what NoisePool.state_dict() returned")
+        if self.prices and not self.prices.are_in(state):
+            raise BadInput("the state of a priced pool lacks prices: expected what NoisePool.state_dict() returned")
         if made_for["match_size"] != self.match_size:
             self._resize(made_for["match_size"])
         self._forget()

@@ -10,14 +10,17 @@ from .products import products
 from .solver import Solver, noises_of_a_step, sizes
 
 REFERENCES = 1000  # samples that prices are told from; twice as many bring 0.5 % more
-FEW = 100  # the fewest, but of long samples
+FEW = 100  # of these for small pools, but of long samples
+LEAST = 16  # by fewer, samples find no nearer noises (CIFAR-10)
+DIMENSIONS = 10  # in fewer, squared distance is near the best, and prices told from samples are farther
 NUMBERS = 2**23  # that these hold at most, 32 MB
 NOISES = 20  # drawn for each of them, while their potentials are found
 
 
 def references_of(match_size: int, numbers: int) -> int:
-    """How many samples of so many numbers tell the prices of a pool's noises: half as many as these, at most."""
-    return min(REFERENCES, NUMBERS // numbers, max(match_size // 2, min(FEW, 2**18 // numbers)))
+    """How many samples of so many numbers tell the prices of a pool's noises; 0: these have none."""
+    count = min(REFERENCES, NUMBERS // numbers, max(match_size // 2, min(FEW, 2**18 // numbers)))
+    return count if count >= LEAST and numbers >= DIMENSIONS else 0
 
 
 def bytes_to_learn(match_size: int, numbers: int, size: int) -> int:
@@ -37,7 +40,8 @@ class Prices:
     The maximum is a soft one, T · log Σ exp((⟨z, x_j⟩ − b_j) / T), as other samples lie between the x_j. T is half the
     scale at which values near the largest thin out, ‖x‖ / √(2 ln n), and less in few dimensions.
 
-    Until enough samples have come, noises have no price, and where all of these are equal they stay without.
+    Until enough samples have come, noises have no price. They stay without where these are equal, too few as they are
+    long, or of fewer than ten numbers.
 
     match_size  of the pool
     like        (any, D), of the number type and on the device of the noises
@@ -84,6 +88,12 @@ class Prices:
     def state_dict(self) -> dict:
         return {"missing": self.missing, "references": self.references.clone(), "potentials": self.potentials.clone(),
                 "temperature": self.temperature}
+
+    def are_in(self, state: dict) -> bool:
+        """Whether the state of a pool has prices, and what each noise costs."""
+        prices, own = state.get("prices"), state.get("own")
+        whole = isinstance(prices, dict) and prices.keys() == self.state_dict().keys()
+        return whole and isinstance(own, Tensor) and own.shape == state["index"].shape
 
     def load_state_dict(self, state: dict) -> None:
         self.missing, self.temperature = state["missing"], state["temperature"]

@@ -68,8 +68,8 @@ def test_the_kernels_are_the_papers_loop_noise_for_noise(match_size, sizes, kind
 @pytest.mark.parametrize(("cost", "dtype"),
                          [("squared", torch.float32), ("inner", torch.bfloat16), ("priced", torch.float32)])
 def test_both_paths_hand_out_the_same_and_leave_the_pool_the_same(cost, dtype):
-    pools = [make(110, (5,), cost=cost, dtype=dtype, seed=3) for make in (plain_pool, pool_of_kernels)]
-    x = 0.5 * torch.randn(160, 5, device=DEVICE)
+    pools = [make(110, (10,), cost=cost, dtype=dtype, seed=3) for make in (plain_pool, pool_of_kernels)]
+    x = 0.5 * torch.randn(160, 10, device=DEVICE)
     for part in x.split([40, 1, 19, 80, 20]):  # the fourth refills inside a batch
         first, second = (pool(part) for pool in pools)
         assert torch.equal(first, second)

@@ -9,8 +9,15 @@ from pools import rows_in_order
 from scipy.optimize import linear_sum_assignment
 
 from dansm import BadInput, NoisePool, cost_matrix, greedy
+from dansm.scale.matching import prices as prices_module
 from dansm.scale.matching.pool import FastPool
 from dansm.scale.matching.prices import FEW, REFERENCES, Prices, references_of
+
+
+@pytest.fixture(autouse=True)
+def in_few_dimensions(monkeypatch):
+    """Prices as in many, so that pools are small."""
+    monkeypatch.setattr(prices_module, "DIMENSIONS", 1)
 
 
 def images(count, numbers=64, seed=0):
@@ -127,7 +134,8 @@ def test_the_default_number_type_changes_nothing():
         torch.set_default_dtype(torch.float32)
 
 
-def test_what_prices_are_told_with_counts_as_memory():
+def test_what_prices_are_told_with_counts_as_memory(monkeypatch):
+    monkeypatch.setattr(prices_module, "LEAST", 1)
     shape = (4 * 2**20,)  # 32 noises of these take half a gigabyte
     assert NoisePool(8, shape, cost="squared", memory=0.5).match_size == 8
     with pytest.raises(BadInput, match=r"8.*0\.9 GB.*0\.5 GB"):
@@ -178,8 +186,8 @@ def test_long_samples_tell_prices_by_few_of_them():
     assert references_of(10_000, 3072) == REFERENCES
     assert references_of(10, 3) == FEW
     assert references_of(60, 2**16) == 30  # half of the pool's own memory
-    assert references_of(10_000, 4 * 2**20) == 2
-    assert references_of(10_000, 2**24) == 0
+    assert references_of(10_000, 2**19) == 16
+    assert references_of(10_000, 2**20) == references_of(10_000, 2**24) == 0  # too few to tell anything
 
 
 def test_a_pool_of_longer_samples_than_prices_can_be_told_of_has_none(monkeypatch):
@@ -207,3 +215,24 @@ def test_random_pairs_have_no_prices_to_learn():
     pool = NoisePool(1, (4,), seed=0)
     pool(images(300, 4))
     assert not pool.prices.known
+
+
+def test_in_few_dimensions_noises_have_no_price(monkeypatch):
+    """There squared distance is near the best of all plans."""
+    monkeypatch.undo()
+    x = images(400, 9)
+    assert torch.equal(NoisePool(100, (9,), seed=0)(x), NoisePool(100, (9,), cost="squared", seed=0)(x))
+    assert not torch.equal(NoisePool(100, (3, 4), seed=0)(images(400, 12).view(-1, 3, 4)),
+                           NoisePool(100, (3, 4), cost="squared", seed=0)(images(400, 12).view(-1, 3, 4)))
+
+
+@pytest.mark.parametrize("wrong", [dict(prices={}), dict(prices=None), dict(own=torch.zeros(3)), dict(own=None)])
+def test_a_state_without_all_prices_is_refused_and_changes_nothing(wrong):
+    x = images(300, 6)
+    pool, untouched = (NoisePool(100, (6,), seed=0) for _ in range(2))
+    saved = NoisePool(100, (6,), seed=1)
+    for each in (pool, untouched, saved):
+        each(x[:140])
+    with pytest.raises(BadInput, match=r"prices.*expected"):
+        pool.load_state_dict(saved.state_dict() | wrong)
+    assert torch.equal(pool(x[140:]), untouched(x[140:]))

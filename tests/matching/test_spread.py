@@ -7,12 +7,14 @@ from ranks import CASES, GROUPS, grouped_batches, one_rank, samples
 from support import needs_gloo
 
 from dansm import BadInput, NoisePool
+from dansm.scale.matching import prices
 
 
 @needs_gloo
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_that_share_a_pool_match_as_one_process_with_the_joined_batch(ranks, tmp_path):
+def test_ranks_that_share_a_pool_match_as_one_process_with_the_joined_batch(ranks, tmp_path, monkeypatch):
+    monkeypatch.setattr(prices, "DIMENSIONS", 1)  # as the ranks do
     processes.spawn(one_rank, (ranks, str(tmp_path)), ranks)
     done = [torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks)]
     for case, (match_size, batches, kind) in enumerate(CASES):
