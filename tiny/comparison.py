@@ -59,11 +59,19 @@ def print_table(rows: list[dict], title: str, caption: str) -> None:
     lines = []
     for way in dict.fromkeys(row["way"] for row in rows):
         same = [row for row in rows if row["way"] == way]
-        values = [mean_and_std([row[name] for row in same]) if name in same[0] else None for name in measures]
-        lines.append([way, *(f"{value['mean']:.3f}\n[dim]±{value['std']:.3f}[/]" if value else "" for value in values)])
+        values = ([row[name] for row in same if name in row] for name in measures)
+        lines.append([way, *map(in_words, values)])
     seeds = counted(len(rows) // len(lines), "seed")
     columns = [name.replace(" ", "\n") for name in measures]
     console.print(table(f"{title}, {seeds}", ["pairs", *columns], lines, caption))
+
+
+def in_words(values: list[float]) -> str:
+    """The mean, and the standard deviation of several."""
+    if not values:
+        return ""
+    found = mean_and_std(values)
+    return f"{found['mean']:.3f}" + (f"\n[dim]±{found['std']:.3f}[/]" if len(values) > 1 else "")
 
 
 def each_seed(train: Callable[[str, int], Any], ways: Iterable[str], seeds: Sequence[int], file: Path) -> Iterator:

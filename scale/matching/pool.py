@@ -156,6 +156,9 @@ class FastPool(inside.OfOneProcess, NoisePool):
             self.stream = (process, *self.stream[1:])
             self.generator = noise_generator(self.seed, self.noise.device, 0, *self.stream)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.match_size}, {tuple(self.shape)}, cost={self.cost!r}, seed={self.seed})"
+
     def __setstate__(self, state: dict) -> None:  # of a copy
         self.__dict__.update(state)
         self.handle = inside.handle_of(self)
@@ -357,7 +360,7 @@ class FastPool(inside.OfOneProcess, NoisePool):
         size, self.why = min(limits)
         size = size // self.ranks * self.ranks
         if size < 2:
-            size, self.why = 0, "as the training empties no pool ten times"
+            size, self.why = 0, "random pairs, as the training empties no pool ten times"
         return size
 
     def _largest(self, match_size: int | None, pools: int, share: int = 1) -> tuple[int, str]:

@@ -323,6 +323,10 @@ def test_a_used_pool_can_be_set_back_to_its_saved_state(pool_class):
         assert torch.equal(pool(x), expected)
 
 
+def test_a_pool_shows_what_was_chosen():
+    assert repr(NoisePool("auto", (3,), seed=5, expected=1234)) == "FastPool(123, (3,), cost='priced', seed=5)"
+
+
 def test_a_saved_state_is_small():
     """The pool itself is drawn again: the file holds 4 bytes a noise, the state of a generator of 5 kB and what the
     format adds, not match_size × D numbers."""
