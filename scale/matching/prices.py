@@ -24,9 +24,9 @@ def references_of(match_size: int, numbers: int) -> int:
 
 
 def bytes_to_learn(match_size: int, numbers: int, size: int) -> int:
-    """Of the noises that prices are told with, in float32 and in a type of `size` bytes."""
+    """Bytes of the noises that prices are told with, in float32 and in a type of `size` bytes."""
     references = references_of(match_size, numbers)
-    return noises_of_a_step(references) * numbers * (4 if size == 4 else 4 + size) if references > 1 else 0
+    return noises_of_a_step(references) * numbers * (4 if size == 4 else 4 + size) if references else 0
 
 
 class Prices:
