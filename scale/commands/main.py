@@ -3,6 +3,7 @@
 import importlib
 import re
 import sys
+from pathlib import Path
 
 import typer
 from typer.core import TyperGroup
@@ -37,6 +38,13 @@ class Commands(TyperGroup):
         command.name = cmd_name
         return command
 
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except BadInput as error:
+            options = _options_of(self.get_command(ctx, ctx.invoked_subcommand))
+            raise BadInput(_naming_option(str(error), options)) from error
+
 
 app = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -69,6 +77,25 @@ def run(arguments: list[str] | None = None) -> None:
     if message:
         print("dansm:", " ".join(message.split()), file=sys.stderr)
     sys.exit(code)
+
+
+def _options_of(command) -> dict[str, str]:
+    """The options of a command and of its subcommands: name in Python → as it is given, "match_size" → "--match-size".
+    """
+    options = {parameter.name: parameter.opts[0] for parameter in command.params
+               if parameter.param_type_name == "option"}
+    for subcommand in getattr(command, "commands", {}).values():
+        options |= _options_of(subcommand)
+    return options
+
+
+def _naming_option(message: str, options: dict[str, str]) -> str:
+    """The message with the option in place of the argument's name, if that is what the library refuses: it begins
+    "match_size is …", where no file is called so."""
+    name, _, rest = message.partition(" ")
+    if name in options and rest.startswith("is ") and not Path(name).exists():
+        return f"{options[name]} {rest}"
+    return message
 
 
 def _explained(error: Exception) -> str:

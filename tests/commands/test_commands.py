@@ -147,6 +147,19 @@ def test_a_bad_option_is_named_with_its_value_and_nothing_is_written(refused, tm
     assert [name for name in files_of(tmp_path) if (tmp_path / name).is_file()] == []
 
 
+@pytest.mark.parametrize(("command", "option"), [
+    (("toy", "--match-size", 5_000_000_000), "--match-size"), (("couple", "images", "--memory", 1e-6), "--memory"),
+    (("bench", "match", "--match-size", 1_000_000_000), "--match-size")])
+def test_what_the_library_refuses_is_told_by_the_option(refused, images, command, option):
+    said = refused(*command, "--device", "cpu")
+    assert said.startswith(f"dansm: {option} is ")
+
+
+def test_a_file_that_is_called_like_an_option_is_told_by_its_name(refused, tmp_path):
+    (tmp_path / "data").write_text("")
+    assert refused("train", "data", "--device", "cpu").startswith("dansm: data is ")
+
+
 WORDS = [
     (("train", "x", "--method", "magic"), "--method.*magic.*nearest$"),
     (("train", "x", "--match-size", "1.5"), "--match-size.*(whole number|integer)"),

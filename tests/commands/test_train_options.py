@@ -121,3 +121,12 @@ def test_help_tells_the_choices_and_the_defaults(run, monkeypatch):
     said = " ".join(help_of_train(run, monkeypatch, 200).split())
     for words in ("random, greedy, semidiscrete, optimal, nearest [greedy]", "[128]", "[0.9999]", "fp16, fp32 [auto]"):
         assert words in said
+
+
+@pytest.mark.parametrize("options", [
+    ["--match-size", 5_000_000_000], ["--width", 5, "--network", "tiny"], ["--grid", "7,7,7,7"],
+    ["--memory", 1e-6, "--method", "semidiscrete"]])
+def test_what_the_library_refuses_is_told_by_the_option(refused, images, options):
+    """The library itself speaks of its arguments: match_size."""
+    said = refused("train", images, "--steps", 10**9, "--device", "cpu", "--out", "out", *options)
+    assert said.startswith(f"dansm: {options[0]} is ")
