@@ -31,12 +31,12 @@ RENAMED = {"pool": "pool_dtype", "fast": "tf32", "decay": "ema_decay", "resident
 
 def setting(part: str, text: str, default: Any = dataclasses.MISSING, *, least: float = 0, most: float = math.inf,
             choices: Iterable[str] = (), empty: bool = False, free: bool = False, methods: Iterable[str] = (),
-            auto: bool = False):
+            auto: bool = False, example: str = ""):
     """A field of `Recipe` with its heading, its help and what it may be: a number from least to most, one of the
     choices, an empty list, "auto". What is free may change when a run resumes; without one of the methods it has no
-    effect."""
+    effect. example: of a list, for messages."""
     rules = dict(part=part, text=text, least=least, most=most, choices=tuple(choices), empty=empty, free=free,
-                 methods=tuple(methods), auto=auto)
+                 methods=tuple(methods), auto=auto, example=example)
     return dataclasses.field(default=default, metadata=rules)
 
 
@@ -69,9 +69,11 @@ class Recipe:
     network: str = in_network("ncsnpp and ddpm are the paper's. auto: tiny on a CPU, on a GPU small for at most 64 "
                               "pixels a side, else ddpm", AUTO, choices=(AUTO, *dansm.NETWORKS))
     width: int | None = in_network("channels at the first level, an even number", None, least=4)
-    multipliers: tuple[int, ...] | None = in_network("of the width, one for each level", None, least=1)
+    multipliers: tuple[int, ...] | None = in_network("of the width, one for each level", None, least=1,
+                                                     example="1,2,2")
     blocks: int | None = in_network("residual blocks at each level", None, least=1)
-    attention_at: tuple[int, ...] | None = in_network("sizes with attention (longer side)", None, least=1, empty=True)
+    attention_at: tuple[int, ...] | None = in_network("sizes with attention (longer side)", None, least=1, empty=True,
+                                                      example="16,8")
     dropout: float | None = in_network("share of activations dropped", None, most=1)
     init: str = in_network("begin with the averaged weights of this run, checkpoint or export, of the same network; a "
                            "run that is resumed does not read it", "", free=True)
@@ -86,7 +88,7 @@ class Recipe:
                                     "noises drawn for each sample", AUTO, methods=COMPARING, auto=True)
     grid: tuple[int, ...] = in_flow("greedy: match only the sums over so many blocks along the last axes, as 8,8, in a "
                                     "fraction of the memory; empty: match whole noises", (), least=1, empty=True,
-                                    methods=["greedy"])
+                                    methods=["greedy"], example="8,8")
     part: int = in_flow("semidiscrete: samples that share a plan, at most", 100_000, least=1, methods=["semidiscrete"])
     couple_error: float = in_flow("semidiscrete: by how much (rms) the samples' shares of the noises may be off", 0.1,
                                   least=0.001, most=1, methods=["semidiscrete"])
@@ -106,7 +108,8 @@ class Recipe:
     lr: float = in_steps("learning rate of Adam", 2e-4, least=1e-9, most=1e30)
     warmup: int = in_steps("steps over which the learning rate rises", 0)
     clip: float = in_steps("largest norm of the gradient", 1.0, least=1e-9, most=1e30)
-    ema_decay: tuple[float, ...] = in_steps("of each moving average; samples come from the first", (0.9999,), most=1)
+    ema_decay: tuple[float, ...] = in_steps("of each moving average; samples come from the first", (0.9999,), most=1,
+                                           example="0.9999,0.999")
     precision: str = in_steps("auto: bf16, on older GPUs fp16, on the CPU fp32", "auto",
                               choices=("auto", "bf16", "fp16", "fp32"))
     compile: bool = in_steps("on a GPU, compile kernels: a later start, then faster steps", True, free=True)
@@ -122,9 +125,10 @@ class Recipe:
 
     evaluate_every: int = in_evaluation("training steps between two evaluations; 0: none. Latents are evaluated after "
                                         "training, by dansm evaluate --autoencoder", 0)
-    evaluate_at: tuple[int, ...] = in_evaluation("further steps after which to evaluate", (), least=1, empty=True)
+    evaluate_at: tuple[int, ...] = in_evaluation("further steps after which to evaluate", (), least=1, empty=True,
+                                                example="1000,5000")
     evaluate_steps: tuple[int, ...] = in_evaluation("counts of steps from noise to image, a row for each", (3, 5, 10),
-                                                    least=1, most=10_000)
+                                                    least=1, most=10_000, example="3,5,10")
     evaluate_count: int = in_evaluation("images drawn for each row", 10_000, least=2)
     evaluate_measures: str = in_evaluation("all, or the Fréchet distance alone, which is faster", "all",
                                            choices=("all", "distance"))
@@ -200,7 +204,9 @@ def _expected(rules: SimpleNamespace) -> str:
     if rules.kind in (int, float):
         words += f" of at least {rules.least}" if rules.most == math.inf else f" from {rules.least} to {rules.most}"
     words = f"{AUTO}, or {words}" if rules.auto else words
-    return f"one or more, each {words}" if rules.several else words
+    if not rules.several:
+        return words
+    return f"one or more, each {words}, as in {rules.example}" + (", or '' for none" if rules.empty else "")
 
 
 def shown(value) -> str:

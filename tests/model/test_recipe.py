@@ -269,3 +269,12 @@ def test_the_flow_is_the_recipes_and_bounded_for_images_alone():
         assert (flow.bound, flow.target, flow.times) == (bound, "velocity", "logit-normal")
     flow = make_flow(dataclasses.asdict(Recipe("x")), True, "heun")
     assert isinstance(flow, dansm.RectifiedFlow) and flow.solver == "heun"
+
+
+@pytest.mark.parametrize("name", [name for name, rules in SETTINGS.items() if rules.several])
+def test_a_wrong_list_is_refused_showing_the_form_of_a_right_one(name):
+    for wrong in ("0,", "none", "8x8", "-1"):
+        with pytest.raises(BadInput, match=rf"^--it is .*as in {SETTINGS[name].example}\b"):
+            recipe.checked(name, wrong, "--it")
+    right = recipe.checked(name, SETTINGS[name].example)
+    assert isinstance(right, tuple) and len(right) > 1 and recipe.shown(right) == SETTINGS[name].example
