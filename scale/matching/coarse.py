@@ -42,8 +42,8 @@ class CoarsePool(inside.OfOneProcess, NoisePool):
     It takes the arguments of `FastPool` and `FastGroupedPool`, for the keys, and:
 
     shape  of a usual sample: along axes in blocks a batch may have any other sizes
-    grid   blocks along each of the last axes; None leaves an axis whole. Of an axis shorter than its grid some blocks
-           are empty
+    grid   blocks along each of the last axes, at most as many as the axis of `shape` is long; None leaves an axis
+           whole. In a batch with a shorter axis some blocks are empty
     mask   with each batch, for a grid of the first axis alone: the blocks of a sample divide its real elements. The
            others get fresh noise, and may hold anything
 
@@ -172,6 +172,9 @@ def checked_grid(grid, shape: torch.Size) -> tuple[int | None, ...]:
     if not fine:
         raise BadInput(f"grid is {grid!r}: expected whole numbers from 1 on, or None, for the last axes of the shape "
                        f"{tuple(shape)}, and not None alone")
+    axes = shape[len(shape) - len(counts):]
+    if any(count and count > size for count, size in zip(counts, axes, strict=True)):
+        raise BadInput(f"grid is {grid!r}, finer than samples of shape {tuple(shape)}: expected at most {tuple(axes)}")
     return (None,) * (len(shape) - len(counts)) + counts
 
 

@@ -125,6 +125,7 @@ def test_help_tells_the_choices_and_the_defaults(run, monkeypatch):
 
 @pytest.mark.parametrize("options", [
     ["--match-size", 5_000_000_000], ["--width", 5, "--network", "tiny"], ["--grid", "7,7,7,7"],
+    ["--grid", "17,16"],
     ["--memory", 1e-6, "--method", "semidiscrete"]])
 def test_what_the_library_refuses_is_told_by_the_option(refused, images, options):
     """The library itself speaks of its arguments: match_size."""

@@ -125,12 +125,12 @@ def test_pools_of_no_choice_give_fresh_noise_for_any_size(match_size):
 @given(batches=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=6),
        grid=st.tuples(st.integers(1, 5), st.integers(1, 5)))
 def test_one_pool_serves_batches_of_any_sizes_in_turn(batches, grid):
-    pool, keys = pool_of(7, (1, 2, 2), grid, cost="squared"), NoisePool(7, (1, *grid), cost="squared", seed=0)
+    pool, keys = pool_of(7, (1, 5, 5), grid, cost="squared"), NoisePool(7, (1, *grid), cost="squared", seed=0)
     for count, height, width in batches:
         x = torch.full((count, 1, height, width), 0.5, dtype=torch.float64)
         z = pool(x)
         assert z.shape == x.shape and z.isfinite().all()
-        expected = keys(coarse(x, (2, 2), *grid)).float()
+        expected = keys(coarse(x, (5, 5), *grid)).float()
         if height and width:
             filled = sums(torch.ones(1, height, width), *grid) > 0
             torch.testing.assert_close(sums(z, *grid).float(), expected * filled)
@@ -393,6 +393,20 @@ NO_GRIDS = [(), 0, -1, (8, 0), (8, -2), (8.0, 8), (8, math.nan), "8,8", ("8", "8
 def test_what_is_no_grid_is_refused_naming_it_and_the_shape(grid):
     with pytest.raises(BadInput, match=r"grid is .*\(2, 8, 8\)"):
         pool_of(grid=grid)
+
+
+@pytest.mark.parametrize("grid", [(9, 8), (8, 9), 9, (None, 9), (3, 8, 8), (3, None, None)], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"groups": 2}, {"match_size": "auto", "expected": 1000}], ids=str)
+def test_a_grid_finer_than_the_samples_is_refused_naming_both(grid, settings):
+    with pytest.raises(BadInput) as refused:
+        pool_of(grid=grid, **settings)
+    assert f"grid is {grid}" in str(refused.value) and "(2, 8, 8)" in str(refused.value)
+
+
+def test_the_finest_grid_has_a_block_for_each_number():
+    pool, whole = pool_of(grid=(2, 8, 8)), NoisePool(20, (2, 8, 8), seed=0)
+    x = images(50)
+    torch.testing.assert_close(pool(x), whole(x))
 
 
 @pytest.mark.parametrize("size", [(4, 3, 8, 8), (4, 2, 8), (4, 2, 8, 8, 8), (2, 8, 8), (), (4,)], ids=str)
