@@ -3,8 +3,11 @@
 To the compiler a pool is one operation that it does not look into, also with fullgraph=True.
 """
 
+import difflib
 import hashlib
+import inspect
 import warnings
+from functools import partial
 from itertools import count
 from multiprocessing.context import get_spawning_popen
 from weakref import WeakValueDictionary
@@ -97,6 +100,17 @@ def warn_of_fresh_noises(saved: dict, made_for: dict) -> None:
                  for place, made in zip(where, (saved, made_for), strict=True)]
     warnings.warn(f"the saved state is of {where[0]}, this is {where[1]}: it goes on with noises that nobody has drawn",
                   stacklevel=3)
+
+
+def check_arguments(kind: type[NoisePool], arguments: tuple, settings: dict) -> None:
+    """TypeError for arguments that the class does not take, in the words of who calls NoisePool(…)."""
+    taken = inspect.signature(partial(kind.__init__, None))  # without self
+    try:
+        taken.bind(*arguments, **settings)
+    except TypeError as error:
+        unknown = [name for name in settings if name not in taken.parameters]
+        near = difflib.get_close_matches(unknown[0], taken.parameters, 1, cutoff=0.5) if unknown else ()
+        raise TypeError(f"NoisePool(…): {error}" + "".join(f" (the nearest is {name})" for name in near)) from None
 
 
 class OfOneProcess:

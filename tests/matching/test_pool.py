@@ -434,3 +434,19 @@ def test_a_pool_of_what_cannot_be_is_refused_naming_it(pool_class, wrong, named)
 def test_a_name_of_before_is_refused_naming_the_new_one():
     with pytest.raises(BadInput, match=r"fast is .*tf32"):
         NoisePool(8, (3,), fast=True)
+
+
+@pytest.mark.parametrize("others", [{}, {"groups": 2}, {"grid": (2,)}, {"match_size": 1}, {"device": "cuda"}], ids=str)
+@pytest.mark.parametrize(("wrong", "right"), [("match_sizes", "match_size"), ("cots", "cost"), ("gruops", "groups"),
+                                              ("Seed", "seed"), ("blah", "")])
+def test_an_unknown_argument_is_told_of_the_class_that_was_called_with_the_nearest_one(wrong, right, others):
+    with pytest.raises(TypeError) as refused:
+        NoisePool(**dict(match_size=8, shape=(3,)) | others, **{wrong: 3})
+    said = str(refused.value)
+    assert said.startswith("NoisePool") and repr(wrong) in said and said.endswith(f" {right})") == bool(right)
+
+
+@pytest.mark.parametrize(("arguments", "named"), [((), "match_size"), ((8,), "shape"), ((8, (3,), 4), "too many")])
+def test_arguments_that_are_missing_or_too_many_are_told_of_the_class_that_was_called(arguments, named):
+    with pytest.raises(TypeError, match=rf"^NoisePool.*{named}"):
+        NoisePool(*arguments)
