@@ -130,13 +130,16 @@ class FastPool(inside.OfOneProcess, NoisePool):
         with torch.inference_mode(False):
             self.calls, self.handle = torch.zeros((), dtype=torch.int64), inside.handle_of(self)
 
-    def __call__(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, labels: Tensor | None = None, mask: None = None) -> Tensor:
         """Match x: (B, *shape), of any B, dtype and device → z like x, in its memory layout, z_i matched to x_i.
 
         What torch.compile compiles may call it, with fullgraph=True too. BadInput in a worker of a DataLoader."""
         if torch.compiler.is_compiling():
-            return inside.matched(self, x, labels)
+            return inside.matched(self, x, labels, mask)
         self.check_worker()
+        if mask is not None:
+            raise BadInput(f"a mask is given to a pool of whole samples {tuple(self.shape)}: expected "
+                           "NoisePool(…, grid=(16, None)), or no mask")
         self.settle()
         with torch.inference_mode(False), torch.no_grad():  # tensors of that mode could never be written to again
             return laid_out_like(x, self._answer(x, labels))

@@ -450,3 +450,14 @@ def test_an_unknown_argument_is_told_of_the_class_that_was_called_with_the_neare
 def test_arguments_that_are_missing_or_too_many_are_told_of_the_class_that_was_called(arguments, named):
     with pytest.raises(TypeError, match=rf"^NoisePool.*{named}"):
         NoisePool(*arguments)
+
+
+@pytest.mark.parametrize("settings", [{}, {"groups": 2}, {"match_size": 0}], ids=str)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_mask_belongs_to_a_pool_with_a_grid(settings, compiled):
+    pool, untouched = (NoisePool(**dict(match_size=8, shape=(3, 2), seed=0) | settings) for _ in range(2))
+    x, labels = torch.ones(4, 3, 2), torch.tensor([0, 1, 1, 0]) if "groups" in settings else None
+    call = torch.compile(pool, backend="eager", fullgraph=True) if compiled else pool
+    with pytest.raises(BadInput, match=r"mask .*\(3, 2\).*grid="):
+        call(x, labels, mask=torch.ones(4, 3, dtype=torch.bool))
+    assert torch.equal(pool(x, labels), untouched(x, labels))  # it took nothing
