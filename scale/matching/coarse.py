@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from dansm import BadInput, NoisePool, check_finite_batch, check_shape, check_tensor
+from dansm import BadInput, NoisePool, check_finite_batch, check_shape, check_tensor, has_distances
 
 from . import inside
 from .pool import laid_out_like, pool_class
@@ -107,7 +107,12 @@ class CoarsePool(inside.OfOneProcess, NoisePool):
         if x.device.type == "cpu":  # a GPU's values are looked at with the sums
             check_finite_batch(x)
         coarse = blocks.sums(x, exact)
-        return blocks, coarse if mask is None and growth == 1 else coarse * growth
+        coarse = coarse if mask is None and growth == 1 else coarse * growth
+        if x.device.type == "cpu" and coarse.numel() and not has_distances(coarse):
+            largest = x.abs().max().item()
+            raise BadInput(f"the batch of shape {tuple(x.shape)} holds values up to {largest:.3g} in size, whose sums "
+                           f"over the blocks of the grid {shown(self.grid)} exceed 1e15: expected smaller ones")
+        return blocks, coarse
 
     def _numbers(self, sizes: torch.Size) -> int:
         """How many numbers lie in the blocks of one channel, for samples of these sizes."""

@@ -452,3 +452,18 @@ def test_data_that_is_not_finite_is_refused_and_takes_nothing(size, value, match
     with pytest.raises(BadInput, match="NaN, infinite or huge"):
         pool(wrong)
     assert torch.equal(pool(x), untouched(x))
+
+
+@pytest.mark.parametrize("match_size", [0, 20])
+@pytest.mark.parametrize(("shape", "grid", "size"), [((2, 8, 8), (4, 4), (8, 8)), ((2, 8, 8), (4, 4), (7, 9)),
+                                                     ((2, 64, 64), (64, 64), (8, 8)), ((12, 3), (4, None), None)])
+def test_sums_that_are_too_large_are_told_by_the_batch_that_was_given(shape, grid, size, match_size):
+    pool = pool_of(match_size, shape, grid)
+    x, mask = torch.zeros(5, 2, *size or ()), {}
+    if size is None:
+        x, mask = torch.zeros(5, 9, 3), {"mask": torch.ones(5, 9, dtype=torch.bool)}
+    for value in (9e14, -9.5e14):
+        with pytest.raises(BadInput) as refused:
+            pool(x + value, **mask)
+        assert str(tuple(x.shape)) in str(refused.value) and f"{abs(value):.3g}" in str(refused.value)
+    assert pool(x + 1e14 / 8, **mask).isfinite().all()
