@@ -4,8 +4,8 @@ import tarfile
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, closing, contextmanager
-from functools import partial
+from contextlib import closing, contextmanager
+from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from threading import Lock
 
@@ -20,6 +20,7 @@ TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar
 LARGEST = 2**30  # bytes of one file in an archive: a hundred times any image to train on
 SWELLS = 200  # times its packed size, which no photograph comes near; only for files large enough to hurt
 HURTS = 2**24
+OPEN = 32  # zips that are kept open at once: some systems allow a process 256 files
 
 # (place in the order of names, path for the user, which may lead into an archive, what reads it) of each file
 Entries = Iterable[tuple[int, Path, Callable]]
@@ -55,34 +56,39 @@ def names_in(archive: Path) -> list[PurePosixPath]:
 @contextmanager
 def open_archives(files: list[Path], passed_over: Counter) -> Iterator[Opened]:
     """The images of several zips and tars, one after the other. Counts in `passed_over` what else they hold."""
-    with ExitStack() as stack:
-        opened = []
-        for path in files:
-            open_archive = _open_zip if path.suffix.lower() == ".zip" else _open_tar
-            opened.append(stack.enter_context(open_archive(path, passed_over)))
-        starts = np.cumsum([0, *(count for count, _ in opened)]).tolist()
+    opened_zip = lru_cache(OPEN)(_opened_zip)
+    opened = [_images_of_zip(path, opened_zip, passed_over) if path.suffix.lower() == ".zip" else
+              _images_of_tar(path, passed_over) for path in files]
+    starts = np.cumsum([0, *(count for count, _ in opened)]).tolist()
+    try:
         yield starts[-1], ((start + place, path, read) for start, (_, entries) in zip(starts, opened, strict=False)
                            for place, path, read in entries)
+    finally:
+        opened_zip.cache_clear()
 
 
-@contextmanager
-def _open_zip(source: Path, passed_over: Counter) -> Iterator[Opened]:
+def _opened_zip(source: Path) -> tuple[zipfile.ZipFile, Lock]:
+    """A zip and its lock, as a ZipFile's count of its open members is not safe among threads. It closes once nobody
+    holds it."""
+    return zipfile.ZipFile(source), Lock()
+
+
+def _images_of_zip(source: Path, opened_zip: Callable, passed_over: Counter) -> Opened:
     """The images of a zip in the order of their names. Counts in `passed_over` what else it holds."""
     with _naming(source):
-        archive = zipfile.ZipFile(source)
-    alone = Lock()  # a ZipFile's count of its open members is not safe among threads
+        members = _images_of(opened_zip(source)[0], passed_over)
+    members.sort(key=lambda member: PurePosixPath(member.filename))
+    for member in members:
+        if member.file_size > min(LARGEST, max(HURTS, SWELLS * member.compress_size)):
+            raise _bomb(source / member.filename.lstrip("/"), member.file_size)
 
     def read(member: zipfile.ZipInfo) -> bytes:
+        archive, alone = opened_zip(source)
         with alone:
             return archive.read(member)
 
-    with archive:
-        members = sorted(_images_of(archive, passed_over), key=lambda member: PurePosixPath(member.filename))
-        for member in members:
-            if member.file_size > min(LARGEST, max(HURTS, SWELLS * member.compress_size)):
-                raise _bomb(source / member.filename.lstrip("/"), member.file_size)
-        yield len(members), ((place, source / member.filename.lstrip("/"), partial(read, member))
-                             for place, member in enumerate(members))
+    return len(members), ((place, source / member.filename.lstrip("/"), partial(read, member))
+                          for place, member in enumerate(members))
 
 
 def _images_of(archive: zipfile.ZipFile, passed_over: Counter) -> list[zipfile.ZipInfo]:
@@ -99,8 +105,7 @@ class _Header(tarfile.TarInfo):
         return super()._proc_member(archive)
 
 
-@contextmanager
-def _open_tar(source: Path, passed_over: Counter) -> Iterator[Opened]:
+def _images_of_tar(source: Path, passed_over: Counter) -> Opened:
     """The images of a tar, read in one go, as a compressed one can be; each image's place is that of its name. Counts
     in `passed_over` what else it holds."""
     names = _names_in_tar(source, passed_over)
@@ -112,7 +117,7 @@ def _open_tar(source: Path, passed_over: Counter) -> Iterator[Opened]:
             for place, (name, file) in zip(places.tolist(), _tar_members(source, Counter()), strict=False):
                 yield place, source / name.lstrip("/"), partial(bytes, file.read())
 
-    yield len(names), entries()
+    return len(names), entries()
 
 
 def _names_in_tar(source: Path, passed_over: Counter) -> list[str]:

@@ -1,5 +1,8 @@
 """A folder of archives, such as WebDataset's shards: one set."""
 
+import os
+import resource
+
 import numpy as np
 import pytest
 from support import PICTURES, as_folder, packed, picture
@@ -68,3 +71,20 @@ def test_next_to_images_archives_are_files_of_another_kind(shards, capsys):
     (shards / "a.png").write_bytes(picture(0))
     assert len(load_images(str(shards))) == 1
     assert "passed over 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("packing", [".zip", ".tar"])
+def test_there_may_be_more_shards_than_files_that_may_be_open(tmp_path, packing):
+    count = 400
+    for number in range(count):
+        packed(tmp_path / f"{number:03d}{packing}", {f"{name}/a.png": picture(number) for name in "ab"})
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/dev/fd"))) + 200, limits[1]))
+    try:
+        images = load_images(str(tmp_path))
+        labels = load_labels(str(tmp_path), "auto", 2 * count)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert labels.numbers.tolist() == [0, 1] * count and np.array_equal(images[::2], images[1::2])
+    alone = load_images(str(tmp_path / f"399{packing}"))
+    assert np.array_equal(images[-2:], alone)
