@@ -230,12 +230,13 @@ def test_by_kernels_it_hands_out_the_same_noises(groups, monkeypatch):
     pytest.importorskip("triton")
     from dansm.scale.matching import group_kernels, kernels
 
-    batches = [(x, torch.arange(10) % 3 if groups else None) for x in images(40, size=(7, 9)).split(10)]
-    plain = pool_of(40, groups=groups)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batches = [(x.to(device), torch.arange(10) % 3 if groups else None) for x in images(40, size=(7, 9)).split(10)]
+    plain = pool_of(40, groups=groups, device=device, compile=False)
     expected = [plain(*batch) for batch in batches]
     kind = group_kernels.KernelGroupedPool if groups else kernels.KernelPool
     monkeypatch.setattr(coarse_module, "pool_class", lambda *_, **__: kind)
-    pool = pool_of(40, groups=groups)
+    pool = pool_of(40, groups=groups, device=device)
     assert type(pool.keys) is kind
     torch.testing.assert_close([pool(*batch) for batch in batches], expected)
 

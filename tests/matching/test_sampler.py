@@ -36,10 +36,11 @@ def loaded(batches, **settings):
     return DataLoader(Numbered(), batch_sampler=batches, **settings)
 
 
-def chosen(coupling, z):
-    """The samples that noises choose, by the definition."""
+def are_chosen(coupling, z, numbers):
+    """Whether these samples are what noises choose, by the definition, but for the rounding of bfloat16 on a GPU."""
     values = z.flatten(1) @ (DATA.to(z) - coupling.centre.view(4, 4)).flatten(1).T - coupling.potentials
-    return values.argmax(1).cpu()
+    missing = values.amax(1) - values.gather(1, numbers.to(z.device)[:, None])[:, 0]
+    return bool((missing <= 0.05 * z.is_cuda).all())
 
 
 def noises(loader, count=None):
@@ -48,7 +49,7 @@ def noises(loader, count=None):
     for x, numbers in islice(loader, count):
         assert x.equal(DATA[numbers])
         z = loader.batch_sampler.noise(x)
-        assert chosen(loader.batch_sampler.coupling, z.to(DEVICE)).equal(numbers)
+        assert are_chosen(loader.batch_sampler.coupling, z.to(DEVICE), numbers)
         found.append(z)
     return torch.stack(found)
 
@@ -133,7 +134,7 @@ def test_by_its_indices_a_batch_is_found_after_others_that_were_left_out():
     drawn = list(batches)
     for number in (1, 2, 6):
         z = batches.noise(DATA[drawn[number]], torch.tensor(drawn[number]))
-        assert chosen(batches.coupling, z.to(DEVICE)).tolist() == drawn[number]
+        assert are_chosen(batches.coupling, z.to(DEVICE), torch.tensor(drawn[number]))
     with pytest.raises(BadInput, match="expected those of a batch after the last one"):  # as without in_order
         batches.noise(DATA[drawn[3]], drawn[3])
     assert batches.state_dict()["done"] == 7
@@ -165,7 +166,7 @@ def test_batches_may_be_collected_before_their_noises_are_taken():
     loop = iter(batches)
     for _ in range(3):
         for indices in list(islice(loop, 4)):
-            assert chosen(batches.coupling, batches.noise(DATA[indices]).to(DEVICE)).tolist() == indices
+            assert are_chosen(batches.coupling, batches.noise(DATA[indices]).to(DEVICE), torch.tensor(indices))
 
 
 def test_a_loop_cannot_go_on_after_another_began():

@@ -282,7 +282,7 @@ def test_too_little_memory_is_refused_by_the_least_that_fits(part):
 def test_less_memory_changes_nothing_but_how_much_is_computed_at_once():
     labels = torch.arange(300) % 2
     wide, narrow = (Semidiscrete(points(300), labels, part=80, seed=1, memory=memory)
-                    for memory in (None, refused(points(300), 2e-6, part=80)))
+                    for memory in (None, refused(points(300), 2e-6, groups=labels, part=80)))
     assert narrow.values < 16 * 75 < wide.values  # a step's noises come in several pieces
     for coupling in (wide, narrow):
         coupling.solve(0.3)
