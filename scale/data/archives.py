@@ -3,7 +3,7 @@
 import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import closing, contextmanager
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
@@ -20,6 +20,7 @@ TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar
 LARGEST = 2**30  # bytes of one file in an archive: a hundred times any image to train on
 SWELLS = 200  # times its packed size, which no photograph comes near; only for files large enough to hurt
 HURTS = 2**24
+CLASS, LONGEST = ".cls", 64  # of WebDataset: suffix of a class, and bytes that are read of one
 OPEN = 32  # zips that are kept open at once: some systems allow a process 256 files
 
 # (place in the order of names, path for the user, which may lead into an archive, what reads it) of each file
@@ -51,6 +52,49 @@ def names_in(archive: Path) -> list[PurePosixPath]:
         with _naming(archive), zipfile.ZipFile(archive) as opened:
             names = [member.filename for member in _images_of(opened, Counter())]
     return [PurePosixPath(name.lstrip("/")) for name in sorted(names, key=PurePosixPath)]
+
+
+def classes_in(archive: Path) -> list[int | None]:
+    """The class of each image of a zip or tar, in their order, as WebDataset keeps it: the whole number in the .cls of
+    the same name up to its first dot. None for images without one."""
+    names, classes = [], {}
+    with _naming(archive):
+        for name, read in _classes_and_images(archive):
+            if not name.lower().endswith(CLASS):
+                names.append(name)
+                continue
+            text = read(LONGEST)
+            if not text.strip().isdigit():
+                raise BadInput(f"{archive / name.lstrip('/')} holds {text!r}: expected the whole number of a class, or "
+                               "--labels none")
+            classes[_sample_of(name)] = int(text)
+    return [classes.get(_sample_of(name)) for name in sorted(names, key=PurePosixPath)]
+
+
+def _classes_and_images(archive: Path) -> Iterator[tuple[str, Callable[[int], bytes]]]:
+    """The name of each .cls and each image in a zip or tar, and what reads it up to so many bytes."""
+
+    def is_wanted(name: str) -> bool:
+        return _is_image(name, Counter(), {CLASS})
+
+    if archive.suffix.lower() != ".zip":
+        yield from ((name, file.read) for name, file in _tar_members(archive, is_wanted))
+        return
+    with zipfile.ZipFile(archive) as opened:
+        for member in opened.infolist():
+            if not member.is_dir() and is_wanted(member.filename):
+                yield member.filename, partial(_start_of, opened, member)
+
+
+def _start_of(archive: zipfile.ZipFile, member: zipfile.ZipInfo, most: int) -> bytes:
+    with archive.open(member) as file:
+        return file.read(most)
+
+
+def _sample_of(name: str) -> str:
+    """What files of one sample have in common, by WebDataset's rule."""
+    folder, slash, file = name.rpartition("/")
+    return folder + slash + file.partition(".")[0]
 
 
 @contextmanager
@@ -114,7 +158,8 @@ def _images_of_tar(source: Path, passed_over: Counter) -> Opened:
 
     def entries() -> Entries:
         with _naming(source):
-            for place, (name, file) in zip(places.tolist(), _tar_members(source, Counter()), strict=False):
+            members = _tar_members(source, partial(_is_image, passed_over=Counter()))
+            for place, (name, file) in zip(places.tolist(), members, strict=False):
                 yield place, source / name.lstrip("/"), partial(bytes, file.read())
 
     return len(names), entries()
@@ -122,11 +167,11 @@ def _images_of_tar(source: Path, passed_over: Counter) -> Opened:
 
 def _names_in_tar(source: Path, passed_over: Counter) -> list[str]:
     with _naming(source):
-        return [name for name, _ in _tar_members(source, passed_over)]
+        return [name for name, _ in _tar_members(source, partial(_is_image, passed_over=passed_over))]
 
 
-def _tar_members(source: Path, passed_over: Counter) -> Iterator[tuple[str, tarfile.ExFileObject]]:
-    """The images in a tar in the order they lie there. That it is cut off is noticed at its end only."""
+def _tar_members(source: Path, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, tarfile.ExFileObject]]:
+    """The files of wanted names in a tar in the order they lie there. That it is cut off is noticed at its end only."""
     with tarfile.open(source, "r:*", tarinfo=_Header) as archive:
         packed = source.stat().st_size
         while (member := archive.next()) is not None:
@@ -135,18 +180,18 @@ def _tar_members(source: Path, passed_over: Counter) -> Iterator[tuple[str, tarf
                 raise _bomb(source / member.name.lstrip("/"), member.size)
             if member.issym() or member.islnk():
                 raise BadInput(f"{source} holds a link ({member.name}): expected files and folders alone")
-            if member.isreg() and _is_image(member.name, passed_over):
+            if member.isreg() and is_wanted(member.name):
                 yield member.name, archive.extractfile(member)
         archive.fileobj.seek(archive.offset)  # tarfile takes a damaged header, or none, for the end
         if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise BadInput(f"{source} ends in the middle, or is damaged there: expected a whole tar")
 
 
-def _is_image(name: str, passed_over: Counter) -> bool:
-    """Whether a file of that name is an image to read. If not, count it."""
+def _is_image(name: str, passed_over: Counter, others: Collection[str] = ()) -> bool:
+    """Whether a file of that name is an image to read, or has a suffix of the others. If not, count it."""
     path = PurePosixPath(name)
     hidden = any(map(is_hidden, path.parts))
-    wanted = path.suffix.lower() in suffixes() and not hidden
+    wanted = (path.suffix.lower() in suffixes() or path.suffix.lower() in others) and not hidden
     if not wanted:
         passed_over[HIDDEN if hidden else kind_of(path)] += 1
     return wanted

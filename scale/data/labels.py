@@ -1,4 +1,5 @@
-"""Labels of images or latents: from folders of classes, CIFAR-10, a .npy file, or the index of an encode."""
+"""Labels of images or latents: from folders of classes, CIFAR-10, a .npy file, WebDataset's shards, or the index of an
+encode."""
 
 import os
 from collections.abc import Collection
@@ -10,7 +11,7 @@ import numpy as np
 from dansm import BadInput
 
 from ..base.text import counted, say, shorten
-from .archives import names_in
+from .archives import classes_in, names_in
 from .arrays import labels_in
 from .cifar import open_cifar
 from .latents import known_on_disk
@@ -35,7 +36,9 @@ def load_labels(data: str, setting: str, count: int, left_out: Collection[Path] 
 
     setting   none     no labels
               auto     those of cifar10, of the index that dansm encode wrote, or of labels.npy in the folder or next to
-                       the file; else each image's first folder, if all are in one of at least two; else none
+                       the file; else those of arrays, or of the .cls next to each image of an archive, if there are
+                       at least two classes; else each image's first folder, if all are in one of at least two; else
+                       none
               folders  each image's first folder, in `data` or in the archive
               a path   of a .npy file with a whole number from 0 on for each image, also for those that are left out
     count     how many images `load_images` gave
@@ -77,7 +80,7 @@ def _find(data: str, setting: str) -> Labels | None:
     file = (path if path.is_dir() else path.parent) / LABELS
     if file.is_file():
         return _of_file(file)
-    return _of_arrays(path) or _of_folders(path, asked=False)
+    return _of_arrays(path) or _of_archives(path) or _of_folders(path, asked=False)
 
 
 def _of_index(path: Path, index: dict) -> Labels:
@@ -115,6 +118,23 @@ def _of_arrays(path: Path) -> Labels | None:
         raise BadInput(f"{missing[0]} holds no labels, {files[0]} does: expected some in each, or --labels none")
     parts = [_whole_numbers(file, np.atleast_1d(part.squeeze())) for file, part in parts.items()]
     return _numbered(path, np.concatenate(parts))
+
+
+def _of_archives(path: Path) -> Labels | None:
+    """The classes that lie next to the images in archives, if there are two or more. They are called by their numbers,
+    of which there may be any."""
+    files = files_of(path) if path.exists() else []
+    if not Source(path, files).holds_archives or not any(number is not None for number in classes_in(files[0])):
+        return None
+    classes = {file: classes_in(file) for file in files}
+    for file, of_file in classes.items():
+        if None in of_file:
+            image = file / names_in(file)[of_file.index(None)]
+            raise BadInput(f"{image} has no .cls, others do: expected one for each image, or --labels none")
+    found, numbers = np.unique([number for of_file in classes.values() for number in of_file], return_inverse=True)
+    if len(found) < 2:
+        return None
+    return Labels(numbers.astype(np.int64), list(map(str, found.tolist())), f"the .cls of {path}")
 
 
 def _numbered(path: Path, array: np.ndarray) -> Labels:

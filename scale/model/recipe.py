@@ -64,7 +64,7 @@ class Recipe:
                                choices=("auto", "yes", "no"), free=True)
     labels: str = in_data("for a network that draws by class: none, auto, folders (the first folder of each image), or "
                           "a .npy file of whole numbers; auto: cifar10's own, those of dansm encode, a labels.npy next "
-                          "to the data, or folders", "none", free=True)
+                          "to the data, the .cls of WebDataset's shards, or folders", "none", free=True)
 
     network: str = in_network("ncsnpp and ddpm are the paper's. auto: tiny on a CPU, on a GPU small for at most 64 "
                               "pixels a side, else ddpm", AUTO, choices=(AUTO, *dansm.NETWORKS))

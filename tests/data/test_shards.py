@@ -5,8 +5,9 @@ import resource
 
 import numpy as np
 import pytest
-from support import PICTURES, as_folder, packed, picture
+from support import FAST, PICTURES, as_folder, packed, picture
 
+from dansm import BadInput
 from dansm.scale.data.labels import load_labels
 from dansm.scale.data.loader import load_images, stream_images
 
@@ -49,6 +50,58 @@ def test_shards_are_no_classes_and_folders_in_them_are(tmp_path, shards):
     for setting in ("auto", "folders"):
         labels = load_labels(str(tmp_path / "classes"), setting, 8)
         assert labels.names == ["cat", "dog"] and labels.numbers.tolist() == [0, 0, 1, 1] * 2
+
+
+def labelled(path, classes, suffix=".png", folder=""):
+    """An archive of an image for each class, the .cls before or behind it; None for an image without."""
+    content = {}
+    for number, text in classes.items():
+        members = {f"{folder}{number}{suffix}": picture(number), f"{folder}{number}.cls": text}
+        members = {name: payload for name, payload in members.items() if payload is not None}
+        content |= members if number % 2 else dict(reversed(members.items()))
+    return packed(path, content)
+
+
+@pytest.mark.parametrize("packing", [".tar", ".tar.gz", ".zip"])
+def test_auto_takes_the_classes_next_to_the_images_in_the_order_of_the_images(tmp_path, packing):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    labelled(folder / f"b{packing}", {3: b"12", 1: b"7\n", 2: b" 0"})
+    labelled(folder / f"c{packing}", {9: b"7", 4: b"12"}, suffix=".seg.png", folder="x/")  # named up to the first dot
+    packed(folder / f"d{packing}", {"note.txt": b""})
+    labels = load_labels(str(folder), "auto", 5)
+    assert labels.names == ["0", "7", "12"] and [labels.names[number] for number in labels.numbers] == [
+        "7", "0", "12", "12", "7"]
+    assert labels.numbers.dtype == np.int64
+    alone = load_labels(str(folder / f"b{packing}"), "auto", 3)
+    assert alone.names == ["0", "7", "12"] and alone.numbers.tolist() == [1, 0, 2]
+    assert load_labels(str(folder), "none", 5) is None
+
+
+def test_labels_next_to_the_data_go_before_those_in_it(tmp_path):
+    labelled(tmp_path / "b.tar", {1: b"0", 2: b"1"})
+    np.save(tmp_path / "labels.npy", [1, 0])
+    assert load_labels(str(tmp_path), "auto", 2).numbers.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("packing", [".tar", ".zip"])
+@pytest.mark.parametrize(("text", "named"), [(b"cat", "2.cls"), (b"-1", "2.cls"), (b"1.5", "2.cls"), (b"", "2.cls"),
+                                             (b"7" * 64 + b"x" * 100, ""), (None, "2.png")])
+def test_an_image_without_a_class_and_a_class_that_is_no_number_are_refused_by_name(tmp_path, packing, text, named):
+    shard = labelled(tmp_path / f"a{packing}", {1: b"0", 2: text, 3: b"1"})
+    if not named:  # so long that only its beginning is read
+        assert len(load_labels(str(shard), "auto", 3).names) == 3
+        return
+    with pytest.raises(BadInput, match=rf"{shard}/{named}.*--labels none"):
+        load_labels(str(shard), "auto", 3)
+
+
+def test_a_run_on_shards_learns_their_classes(tmp_path, run):
+    labelled(tmp_path / "a.tar", {number: b"3" if number % 2 else b"5" for number in range(8)})
+    code, said, err = run("train", tmp_path / "a.tar", "--labels", "auto", "--size", 8, "--steps", 1, "--out",
+                          tmp_path / "out", *FAST, "--batch", 4)
+    assert code == 0, err
+    assert "2 classes" in said and "(3, 5)" in said
 
 
 def test_an_unreadable_image_and_a_damaged_shard_are_named(tmp_path, shards, not_loaded):
