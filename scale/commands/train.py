@@ -1,6 +1,7 @@
 """dansm train: train a network on images or latents by a recipe."""
 
 import inspect
+import re
 import shlex
 from collections.abc import Callable, Collection
 from contextlib import nullcontext
@@ -79,7 +80,8 @@ def train(
     recipe: Annotated[str, typer.Argument(
         metavar="RECIPE", show_default=False,
         help="a recipe's name, a .toml file of your own, or data: a folder of images (with subfolders), a zip or tar "
-             "of them, an LSUN lmdb, arrays of images or latents (.npy, .npz, .safetensors, .pt), or cifar10")],
+             "of them, several as shards-{000..009}.tar, an LSUN lmdb, arrays of images or latents (.npy, .npz, "
+             ".safetensors, .pt), or cifar10")],
     *,
     out: Annotated[Path | None, typer.Option(
         metavar="PATH", help=escape("folder for the results, made if missing [runs/ and the name of the recipe or of "
@@ -110,7 +112,7 @@ def folder_of_run(source: str) -> Path:
     path = Path(source)
     if path.name == "recipe.toml" and checkpoint.newest(path.parent):
         return path.parent
-    name = source if source in names() else path.resolve().name.split(".")[0]
+    name = source if source in names() else re.split(r"\W*[.{]", path.resolve().name)[0]  # without suffix or pattern
     return Path("runs") / (name or "train")
 
 

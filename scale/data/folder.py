@@ -1,9 +1,13 @@
-"""The files of a folder: each folder once, without hidden ones."""
+"""The files of a folder, each folder once, without hidden ones; and those of a pattern such as a-{000..009}.tar."""
 
 import os
+import re
 from collections import Counter
 from pathlib import Path, PurePath
 
+from dansm import BadInput
+
+RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")  # in braces, as WebDataset's users write it
 HIDDEN, TWICE = "hidden", "linked twice"  # why something is passed over
 
 
@@ -49,3 +53,20 @@ def in_words(passed_over: Counter) -> str:
     first = [reason for reason in (HIDDEN, TWICE) if passed_over[reason]]
     others = sorted(passed_over.keys() - {HIDDEN, TWICE}, key=lambda suffix: (-passed_over[suffix], suffix))
     return ", ".join(f"{passed_over[reason]:,} {reason}" for reason in first + others)
+
+
+def in_braces(pattern: Path) -> list[Path]:
+    """The files that a-{000..009}.tar names, in their order; none for a path that is there or has no such range.
+    BadInput if some are missing."""
+    bounds, files = RANGE.search(str(pattern)), []
+    if not bounds or pattern.exists():
+        return []
+    for number in range(int(bounds[1]), int(bounds[2]) + 1):
+        file = Path(RANGE.sub(f"{number:0{len(bounds[1])}}", str(pattern), count=1))
+        more = in_braces(file)
+        if not more and not file.is_file():
+            raise BadInput(f"{file} is missing: expected all files that {pattern} names")
+        files += more or [file]
+    if not files:
+        raise BadInput(f"{pattern} has the range {bounds[0]}: expected the lower number first")
+    return files

@@ -14,6 +14,7 @@ from ..base.text import counted, say, shorten
 from .archives import classes_in, names_in
 from .arrays import labels_in
 from .cifar import open_cifar
+from .folder import in_braces
 from .latents import known_on_disk
 from .read import LABELS, Source, files_of
 
@@ -83,6 +84,11 @@ def _find(data: str, setting: str) -> Labels | None:
     return _of_arrays(path) or _of_archives(path) or _of_folders(path, asked=False)
 
 
+def _files(path: Path) -> list[Path]:
+    """The files of the data, none for cifar10."""
+    return files_of(path) if path.exists() or in_braces(path) else []
+
+
 def _of_index(path: Path, index: dict) -> Labels:
     """The labels in the index of an encode."""
     numbers = _whole_numbers(path, np.asarray(index["labels"]))
@@ -110,7 +116,7 @@ def _of_file(path: Path) -> Labels:
 
 def _of_arrays(path: Path) -> Labels | None:
     """The labels that lie in the same files as the images or latents, as in an .npz."""
-    files = files_of(path) if path.exists() else []
+    files = _files(path)
     if not Source(path, files).holds_arrays or labels_in(files[0]) is None:
         return None
     parts = {file: labels_in(file) for file in files}
@@ -123,7 +129,7 @@ def _of_arrays(path: Path) -> Labels | None:
 def _of_archives(path: Path) -> Labels | None:
     """The classes that lie next to the images in archives, if there are two or more. They are called by their numbers,
     of which there may be any."""
-    files = files_of(path) if path.exists() else []
+    files = _files(path)
     if not Source(path, files).holds_archives or not any(number is not None for number in classes_in(files[0])):
         return None
     classes = {file: classes_in(file) for file in files}
@@ -162,7 +168,7 @@ def _whole_numbers(path: Path, array: np.ndarray) -> np.ndarray:
 def _of_folders(path: Path, asked: bool) -> Labels | None:
     """The first folder of each image below what all have in common, unless there are images outside of folders, or
     fewer than two folders. Then None, or BadInput if folders are `asked` for."""
-    files = files_of(path) if path.exists() else []
+    files = _files(path)
     listed = bool(files) and files[0].name != "data.mdb"  # the images of an lmdb have keys, and there are millions
     source = Source(path, files)
     images = _unpacked(source) if listed else []

@@ -20,7 +20,7 @@ from ..base.threads import ahead
 from . import arrays
 from .archives import Entries, Opened, is_archive, names_in, open_archives, open_lmdb
 from .cifar import find_cifar
-from .folder import in_words, is_hidden, kind_of, list_folder
+from .folder import in_braces, in_words, is_hidden, kind_of, list_folder
 from .pictures import Reading, Unreadable, read_image, suffixes
 
 ARRAYS = "arrays (.npy, .npz, .safetensors, .pt)"
@@ -71,9 +71,10 @@ class Source:
     def digest_for(self, read_as: str) -> str:
         """The digest of the files as they are now, if they are read in this way."""
         digest = hashlib.blake2b(read_as.encode(), digest_size=16)
+        start = len(str(self.path if self.path.exists() else self.path.parent))  # else it is a pattern
         for path in self.files:
             state = path.stat() if path.exists() else path.lstat()  # a link that leads nowhere
-            name = str(path)[len(str(self.path)):]  # the same however the source was named
+            name = str(path)[start:]  # the same however the source was named
             digest.update(f"{name}\0{state.st_size}\0{state.st_mtime_ns}\0".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
@@ -155,7 +156,8 @@ def check_alike(path: Path, array: np.ndarray, first_path: Path, first: np.ndarr
 
 def files_of(source: Path) -> list[Path]:
     """The files that `source` is made of, in the order of their names, without reading them: a file itself, a
-    folder's images, arrays or archives with its subfolders, an lmdb's data.mdb. BadInput if there are none."""
+    folder's images, arrays or archives with its subfolders, those of a pattern, an lmdb's data.mdb. BadInput if there
+    are none."""
     return list_files(source)[0]
 
 
@@ -165,11 +167,13 @@ def list_files(source: Path) -> tuple[list[Path], Counter]:
         return [source / "data.mdb"], Counter()
     if cifar := find_cifar(source):
         return sorted(path for path in cifar[1].iterdir() if not is_hidden(path.name)), Counter()
-    if not source.is_dir():
+    files, passed_over = in_braces(source), Counter()
+    if not files and not source.is_dir():
         if not source.exists() or not (is_archive(source) or source.suffix.lower() in arrays.SUFFIXES):
             raise BadInput(f"{source} {'is a file' if source.exists() else 'does not exist'}: {EXPECTED}")
         return [source], Counter()
-    files, passed_over = list_folder(source)
+    if not files:
+        files, passed_over = list_folder(source)
     by_sort = {"images": [], "arrays": [], "archives": [], "other files": []}
     for path in files:
         if path != source / LABELS:

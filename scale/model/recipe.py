@@ -19,6 +19,7 @@ from dansm import BadInput
 
 from ..base.files import replacing
 from ..base.text import shorten
+from ..data.folder import in_braces
 
 RECIPES = Path(__file__).with_name("recipes")
 FLOWS = {"rectified": dansm.RectifiedFlow, "diffusion": dansm.Diffusion}
@@ -252,7 +253,7 @@ def load(source: str, overrides: dict[str, object] | None = None) -> Recipe:
         settings = read(RECIPES / f"{source}.toml")
     elif Path(source).suffix == ".toml":
         settings = read(Path(source))
-    elif source and not Path(source).exists():
+    elif source and not Path(source).exists() and not in_braces(Path(source)):
         raise BadInput(f"{source} does not exist{_nearest(source, names())}: expected a recipe ({', '.join(names())}), "
                        "a .toml file of your own, or data: a folder of images")
     elif overrides.get("data", source) != source:

@@ -141,3 +141,59 @@ def test_there_may_be_more_shards_than_files_that_may_be_open(tmp_path, packing)
     assert labels.numbers.tolist() == [0, 1] * count and np.array_equal(images[::2], images[1::2])
     alone = load_images(str(tmp_path / f"399{packing}"))
     assert np.array_equal(images[-2:], alone)
+
+
+# ------------------------------------------------------------------------------- patterns
+
+
+@pytest.fixture
+def numbered(tmp_path):
+    """Ten shards of one image each, and one that no pattern below names."""
+    (tmp_path / "data").mkdir()
+    for number in range(11):
+        labelled(tmp_path / "data" / f"a-{number:03d}.tar", {number: b"%d" % (number % 2)})
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize(("pattern", "named"), [
+    ("a-{000..009}.tar", range(10)), ("a-{008..010}.tar", range(8, 11)), ("a-00{3..4}.tar", [3, 4]),
+    ("a-{000..000}.tar", [0]), ("a-{00..01}{0..0}.tar", [0, 10])])
+def test_a_pattern_is_the_shards_that_it_names(numbered, tmp_path, pattern, named):
+    source, alone = str(numbered / pattern), [f"a-{number:03d}.tar" for number in named]
+    expected = np.concatenate([load_images(str(numbered / name)) for name in alone])
+    for settings in ({}, {"cache": tmp_path / "cache"}, {"cache": tmp_path / "cache"}):
+        assert np.array_equal(load_images(source, **settings), expected)
+    assert [path.parent.name for path in stream_images(source).paths()] == alone
+    labels = load_labels(source, "auto", len(expected))
+    if len(named) > 1 and pattern != "a-{00..01}{0..0}.tar":
+        assert labels.numbers.tolist() == [number % 2 for number in named]
+
+
+@pytest.mark.parametrize(("pattern", "missing"), [("a-{000..011}.tar", "a-011.tar"), ("a-{0..1}.tar", "a-0.tar"),
+                                                  ("b-{000..001}{0..1}.tar", "b-0000.tar"),
+                                                  ("a-{0000000000..9999999999}.tar", "a-0000000000.tar")])
+def test_of_a_pattern_a_shard_that_is_missing_is_named(numbered, refused, pattern, missing, not_loaded):
+    assert f"{numbered / missing} is missing" in not_loaded(numbered / pattern)
+    said = refused("train", numbered / pattern, "--out", "out", *FAST)
+    assert str(numbered / missing) in said and "does not exist" not in said
+
+
+def test_a_range_that_names_nothing_is_refused_and_a_file_of_that_name_is_a_file(numbered, not_loaded):
+    assert "{9..3}" in not_loaded(numbered / "a-{9..3}.tar")
+    packed(numbered / "a-{000..001}.tar", {"x.png": picture(5), "y.png": picture(6)})
+    assert len(load_images(str(numbered / "a-{000..001}.tar"))) == 2
+
+
+def test_a_moved_pattern_is_the_same_data_and_another_one_is_not(numbered, tmp_path):
+    before = stream_images(str(numbered / "a-{000..001}.tar")).digest
+    moved = numbered.rename(tmp_path / "moved")
+    assert stream_images(str(moved / "a-{000..001}.tar")).digest == before
+    assert stream_images(str(moved / "a-{001..002}.tar")).digest != before
+
+
+def test_a_run_on_a_pattern_is_named_without_it_and_resumes(numbered, tmp_path, run):
+    command = ["train", numbered / "a-{000..009}.tar", "--labels", "auto", "--size", 8, *FAST, "--batch", 4]
+    for steps in (1, 2):
+        code, said, err = run(*command, "--steps", steps)
+        assert code == 0 and "10 images" in said and "2 classes" in said, err
+    assert (tmp_path / "runs" / "a" / "checkpoint-00000002.pt").exists()
