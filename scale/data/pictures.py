@@ -14,6 +14,7 @@ from dansm import BadInput
 GREY = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "F"}  # modes of Pillow
 # formats that Pillow opens and cannot decode by itself, or that are programs
 NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+OF_16_BITS = {"PNG", "PPM"}  # formats of which Pillow opens 16 bits as mode I, or did
 
 
 class Unreadable(BadInput):
@@ -56,7 +57,7 @@ def suffixes() -> frozenset[str]:
 
 def read_image(path: Path, read: Callable[[], bytes], reading: Reading, transparent: set[Path]) -> np.ndarray:
     """One image as (1, 1 or 3, H, W) uint8, from the bytes that `read` returns. Adds the path to `transparent` if the
-    background shows through it.
+    background shows through it. Each file of more than 8 bits a pixel is scaled by itself, see `_as_8_bits`.
 
     Raises Unreadable, naming the path, also for an image with more pixels than Pillow takes for an honest one.
     """
@@ -65,10 +66,8 @@ def read_image(path: Path, read: Callable[[], bytes], reading: Reading, transpar
             image = _upright(opened)
             is_grey = image.mode in GREY
             if image.mode.startswith(("I", "F")):  # more than 8 bits a pixel, which convert would cut off at 255
-                pixels = np.asarray(image)
-                if pixels.dtype.kind == "f" or pixels.min() < 0 or pixels.max() > 65535:
-                    raise ValueError("neither 8 nor 16 bits a pixel: the value of white is unknown")
-                image = Image.fromarray((pixels // 257).astype(np.uint8))
+                of_16_bits = image.mode != "I" or opened.format in OF_16_BITS
+                image = Image.fromarray(_as_8_bits(np.asarray(image), of_16_bits))
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 if image.getextrema()[3][0] < 255:
@@ -82,6 +81,15 @@ def read_image(path: Path, read: Callable[[], bytes], reading: Reading, transpar
         reason = str(error).partition(" <_io")[0]  # without the address of the BytesIO
         raise Unreadable(f"{path} cannot be read as an image ({reason}); expected one, or --skip-unreadable, which "
                          "leaves such files out") from error
+
+
+def _as_8_bits(pixels: np.ndarray, of_16_bits: bool) -> np.ndarray:
+    """Grey pixels (H, W) of more than 8 bits as uint8. 16 bits are divided by 257, which makes white 255. 32 bits, as
+    a TIFF may have, are kept if no pixel of the file is above 255, else taken for 16. ValueError for negative pixels,
+    for some above 65,535, and for fractions: nobody knows what white is."""
+    if pixels.dtype.kind == "f" or pixels.min() < 0 or pixels.max() > 65535:
+        raise ValueError("neither 8 nor 16 bits a pixel: the value of white is unknown")
+    return (pixels if not of_16_bits and pixels.max() <= 255 else pixels // 257).astype(np.uint8)
 
 
 def as_array(image: Image.Image, reading: Reading) -> np.ndarray:

@@ -70,13 +70,27 @@ def test_grayscale_and_palette_images_become_three_channels(tmp_path):
     assert torch.equal(color, torch.from_numpy(np.array(noise_image(4, 4))).permute(2, 0, 1))
 
 
-def test_16_bits_of_gray_become_8(tmp_path):
-    levels = np.arange(256, dtype=np.uint16).reshape(16, 16)
-    Image.fromarray(levels * 257).save(tmp_path / "a.png")
-    assert torch.equal(load_images(str(tmp_path))[0, 0], torch.from_numpy(levels.astype(np.uint8)))
+LEVELS = np.arange(256).reshape(16, 16)
+DARK = LEVELS // 2  # of 16 bits these are nearly black
 
 
-@pytest.mark.parametrize("pixels", [np.array([[0, 70000]], np.int32), np.array([[0, 0.5]], np.float32)])
+@pytest.mark.parametrize(("suffix", "pixels", "expected"), [
+    (".png", (LEVELS * 257).astype(np.uint16), LEVELS), (".tiff", (LEVELS * 257).astype(np.uint16), LEVELS),
+    (".tiff", (LEVELS * 257).astype(">u2"), LEVELS), (".pgm", (LEVELS * 257).astype(np.uint16), LEVELS),
+    (".tiff", (LEVELS * 257).astype(np.int32), LEVELS), (".tiff", (LEVELS * 257 + 256).clip(0, 65535), LEVELS),
+    (".tiff", LEVELS.astype(np.int32), LEVELS), (".tiff", DARK.astype(np.int16), DARK),
+    (".tiff", DARK.astype(np.uint32), DARK), (".tiff", np.zeros((16, 16), np.int32), np.zeros((16, 16))),
+    (".tiff", LEVELS + 1, (LEVELS + 1) // 257), (".png", DARK.astype(np.uint16), np.zeros((16, 16))),
+    (".tiff", DARK.astype(np.uint16), np.zeros((16, 16))), (".pgm", DARK.astype(np.uint16), np.zeros((16, 16)))])
+def test_pixels_of_16_bits_are_divided_by_257_and_of_32_bits_if_one_is_above_255(tmp_path, suffix, pixels, expected):
+    pixels = pixels.astype(np.int32) if pixels.dtype == np.int64 else pixels
+    Image.fromarray(pixels).save(tmp_path / f"a{suffix}")
+    read = load_images(str(tmp_path))
+    assert read.shape == (1, 1, 16, 16) and np.array_equal(read[0, 0], expected)
+
+
+@pytest.mark.parametrize("pixels", [np.array([[0, -1]], np.int32), np.array([[0, 70000]], np.int32),
+                                    np.array([[0, 0.5]], np.float32)])
 def test_pixels_of_unknown_range_are_refused(pixels, tmp_path, not_loaded):
     Image.fromarray(pixels).save(tmp_path / "a.tiff")
     assert "a.tiff" in not_loaded(tmp_path)
