@@ -43,7 +43,7 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except BadInput as error:
             options = _options_of(self.get_command(ctx, ctx.invoked_subcommand))
-            raise BadInput(_naming_option(str(error), options)) from error
+            raise BadInput(_naming_option(error, options)) from error
 
 
 app = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -89,12 +89,15 @@ def _options_of(command) -> dict[str, str]:
     return options
 
 
-def _naming_option(message: str, options: dict[str, str]) -> str:
-    """The message with the option in place of the argument's name, if that is what the library refuses: it begins
-    "match_size is …", where no file is called so."""
-    name, _, rest = message.partition(" ")
+def _naming_option(error: BadInput, options: dict[str, str]) -> str:
+    """The message with the option in place of the argument's name, where that is what the library refuses: the message,
+    or that of its cause with which it ends, begins "match_size is …", and no file is called so."""
+    message, refusal = str(error), str(error)
+    if isinstance(error.__cause__, BadInput) and message.endswith(str(error.__cause__)):
+        refusal = str(error.__cause__)
+    name, _, rest = refusal.partition(" ")
     if name in options and rest.startswith("is ") and not Path(name).exists():
-        return f"{options[name]} {rest}"
+        return f"{message.removesuffix(refusal)}{options[name]} {rest}"
     return message
 
 
