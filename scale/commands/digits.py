@@ -9,6 +9,8 @@ from typing import Annotated
 import numpy as np
 import typer
 
+import dansm
+
 from ..base import files, machine, text
 from ..base.statistics import frechet_distance
 from ..model.recipe import parse_counts
@@ -39,6 +41,7 @@ def digits(
     ways = ["random", "optimal", "greedy"] if optimal else ["random", "greedy"]
     settings = tiny.Settings(match_size, batch, ways, steps, sorted({*marks, steps}), list(range(seed, seed + seeds)))
     images = tiny.load_digits().to(machine.pick_device(device))
+    dansm.NoisePool(match_size, images.shape[1:], device=images.device)  # refused here, not after other trainings
     halves = np.array_split(np.random.default_rng(0).permutation(len(images)), 2)
     floor = frechet_distance(*(images[half] for half in halves))
     result = {"data": "1,797 digits of scikit-learn, 8×8", **asdict(settings), "step_counts": tiny.STEP_COUNTS,

@@ -10,7 +10,8 @@ import torch
 from support import ROOT, files_of
 
 import dansm
-from dansm.scale.commands import bench
+from dansm import BadInput
+from dansm.scale.commands import bench, train
 from dansm.scale.commands.main import COMMANDS
 
 
@@ -148,11 +149,24 @@ def test_a_bad_option_is_named_with_its_value_and_nothing_is_written(refused, tm
 
 
 @pytest.mark.parametrize(("command", "option"), [
-    (("toy", "--match-size", 5_000_000_000), "--match-size"), (("couple", "images", "--memory", 1e-6), "--memory"),
+    (("toy", "--match-size", 5_000_000_000), "--match-size"),
+    (("digits", "--match-size", 50_000_000_000), "--match-size"), (("couple", "images", "--memory", 1e-6), "--memory"),
     (("bench", "match", "--match-size", 1_000_000_000), "--match-size")])
 def test_what_the_library_refuses_is_told_by_the_option(refused, images, command, option):
     said = refused(*command, "--device", "cpu")
     assert said.startswith(f"dansm: {option} is ")
+
+
+def test_what_the_library_refuses_of_one_class_is_told_by_the_option_too(refused, images, monkeypatch):
+    def refuse(*_):
+        try:
+            dansm.NoisePool(-1, (2,))
+        except BadInput as error:
+            raise BadInput(f"memory is short for the class batch is in: {error}") from error
+
+    monkeypatch.setattr(train, "read_and_train", refuse)
+    said = refused("train", images, "--device", "cpu")
+    assert said.startswith("dansm: memory is short for the class batch is in: --match-size is -1")
 
 
 def test_a_file_that_is_called_like_an_option_is_told_by_its_name(refused, tmp_path):
