@@ -12,15 +12,16 @@ _compiler: ThreadPoolExecutor | None = None
 _compiling = {}
 
 
-def launch(kernel, grid: tuple[int, ...], *arguments, num_warps: int = 8):
+def launch(kernel, grid: tuple[int, ...], *arguments, num_warps: int = 8, num_stages: int = 3):
     """Run kernel[grid](*arguments) and return the compiled kernel. Inside `compiling_ahead` it is only compiled, and
     None returned."""
+    options = dict(num_warps=num_warps, num_stages=num_stages)
     if _compiler is None:
-        return kernel[grid](*arguments, num_warps=num_warps)
+        return kernel[grid](*arguments, **options)
     types = (argument.dtype if isinstance(argument, Tensor) else argument for argument in arguments)
-    variant = kernel, num_warps, *types
+    variant = kernel, num_warps, num_stages, *types
     if variant not in _compiling:
-        _compiling[variant] = _compiler.submit(kernel.warmup, *arguments, grid=grid, num_warps=num_warps)
+        _compiling[variant] = _compiler.submit(kernel.warmup, *arguments, grid=grid, **options)
     return None
 
 

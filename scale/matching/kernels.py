@@ -138,21 +138,45 @@ def _shortlist(lists, found, products, own, index, left, wide, table, KEEP: tl.c
 
 
 @triton.jit
-def _nearest_not_taken(products, own, index, place, sample, left, wide, LANES: tl.constexpr):
-    """The label of the nearest noise in the whole row whose place is not marked as taken."""
+def _dot(x, noise, places, there, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """The products of one sample (WIDTH,) and the noises at these places, BLOCK numbers at a time."""
+    total = places * 0.0
+    for start in tl.static_range(0, WIDTH, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        sample = tl.load(x + k, mask=k < WIDTH, other=0.0).to(tl.float32)
+        numbers = tl.load(noise + places.to(tl.int64)[:, None] * WIDTH + k[None, :],
+                          mask=there[:, None] & (k < WIDTH)[None, :], other=0.0)
+        total += tl.sum(numbers.to(tl.float32) * sample[None, :], 1)
+    return total
+
+
+@triton.jit
+def _nearest_not_taken(products, own, index, place, sample, left, wide, x, noise, LANES: tl.constexpr,
+                       WIDTH: tl.constexpr):
+    """The label of the nearest noise in the whole row whose place is not marked as taken. WIDTH: of the noises, where
+    no products are kept, else 0."""
     lane = tl.arange(0, LANES)
-    best, best_label = _costs(products, own, index, sample, lane + left, left, wide)
+    best, best_label = tl.full([LANES], float("inf"), tl.float32), tl.full([LANES], NOBODY, tl.int32)
+    if WIDTH == 0:
+        best, best_label = _costs(products, own, index, sample, lane + left, left, wide)
     for start in range(0, left, LANES):
-        cost, label = _costs(products, own, index, sample, start + lane, left, wide)
+        if WIDTH > 0:
+            there = start + lane < left
+            cost = _dot(x + sample * WIDTH, noise, start + lane, there, WIDTH, 16)
+            cost = tl.load(own + start + lane, mask=there, other=0.0) - 2 * cost
+            cost = tl.where(there & (cost == cost), cost, float("inf"))
+            label = tl.load(index + start + lane, mask=there, other=NOBODY)
+        else:
+            cost, label = _costs(products, own, index, sample, start + lane, left, wide)
         free = tl.load(place + label, mask=label != NOBODY, other=-1, volatile=True) >= 0
         best, best_label = _nearer(best, best_label, tl.where(free, cost, float("inf")), tl.where(free, label, NOBODY))
     return _nearest(best, best_label)
 
 
 @triton.jit(do_not_specialize=["left", "wide", "samples", "start"])
-def _choose(picks, movers, lists, found, products, own, index, place, left, wide, samples, table, start,
+def _choose(picks, movers, lists, found, products, own, index, place, left, wide, samples, table, start, x, noise,
             KEEP: tl.constexpr, LANES: tl.constexpr, SAMPLES: tl.constexpr,
-            IN_TURN: tl.constexpr, GROUPED: tl.constexpr):
+            IN_TURN: tl.constexpr, GROUPED: tl.constexpr, WIDTH: tl.constexpr):
     """Write the place of each sample's noise into picks, and the place of the noise that moves there into movers, −1
     for none. Updates own, index and place for the pool of left − samples noises."""
     i = tl.arange(0, SAMPLES)
@@ -198,7 +222,8 @@ def _choose(picks, movers, lists, found, products, own, index, place, left, wide
                     tl.debug_barrier()
                     tl.store(place + pick, tl.where(at >= 0, -2 - at, at), mask=i < first)  # marked; undone below
                     tl.debug_barrier()
-                    nearest = _nearest_not_taken(products, own, index, place, first, left, wide, LANES)
+                    nearest = _nearest_not_taken(products, own, index, place, first, left, wide, x, noise, LANES,
+                                                 WIDTH)
                     pick = tl.where(i == first, nearest, pick)
                 waiting = first < samples
         tl.debug_barrier()
@@ -320,20 +345,29 @@ def choose(z: Tensor, pool: KernelPool, found: Tensor, memory: tuple[Tensor, ...
     most     noises that a group has left
     in_turn  groups that have few left; they come first
     """
-    inner, picks, movers, lists = memory
-    grouped = table is not None
-    table = table if grouped else pool.index  # which nobody looks at
-    keep, width = KEEP[most > MANY], z.shape[1]
-    row, ends = (found, inner, pool.own, pool.index), (pool.left, in_lines(pool.left))
+    inner, _, _, lists = memory
+    keep = KEEP[most > MANY]
     if in_turn < groups:
-        grid = samples, 1, groups
-        fast_launch(_shortlist, grid, z, (lists, *row, *ends, table), (keep, LANES, grouped), warps=8)
+        arguments = lists, found, inner, pool.own, pool.index, pool.left, in_lines(pool.left)
+        grouped = table is not None
+        fast_launch(_shortlist, (samples, 1, groups), z, (*arguments, table if grouped else pool.index),
+                    (keep, LANES, grouped), warps=8)
+    serve(z, pool, found, memory, samples, keep, in_turn, table, groups)
+
+
+def serve(z: Tensor, pool: KernelPool, found: Tensor, memory: tuple[Tensor, ...], samples: int, keep: int,
+          in_turn: int = 0, table: Tensor | None = None, groups: int = 1, x: Tensor | None = None) -> None:
+    """Finish `choose` by the short lists of `keep` noises. x: (B, D) where no products are kept."""
+    inner, picks, movers, lists = memory
+    grouped, width = table is not None, z.shape[1]
+    table = table if grouped else pool.index  # which nobody looks at
     for start, end, lanes in ((0, in_turn, FEW), (in_turn, groups, LANES)):
         if start < end:
             few = end == in_turn
             fast_launch(_choose, (1, 1, end - start), z,
-                    (picks, movers, lists, *row, pool.place, *ends, samples, table, start),
-                    (keep, lanes, SAMPLES, few, grouped), warps=4 if few else 8)
+                    (picks, movers, lists, found, inner, pool.own, pool.index, pool.place, pool.left,
+                     in_lines(pool.left), samples, table, start, z if x is None else x, pool.noise),
+                    (keep, lanes, SAMPLES, few, grouped, 0 if x is None else width), warps=4 if few else 8)
     block = min(4096, 1 << (width - 1).bit_length())
     grid = samples, -(-width // block), groups
     fast_launch(_hand_out, grid, z, (z, pool.noise, picks, movers, width, table), (block, grouped), warps=4)
@@ -342,14 +376,14 @@ def choose(z: Tensor, pool: KernelPool, found: Tensor, memory: tuple[Tensor, ...
 _compiled = {}
 
 
-def fast_launch(kernel, grid, x, arguments, constants, warps):
+def fast_launch(kernel, grid, x, arguments, constants, warps, stages=3):
     """Run kernel[grid](*arguments, *constants) without Triton's check, slower than the kernel, whether such arguments
     need another compilation: the type of x and the constants tell."""
     key = kernel, x.device, x.dtype, constants
     if (known := _compiled.get(key)) and not compiles_only():
         known[grid](*arguments, *constants)
-    elif compiled := launch(kernel, grid, *arguments, *constants, num_warps=warps):  # None in the interpreter
-        _compiled[key] = compiled
+    elif compiled := launch(kernel, grid, *arguments, *constants, num_warps=warps, num_stages=stages):
+        _compiled[key] = compiled  # the interpreter returns None
 
 
 def one_by_one(pools: list[KernelPool], x: Tensor) -> Tensor:

@@ -59,6 +59,9 @@ def pool_class(match_size=0, shape=(), *, device="cpu", dtype=torch.float32, tf3
     if compile and match_size not in (0, 1) and torch.device(device).type == "cuda":
         at = torch.empty(0, device=device).device
         if groups is None and (kernels := gpu.working("kernels", at, dtype, tf32)):
+            small = isinstance(match_size, int) and match_size <= kernels.MANY
+            if dtype == torch.bfloat16 and not small and (search := gpu.working("search_kernels", at)):
+                return search.SearchPool
             return kernels.KernelPool
         # A GPU multiplies no float64 in the kernel that does so for all groups.
         if groups and dtype != torch.float64 and (kernels := gpu.working("group_kernels", at, dtype, tf32)):
@@ -417,11 +420,16 @@ class FastPool(inside.OfOneProcess, NoisePool):
         drawn = 2 * max(self.numbers_per_chunk, self.shape.numel()) * max(size, 4)
         if self.cost == PRICED:  # when prices are told, nothing is drawn
             drawn = max(drawn, bytes_to_learn(match_size, self.shape.numel(), size))
-        return pools * self._kept(match_size) + rows * samples * costs + handed_out + drawn
+        return pools * self._kept(match_size) + self._costs_each(rows) * samples * costs + handed_out + drawn
 
     def _samples_at_once(self, rows: int) -> int:
         """How many samples of one rank to match together: their costs take at most a gigabyte, their noises 32 MB."""
-        return max(1, min(self.served_at_once, self.costs_at_once // max(1, rows), 2**23 // self.shape.numel()))
+        fit = self.costs_at_once // max(1, self._costs_each(rows))
+        return max(1, min(self.served_at_once, fit, 2**23 // self.shape.numel()))
+
+    def _costs_each(self, rows: int) -> int:
+        """How many costs of one sample exist at once."""
+        return rows
 
 
 def laid_out_like(x: Tensor, z: Tensor) -> Tensor:

@@ -14,9 +14,9 @@ class Kernel:
         self.compiled, self.launched, self.fails = [], [], fails
 
     def __getitem__(self, grid):
-        return lambda *arguments, num_warps: self.launched.append((grid, arguments, num_warps)) or "compiled"
+        return lambda *arguments, **options: self.launched.append((grid, arguments, options["num_warps"])) or "compiled"
 
-    def warmup(self, *arguments, grid, num_warps):
+    def warmup(self, *arguments, grid, num_warps, num_stages):
         self.compiled.append((grid, num_warps))
         if self.fails:
             raise RuntimeError("no such card")

@@ -1,6 +1,6 @@
 """Time pools of whole noises and coarse pools next to each other, and measure the memory that each takes on a GPU.
 
-    PYTHONPATH=. python results/bench/coarse/measure.py --out h100.csv [--costs 26] [--seconds 2]
+    PYTHONPATH=. python results/bench/coarse/measure.py --out h200.csv [--costs 26] [--seconds 2] [--cases 0,3]
     PYTHONPATH=. python results/bench/coarse/measure.py --out FILE.csv --device cpu --tiny
 
 Each pool is measured when it is full and with 75, 50, 25 and 5 % of its noises left, as a life of a million noises is
@@ -47,12 +47,14 @@ def main(arguments=None):
     parser.add_argument("--device", type=torch.device, default="cuda")
     parser.add_argument("--costs", default="26")
     parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument("--cases", help="numbers of the pools to measure, from 0; all if not given")
     parser.add_argument("--tiny", action="store_true", help="pools of a few hundred noises, to try this out")
     given = parser.parse_args(arguments)
+    cases = TINY if given.tiny else CASES
     rows = []
     for dtype in (torch.float32, BF16):  # what cuBLAS keeps, which a training has too
         torch.ones(64, 64, device=given.device, dtype=dtype).mm(torch.ones(64, 64, device=given.device, dtype=dtype))
-    for match_size, shape, batch in TINY if given.tiny else CASES:
+    for match_size, shape, batch in [cases[int(i)] for i in given.cases.split(",")] if given.cases else cases:
         x = [clock.image_like(batch, shape, seed, given.device) for seed in range(BATCHES)]
         whole = None  # the row of whole noises in bfloat16, which others are compared with
         for way, about, make in ways(match_size, shape, given.device, list(map(int, given.costs.split(",")))):
