@@ -60,6 +60,11 @@ def numbers(column, digits=1, unit="", scale=1):
     return write
 
 
+def three_digits(value):
+    """Three significant digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def of_proof(table, write, *names):
     """A row for each run@images of the proof, a column for each count of sampling steps."""
     runs = [name.split("@") for name in names]
@@ -227,6 +232,24 @@ def theory(column):
     columns = {label: ({"way": way}, numbers(column, 2, " %", 100)) for label, way in ways.items()}
     sizes = {f"pool of {size:,}": {"match_size": str(size)} for size in (100, 1000, 4000)}
     return pivot(read("theory/theory.csv"), sizes, columns)
+
+
+def assignment_cpu():
+    """Milliseconds of each library in one thread; how many times faster than scipy `optimal` is in one and in two."""
+    def times(records):
+        row, = records
+        median, least, most = (three_digits(float(row[f"{name}_ms"])) for name in ("median", "least", "most"))
+        return f"{median} ({least}–{most})"
+
+    found = read("bench/assignment/cpu.csv")
+    sizes = dict.fromkeys((row["images"], row["noises"]) for row in found)
+    rows = {" × ".join(f"{int(count):,}" for count in size): dict(zip(("images", "noises"), size, strict=True))
+            for size in sizes}
+    libraries = {"scipy": "scipy", "`optimal`": "dansm", "lapx's lapjvh alone": "lapx, lapjvh, float64"}
+    columns = {label: ({"threads": "1", "library": name}, times) for label, name in libraries.items()} | {
+        f"faster, threads: {threads}": ({"threads": threads, "library": "dansm"}, numbers("faster"))
+        for threads in ("1", "2")}
+    return pivot(found, rows, columns)
 
 
 def match_cost():

@@ -89,7 +89,8 @@ sys.meta_path[:] = [Without(finder) for finder in sys.meta_path if hasattr(finde
 import dansm
 dansm.main(sys.argv[1:])
 """
-EXTRAS = {"matplotlib", "sklearn", "safetensors", "diffusers", "lmdb", "torch_fidelity", "efficientnet_lite_pytorch"}
+EXTRAS = {"matplotlib", "sklearn", "safetensors", "diffusers", "lmdb", "torch_fidelity", "efficientnet_lite_pytorch",
+          "lap"}
 
 
 @pytest.mark.slow

@@ -11,10 +11,10 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 import dansm
+from dansm.scale.base.assignment import assign
 from dansm.scale.base.files import make_folder, write_csv, write_json
 from dansm.scale.base.statistics import (
     crossing_lines,
@@ -128,7 +128,7 @@ def crossing_share(x: Tensor, z: Tensor) -> float:
 def wasserstein2(a: Tensor, b: Tensor) -> float:
     """The squared Wasserstein-2 distance of two equally large sets of points (N, D): mean ‖a_i − b_j‖², best paired."""
     distances = squared_distances(a.cpu().double(), b.cpu().double())
-    return distances[linear_sum_assignment(distances)].mean().item()
+    return distances.gather(1, assign(distances)[:, None]).mean().item()
 
 
 def measure_pairs(pairs: Iterable, match_size: int) -> dict[str, float]:

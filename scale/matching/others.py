@@ -27,9 +27,10 @@ from dansm import (
     rows,
 )
 
+from ..base.assignment import assign
 from .gpu import working
 
-SMALL = 100  # noises up to which scipy is faster than the auction
+SMALL = 100  # noises up to which the CPU is faster than the auction
 
 
 class Assignment(NamedTuple):
@@ -43,20 +44,15 @@ class Assignment(NamedTuple):
 def optimal(cost: Tensor, gap: float = 1e-3) -> Assignment:
     """Linear assignment: the pairing of least total cost. cost: (B, M), B ≤ M, finite.
 
-    Exact by scipy, in about M³ operations: half a second for 1,000. On a GPU and for M > 100 an auction, until
-    total − bound is at most `gap` of what the pairing saves over a random one, or as near as float32 prices come.
+    On the CPU it is exact but for float64's rounding (lapx, or scipy without it). On a GPU and for M > 100 an auction
+    runs until total − bound is at most `gap` of what the pairing saves over a random one, or float32 prices end.
     """
     check_sides(cost)
     cost = at_least_float32(cost.detach())
     slow = cost.is_cuda and len(cost) and cost.shape[1] > SMALL
     if slow and (kernels := working("auction", cost.device)):
         return Assignment(*kernels.auction(cost, gap))
-    if not cost.isfinite().all():
-        raise BadInput(f"the {cost.shape[0]}×{cost.shape[1]} costs hold NaN or infinite values: expected finite ones")
-    from scipy.optimize import linear_sum_assignment  # takes a while to import
-
-    _, columns = linear_sum_assignment(cost.cpu().numpy())
-    picks = torch.from_numpy(columns).to(cost.device)
+    picks = assign(cost.cpu()).to(cost.device)
     total = cost.gather(1, picks[:, None]).sum(dtype=torch.float64).item()
     return Assignment(picks, total, total)
 
