@@ -113,7 +113,8 @@ def classes_cifar10():
     """Without guidance."""
     columns = {f"{steps} steps": ({"steps": steps}, numbers("frechet_distance")) for steps in STEPS}
     columns["right class"] = {"steps": "20"}, numbers("label_accuracy", 1, " %", 100)
-    rows = {label: {"run": run, "guidance": "1.0"} for label, run in CLASSES.items()}
+    classes = CLASSES | {"semidiscrete within each class, 5,120,000 images": "semidiscrete-5m"}
+    rows = {label: {"run": run, "guidance": "1.0"} for label, run in classes.items()}
     return pivot(read("conditions/cifar10.csv"), rows, columns)
 
 
@@ -186,6 +187,21 @@ def learned():
     rows = {"random pairs": "random-0", "pool of 10,000": "pool-0", "semidiscrete": "semi-0",
             "semidiscrete, 5,120,000 images": "semi-5m-0", "other training images": "real images"}
     return pivot(read("couple/learned.csv"), {label: {"run": run} for label, run in rows.items()}, columns)
+
+
+def copies():
+    """Of the semidiscrete plan, next to random pairs of nearly the same distance."""
+    lines = [["steps", "distance", "random pairs: steps", "distance", "nearer in pixels", "nearer in features",
+              "nearest, features", "random pairs"]]
+    records = {(row["run"], row["steps"]): row for row in read("couple/copies.csv")}
+    for row in records.values():
+        if row["run"] == "semi-0":
+            theirs = records["random-0", row["equal_steps"]]
+            lines.append([row["steps"], numbers("frechet_distance")([row]), row["equal_steps"],
+                          numbers("equal_distance")([row]), numbers("pixels_nearer", 0, " %", 100)([row]),
+                          numbers("features_nearer", 0, " %", 100)([row]), numbers("features_nearest", 2)([row]),
+                          numbers("features_nearest", 2)([theirs])])
+    return lines
 
 
 def groups():

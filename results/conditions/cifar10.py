@@ -1,8 +1,8 @@
 """Draw what classes gain from each way of pairing, from cifar10.csv.
 
     PYTHONPATH=. python results/conditions/cifar10.py                    writes cifar10.png next to itself
-    PYTHONPATH=. python results/conditions/cifar10.py runs/evaluate/*    and first cifar10.csv, from folders such as
-                                                                         random-0 (run-seed) with an evaluate.csv
+    PYTHONPATH=. python results/conditions/cifar10.py runs/evaluate/*    and first adds to cifar10.csv what folders such
+                                                                         as random-0 (run-seed) have in evaluate.csv
 """
 
 import csv
@@ -30,27 +30,35 @@ RUNS = {"random": ("random pairs", dict(color=RANDOM, marker="o", linestyle=(0, 
         "assigned": ("assigned within batches and classes", dict(color=OPTIMAL, marker="v", linestyle="-.")),
         "semidiscrete": ("semidiscrete within each class", dict(color=SEMIDISCRETE, marker="*", linestyle="-")),
         "semidiscrete-one": ("semidiscrete, labels ignored",
-                             dict(color=SEMIDISCRETE, marker="x", linestyle=(0, (1, 1.2))))}
+                             dict(color=SEMIDISCRETE, marker="x", linestyle=(0, (1, 1.2)))),
+        "semidiscrete-5m": ("", {})}  # not drawn: it has seen more images
 
 
 def collect(folders: list[Path]) -> list[dict]:
-    """The rows of all evaluations, by run and seed; those of real images once."""
-    found = {}
+    """The rows of cifar10.csv and of these evaluations, by run and seed; those of real images once."""
+    with open(HERE / "cifar10.csv", newline="") as file:
+        found = {key_of(row): row for row in csv.DictReader(file)}
     for folder in folders:
         for row in csv.DictReader((folder / "evaluate.csv").read_text().splitlines()):
             run, seed, images = folder.name[:-2], folder.name[-1], 256 * int(row["trained_steps"] or 0)
             if row["model"] == "real images":
                 run, seed, images = row["model"], "0", ""
             measures = {name: f"{float(row[name]):.4f}" for name in MEASURES}
-            key = ["real images", *RUNS].index(run), seed, float(row["guidance"] or 0), int(row["steps"] or 0)
-            found[key] = {"run": run, "seed": seed, "images": images, "steps": row["steps"],
-                          "guidance": row["guidance"], **measures, "gpu": row["gpu"]}
+            new = {"run": run, "seed": seed, "images": images, "steps": row["steps"], "guidance": row["guidance"],
+                   **measures, "gpu": row["gpu"]}
+            found[key_of(new)] = new
     return [found[key] for key in sorted(found)]
+
+
+def key_of(row: dict) -> tuple:
+    return (["real images", *RUNS].index(row["run"]), row["seed"], float(row["guidance"] or 0), int(row["steps"] or 0))
 
 
 def draw_lines(axes, along: str, measure: str, **picked: str) -> None:
     """A line for each way: the mean over the seeds, with their standard deviation."""
     for run, (label, style) in RUNS.items():
+        if not label:
+            continue
         values = {}
         for row in rows:
             if row["run"] == run and picked.items() <= row.items():
