@@ -62,7 +62,7 @@ def test_a_way_that_does_not_fit_is_left_out(monkeypatch):
 
 def test_a_pool_that_does_not_fit_is_refused_before_anything_is_measured(refused, tmp_path):
     error = refused("bench", "match", "--match-size", 10**9, "--shape", "4x8x8", "--device", "cpu", "--out", tmp_path)
-    assert "match_size is 1,000,000,000" in error and files_of(tmp_path) == []
+    assert "--match-size is 1,000,000,000" in error and files_of(tmp_path) == []
 
 
 def test_the_loop_is_the_papers():
