@@ -3,7 +3,7 @@
     PYTHONPATH=. python results/couple/copies.py DATA RUN [RUN …] [--steps 10,12,15,20,50] [--out copies.csv]
 
 DATA are the images that all runs were trained on, each RUN is a folder of dansm train. A row for each run and count of
-Euler steps. The first run is what others are compared with, in the row of its own that has the nearest Fréchet distance:
+Euler steps. The first run is what others are compared with, in its row of the nearest Fréchet distance:
 
     frechet_distance  of --count samples, in the features of --features (efficientnet-lite0)
     pixels_nearest    mean distance ‖x − y‖ of a sample to the nearest training image or its mirror image, pixels in

@@ -12,14 +12,14 @@ _compiler: ThreadPoolExecutor | None = None
 _compiling = {}
 
 
-def launch(kernel, grid: tuple[int, ...], *arguments, num_warps: int = 8, num_stages: int = 3):
+def launch(kernel, grid: tuple[int, ...], *arguments, num_warps: int = 8, **options):
     """Run kernel[grid](*arguments) and return the compiled kernel. Inside `compiling_ahead` it is only compiled, and
-    None returned."""
-    options = dict(num_warps=num_warps, num_stages=num_stages)
+    None returned. options: more of Triton's, such as num_stages."""
+    options |= dict(num_warps=num_warps)
     if _compiler is None:
         return kernel[grid](*arguments, **options)
     types = (argument.dtype if isinstance(argument, Tensor) else argument for argument in arguments)
-    variant = kernel, num_warps, num_stages, *types
+    variant = kernel, *sorted(options.items()), *types
     if variant not in _compiling:
         _compiling[variant] = _compiler.submit(kernel.warmup, *arguments, grid=grid, **options)
     return None

@@ -12,7 +12,7 @@ import torch
 def working(module: str, device: torch.device, *way) -> ModuleType | None:
     """A module of kernels of this room if its `try_out(device, *way)` passes, else None with a warning.
 
-    module  "kernels", "group_kernels", "search_kernels", "auction" or "semidiscrete_kernels"
+    module  "kernels", "group_kernels", "search_kernels", "draw_kernels", "auction" or "semidiscrete_kernels"
     way     for the first two: a pool's dtype and tf32
     """
     if device.type != "cuda":

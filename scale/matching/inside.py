@@ -51,7 +51,7 @@ def _like_x(x, labels, mask, calls, pool):
     return torch.empty_like(x)
 
 
-PLACE = {"process", "rank", "ranks", "multiprocessors"}  # of what a state was made for: who draws, not what
+PLACE = {"process", "rank", "ranks", "multiprocessors", "counted"}  # of what a state was made for: who draws, not what
 
 
 def card(device: torch.device) -> dict:
@@ -95,7 +95,9 @@ def stream_after(state) -> int:
 def warn_of_fresh_noises(saved: dict, made_for: dict) -> None:
     where = [f"rank {made['rank']} of {made['ranks']}" if made.get("ranks", 1) > 1 else
              f"process {made.get('process', 0)}" for made in (saved, made_for)]
-    if saved.get("multiprocessors") != made_for.get("multiprocessors"):
+    if saved.get("counted") != made_for.get("counted"):
+        where[0] += " and an earlier version, which drew other noises on GPUs"
+    elif saved.get("multiprocessors") != made_for.get("multiprocessors"):
         where = [f"{place} on a GPU of {made.get('multiprocessors')} multiprocessors"
                  for place, made in zip(where, (saved, made_for), strict=True)]
     warnings.warn(f"the saved state is of {where[0]}, this is {where[1]}: it goes on with noises that nobody has drawn",

@@ -25,6 +25,8 @@ from torch import Tensor
 from dansm import COSTS, costs_from, greedy
 
 from ..base.launch import compiles_only, compiling_ahead, launch, on
+from . import draws
+from .gpu import working
 from .pool import DataCheck, FastPool
 from .products import products
 
@@ -294,6 +296,9 @@ class KernelPool(FastPool):
     def _begin(self) -> None:
         super()._begin()
         self.place = self.index.clone()
+
+    def _fill(self, noise: Tensor, number: int, first: int) -> Tensor:
+        return super()._fill(noise, number, first, working("draw_kernels", noise.device) or draws)
 
     def _forget(self) -> None:
         super()._forget()

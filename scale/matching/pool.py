@@ -27,13 +27,14 @@ from dansm import (
 )
 
 from ..base.machine import free_memory
-from . import gpu, inside
+from . import draws, gpu, inside
 from .prices import Prices, bytes_to_learn, references_of
 from .products import products
 
 SCOPES = ("rank", "global")
 PRICED = "priced"
 PRICES = 2**31 + 6  # a stream that no pool and no coupling has
+COUNTED = 2**31 + 7  # and another one
 AUTO = "auto"  # a match_size that `expected` samples empty EMPTIED times or more
 EMPTIED = 10
 MOST = {"cpu": 10_000}  # noises of such a pool, where each batch takes longer with more; on other devices:
@@ -269,10 +270,25 @@ class FastPool(inside.OfOneProcess, NoisePool):
     def _draw(self, number: int, chunk: int, ours: Tensor) -> Tensor:
         """Draw one chunk of pool `number`, and put the noises of it that this rank keeps into `ours`."""
         start, places = chunk * self.chunk - self.first, self._places(chunk)
+        if self.counted:
+            return self._fill(ours, number, self.first + places.start)
         rows = min(self.chunk, self.match_size - chunk * self.chunk)
         whole = ours if len(ours) == rows else ours.new_empty(rows, ours.shape[1])
         whole.normal_(generator=noise_generator(self.seed, ours.device, number, chunk, *self.stream))
         return ours if whole is ours else ours.copy_(whole[places.start - start : places.stop - start])
+
+    def _drawn(self, number: int) -> Tensor:
+        noise = self.noise.new_empty(self.match_size, self.noise.shape[1])
+        return self._fill(noise, number, 0) if self.counted else super()._drawn(number)
+
+    @property
+    def counted(self) -> bool:
+        """Whether noises depend on the seed and their place alone: torch's own differ between GPUs."""
+        return self.noise.is_cuda
+
+    def _fill(self, noise: Tensor, number: int, first: int, by=draws) -> Tensor:
+        """Fill noise: (rows, D) with those of pool `number` from `first` on."""
+        return by.fill(noise, draws.key_of(self.seed, number, COUNTED, *self.stream), first)
 
     def _places(self, chunk: int) -> slice:
         """Where the chunk lies among this rank's noises when its pool begins."""
@@ -296,10 +312,10 @@ class FastPool(inside.OfOneProcess, NoisePool):
 
     def load_state_dict(self, state: dict) -> None:
         """Resume where `state_dict` was taken, by a pool made with the same arguments, of any seed. From the state of
-        another process, of a pool over another number of them, or of a GPU of other multiprocessors, which draws others
-        from a seed, go on with the next pool, whose noises nobody has."""
+        another process, of a pool over another number of them, or of a GPU and an earlier version, which drew other
+        noises, go on with the next pool, whose noises nobody has."""
         self.settle()
-        made_for = inside.as_known_to(state, self._made_for())
+        made_for = self._made_for()
         saved = state.get("made_for") if isinstance(state, dict) else None
         if self.is_auto and isinstance(saved, dict) and "match_size" in saved:
             made_for["match_size"] = saved["match_size"]
@@ -399,7 +415,8 @@ class FastPool(inside.OfOneProcess, NoisePool):
         return match_size
 
     def _made_for(self) -> dict:
-        return super()._made_for() | {"rank": self.rank, "ranks": self.ranks} | inside.card(self.noise.device)
+        counted = {"counted": True} if self.counted else {}
+        return super()._made_for() | {"rank": self.rank, "ranks": self.ranks} | counted
 
     def _agreed(self, match_size: int | None, largest: int) -> int:
         """The largest match_size that fits on every rank that shares the pool."""

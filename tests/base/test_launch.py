@@ -16,7 +16,7 @@ class Kernel:
     def __getitem__(self, grid):
         return lambda *arguments, **options: self.launched.append((grid, arguments, options["num_warps"])) or "compiled"
 
-    def warmup(self, *arguments, grid, num_warps, num_stages):
+    def warmup(self, *arguments, grid, num_warps):
         self.compiled.append((grid, num_warps))
         if self.fails:
             raise RuntimeError("no such card")

@@ -197,7 +197,7 @@ def test_a_process_goes_on_from_the_state_of_another_with_noises_that_nobody_has
     assert torch.equal(drawn(kind, again, 3), drawn(kind, source, 3))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("semidiscrete")])
 def test_on_a_gpu_that_draws_others_a_run_goes_on_with_noises_that_nobody_has_drawn(kind, monkeypatch):
     """H100s and H200s have 132 multiprocessors, an A100 has 108: torch draws other noises there from one seed."""
     def source_on(multiprocessors):
