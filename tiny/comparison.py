@@ -1,5 +1,6 @@
 """Trainings that differ only in their pairs: what the toy, the digits and the examples share."""
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,8 +13,10 @@ from torch import Tensor
 import dansm
 from dansm.scale.base.statistics import frechet_distance, mean_and_std
 from dansm.scale.base.text import Stopped, console, counted, table, with_bar
+from dansm.scale.base.workers import side_by_side
 
 SAMPLES = 500
+PROCESSES = min(4, os.cpu_count() or 1)  # that train at the same time on a CPU; each takes up to a gigabyte
 
 Steps = Annotated[int, typer.Option(min=1, help="training steps of each row")]
 Seeds = Annotated[int, typer.Option(min=1, help="trainings of each row, from other random numbers")]
@@ -74,11 +77,15 @@ def in_words(values: list[float]) -> str:
     return f"{found['mean']:.3f}" + (f"\n[dim]±{found['std']:.3f}[/]" if len(values) > 1 else "")
 
 
-def each_seed(train: Callable[[str, int], Any], ways: Iterable[str], seeds: Sequence[int], file: Path) -> Iterator:
-    """Yield {way: train(way, seed)} for each seed. Ctrl-C tells how many seeds the caller has in its file."""
+def each_seed(train: Callable[[str, int], Any], ways: Iterable[str], seeds: Sequence[int], file: Path,
+              device: str | torch.device) -> Iterator:
+    """Yield {way: train(way, seed)} for each seed. On a CPU several trainings run side by side, one on each core, also
+    while the caller draws. Ctrl-C tells how many seeds the caller has in its file."""
+    processes = PROCESSES if torch.device(device).type == "cpu" else 1
+    trainings = side_by_side(train, [(way, seed) for seed in seeds for way in ways], processes)
     for done, seed in enumerate(seeds):
         try:
-            trained = {way: train(way, seed) for way in with_bar(ways, f"seed {seed}")}
+            trained = {way: next(trainings) for way in with_bar(ways, f"seed {seed}")}
         except KeyboardInterrupt as stop:
             raise Stopped(f"stopped: {done} of {counted(len(seeds), 'seed')} in {file}") from stop
         yield trained

@@ -32,7 +32,7 @@ def run(settings: Settings, out: Path) -> None:
     make_folder(out)
     rows, shown = [], None
     seeds = range(settings.seed, settings.seed + settings.seeds)
-    for by_way in each_seed(partial(train_and_measure, settings), WAYS, seeds, out / "2d.csv"):
+    for by_way in each_seed(partial(train_and_measure, settings), WAYS, seeds, out / "2d.csv", settings.device):
         rows += [row for row, *_ in by_way.values()]
         write_csv(out / "2d.csv", rows)
         shown = shown or {way: rest for way, (_, *rest) in by_way.items()}

@@ -335,7 +335,7 @@ def save(figure, path: Path, dpi: int = 150) -> Image.Image:
 
 def to_image(figure, **settings) -> Image.Image:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", **settings)
+    figure.savefig(buffer, format="png", pil_kwargs={"compress_level": 0}, **settings)  # read again at once
     return Image.open(buffer).convert("RGB")
 
 

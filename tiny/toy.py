@@ -194,7 +194,8 @@ def run_shape(shape: str, settings: Settings, out: Path) -> tuple[list[dict], di
     make_folder(out)
     trainings, shown = [], {}
     seeds = range(settings.seed, settings.seed + settings.seeds)
-    for by_method in each_seed(partial(train_and_measure, shape, settings), dansm.METHODS, seeds, out / "toy.json"):
+    for by_method in each_seed(partial(train_and_measure, shape, settings), dansm.METHODS, seeds, out / "toy.json",
+                               settings.device):
         trainings += [training for _, training in by_method.values()]  # written now: they stay when it is stopped
         write_json(out / "toy.json", {"shape": shape, **asdict(settings), "batch": BATCH, "points": POINTS,
                                       "trainings": trainings})

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import torch
 import typer
 
 import dansm
@@ -36,6 +37,7 @@ def digits(
     from dansm.tiny import comparison
     from dansm.tiny import digits as tiny
 
+    torch.set_num_threads(1)  # so small a network gains little by two, which on a busy machine wait for each other
     importlib.import_module("matplotlib")  # if it is missing, that is told before anything is trained
     marks = parse_counts("--evaluate-at", evaluate_at, at_most=steps) if evaluate_at else []
     ways = ["random", "optimal", "greedy"] if optimal else ["random", "greedy"]
@@ -48,7 +50,7 @@ def digits(
               "hardware": machine.hardware(images.device), "runs": [], "real_half_against_half": floor}
     (files.make_folder(out) / "curve.png").unlink(missing_ok=True)  # from an earlier call
     for by_way in comparison.each_seed(partial(tiny.train_and_evaluate, images, settings), ways, settings.seeds,
-                                       out / "digits.json"):
+                                       out / "digits.json", images.device):
         result["runs"] += [run for runs, _ in by_way.values() for run in runs]
         files.write_json(out / "digits.json", result)  # after each seed: it stays when the command is stopped
         tiny.draw_picture(result, settings, {way: samples for way, (_, samples) in by_way.items()}, out / "digits.png")

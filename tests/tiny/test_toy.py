@@ -13,7 +13,7 @@ import dansm
 from dansm.scale.base.files import read_csv
 from dansm.scale.base.statistics import inter_path_distance
 from dansm.scale.base.text import Stopped
-from dansm.tiny import pictures, toy
+from dansm.tiny import comparison, pictures, toy
 from dansm.tiny.shapes import SHAPES
 
 
@@ -178,6 +178,15 @@ def test_stopping_keeps_the_seeds_that_are_done(small, tmp_path, monkeypatch):
         toy.run("two-moons", settings(seeds=3), tmp_path)
     trainings = json.loads((tmp_path / "toy.json").read_text())["trainings"]
     assert [(training["method"], training["seed"]) for training in trainings] == [(m, 0) for m in dansm.METHODS]
+
+
+def test_trainings_side_by_side_are_those_of_one_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy, "draw", lambda *_: None)
+    for processes in (1, 2):
+        monkeypatch.setattr(comparison, "PROCESSES", processes)
+        toy.run("two-moons", settings(match_size=20), tmp_path / str(processes))
+    first, second = ((tmp_path / str(processes) / "toy.json").read_text() for processes in (1, 2))
+    assert first == second
 
 
 def test_a_match_size_of_0_is_random_pairs_for_every_method_that_has_one(small, tmp_path, monkeypatch):
