@@ -26,7 +26,8 @@ def side_by_side(work: Callable, calls: Sequence[tuple], processes: int) -> Iter
     context = multiprocessing.get_context("spawn")  # what is forked from a process with threads may hang
     with ProcessPoolExecutor(processes, context, _begin) as executor:
         try:
-            yield from executor.map(work, *zip(*calls, strict=True))
+            waiting = [executor.submit(work, *arguments) for arguments in calls]  # its map would cancel those that end
+            yield from (future.result() for future in waiting)
         except BaseException:
             for process in set(multiprocessing.active_children()).difference(before):
                 process.terminate()

@@ -51,10 +51,11 @@ if __name__ == "__main__":
 """)
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     parent = subprocess.Popen([sys.executable, script], env={**os.environ, "PYTHONPATH": paths},
-                              stderr=subprocess.DEVNULL)
+                              stderr=subprocess.PIPE, text=True)
     until(lambda: len(workers_in(tmp_path)) == 2)
     parent.send_signal(ending)
-    parent.wait(60)
+    said = parent.communicate(timeout=60)[1]
+    assert "Exception in thread" not in said and said.count("KeyboardInterrupt") == (ending == signal.SIGINT)
     until(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers_in(tmp_path)))
 
 
