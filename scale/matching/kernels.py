@@ -290,6 +290,9 @@ class KernelPool(FastPool):
         super().__init__(*arguments, **settings)
         self.scratch = None  # memory that the kernels keep between batches, so that none waits for it
 
+    def __getstate__(self) -> dict:  # of a copy
+        return self.__dict__ | {"scratch": None}
+
     def check(self, x: Tensor) -> None:
         self.data_check(x, numbers=self.match_size <= 1)  # the kernels look at the numbers
 

@@ -5,9 +5,9 @@ long as to multiply. So the product and the search are one kernel, which keeps o
 noises. A sample's nearest noises lie in the spans of the lowest such costs, and there they are found:
 
     least     multiply on tensor cores; the least cost of each span for each sample
-    spans     the i + 1 lowest spans of sample i, and a few more: its i + 1 nearest noises lie in them
+    spans     the i + 1 lowest spans of sample i, and a few more, 248 at most: in them lie as many of its nearest noises
     costs     the costs in these spans again, one by one
-    order     the i + 1 nearest noises of sample i in order, as `kernels._choose` needs them
+    order     these noises in order, as `kernels._choose` needs them
 
 Tensor cores add in another order than `costs`, so both differ in the last bits, and of noises that are as near but for
 these bits a sample may get any: as by the products of `kernels`, which other cards add in other orders. A list ends
@@ -33,13 +33,14 @@ from .pool import DataCheck
 from .products import products
 
 SPAN = 32  # noises
-TILE = 128  # noises that a program multiplies at once
-STAGES = 3  # tiles that are on their way at the same time
+BLOCKS = (128, 128, 3), (128, 128, 2), (128, 64, 2), (64, 64, 2)  # samples and noises that a program multiplies at
+# once, and how many tiles of noises are on their way: the first that its memory holds
+SHARED = 101_376  # bytes of it where torch does not tell: the least of today's cards
 SPARE = 8  # more spans than a sample needs: as its list ends before the next one
 NEAR = 512  # noises that are put in order, some for equal costs
 AT_ONCE = 2  # spans whose costs a program works out
 LARGEST = 2**15 * SPAN  # noises: a program has the least costs of all spans at once
-WIDEST = 256  # numbers of a noise: samples stay in a multiprocessor's memory
+WIDEST = 256  # numbers of a noise: a tile of them stays in a multiprocessor's memory
 
 
 class SearchPool(KernelPool):
@@ -49,13 +50,17 @@ class SearchPool(KernelPool):
         super().__init__(*arguments, **settings)
         self.search_scratch = None
 
+    def __getstate__(self) -> dict:
+        return super().__getstate__() | {"search_scratch": None}
+
     def _take(self, samples: Tensor) -> Tensor:
         if not len(samples) or not self._searches(self.left):
             self.search_scratch = None
             return super()._take(samples)
         self.scratch = None  # there is never memory for both
-        with on(samples.device):
-            return take(self, samples.contiguous())
+        samples = samples.contiguous()
+        with on(samples.device):  # kernels load 16 bytes at a time
+            return take(self, samples.clone() if samples.data_ptr() % 16 else samples)
 
     def _searches(self, left: int) -> bool:
         """Whether noises are found by a search, with so many left."""
@@ -73,8 +78,9 @@ def room(rows: int) -> int:
 
 def sizes(rows: int) -> list[tuple[int, torch.dtype]]:
     """Columns and type of each part of `scratch`."""
+    spans = -(-min(rows, LARGEST) // SPAN)
     keep = kernels.SAMPLES  # spans and noises on a list: as many as any sample can need
-    return [(-(-rows // SPAN), torch.float32), (keep, torch.int32), (1, torch.float32), (keep * SPAN, torch.float32),
+    return [(spans, torch.float32), (keep, torch.int32), (1, torch.float32), (keep * SPAN, torch.float32),
             (keep * SPAN, torch.int32), (NEAR, torch.float32), (NEAR, torch.int32), (keep, torch.int32),
             (2, torch.int32)]
 
@@ -87,9 +93,19 @@ def scratch(pool: SearchPool, x: Tensor) -> list[Tensor]:
 
 
 @cache
-def programs(device: torch.device) -> int:
-    """How many programs a GPU runs at once, of those that fill a multiprocessor."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+def card(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors of a GPU, and bytes of memory that a program may have in one."""
+    if device.type != "cuda":
+        return 2, SHARED
+    found = torch.cuda.get_device_properties(device)
+    return found.multi_processor_count, getattr(found, "shared_memory_per_block_optin", SHARED)
+
+
+def blocks_of(samples: int, width: int, shared: int) -> tuple[int, int, int]:
+    """Of BLOCKS the first whose samples and tiles of `width` numbers in bfloat16 fit into so many bytes."""
+    fitting = (blocks for blocks in BLOCKS if (blocks[0] + blocks[1] * blocks[2]) * width * 2 + 4096 <= shared)
+    block, tile, stages = next(fitting, BLOCKS[-1])
+    return min(block, 64) if samples <= 64 else block, tile, stages
 
 
 def take(pool: SearchPool, x: Tensor) -> Tensor:
@@ -115,21 +131,21 @@ def short_lists(lists: Tensor, found: Tensor, memory: list[Tensor], x: Tensor, p
     least, listed, beyond, costs, labels, near, near_labels = memory
     (samples, width), left, of_row = x.shape, pool.left, least.shape[1]
     first = 1 << (width.bit_length() - 1)
-    rest = triton.next_power_of_2(width - first) if width > first else 0
-    block = 64 if samples <= 64 else 128
+    rest = max(16, triton.next_power_of_2(width - first)) if width > first else 0
+    processors, shared = card(x.device)
+    block, tile, stages = blocks_of(samples, first + rest, shared)
     parts = -(-samples // block)
-    grid = max(1, min(programs(x.device) // parts, -(-left // TILE))), parts, 1
+    grid = max(1, min(processors // parts, -(-left // tile))), parts, 1
     fast_launch(_least, grid, x, (least, x, pool.noise, pool.own, left, samples, of_row),
-                (width, first, max(16, rest), rest > 0, block, TILE, SPAN), warps=8, stages=STAGES)
-    spans = listed.shape[1]
-    block = triton.next_power_of_2(max(of_row, spans))
-    fast_launch(_spans, (samples, 1, 1), x, (listed, beyond, least, -(-left // SPAN), of_row), (block, spans, SPARE),
-                warps=32 if block > 4096 else 8)
-    fast_launch(_costs_in_spans, (samples, -(-spans // AT_ONCE), 1), x,
+                (width, first, max(16, rest), rest > 0, block, tile, SPAN), warps=8, stages=stages)
+    keep, all_spans = lists.shape[1], triton.next_power_of_2(max(of_row, lists.shape[1]))
+    fast_launch(_spans, (samples, 1, 1), x, (listed, beyond, least, -(-left // SPAN), of_row), (all_spans, keep, SPARE),
+                warps=32 if all_spans > 4096 else 8)
+    fast_launch(_costs_in_spans, (samples, -(-keep // AT_ONCE), 1), x,
                 (costs, labels, listed, x, pool.noise, pool.own, pool.index, left), (width, math.gcd(width, 64),
-                AT_ONCE, SPAN, spans), warps=4)
+                AT_ONCE, SPAN, keep), warps=4)
     fast_launch(_order, (samples, 1, 1), x, (lists, found, near, near_labels, listed, beyond, costs, labels),
-                (lists.shape[1], NEAR, SPAN, 32), warps=16)
+                (keep, NEAR, SPAN, 32), warps=16)
 
 
 @triton.jit(do_not_specialize=["left", "samples", "of_row"])
@@ -237,11 +253,13 @@ def _order(lists, found, near, near_labels, listed, beyond, costs, labels, KEEP:
     if tl.sum(taken.to(tl.int32), 0) > NEAR:
         taken = real & (cost <= _cut(cost, sample + 1, NEAR))
     number = tl.cumsum(taken.to(tl.int32), 0) - 1
-    count = tl.max(tl.where(taken, number, -1), 0) + 1
+    kept = taken & (number < NEAR)
+    limit = tl.minimum(limit, tl.min(tl.where(taken & (number >= NEAR), cost, float("inf")), 0))
+    count = tl.max(tl.where(kept, number, -1), 0) + 1
     near += sample * NEAR
     near_labels += sample * NEAR
-    tl.store(near + number, cost, mask=taken & (number < NEAR))
-    tl.store(near_labels + number, label, mask=taken & (number < NEAR))
+    tl.store(near + number, cost, mask=kept)
+    tl.store(near_labels + number, label, mask=kept)
     tl.debug_barrier()
     i = tl.arange(0, NEAR)
     there = i < count
@@ -255,9 +273,7 @@ def _order(lists, found, near, near_labels, listed, beyond, costs, labels, KEEP:
         equal = other[None, :] == c[:, None]
         before = (other[None, :] < c[:, None]) | (equal & (other_label[None, :] < own_label[:, None]))
         rank += tl.sum(before.to(tl.int32), 1)
-    # Of more than NEAR some of the highest are missing, which are all equal.
-    highest = tl.max(tl.where(there, c, -float("inf")), 0)
-    sure = there & (c < limit) & ((count <= NEAR) | (c < highest))
+    sure = there & (c < limit)
     lists += sample * KEEP
     tl.store(lists + rank, own_label, mask=sure & (rank < KEEP))
     ends = tl.sum(sure.to(tl.int32), 0)
@@ -268,13 +284,14 @@ def try_out(device: torch.device) -> None:
     """Match a few samples by a search and the plain way on this device. Raises where they differ or nothing runs."""
     generator = torch.Generator(device).manual_seed(0)
     # Whole numbers: every precision multiplies them exactly, and of many equal costs the first must win.
-    drawn = torch.randn(70 + 300, 16, generator=generator, device=device).mul(2).round().repeat(1, 5)
-    x, noises = drawn.to(torch.bfloat16).split((70, 300))
-    own, label = COSTS["squared"](noises), torch.arange(len(noises), dtype=torch.int32, device=device)
-    pool = SimpleNamespace(noise=noises.clone(), own=own.clone(), index=label.clone(), place=label.clone(), left=290,
-                           rows=300, data_check=DataCheck((80,), device), search_scratch=None)
-    with on(device):
-        picked = torch.cat([take(pool, part) for part in x.split((6, 64))])
-    plain = noises[greedy(costs_from(products(x, noises[:290]), own[:290]))]
-    if not torch.equal(picked, plain):
-        raise RuntimeError("a search gives other noises than the plain path")
+    drawn = torch.randn(100 + 300, 16, generator=generator, device=device).mul(2).round().repeat(1, 16)
+    for width in (80, 240):  # which is padded to the most memory that a program needs
+        x, noises = drawn[:, :width].to(torch.bfloat16).split((100, 300))
+        own, label = COSTS["squared"](noises), torch.arange(len(noises), dtype=torch.int32, device=device)
+        pool = SimpleNamespace(noise=noises.clone(), own=own.clone(), index=label.clone(), place=label.clone(),
+                               left=290, rows=300, data_check=DataCheck((width,), device), search_scratch=None)
+        with on(device):
+            picked = torch.cat([take(pool, part.clone()) for part in x.split((6, 94))])
+        plain = noises[greedy(costs_from(products(x, noises[:290]), own[:290]))]
+        if not torch.equal(picked, plain):
+            raise RuntimeError("a search gives other noises than the plain path")

@@ -1,6 +1,8 @@
 """The search of large pools, in Triton's interpreter where there is no GPU: the same picks as the plain path."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -73,6 +75,54 @@ def test_few_noises_are_matched_by_their_costs_and_the_next_pool_is_searched(sea
         assert torch.equal(plain(part), pool(part))
     assert searches == [100, 68, 36, 100, 72, 40, 100, 76]  # and not the last 4 of the first pool, 8 of the second
     assert pool.search_scratch is None or pool.scratch is None
+
+
+@pytest.mark.slow
+def test_a_nearer_noise_behind_more_equal_ones_than_are_kept_is_found(searches):
+    noise = torch.full((1500, 16), -4.0, device=DEVICE)
+    noise[:640], noise[5], noise[1400] = 4, 5, 6  # the first numbers decide
+    x = torch.zeros(3, 16, device=DEVICE)
+    x[:, 0] = 1
+    both = pools(1500)
+    for pool in both:
+        pool.change = lambda drawn: noise.to(drawn)
+        pool.cost = "inner"
+    assert torch.equal(both[0](x), both[1](x)) and searches == [1500]
+
+
+@pytest.mark.parametrize("shared", [101_376, 166_912, 232_448])
+@pytest.mark.parametrize("width", [16, 192, 240, 256])
+def test_what_a_program_multiplies_fits_into_its_memory(width, shared):
+    padded = 256 if width > 192 else width
+    for samples in (1, 64, 65, 256):
+        block, tile, stages = search_kernels.blocks_of(samples, padded, shared)
+        assert (block + tile * stages) * padded * 2 < shared and (block == 64 or samples > 64)
+
+
+@pytest.mark.own_sizes
+@pytest.mark.parametrize("rows", [70_000, 10**6, 2**20, 2**20 + 1, 50 * 10**6])
+def test_the_memory_of_a_search_is_in_what_a_pool_promises(rows):
+    pool = search_kernels.SearchPool(0, (192,), dtype=torch.bfloat16)
+    needed = 4 * kernels.SAMPLES * sum(columns for columns, _ in search_kernels.sizes(rows))
+    assert needed <= 4 * pool._costs_each(rows) * pool._samples_at_once(rows) < 1.1e9
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pool: pickle.loads(pickle.dumps(pool))])
+def test_a_copy_goes_on_and_takes_no_scratch_memory_along(copied):
+    _, pool = pools(100)
+    x = torch.randn(6, 16, device=DEVICE)
+    pool(x)
+    pool.change = None  # a lambda cannot be pickled
+    other = copied(pool)
+    assert other.search_scratch is None and pool.search_scratch is not None
+    assert torch.equal(other(x), pool(x))
+
+
+@pytest.mark.parametrize("offset", [0, 1, 8])
+def test_samples_may_begin_anywhere_in_memory(offset):
+    plain, pool = pools(100)
+    x = torch.randn(40, device=DEVICE).to(torch.bfloat16)[offset : offset + 32].view(2, 16)
+    assert torch.equal(plain(x), pool(x))
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
