@@ -60,8 +60,9 @@ docs: $(READY)  ## write the tables of all pages from results/, and draw the roo
 	PYTHONPATH=. $(PYTHON) docs/tables.py
 	$(PYTHON) docs/rooms.py
 
-bench: $(READY)  ## what matching costs here: the paper's loop, other libraries, ours, in runs/bench (a minute or two)
+bench: $(READY)  ## what matching costs here, and what ways of pairing cost and gain, in runs/bench (three or four minutes)
 	$(DANSM) bench match
+	$(DANSM) bench couplings $(if $(filter-out cifar10,$(CIFAR10)),--data $(CIFAR10))
 
 bench-train: $(READY)  ## what training costs here: steps, input, sampling, a profile, in runs/bench (for a GPU)
 	$(DANSM) bench train

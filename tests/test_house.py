@@ -17,7 +17,7 @@ MAY_IMPORT = {  # room: the rooms below it
     "evaluate": {"dansm", "base", "data", "model"},
     "train": {"dansm", "base", "matching", "data", "model", "evaluate"},
     "studies": {"dansm", "base", "matching", "data", "model", "evaluate", "train"},
-    "bench": {"dansm", "base", "matching", "data", "model", "evaluate", "train"},
+    "bench": {"dansm", "base", "matching", "data", "model", "evaluate", "train", "studies"},
     "commands": {"dansm", "base", "tiny", "matching", "data", "model", "evaluate", "train", "studies", "bench"},
 }
 FILES = [ROOT / "dansm.py", *sorted((ROOT / "scale").rglob("*.py")), *sorted((ROOT / "tiny").glob("*.py"))]

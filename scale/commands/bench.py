@@ -20,7 +20,7 @@ from ..base.processes import processes, quiet
 from ..base.text import console, say
 from ..bench import clock
 from ..model.recipe import parse_counts
-from .options import Device, Out, Seed
+from .options import Device, Out, Seed, Size
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -191,3 +191,36 @@ def autoencoder(
     clock.run("autoencoder", f"Autoencoder, {parameters / 1e6:.1f} M parameters, images of {size}²", parts, device, out,
               "what way batch images_per_second median_ms least_ms most_ms peak_mb mfu", shape=shape, size=size,
               parameters=parameters, files=count, workers=encode.cores())
+
+
+@app.command()
+def couplings(
+    data: Annotated[str | None, typer.Option(
+        help="images or latents, as for dansm train", show_default="cifar10, or synthetic ones without it")] = None,
+    couplings: Annotated[str | None, typer.Option(
+        help="comma-separated names, or module:function of your own; a wrong name lists all",
+        show_default="all, within classes only those with prices")] = None,
+    labels: Annotated[str, typer.Option(help="classes of the data, as for dansm train")] = "auto",
+    size: Size = None,
+    batch: Annotated[int, typer.Option(min=2, help="samples in a batch")] = 256,
+    count: Annotated[int | None, typer.Option(
+        min=2, help="samples that are paired, at random", show_default="100,000, on a CPU 2,048, or all")] = None,
+    seed: Seed = 0, device: Device = "auto", out: Out = OUT,
+) -> None:
+    """Compare ways of pairing noise with data: their cost, what they keep of the prior, and what they gain."""
+    from ..bench import couplings as bench
+    from ..bench.couplings_figure import draw
+    from ..bench.ways import chosen
+
+    device = pick_device(device)
+    if count and count < batch:
+        raise BadInput(f"--count is {count}, --batch {batch}: expected a --count of at least {batch}")
+    samples, source = bench.load(data, labels, size, count, batch, seed, device)
+    ways = chosen(couplings, samples.labels is not None, source)
+    about = bench.about(samples, source)
+    costs, quality = bench.captions(about)
+    found = clock.run("couplings", f"Pairing {about['samples']:,} samples of {Path(source).name}",
+                      bench.parts_of(ways, samples, batch), device, out, bench.COSTS, costs, batch=batch, seed=seed,
+                      **about)
+    clock.show("Prior, classes and gain", found["rows"], bench.QUALITY, quality)
+    say("written:", *(str(out / name) for name in draw(found, out / "couplings")))

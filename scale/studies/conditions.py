@@ -15,6 +15,7 @@ from ..base.statistics import told_class
 from ..base.text import with_bar
 from ..data import loader
 from .pairs import SERVED_AT_ONCE
+from .prior import worst_p
 
 ASSIGNED, NEAREST_OF = 1000, 16  # match_size of the couplings that a pool is compared with
 MOST_BYTES = 2**30  # of the noises that are probed together
@@ -79,3 +80,29 @@ def measure_leak(z: Tensor, labels: Tensor, match_size: int | None = None, group
     return {"class_told": told_class(z, labels), "class_mean_largest": shifts.max().item(),
             "class_mean_average": shifts.mean().item(), "size_first_quarter": first.mean().item(),
             "size_last_quarter": last.mean().item()}
+
+
+def class_means(x: Tensor, labels: Tensor) -> Tensor:
+    """The direction in which the mean of each class lies from the mean of these, (classes, D), of length 1. x: (N, D),
+    labels: (N,) from 0, each class with a sample."""
+    members = dansm.members_of(labels, len(x), int(labels.max()) + 1).values()
+    means = torch.stack([x[of_class.to(x.device)].mean(0) for of_class in members])
+    return torch.nn.functional.normalize(means - means.mean(0))
+
+
+def class_p(z: Tensor, labels: Tensor, directions: Tensor) -> float:
+    """The probability that noises from N(0, I) within each class depart from it as far. z: (N, D), labels: (N,).
+
+    It is twice the lesser (Bonferroni) of two: `worst_p` of the classes, which looks everywhere and so sees large
+    departures alone; and that of the classes' mean noises along their `class_means`, where couplings shift them: in
+    standard errors their squares add up to χ² with a degree of freedom for each class.
+    """
+    from scipy import stats
+
+    members = {number: of_class.to(z.device) for number, of_class in dansm.members_of(
+        labels, len(z), len(directions)).items()}
+    shifts = torch.stack([z[of_class].mean(0) @ directions[number] * math.sqrt(len(of_class))
+                          for number, of_class in members.items()])
+    along = stats.chi2(len(members)).sf(shifts.square().sum().item())
+    anywhere = worst_p(z[of_class] for of_class in members.values())
+    return min(1.0, 2 * min(along, 1.0 if anywhere is None else anywhere))

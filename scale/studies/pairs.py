@@ -45,13 +45,14 @@ def own_pairs(model: Model, numbers: Sequence[int], steps: int, *, seed: int, ba
 
 def load_data(source: str | None, models: list[Model], match_sizes: list[int] | None, *, count: int,
               size: int | None = None, default: tuple[int, ...] = MATCH_SIZES,
-              left_out: list[Path] | None = None) -> tuple:
+              left_out: list[Path] | None = None, labels: str = "none") -> tuple:
     """The images or latents (N, C, H, W) of `source`, or those that the first model was trained on; the match sizes;
     and how many samples to serve: the least number, at least `count`, that empties whole pools of every size.
 
     match_sizes  None: those of `default` that the data fills
     size         make images squares of this many pixels; None: of as many as the model's
     left_out     gets the paths of the files that were left out
+    labels       as of `load_images`
     Raises BadInput for other shapes than the model's, and if one pass over the data does not empty such pools.
     """
     if not source and not models:
@@ -63,7 +64,7 @@ def load_data(source: str | None, models: list[Model], match_sizes: list[int] | 
                                 channels=models[0].shape[0] if models and models[0].draws_images else 0,
                                 background=read_as.get("background", "white"),
                                 skip_unreadable=read_as.get("skip_unreadable", False), left_out=left_out,
-                                cache=Path(read_as["cache"]) if read_as.get("cache") else None)
+                                cache=Path(read_as["cache"]) if read_as.get("cache") else None, labels=labels)
     for model in models:
         if tuple(images.shape[1:]) != model.shape:
             is_square = model.draws_images and model.shape[1] == model.shape[2]
@@ -125,6 +126,37 @@ def _served(labels: np.ndarray, epochs: int, seed: int) -> np.ndarray:
     blank = torch.zeros(len(labels), 1, 1, 1, dtype=torch.uint8)
     with closing(loader.batches(blank, len(labels), seed=seed, flip=False, labels=labels)) as batches:
         return np.concatenate([of_epoch for _, of_epoch in islice(batches, epochs)])
+
+
+def principal_directions(x: Tensor, count: int = 64) -> Tensor:
+    """The directions in which samples x: (N, ...) differ most, (D, count) or as many as there are."""
+    flat = x.flatten(1)
+    with torch.random.fork_rng([]):  # it begins with random directions
+        torch.manual_seed(0)
+        return torch.svd_lowrank(flat - flat.mean(0), min(count, *flat.shape))[2]
+
+
+def inner_gain(x: Tensor, z: Tensor) -> float:
+    """Mean ⟨x_i, z_i⟩ over pairs (N, ...), less the mean over all pairings of the same samples and noises: 0 for random
+    pairs. Half of what ‖x − z‖² loses."""
+    x, z = x.flatten(1), z.flatten(1)
+    own = sum((some * of_some).sum().item() for some, of_some in zip(x.split(4096), z.split(4096), strict=True))
+    return own / len(x) - (x.mean(0) @ z.mean(0)).item()
+
+
+def crossing_share(x: Tensor, z: Tensor, directions: Tensor) -> float:
+    """How much paths cross: the variance of x − z along the directions (D, K) that a linear guess from the middle
+    (x + z)/2 leaves unexplained, over that of random pairs: 1 is random, 0 is straight. x, z: (N, ...).
+
+    Straight paths need Var(x − z | x_t) = 0 (Liu et al. 2022); the linear guess, each direction by itself, is ours. For
+    the variances λ of x and 1 of z and their covariance c it leaves 4 (λ − c²) / (λ + 1 + 2c), and 4 λ / (λ + 1) of
+    random pairs.
+    """
+    a, b = x.flatten(1) @ directions, z.flatten(1) @ directions
+    a, b = a - a.mean(0), b - b.mean(0)
+    own, of_noise, shared = a.square().mean(0), b.square().mean(0), (a * b).mean(0)
+    left = (own * of_noise - shared.square()) / (own + of_noise + 2 * shared)
+    return (left.sum() / (own / (own + 1)).sum()).item()
 
 
 def summarize(rows: list[dict], *by: str) -> list[dict]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import dansm
 
+FEWEST = 32  # noises that are tested
 AT_ONCE = 4096  # least number of noises whose products are summed at once
 
 
@@ -69,15 +70,18 @@ def tests_of(parts: Iterable[Tensor]) -> dict[str, float]:
     from scipy import stats
 
     sizes, total, squares, products = [], 0, 0, 0
+    wide = isinstance(parts, list) and len(parts) == 1 and len(parts[0]) < parts[0].shape[1]
     for z in _joined(parts):
         exact = z.double()
         sizes.append(exact.square().sum(1))
         total = total + exact.sum(0)
         squares = squares + exact.square().sum(0)
-        products = products + (z.T @ z).double()
+        products = _squared_products(z) if wide else products + (z.T @ z).double()
     size = torch.cat(sizes)
     count, numbers = len(size), len(total)
     mean, variance = total / count, squares / count
+    squared = products if wide else products.square().sum().item()
+    normal = _ledoit_wolf(squares.sum().item() / count, squared / count**2, numbers, count)
     chi2 = stats.chi2(numbers)
 
     def two_sided(distribution, value):
@@ -86,9 +90,18 @@ def tests_of(parts: Iterable[Tensor]) -> dict[str, float]:
     return {"noises": count, "size_p": stats.kstest(size.cpu().numpy(), chi2.cdf).pvalue,
             "mean_p": two_sided(chi2, count * mean.square().sum().item()),
             "variance_p": two_sided(chi2, (count / 2 * (variance - 1).square()).sum().item()),
-            "covariance_p": two_sided(stats.norm(), _ledoit_wolf(products / count, count)),
+            "covariance_p": two_sided(stats.norm(), normal),
             "mean_size": math.sqrt(size.mean().item() / numbers), "largest_mean": mean.abs().max().item(),
             "mean_variance": variance.mean().item()}
+
+
+def worst_p(sets: Iterable[Tensor]) -> float | None:
+    """The least probability that any test of `tests_of` finds for any set of noises (N, D), times the number of all
+    these tests, at most 1 (Bonferroni): noises from N(0, I) have less than 0.05 in one of twenty cases at most. Sets
+    of fewer than FEWEST noises are passed over, as their variances are not near normal; None if all are."""
+    found = [tests_of([z]) for z in sets if len(z) >= FEWEST]
+    p = [value for tests in found for name, value in tests.items() if name.endswith("_p")]
+    return min(1.0, len(p) * min(p)) if p else None
 
 
 def _joined(parts: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -103,10 +116,15 @@ def _joined(parts: Iterable[Tensor]) -> Iterator[Tensor]:
         yield torch.cat(waiting)
 
 
-def _ledoit_wolf(covariance: Tensor, count: int) -> float:
-    """A number that is standard normal if the covariance (D, D) of `count` noises of mean zero is the identity."""
-    numbers = len(covariance)
-    trace = covariance.trace().item() / numbers
-    apart = covariance.square().sum().item() / numbers - 2 * trace + 1
-    w = apart - numbers / count * trace**2 + numbers / count
+def _squared_products(z: Tensor) -> float:
+    """Σ ⟨z_i, z_j⟩² over all pairs of noises z: (N, D), which is that of the squares of zᵀz: (D, D)."""
+    return sum((some @ z.T).square().sum(dtype=torch.float64).item() for some in z.split(AT_ONCE))
+
+
+def _ledoit_wolf(trace: float, squared: float, numbers: int, count: int) -> float:
+    """A number that is standard normal if the covariance (D, D) of `count` noises of mean zero is the identity, by its
+    trace, the sum of its squares, and D."""
+    mean = trace / numbers
+    apart = squared / numbers - 2 * mean + 1
+    w = apart - numbers / count * mean**2 + numbers / count
     return (count * w - numbers - 1) / 2

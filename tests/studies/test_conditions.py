@@ -134,3 +134,16 @@ def test_data_without_classes_or_with_too_few_of_one_is_refused(refused, classes
         (classes / "dog" / f"{number}.png").unlink()
     said = refused("paths", "--data", classes, "--labels", "folders", *options)
     assert "dog" in said and "4 samples" in said and "5" in said
+
+
+def test_noises_that_are_normal_within_classes_pass_and_a_small_shift_towards_the_class_does_not():
+    """0.3 along the class's direction, which is one of 400, is three and more standard errors of each class's mean."""
+    x = torch.randn(600, 400) + THREE[:, None] * torch.linspace(0, 1, 400)
+    directions = conditions.class_means(x, THREE)
+    assert torch.allclose(directions.norm(dim=1), torch.ones(3))
+    found = [conditions.class_p(torch.randn(600, 400), THREE, directions) for _ in range(40)]
+    assert sum(p < 0.1 for p in found) < 12
+    z = torch.randn(600, 400)
+    shifted = conditions.class_p(z + 0.3 * directions[THREE], THREE, directions)
+    assert shifted < 1e-4 < conditions.class_p(z, THREE, directions)
+    assert conditions.class_p(1.2 * z, THREE, directions) < 1e-6  # seen anywhere
