@@ -268,6 +268,22 @@ def assignment_cpu():
     return pivot(found, rows, columns)
 
 
+def tiny():
+    """Seconds of the toy and the digits, median and range."""
+    def seconds(name):
+        def write(records):
+            row, = records
+            return f"{row[f'{name}_s']} ({row[f'least_{name}_s']}–{row[f'most_{name}_s']})"
+        return write
+
+    found = read("bench/tiny/cpu.csv")
+    rows = {f"`dansm {row['command']}`, {row['checkout']}, OpenMP threads: {row['threads']}":
+            {name: row[name] for name in ("command", "checkout", "threads")} for row in found}
+    return pivot(found, rows, {"wall, s": ({}, seconds("wall")), "CPU, s": ({}, seconds("cpu")),
+                               "cores that other work had": ({}, numbers("others", 0, " %", 100)),
+                               "rounds": ({}, numbers("rounds", 0))})
+
+
 def match_cost():
     ways = "paper's loop", "nearest of k", "ours, squared", "ours, tf32", "ours, bf16"
     sizes = {f"{size:,}": ({"match_size": str(size)}, numbers("median_ms", 2)) for size in (10**3, 10**4, 10**5, 10**6)}
