@@ -229,6 +229,21 @@ prices = partial(listing, read("bench/prices/h200.csv"), ["shape", "batch", "mat
     "slowest": numbers("most_ms", 2, " ms")})
 
 
+def couplings():
+    def least(column):
+        def write(records):
+            value, = (record[column] for record in records)
+            return value and ("< 0.001" if float(value) < 0.001 else f"{float(value):.2f}")
+        return write
+
+    return listing(read("bench/couplings/cpu.csv"), ["coupling"], {
+        "set up": numbers("set_up_s", 1, " s"), "256": numbers("batch_mean_ms", 1, " ms"),
+        "one": numbers("one_mean_ms", 2, " ms"), "memory": numbers("memory_mb", 1, " MB"),
+        "p, batch": least("batch_p"), "p, all": least("life_p"), "p, classes": least("class_p"),
+        "class told": numbers("class_told", 1, " %", 100), "‖x − z‖": numbers("path_length", 2),
+        "gain": numbers("gain_share", 0, " %", 100), "crossing": numbers("crossing_share", 0, " %", 100)})
+
+
 def proof_speed():
     records = [record | {"pairs": RUNS[record["run"]].label} for record in read("proof/speed.csv")]
     rates = {name: numbers(name, 0) for name in ("images_per_second", "least", "most")}
