@@ -241,7 +241,7 @@ def couplings():
         "one": numbers("one_mean_ms", 2, " ms"), "memory": numbers("memory_mb", 1, " MB"),
         "p, batch": least("batch_p"), "p, all": least("life_p"), "p, classes": least("class_p"),
         "class told": numbers("class_told", 1, " %", 100), "‖x − z‖": numbers("path_length", 2),
-        "gain": numbers("gain_share", 0, " %", 100), "crossing": numbers("crossing_share", 0, " %", 100)})
+        "gain": numbers("gain_share", 1, " %", 100), "crossing": numbers("crossing_share", 1, " %", 100)})
 
 
 def proof_speed():
