@@ -68,7 +68,8 @@ def couple(
     error, memory = checked("couple_error", error, "--error"), checked("memory", memory, "--memory")
     if out:
         loader.check_out(data, out)
-    images = loader.load_images(data, size=size, background=background, channels=channels, cache=cache)
+    images = loader.load_images(data, size=size, background=background, channels=channels, cache=cache,
+                                labels=labels)
     found = load_labels(data, labels, len(images))
     if found is None and labels != "none":
         text.say(f"{data} has no labels: all samples are one group")

@@ -167,8 +167,9 @@ def find_classes(models: list[Model], data: str | None, labels: str | None, sour
     first, names = of_classes[0], classes_of(models)
     if data is None and first.draws_images:
         labels = labels or first.about["recipe"].get("labels")
+    images.labels = labels or "auto"
     with images.open() as (count, _):  # those that cannot be read are counted
-        labelled = load_labels(source, labels or "auto", count)
+        labelled = load_labels(source, images.labels, count)
     Classes(names, labelled)  # refuses unknown classes before anything is measured
     return names, labelled
 

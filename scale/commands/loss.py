@@ -52,10 +52,11 @@ def loss(
     loaded = load.load_models([model], [steps], labels=names)[0].on(device, precision)
     if labels and not loaded.classes:
         raise BadInput(f"--labels is {labels}, and {model} was trained without labels: expected no --labels")
+    setting = labels or ("auto" if data else loaded.about["recipe"].get("labels", "auto"))
     left_out = []
     images, match_sizes, served = load_data(data, [loaded], match_sizes, count=count, size=size, default=(10_000,),
-                                            left_out=left_out)
-    of_data = read_labels(loaded, data, labels, len(images), left_out) if loaded.classes else None
+                                            left_out=left_out, labels=setting if loaded.classes else "none")
+    of_data = read_labels(loaded, data, setting, len(images), left_out) if loaded.classes else None
     groups = len(loaded.classes) if loaded.about["recipe"].get("match_labels") == "yes" and loaded.classes else None
     files.make_folder(out)
     curves = {}
@@ -73,11 +74,9 @@ def loss(
     text.say_files(out, "loss.json", *figures.draw_loss(TIMES, curves, loaded.about["flow"], out / "loss"))
 
 
-def read_labels(model: load.Model, data: str | None, setting: str | None, count: int,
-                left_out: list[Path]) -> np.ndarray:
+def read_labels(model: load.Model, data: str | None, setting: str, count: int, left_out: list[Path]) -> np.ndarray:
     """The label of each of `count` images or latents, (N,), as the model numbers its classes. BadInput if the data has
     no labels, or classes that the model does not know."""
-    setting = setting or ("auto" if data else model.about["recipe"].get("labels", "auto"))
     data = data or model.about["data"]
     found = load_labels(data, setting, count, left_out)
     if found is None:

@@ -48,7 +48,7 @@ def paths(
     device = machine.pick_device(device)
     match_sizes = parse_counts("--match-size", match_size, at_least=2) if match_size else None
     loaded = [model.on(device, precision) for model in load_models(models or [], [steps], labels=names)]
-    images, match_sizes, served = load_data(data, loaded, match_sizes, count=count, size=size)
+    images, match_sizes, served = load_data(data, loaded, match_sizes, count=count, size=size, labels=labels)
     source = data or loaded[0].about["data"]
     classes = read_classes(source, labels, len(images)) if labels != "none" else None
     files.make_folder(out)

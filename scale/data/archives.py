@@ -8,11 +8,13 @@ from contextlib import closing, contextmanager
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from threading import Lock
+from typing import NamedTuple
 
 import numpy as np
 
 from dansm import BadInput
 
+from ..base.text import shorten
 from .folder import HIDDEN, is_hidden, kind_of
 from .pictures import suffixes
 
@@ -20,7 +22,7 @@ TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar
 LARGEST = 2**30  # bytes of one file in an archive: a hundred times any image to train on
 SWELLS = 200  # times its packed size, which no photograph comes near; only for files large enough to hurt
 HURTS = 2**24
-CLASS, LONGEST = ".cls", 64  # of WebDataset: suffix of a class, and bytes that are read of one
+CLASS, LONGEST = ".cls", 1024  # of WebDataset: suffix of a class, and bytes that one may have, blanks included
 OPEN = 32  # zips that are kept open at once: some systems allow a process 256 files
 
 # (place in the order of names, path for the user, which may lead into an archive, what reads it) of each file
@@ -54,21 +56,32 @@ def names_in(archive: Path) -> list[PurePosixPath]:
     return [PurePosixPath(name.lstrip("/")) for name in sorted(names, key=PurePosixPath)]
 
 
-def classes_in(archive: Path) -> list[int | None]:
-    """The class of each image of a zip or tar, in their order, as WebDataset keeps it: the whole number in the .cls of
-    the same name up to its first dot. None for images without one."""
+class Classes(NamedTuple):
+    """The .cls of an archive.
+
+    numbers  the class of each image, in their order; None for images without one
+    some     whether there are any .cls, be it of no image
+    """
+
+    numbers: list[int | None]
+    some: bool
+
+
+def classes_in(archive: Path) -> Classes:
+    """The classes of a zip or tar as WebDataset keeps them: the whole number in the .cls of the same name up to its
+    first dot. BadInput for a .cls that holds no whole number below 2**31."""
     names, classes = [], {}
     with _naming(archive):
         for name, read in _classes_and_images(archive):
             if not name.lower().endswith(CLASS):
                 names.append(name)
                 continue
-            text = read(LONGEST)
-            if not text.strip().isdigit():
-                raise BadInput(f"{archive / name.lstrip('/')} holds {text!r}: expected the whole number of a class, or "
-                               "--labels none")
+            text = read(LONGEST + 1)
+            if len(text) > LONGEST or not text.strip().isdigit() or int(text) >= 2**31:
+                raise BadInput(f"{archive / name.lstrip('/')} holds {shorten(repr(text), 60)}: expected a whole number "
+                               f"below {2**31:,}, the class, or --labels none")
             classes[_sample_of(name)] = int(text)
-    return [classes.get(_sample_of(name)) for name in sorted(names, key=PurePosixPath)]
+    return Classes([classes.get(_sample_of(name)) for name in sorted(names, key=PurePosixPath)], bool(classes))
 
 
 def _classes_and_images(archive: Path) -> Iterator[tuple[str, Callable[[int], bytes]]]:

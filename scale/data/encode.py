@@ -74,7 +74,7 @@ def encode(source: Path, autoencoder: Autoencoder, device: torch.device, out: Pa
     and does nothing where all are there."""
     check_out(str(source), out)
     images = stream_images(str(source), size=settings.size, background=settings.background,
-                           skip_unreadable=settings.skip_unreadable)
+                           skip_unreadable=settings.skip_unreadable, labels=settings.labels)
     if settings.size % autoencoder.shrinks:
         raise BadInput(f"--size is {settings.size}: expected a multiple of {autoencoder.shrinks}, as it gets divided")
     make_folder(out)

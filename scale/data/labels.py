@@ -45,8 +45,9 @@ def load_labels(data: str, setting: str, count: int, left_out: Collection[Path] 
     count     how many images `load_images` gave
     left_out  the files that it left out
 
-    Raises BadInput for labels of another length or type, for a class without an image, readable or not (in an index it
-    may be), and for images outside of the folders of classes.
+    Numbers may have gaps, as those of a subset of ImageNet: classes are the numbers that some image has, ascending, and
+    are called by them. Raises BadInput for labels of another length or type, for images without a .cls where others
+    have one, and for images outside of the folders of classes.
     """
     labels = _find(data, setting)
     if labels is None:
@@ -111,7 +112,7 @@ def _of_file(path: Path) -> Labels:
     except (OSError, ValueError, EOFError) as error:
         why = f" ({error})" if isinstance(error, OSError) else ""  # NumPy's word for any text is that it is a pickle
         raise BadInput(f"{path} cannot be read as labels{why}: expected a .npy file of whole numbers") from error
-    return _numbered(path, array)
+    return _numbered(str(path), _whole_numbers(path, array))
 
 
 def _of_arrays(path: Path) -> Labels | None:
@@ -123,34 +124,30 @@ def _of_arrays(path: Path) -> Labels | None:
     if missing := [file for file, part in parts.items() if part is None]:
         raise BadInput(f"{missing[0]} holds no labels, {files[0]} does: expected some in each, or --labels none")
     parts = [_whole_numbers(file, np.atleast_1d(part.squeeze())) for file, part in parts.items()]
-    return _numbered(path, np.concatenate(parts))
+    return _numbered(str(path), np.concatenate(parts))
 
 
 def _of_archives(path: Path) -> Labels | None:
-    """The classes that lie next to the images in archives, if there are two or more. They are called by their numbers,
-    of which there may be any."""
+    """The classes that lie next to the images in archives, if there are two or more."""
     files = _files(path)
-    if not Source(path, files).holds_archives or not any(number is not None for number in classes_in(files[0])):
+    if not Source(path, files).holds_archives:
         return None
     classes = {file: classes_in(file) for file in files}
-    for file, of_file in classes.items():
-        if None in of_file:
-            image = file / names_in(file)[of_file.index(None)]
-            raise BadInput(f"{image} has no .cls, others do: expected one for each image, or --labels none")
-    found, numbers = np.unique([number for of_file in classes.values() for number in of_file], return_inverse=True)
-    if len(found) < 2:
+    if not any(of_file.some for of_file in classes.values()):
         return None
-    return Labels(numbers.astype(np.int64), list(map(str, found.tolist())), f"the .cls of {path}")
+    for file, of_file in classes.items():
+        if None in of_file.numbers:
+            image = file / names_in(file)[of_file.numbers.index(None)]
+            raise BadInput(f"{image} has no .cls, others do: expected one for each image, or --labels none")
+    numbers = np.array([number for of_file in classes.values() for number in of_file.numbers], np.int64)
+    labels = _numbered(f"the .cls of {path}", numbers)
+    return labels if len(labels.names) > 1 else None
 
 
-def _numbered(path: Path, array: np.ndarray) -> Labels:
-    """Labels whose classes are called by their numbers."""
-    numbers = _whole_numbers(path, array)
-    found = np.unique(numbers).tolist()
-    if missing := set(range(len(found))) - set(found):
-        raise BadInput(f"{path} holds labels from {found[0]} to {found[-1]} without {min(missing)}: expected each "
-                       "number from 0 on, so that each class has an image")
-    return Labels(numbers, list(map(str, found)), str(path))
+def _numbered(origin: str, numbers: np.ndarray) -> Labels:
+    """Labels whose classes are called by their numbers, of which there may be any."""
+    found, places = np.unique(numbers, return_inverse=True)
+    return Labels(places.astype(np.int64), list(map(str, found.tolist())), origin)
 
 
 def _whole_numbers(path: Path, array: np.ndarray) -> np.ndarray:
@@ -160,8 +157,7 @@ def _whole_numbers(path: Path, array: np.ndarray) -> np.ndarray:
     if array.min(initial=0) < 0:
         raise BadInput(f"{path} holds labels from {array.min()} on: expected whole numbers from 0 on")
     if array.max(initial=0) >= 2**31:
-        raise BadInput(f"{path} holds a label {array.max()}: expected each number from 0 on, so that each class has an "
-                       "image")
+        raise BadInput(f"{path} holds a label {array.max()}: expected whole numbers from 0 on, below {2**31:,}")
     return array.astype(np.int64)
 
 

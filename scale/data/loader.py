@@ -31,7 +31,7 @@ AHEAD, READERS = 4, 2  # batches read before they are asked for, and threads tha
 
 def load_images(source: str, *, size: int | None = None, background: str = "white", channels: int = 0,
                 skip_unreadable: bool = False, left_out: list[Path] | None = None, cache: Path | None = None,
-                share: bool = False) -> Tensor | np.ndarray | Shards:
+                share: bool = False, labels: str = "none") -> Tensor | np.ndarray | Shards:
     """All of `source` as one array (N, C, H, W): uint8 for images, float16 or float32 for latents.
 
     source  images: a folder with its subfolders, in the order of their names; a .zip, .tar, .tar.gz, .tar.bz2, .tar.xz
@@ -46,6 +46,7 @@ def load_images(source: str, *, size: int | None = None, background: str = "whit
     left_out  gets the paths of the files that `skip_unreadable` left out.
     cache   a folder that keeps what was decoded, memory-mapped: the next call for the same files decodes nothing.
     share   use SHARED if no cache is given.
+    labels  the setting that `load_labels` is to be called with, so that a line tells only what nobody reads.
 
     Returns a tensor in memory, an np.memmap of a cache or a .npy file, or the `Shards` of an encode; `batches` takes
     any of them. Raises BadInput for a source that is missing, empty, damaged, of unequal shapes, not finite, or larger
@@ -53,7 +54,7 @@ def load_images(source: str, *, size: int | None = None, background: str = "whit
     """
     reading = Reading(size, background, channels)
     encoded = known_on_disk(Path(source)) if source else {}
-    files = None if encoded else find_source(source, reading, skip_unreadable)
+    files = None if encoded else find_source(source, reading, skip_unreadable, labels)
     if encoded or files.holds_latents:
         for option, value in {"--size": size, "--channels": channels}.items():
             if value:
@@ -93,7 +94,7 @@ def check_latents(source: str) -> None:
     raise BadInput(f"{source} {found}: expected latents, which dansm encode makes of images; --data names them")
 
 
-def find_source(name: str, reading: Reading, skip_unreadable: bool) -> Source:
+def find_source(name: str, reading: Reading, skip_unreadable: bool, labels: str = "none") -> Source:
     """The source of that name, or cifar10. BadInput for one that is missing or empty."""
     if not name:
         raise BadInput("the folder of images is '': expected a path, or cifar10")
@@ -103,7 +104,7 @@ def find_source(name: str, reading: Reading, skip_unreadable: bool) -> Source:
         return Source(path, files_of(path) if path.exists() else [], reading, array=images)
     files, passed_over = list_files(path)
     say_passed_over(path, passed_over)
-    source = Source(path, files, reading, skip_unreadable)
+    source = Source(path, files, reading, skip_unreadable, labels=labels)
     if source.holds_arrays and files == [path]:
         source.array = open_samples(path)
     return source
@@ -117,10 +118,10 @@ def check_out(source: str | Path, out: Path, option: str = "--out") -> None:
 
 
 def stream_images(source: str, *, size: int | None = None, background: str = "white", channels: int = 3,
-                  skip_unreadable: bool = False) -> Source:
-    """The images of `source`, to be decoded as they are read: they need not fit in the memory. BadInput for latents,
-    and for a source that is missing or empty."""
-    images = find_source(source, Reading(size, background, channels), skip_unreadable)
+                  skip_unreadable: bool = False, labels: str = "none") -> Source:
+    """The images of `source`, to be decoded as they are read: they need not fit in the memory. labels: as of
+    `load_images`. BadInput for latents, and for a source that is missing or empty."""
+    images = find_source(source, Reading(size, background, channels), skip_unreadable, labels)
     if images.holds_latents:
         raise BadInput(f"{source} holds latents: expected images")
     return images

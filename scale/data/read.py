@@ -18,7 +18,7 @@ from dansm import BadInput
 from ..base.text import counted, say
 from ..base.threads import ahead
 from . import arrays
-from .archives import Entries, Opened, is_archive, names_in, open_archives, open_lmdb
+from .archives import CLASS, Entries, Opened, is_archive, names_in, open_archives, open_lmdb
 from .cifar import find_cifar
 from .folder import in_braces, in_words, is_hidden, kind_of, list_folder
 from .pictures import Reading, Unreadable, read_image, suffixes
@@ -26,7 +26,7 @@ from .pictures import Reading, Unreadable, read_image, suffixes
 ARRAYS = "arrays (.npy, .npz, .safetensors, .pt)"
 EXPECTED = f"expected a folder of images, .zip or .tar files of them, an LSUN lmdb, {ARRAYS}, or cifar10"
 LABELS = "labels.npy"  # in a folder of images or latents, whose labels it holds
-VERSION = 2  # a change makes all caches decode again
+VERSION, OF_ARRAYS = 3, 2  # of how image files and arrays are read: a change makes caches of these be made again
 
 
 @dataclass
@@ -45,6 +45,7 @@ class Source:
     skip_unreadable: bool = False
     array: np.ndarray | None = None
     told: bool = False  # what it passes over
+    labels: str = "none"  # the setting of `load_labels`: by auto .cls are read, not passed over
     transparent: set[Path] = field(default_factory=set)  # what was read and let the background show through
 
     @property
@@ -104,6 +105,8 @@ class Source:
             if not count:
                 raise no_images(self.path, passed_over)
             if not self.told:
+                if self.labels == "auto":
+                    passed_over.pop(CLASS, None)
                 say_passed_over(self.path, passed_over)
             self.told = True
             warnings.filterwarnings("ignore", module="PIL")  # of damaged EXIF, of palettes

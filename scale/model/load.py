@@ -72,17 +72,20 @@ class Model(NamedTuple):
 
     def classes_of(self, names: str | None) -> list[int]:
         """The numbers of the classes that --class names, by comma-separated names or numbers; None: of all classes.
-        BadInput for a class that does not exist."""
+        Where names are numbers, as those of ImageNet, they alone count. BadInput for a class that does not exist."""
         if names is None:
             return list(range(len(self.classes)))
         if not self.classes:
             raise BadInput(f"--class is {names}, and {self.path} was trained without labels: expected no --class")
-        numbers = {str(number): number for number in range(len(self.classes))}
-        numbers |= {name: number for number, name in enumerate(self.classes)}
+        numbers = {name: number for number, name in enumerate(self.classes)}
+        hint = ""
+        if not all(name.isdigit() for name in self.classes):
+            numbers = {str(number): number for number in range(len(self.classes))} | numbers
+            hint = f", or a number from 0 to {len(self.classes) - 1}"
         parts = [names] if names in numbers else [part.strip() for part in names.split(",")]
         if unknown := [part for part in parts if part not in numbers]:
-            raise BadInput(f"--class is {unknown[0]!r}: expected one of {shorten(', '.join(self.classes), 300)}, or a "
-                           f"number from 0 to {len(self.classes) - 1}")
+            raise BadInput(f"--class is {unknown[0]!r}: expected one of "
+                           f"{shorten(', '.join(self.classes), 300)}{hint}")
         return [numbers[part] for part in parts]
 
     def labels_of(self, images: Sequence[int]) -> Tensor | None:

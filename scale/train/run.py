@@ -40,7 +40,8 @@ def read_data(recipe: Recipe) -> tuple:
     with first_before_others() if recipe.data == "cifar10" else nullcontext():  # it is downloaded
         images = loader.load_images(recipe.data, size=recipe.size or None, background=recipe.background,
                                     channels=recipe.channels, skip_unreadable=recipe.skip_unreadable, left_out=left_out,
-                                    cache=Path(recipe.cache) if recipe.cache else None, share=ranks()[1] > 1)
+                                    cache=Path(recipe.cache) if recipe.cache else None, share=ranks()[1] > 1,
+                                    labels=recipe.labels)
     if left_out:
         say(f"left out {len(left_out):,} of {counted(len(images) + len(left_out), 'image')}, not readable, such as",
             ", ".join(map(str, left_out[:3])))

@@ -85,15 +85,37 @@ def test_labels_next_to_the_data_go_before_those_in_it(tmp_path):
 
 
 @pytest.mark.parametrize("packing", [".tar", ".zip"])
-@pytest.mark.parametrize(("text", "named"), [(b"cat", "2.cls"), (b"-1", "2.cls"), (b"1.5", "2.cls"), (b"", "2.cls"),
-                                             (b"7" * 64 + b"x" * 100, ""), (None, "2.png")])
+@pytest.mark.parametrize(("text", "named"), [
+    (b"cat", "2.cls"), (b"-1", "2.cls"), (b"1.5", "2.cls"), (b"", "2.cls"), (b"%d" % 2**31, "2.cls"),
+    (b"7" * 64 + b"8" * 100, "2.cls"), (b"7" + b" " * 5000, "2.cls"), (b"1" + b" " * 5000 + b"2", "2.cls"),
+    (None, "2.png")])
 def test_an_image_without_a_class_and_a_class_that_is_no_number_are_refused_by_name(tmp_path, packing, text, named):
     shard = labelled(tmp_path / f"a{packing}", {1: b"0", 2: text, 3: b"1"})
-    if not named:  # so long that only its beginning is read
-        assert len(load_labels(str(shard), "auto", 3).names) == 3
-        return
     with pytest.raises(BadInput, match=rf"{shard}/{named}.*--labels none"):
         load_labels(str(shard), "auto", 3)
+
+
+@pytest.mark.parametrize("text", [b"%d" % (2**31 - 1), b"\r\n" + b"0" * 80 + b"5" + b" " * 80])
+def test_any_whole_number_below_two_to_31_is_a_class(tmp_path, text):
+    shard = labelled(tmp_path / "a.tar", {1: b"0", 2: text})
+    assert load_labels(str(shard), "auto", 2).names == ["0", str(int(text))]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_where_one_shard_has_classes_all_need_some_whichever_comes_first(tmp_path, first):
+    classes = {"a": {1: b"0", 2: b"1"}, "b": {3: None, 4: None}}
+    (tmp_path / "data").mkdir()
+    with_some, without = ("a", "b") if first else ("b", "a")
+    labelled(tmp_path / "data" / f"{with_some}.tar", classes["a"])
+    labelled(tmp_path / "data" / f"{without}.tar", classes["b"])
+    with pytest.raises(BadInput, match=rf"{without}.tar/3.png.*--labels none"):
+        load_labels(str(tmp_path / "data"), "auto", 4)
+
+
+def test_classes_of_no_image_are_no_reason_to_learn_none(tmp_path):
+    shard = packed(tmp_path / "a.tar", {"images/1.png": picture(1), "images/2.png": picture(2), "cls/1.cls": b"0"})
+    with pytest.raises(BadInput, match=rf"{shard}/images/1.png.*--labels none"):
+        load_labels(str(shard), "auto", 2)
 
 
 def test_a_run_on_shards_learns_their_classes(tmp_path, run):
@@ -101,7 +123,9 @@ def test_a_run_on_shards_learns_their_classes(tmp_path, run):
     code, said, err = run("train", tmp_path / "a.tar", "--labels", "auto", "--size", 8, "--steps", 1, "--out",
                           tmp_path / "out", *FAST, "--batch", 4)
     assert code == 0, err
-    assert "2 classes" in said and "(3, 5)" in said
+    assert "2 classes" in said and "(3, 5)" in said and ".cls, " not in said and "passed over" not in said
+    code, said, err = run("train", tmp_path / "a.tar", "--size", 8, "--steps", 1, "--out", tmp_path / "none", *FAST)
+    assert code == 0 and "passed over 8 .cls" in said, err
 
 
 def test_an_unreadable_image_and_a_damaged_shard_are_named(tmp_path, shards, not_loaded):

@@ -142,6 +142,10 @@ def test_classes_go_by_name_before_number(tmp_path):
         [1], [0], [2], [2, 0], [1, 1]]
     save_with_classes(tmp_path, ["cat,dog", "cat", "x"])
     assert load_model(tmp_path).classes_of("cat,dog") == [0]
+    save_with_classes(tmp_path, ["7", "11", "207"])
+    assert load_model(tmp_path).classes_of("207,7") == [2, 0]
+    with pytest.raises(BadInput, match=r"--class is '1': expected one of 7, 11, 207$"):  # not class 11
+        load_model(tmp_path).classes_of("1")
 
 
 def test_a_class_that_is_none_is_refused(tmp_path, run_folder):
