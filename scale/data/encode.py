@@ -98,11 +98,15 @@ def encode(source: Path, autoencoder: Autoencoder, device: torch.device, out: Pa
 
 
 def _adopted(job: Job, before: dict) -> dict:
-    """The index of an encode; if version 1 of `Source.digest` finished it with the same files, with today's digest."""
-    old = job.source.digest_for(f"1 {job.settings.size}")
-    if before.get("source_digest") != old or job.missing(before["images"]):
+    """The index of an encode; if an earlier version of `Source.digest` finished it with the same files, with today's
+    digest."""
+    read_as = {f"1 {job.settings.size}": "did not turn images by EXIF, nor lay them over a background",
+               f"2 {job.source.reading}": "read 32-bit TIFFs of values up to 255 as black"}
+    earlier = {job.source.digest_for(version): how for version, how in read_as.items()}
+    how = earlier.get(before.get("source_digest"))
+    if how is None or job.source.digest == before["source_digest"] or job.missing(before["images"]):
         return before
-    say(f"{job.out} is from an earlier version, which did not turn images by EXIF, nor lay them over a background")
+    say(f"{job.out} is from an earlier version, which {how}")
     return before | {"source_digest": job.source.digest}
 
 

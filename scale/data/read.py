@@ -67,7 +67,7 @@ class Source:
     @cached_property
     def digest(self) -> str:
         """Another one as soon as a file is added, removed, renamed or written to. It is that of its first use."""
-        return self.digest_for(f"{VERSION} {self.reading}")
+        return self.digest_for(f"{OF_ARRAYS if self.holds_arrays else VERSION} {self.reading}")
 
     def digest_for(self, read_as: str) -> str:
         """The digest of the files as they are now, if they are read in this way."""

@@ -13,6 +13,8 @@ from support import PICTURES, as_folder, lsun, packed, picture
 
 from dansm.scale.data import cache as kept
 from dansm.scale.data.loader import load_images, stream_images
+from dansm.scale.data.pictures import Reading
+from dansm.scale.data.read import Source, files_of
 
 SOURCES = {"folder": lambda at: as_folder(at / "folder", PICTURES),
            "zip": lambda at: packed(at / "a.zip", PICTURES),
@@ -80,6 +82,24 @@ def test_a_changed_source_is_decoded_again(folder, cache, decodes):
         assert torch.equal(torch.from_numpy(load_images(str(folder), cache=cache)), expected)
         assert len(decodes) == len(expected)
     assert len(list(cache.glob("*.npy"))) == 1
+
+
+@pytest.mark.parametrize("kind", ["images", "arrays"])
+def test_what_version_2_decoded_is_decoded_again_but_for_arrays(tmp_path, cache, kind):
+    """Version 3 reads some TIFFs otherwise, and arrays as before."""
+    if kind == "images":
+        source = as_folder(tmp_path / "old", {"a.png": picture(0)})
+    else:
+        source = tmp_path / "old"
+        source.mkdir()
+        np.save(source / "a.npy", np.zeros((3, 8, 8), np.uint8))
+    load_images(str(source), cache=cache)
+    (index,) = cache.glob("*.json")
+    old = Source(source, files_of(source)).digest_for(f"2 {Reading()}")
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"digest": old}))
+    before = index.stat().st_mtime_ns
+    load_images(str(source), cache=cache)
+    assert (index.stat().st_mtime_ns == before) == (kind == "arrays")
 
 
 def test_what_was_left_out_is_told_again_and_refused_where_nothing_may_be(folder, cache, not_loaded):

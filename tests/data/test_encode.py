@@ -435,12 +435,14 @@ def test_transparent_pixels_are_encoded_over_the_background_and_counted(tmp_path
     assert "background black → white" in not_encoded("a", source=source)
 
 
+@pytest.mark.parametrize("read_as", ["1 16", f"2 {Reading(16, channels=3)}"])  # by versions 1 and 2 of reading
 def test_what_an_earlier_version_finished_is_kept_and_what_it_began_is_refused(encoded, not_encoded, source, run,
-                                                                               encode_command):
+                                                                               encode_command, read_as):
     out = encoded()
     index = json.loads((out / "index.json").read_text())
-    index["source_digest"] = Source(source, files_of(source)).digest_for("1 16")  # of version 1 of reading
-    del index["background"]
+    index["source_digest"] = Source(source, files_of(source)).digest_for(read_as)
+    if read_as == "1 16":
+        del index["background"]
     (out / "index.json").write_text(json.dumps(index))
     before = stamps(out)
     code, said, err = run(*encode_command())
