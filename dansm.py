@@ -251,7 +251,7 @@ class Semidiscrete:
     """Noises for data that are known: each fresh noise z takes the sample x_j of the largest ⟨z, x_j⟩ − b_j.
 
         coupling = Semidiscrete(data, groups=labels)      # data: (n, ...); labels: (n,) whole numbers from 0, or None
-        coupling.solve()                                  # until all are taken equally often, within 10 % (rms)
+        coupling.solve()                                  # first, else shares are uneven: within 10 % (rms) of equal
         z, taken = coupling.draw(256)                     # (256, ...), and the numbers of their samples: data[taken]
         z, taken = coupling.draw(256, labels)             # of samples with these labels (256,)
 
@@ -272,19 +272,19 @@ class Semidiscrete:
 
     def __new__(cls, *args, **settings):
         fast = fast_matching() if cls is Semidiscrete else None
-        return super().__new__(fast.FastSemidiscrete if fast else cls)
+        return super().__new__(fast.semidiscrete_class(*args, **settings) if fast else cls)
 
     def __init__(self, data: Tensor, groups: Tensor | None = None, *, seed: int | None = None):
-        check_tensor(data)
+        check_tensor(data, "the data are")
         if not data.ndim or not len(data):
             raise BadInput(f"the data are of shape {tuple(data.shape)}: expected (n, ...) with a sample or more")
-        check_finite_batch(data)
+        check_finite_batch(data, "a sample of the data")
         x = at_least_float32(rows(data.detach()))
         self.shape, self.x = data.shape[1:], x - x.mean(0)  # what all have in common decides nothing
         self.seed = torch.randint(2**31, ()).item() if seed is None else check_count("seed", seed, at_least=0)
         self.generator = noise_generator(self.seed, x.device, 2**31, process_number())  # a stream that no pool has
         self.labels = torch.zeros(len(x), dtype=torch.int64) if groups is None else groups
-        self.members = members_of(self.labels, len(x), 2**31)
+        self.members = members_of(self.labels, len(x), 2**31, "groups, a label for each sample, are")
         self.potentials = self.x.norm(dim=1)
         for samples in self.members.values():
             self.potentials[samples] *= math.sqrt(2 * math.log(len(samples)))
@@ -330,9 +330,9 @@ class Semidiscrete:
         return z.view(count, *self.shape), taken
 
 
-def members_of(labels: Tensor | None, samples: int, groups: int) -> dict[int, Tensor]:
+def members_of(labels: Tensor | None, samples: int, groups: int, told: str = "the labels are") -> dict[int, Tensor]:
     """The numbers of the samples of each group that comes: (B of the group,), ascending."""
-    labels = check_labels(labels, samples, groups).cpu()
+    labels = check_labels(labels, samples, groups, told).cpu()
     return {group: (labels == group).nonzero()[:, 0] for group in labels.unique().tolist()}
 
 
@@ -789,12 +789,12 @@ def train(run: Training, flow, pairs: Iterable[tuple[Tensor, ...]]) -> Iterator[
 # ------------ 5  Checks -----------------------------------------------------------------------------------------------
 
 
-def check_tensor(x) -> None:
-    """BadInput for anything but a tensor of floating point numbers."""
+def check_tensor(x, told: str = "the batch is") -> None:
+    """BadInput for anything but a tensor of floating point numbers, `told` as what it is."""
     if not isinstance(x, Tensor):
-        raise BadInput(f"the batch is a {type(x).__name__}: expected a tensor of the samples alone")
+        raise BadInput(f"{told} a {type(x).__name__}: expected a tensor of the samples alone")
     if not x.is_floating_point() or x.element_size() < 2:  # float8
-        raise BadInput(f"the batch is of {x.dtype}: expected floating point data, images in [−1, 1] for instance")
+        raise BadInput(f"{told} of {x.dtype}: expected floating point data, images in [−1, 1] for instance")
 
 
 def parts_of(batch) -> tuple:
@@ -813,9 +813,9 @@ def check_batch(x, shape: torch.Size) -> None:
                        f"({', '.join(['B', *map(str, shape)])})")
 
 
-def check_labels(labels, samples: int, groups: int) -> Tensor:
+def check_labels(labels, samples: int, groups: int, told: str = "the labels are") -> Tensor:
     """The labels as int64. BadInput for anything but a whole number from 0 to groups − 1 for each sample."""
-    given = "missing" if labels is None else f"a {type(labels).__name__}"
+    given = "missing" if labels is None else f"of type {type(labels).__name__}"
     if isinstance(labels, Tensor):
         given = f"{labels.dtype} of shape {tuple(labels.shape)}"
         if not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool):
@@ -823,7 +823,7 @@ def check_labels(labels, samples: int, groups: int) -> Tensor:
             if labels.shape == (samples,) and (labels < groups).all() and (labels >= 0).all():
                 return labels
             given += f", from {labels.min().item()} to {labels.max().item()}" if labels.numel() else ""
-    raise BadInput(f"the labels are {given}: expected a tensor ({samples},) of whole numbers from 0 to {groups - 1}")
+    raise BadInput(f"{told} {given}: expected a tensor ({samples},) of whole numbers from 0 to {groups - 1}")
 
 
 NO_DISTANCE = "holds NaN, infinite or huge values: expected finite data, in size below 1e15"
@@ -834,10 +834,10 @@ def has_distances(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x.detach(), math.inf) < 1e15
 
 
-def check_finite_batch(x: Tensor) -> None:
+def check_finite_batch(x: Tensor, told: str | None = None) -> None:
     """BadInput for a batch with NaN, infinity or values from 1e15 on in size."""
     if x.numel() and not has_distances(x):
-        raise BadInput(f"the batch of shape {tuple(x.shape)} {NO_DISTANCE}")
+        raise BadInput(f"{told or f'the batch of shape {tuple(x.shape)}'} {NO_DISTANCE}")
 
 
 def check_state(state, made_for: dict) -> None:

@@ -104,15 +104,15 @@ def warn_of_fresh_noises(saved: dict, made_for: dict) -> None:
                   stacklevel=3)
 
 
-def check_arguments(kind: type[NoisePool], arguments: tuple, settings: dict) -> None:
-    """TypeError for arguments that the class does not take, in the words of who calls NoisePool(…)."""
+def check_arguments(called: str, kind: type, arguments: tuple, settings: dict) -> None:
+    """TypeError for arguments that the class does not take, in the words of who calls it by that name."""
     taken = inspect.signature(partial(kind.__init__, None))  # without self
     try:
         taken.bind(*arguments, **settings)
     except TypeError as error:
         unknown = [name for name in settings if name not in taken.parameters]
         near = difflib.get_close_matches(unknown[0], taken.parameters, 1, cutoff=0.5) if unknown else ()
-        raise TypeError(f"NoisePool(…): {error}" + "".join(f" (the nearest is {name})" for name in near)) from None
+        raise TypeError(f"{called}(…): {error}" + "".join(f" (the nearest is {name})" for name in near)) from None
 
 
 class OfOneProcess:

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from dansm import (
+    NO_DISTANCE,
     BadInput,
     Semidiscrete,
     at_least_float32,
     check_count,
-    check_finite_batch,
     check_tensor,
+    has_distances,
     members_of,
     noise_generator,
     process_number,
@@ -34,6 +35,7 @@ GROUPS = 2**31
 BLOCK = 4096  # samples that are read together, at most
 NUMBERS = 2**24  # in the samples that are read together, and in the noises that are drawn ahead
 EACH, PRODUCT = 100, 16  # bytes for the numbers of a sample in all vectors, and for a product (four copies on the CPU)
+OF_DATA = "the data are"
 CENTRED = 8192  # samples whose mean is taken off all, so that rounding loses less
 
 
@@ -47,7 +49,7 @@ class Part(NamedTuple):
 
 
 class FastSemidiscrete(OfOneProcess, Semidiscrete):
-    """`dansm.Semidiscrete` for millions of samples, on a GPU.
+    """`dansm.Semidiscrete` for millions of samples, on a GPU. Call `solve` before `draw`: else shares are uneven.
 
     It takes the arguments of `dansm.Semidiscrete`, and:
 
@@ -70,7 +72,7 @@ class FastSemidiscrete(OfOneProcess, Semidiscrete):
     def __init__(self, data, groups: Tensor | None = None, *, part: int | None = None, seed: int | None = None,
                  device=None, dtype: torch.dtype | None = None, memory: float | None = None):
         if not hasattr(data, "shape"):
-            check_tensor(data)
+            check_tensor(data, OF_DATA)
         n, self.shape = (data.shape[0] if len(data.shape) else 0), torch.Size(data.shape[1:])
         if not n or not self.shape.numel():
             raise BadInput(f"the data are of shape {tuple(data.shape)}: expected (n, ...) with a sample or more")
@@ -79,7 +81,7 @@ class FastSemidiscrete(OfOneProcess, Semidiscrete):
         self.seed = torch.randint(2**31, ()).item() if seed is None else check_count("seed", seed, at_least=0)
         self.part = part if part is None else check_count("part", part)
         self.labels = torch.zeros(n, dtype=torch.int64) if groups is None else groups
-        members = members_of(self.labels, n, GROUPS)
+        members = members_of(self.labels, n, GROUPS, "groups, a label for each sample, are")
         self.labels = self.labels.cpu().long()
         shuffle = noise_generator(self.seed, "cpu", PARTS)
         split = {group: samples[torch.randperm(len(samples), generator=shuffle)].tensor_split(
@@ -104,7 +106,7 @@ class FastSemidiscrete(OfOneProcess, Semidiscrete):
 
     def _room(self, n: int, largest: int, memory: float | None) -> torch.device:
         """Where the copies live. Sets how many products are computed at once. BadInput if the least does not fit."""
-        if memory is not None and not (isinstance(memory, int | float) and 0 < memory < math.inf):
+        if memory is not None and not is_positive(memory):
             raise BadInput(f"memory is {memory!r}: expected a number of gigabytes, more than 0")
         limit = free_memory(self.device) / 2 if memory is None else 1e9 * memory
         sample, size = self.shape.numel(), self.shape.numel() * self.dtype.itemsize
@@ -162,8 +164,8 @@ class FastSemidiscrete(OfOneProcess, Semidiscrete):
         most    None: 1,000, or more for a small error, and for a small part until its error is told from chance
         report  is called after each step, with the number of the part and its solver, and what a check told if any
         """
-        if not isinstance(error, int | float) or not 0 < error < math.inf:
-            raise BadInput(f"error is {error}: expected a number above 0, like 0.1 for shares that are off by 10 %")
+        if not is_positive(error):
+            raise BadInput(f"error is {error!r}: expected a number above 0, like 0.1 for shares that are off by 10 %")
         most = most if most is None else check_count("most", most)
         self._forget_drawn()
         self.solved = True  # as far as it comes
@@ -371,6 +373,11 @@ def check_made_for(state, made_for: dict, *needed: str) -> None:
             raise BadInput(f"what was saved is for {name} {given}, these data have {expected}: expected the same data")
 
 
+def is_positive(value) -> bool:
+    """Whether the value is a finite number above 0. True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
 def up(number: float) -> float:
     """The next number of three digits."""
     digit = 10.0 ** (math.floor(math.log10(number)) - 2)
@@ -381,11 +388,13 @@ def read(data, numbers: Tensor, device: torch.device) -> Tensor:
     """Samples of these numbers (B,) as rows (B, D) in float32 at least, on the device. BadInput for integers, and for
     values that are not finite."""
     if isinstance(data, Tensor):
-        check_tensor(data)  # torch 2.6 takes no rows of float8 on a CPU
+        check_tensor(data, OF_DATA)  # torch 2.6 takes no rows of float8 on a CPU
     some = data[numbers.to(data.device)] if isinstance(data, Tensor) else data[numbers.numpy()]
     some = torch.as_tensor(some).detach().to(device)
-    check_tensor(some)
-    check_finite_batch(some)
+    check_tensor(some, OF_DATA)
+    if some.numel() and not has_distances(some):
+        number = next(number for number, x in zip(numbers.tolist(), some, strict=True) if not has_distances(x))
+        raise BadInput(f"sample {number} of the data {NO_DISTANCE}")
     return at_least_float32(rows(some))
 
 

@@ -121,7 +121,7 @@ def test_in_a_loaders_workers_noises_are_refused_and_told_where_to_be_drawn(kind
 def test_number_types_without_room_for_noises_are_refused(dtype):
     with pytest.raises(BadInput, match=f"the batch is of {dtype}: expected floating point data"):
         pool_of()(torch.zeros(2, *SHAPE).to(dtype))
-    with pytest.raises(BadInput, match=f"the batch is of {dtype}"):
+    with pytest.raises(BadInput, match=f"the data are of {dtype}"):
         dansm.Semidiscrete(torch.zeros(2, *SHAPE).to(dtype))
 
 

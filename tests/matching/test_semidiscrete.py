@@ -300,14 +300,7 @@ def test_copies_that_do_not_fit_on_a_gpu_stay_on_the_cpu():
 
 def test_what_cannot_be_coupled_is_refused():
     x = points(6)
-    for data, said in ((x[:0], "with a sample or more"), (x.long(), "floating"), ("x", "tensor"),
-                       (x / 0, "NaN")):
-        with pytest.raises(BadInput, match=said):
-            Semidiscrete(data)
-    for groups in (torch.zeros(5, dtype=torch.int64), torch.zeros(6), torch.tensor([0, 1, 2, 0, 1, -1])):
-        with pytest.raises(BadInput, match="the labels are"):
-            Semidiscrete(x, groups)
-    for settings in (dict(part=0), dict(part=2.5), dict(seed=-1)):
+    for settings in (dict(part=0), dict(part=2.5), dict(seed=-1), dict(memory=True), dict(memory="8")):
         with pytest.raises(BadInput, match=f"{next(iter(settings))} is"):
             Semidiscrete(x, **settings)
     coupling = Semidiscrete(x, torch.tensor([0, 0, 2, 2, 2, 2]))
@@ -315,5 +308,39 @@ def test_what_cannot_be_coupled_is_refused():
         coupling.draw(2, torch.tensor([0, 1]))
     with pytest.raises(BadInput, match="expected a tensor"):
         coupling.draw(2, torch.tensor([0.0, 3]))
-    with pytest.raises(BadInput, match="error is 0: expected a number above 0"):
-        coupling.solve(0)
+    for error in (0, True, -0.1, math.nan, math.inf, "0.1", None):
+        with pytest.raises(BadInput, match=f"error is {error!r}: expected a number above 0"):
+            coupling.solve(error)
+    for most in (0, True, 2.5, "many"):
+        with pytest.raises(BadInput, match=f"most is {most!r}"):
+            coupling.solve(0.1, most)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_cannot_be_coupled_is_told_of_the_data_and_of_groups(kind):
+    x = points(6)
+    wrong = x.clone()
+    wrong[4, 0] = math.nan
+    for data, said in ((x[:0], "with a sample or more"), (x.long(), "floating"), ("x", "tensor"), (wrong, "NaN")):
+        with pytest.raises(BadInput, match=f"the data .*{said}") as refused:
+            kind(data)
+        assert "batch" not in str(refused.value)
+    for groups in (10, torch.zeros(5, dtype=torch.int64), torch.zeros(6), torch.tensor([0, 1, 2, 0, 1, -1])):
+        with pytest.raises(BadInput, match=r"^groups.* label .*expected a tensor \(6,\) of whole numbers"):
+            kind(x, groups)
+
+
+def test_a_sample_that_is_not_finite_is_named():
+    x = points(600)
+    x[417, 3] = math.inf
+    with pytest.raises(BadInput, match="sample 417 of the data"):
+        Semidiscrete(x, part=50)
+
+
+def test_arguments_that_it_does_not_take_are_told_of_its_name_with_the_nearest():
+    with pytest.raises(TypeError, match=r"^Semidiscrete\(…\): .*'parts'.*nearest is part\)"):
+        Semidiscrete(points(6), parts=3)
+    with pytest.raises(TypeError, match=r"^Semidiscrete\(…\): "):
+        Semidiscrete()
+    with pytest.raises(TypeError, match=r"^Semidiscrete\(…\): "):
+        Semidiscrete(points(6), None, 3)
