@@ -14,7 +14,7 @@ from ..base.text import counted, say
 from ..data.labels import Labels
 from ..model import checkpoint
 from ..model.load import read_average
-from ..model.recipe import AUTO, Recipe
+from ..model.recipe import AUTO, COMPARING, Recipe
 
 SMALL_SIDE = 64  # pixels; above, and on a GPU, the network is the paper's for larger images
 RATES = {"cpu": 10}  # images a second, few, that --minutes are taken for; on a GPU:
@@ -33,7 +33,10 @@ def settled(recipe: Recipe, shape: tuple[int, ...], labels: Labels | None, devic
         return recipe
     if kept := everyones(out and checkpoint.recipe_in(out))[0]:
         words = {name: f"{kept[name]:,}" if isinstance(kept[name], int) else kept[name] for name in names}
-        say(", ".join(f"{name.replace('_', ' ')} {word}" for name, word in words.items()) + ", as the run began")
+        if recipe.method not in COMPARING:  # it has no effect
+            words.pop("match_size", None)
+        if words:
+            say(", ".join(f"{name.replace('_', ' ')} {word}" for name, word in words.items()) + ", as the run began")
         return dataclasses.replace(recipe, **{name: kept[name] for name in names})
     if "network" in names:
         name, why = _network(recipe, max(shape[2:]), device)

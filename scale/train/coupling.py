@@ -135,7 +135,8 @@ class Reporter:
 def say_reached(coupling: FastSemidiscrete, reached: list[Solved], how: str) -> None:
     sizes, points = zip(*((len(part.samples), len(part.points)) for part in coupling.all_parts()), strict=True)
     if copies := sum(sizes) - sum(points):
-        say(f"{copies:,} of {sum(sizes):,} samples are copies of others, and taken as often as these")
+        is_copy = "is a copy of another" if copies == 1 else "are copies of others"
+        say(f"{copies:,} of {sum(sizes):,} samples {is_copy}; each is taken as often as any other sample")
     what = f"{counted(sum(sizes), 'sample')} in {counted(len(coupling.parts), 'group')}"
     what += f" and {len(sizes):,} parts" if len(sizes) > len(coupling.parts) else ""
     solved = overall(reached, sizes)

@@ -89,20 +89,25 @@ class RunFolder:
             self.pool.make()  # what goes wrong there is not the file's fault
         with checkpoint.reading(path):
             if unfinished:
-                self._load_random(state["ranks"])
+                self._load_random(path, state["ranks"])
             newer = checkpoint.checkpoints(self.out)
             self.others = newer[: newer.index(path)]  # damaged
             if unfinished:
                 say(f"resuming from step {self.run.step:,} of {path}")
             return float(state["seconds"])
 
-    def _load_random(self, saved: list[dict]) -> None:
+    def _load_random(self, path: Path, saved: list[dict]) -> None:
         """Go on with the noises and random numbers of this process, from what each of the processes saved; those that
         are more than these begin streams that nobody has drawn from, and so do all that share a pool with others."""
         ours, before, now = saved[self.rank % len(saved)], counted(len(saved), "process"), ranks()[1]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it is said below
-            self.pool.load_state_dict(ours["pool"])
+            try:
+                self.pool.load_state_dict(ours["pool"])
+            except BadInput as error:
+                reason = str(error).partition(": expected ")[0]
+                raise BadInput(f"{path} cannot be resumed ({reason}): expected the same data, another --out, or "
+                               "--fresh to start over") from error
         if self.rank < len(saved):
             for name, generator in self.generators.items():
                 generator.set_rng_state(ours["random"][name])

@@ -77,6 +77,13 @@ def test_a_run_that_is_resumed_keeps_what_was_chosen(run, images, tmp_path):
     assert state_of(out)["recipe"]["match_size"] == 32
 
 
+def test_a_match_size_without_effect_is_not_told(run, images, tmp_path):
+    options = "--method", "semidiscrete", "--cache", tmp_path / "cache", "--out", tmp_path / "out"
+    for steps in (1, 2):
+        code, said, err = run("train", images, *QUICK, *options, "--steps", steps)
+        assert code == 0 and "network tiny" in said and "match size" not in said, err
+
+
 def test_a_run_of_another_network_is_resumed_with_it(run, images, tmp_path):
     run("train", images, *QUICK, "--network", "small", "--match-size", 5, "--steps", 1, "--out", tmp_path / "a")
     code, said, _ = run("train", images, *QUICK, "--steps", 2, "--out", tmp_path / "a")

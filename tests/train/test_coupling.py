@@ -269,11 +269,12 @@ def test_the_bar_shows_the_error_so_far(solve, capsys, monkeypatch):
     (pictures(1), None, "", "1 sample in 1 group: nothing to choose"),
     (torch.zeros(5, 1, 2, 2), None, "4 of 5 samples are copies of others", "5 samples in 1 group: nothing to choose"),
     (torch.cat([pictures(5), pictures(3)]), None, "3 of 8 samples are copies", "8 samples in 1 group: shares off by"),
+    (torch.cat([pictures(5), pictures(1)]), None, "1 of 6 samples is a copy", "6 samples in 1 group: shares off by"),
     (pictures(6), np.array([0, 0, 2, 0, 0, 0]), "", "6 samples in 2 groups: shares off by")])
 def test_equal_samples_and_those_that_are_alone_are_told_and_work(solve, steps, capsys, images, labels, copies, result):
     found = solve(images, labels=labels, flip=False, part=None)
     said = capsys.readouterr().out
-    assert copies in said and ("copies" in said) == bool(copies) and result in said
+    assert copies in said and ("samples is" in said or "samples are" in said) == bool(copies) and result in said
     assert len(found.draw(90)[1].unique()) == len(images)
     assert ("nothing to choose" in result) == (not steps["taken"])
 

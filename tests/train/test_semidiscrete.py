@@ -262,6 +262,7 @@ def test_other_images_that_look_alike_are_refused(train, not_trained, images, tm
     picture.save(images / "cat" / "08.png")
     message = not_trained("--steps", 3)
     assert str(checkpoint.newest(tmp_path / "out")) in message and "the data have changed" in message
+    assert "--out" in message and "--fresh" in message
 
 
 def test_a_coupling_that_does_not_fit_is_not_the_fault_of_the_checkpoint(train, not_trained, monkeypatch):
