@@ -251,7 +251,7 @@ class Semidiscrete:
     """Noises for data that are known: each fresh noise z takes the sample x_j of the largest ⟨z, x_j⟩ − b_j.
 
         coupling = Semidiscrete(data, groups=labels)      # data: (n, ...); labels: (n,) whole numbers from 0, or None
-        coupling.solve()                                  # first, else shares are uneven: within 10 % (rms) of equal
+        coupling.solve()                                  # first: else shares are uneven, after it within 10 % (rms)
         z, taken = coupling.draw(256)                     # (256, ...), and the numbers of their samples: data[taken]
         z, taken = coupling.draw(256, labels)             # of samples with these labels (256,)
 
