@@ -144,7 +144,8 @@ def couple(images):
     """How far shares are off, for each count of noises by the best of a solver's settings, and the noises to 10 %."""
     found = read("bench/couple/compare.csv", images=images)
     budgets = sorted({int(row["noises"]) for row in found})
-    ways = {"ours": ("ours", ".*"), "POT, defaults": ("pot", ".* / 1"), "POT, coordinates divided": ("pot", r".* / (?!1$)\d+"),
+    ways = {"ours": ("ours", ".*"), "POT, defaults": ("pot", ".* / 1"),
+            "POT, coordinates divided": ("pot", r".* / (?!1$)\d+"),
             "ott-jax, SGD": ("ott", "sgd.* 0.99"), "ott-jax, Adam": ("ott", "adam.* 0.99"),
             "ott-jax, SGD, longer average": ("ott", "sgd.*"), "ott-jax, Adam, longer average": ("ott", "adam.*")}
     lines = [["", *(f"{budget:,} noises" for budget in budgets), "noises to 10 %"]]
