@@ -24,14 +24,14 @@ help:  ## this list
 	@echo "  AUTOENCODER=... Stable Diffusion's, one file or a diffusers folder ($(AUTOENCODER))"
 	@echo "  ENCODE=... TRAIN=... SAMPLE=... EVALUATE=...   more options for the stages of make latent-bedroom"
 
-toy: $(READY)  ## what matching does, in 2D: pictures and a table in runs/toy (about a minute)
+toy: $(READY)  ## what matching does, in 2D: pictures and a table in runs/toy (half a minute)
 	$(DANSM) toy
 
 lesson: $(READY)  ## what matching does, step by step: runs tiny/lesson.ipynb anew, in place (half a minute)
 	PYTHONPATH="$(CURDIR)" LESSON_OUT="$(CURDIR)/runs/lesson" $(NBCONVERT) --execute --ExecutePreprocessor.record_timing=False
 	$(NBCONVERT) --coalesce-streams
 
-digits: $(READY)  ## first images: 1,797 handwritten digits, two ways of pairing, in runs/digits (three minutes)
+digits: $(READY)  ## first images: 1,797 handwritten digits, two ways of pairing, in runs/digits (a minute)
 	$(DANSM) digits
 
 cifar10: $(READY)  ## train on CIFAR-10 for eight minutes (on a GPU), samples in runs/cifar10

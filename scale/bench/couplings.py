@@ -43,7 +43,7 @@ def load(source: str | None, setting: str, size: int | None, count: int | None, 
     neither here nor to be had; and as many as MOST, the data and the memory allow. BadInput names the option."""
     most, name, found = MOST.get(device.type, MOST_ELSEWHERE), source or "cifar10", None
     try:
-        images = load_images(name, size=size)
+        images = load_images(name, size=size, labels=setting)
     except BadInput as error:
         if source:
             raise

@@ -33,7 +33,7 @@ def digits(
     device: Device = "auto",
     out: Out = Path("runs/digits"),
 ) -> None:
-    """First images in three minutes: handwritten digits, paired at random and matched, side by side."""
+    """First images in a minute: handwritten digits, paired at random and matched, side by side."""
     from dansm.tiny import comparison
     from dansm.tiny import digits as tiny
 
