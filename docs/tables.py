@@ -191,7 +191,7 @@ def learned():
 
 
 def copies():
-    """Of the semidiscrete plan, next to random pairs of nearly the same distance."""
+    """Samples of the semidiscrete plan next to those of random pairs that have nearly the same distance."""
     lines = [["steps", "distance", "random pairs: steps", "distance", "nearer in pixels", "nearer in features",
               "nearest, features", "random pairs"]]
     records = {(row["run"], row["steps"]): row for row in read("couple/copies.csv")}

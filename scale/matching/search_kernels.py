@@ -102,7 +102,7 @@ def card(device: torch.device) -> tuple[int, int]:
 
 
 def blocks_of(samples: int, width: int, shared: int) -> tuple[int, int, int]:
-    """Of BLOCKS the first whose samples and tiles of `width` numbers in bfloat16 fit into so many bytes."""
+    """The first of BLOCKS whose samples and tiles of `width` numbers in bfloat16 fit into so many bytes."""
     fitting = (blocks for blocks in BLOCKS if (blocks[0] + blocks[1] * blocks[2]) * width * 2 + 4096 <= shared)
     block, tile, stages = next(fitting, BLOCKS[-1])
     return min(block, 64) if samples <= 64 else block, tile, stages

@@ -152,7 +152,7 @@ def test_synthetic_images_stand_in_for_cifar10_alone(monkeypatch, capsys):
 
 
 def test_pools_of_all_classes_end_together():
-    """Of 2 and 8 samples of two classes, 30 numbers of each."""
+    """Two and eight samples of two classes, of 30 numbers each."""
     data = ways.Data(torch.zeros(10, 1), torch.tensor([0, 0, *[1] * 8]), 0)
     numbers = couplings.order(data, 60, 0, each_class=True)
     assert data.labels[numbers].bincount().tolist() == [30, 30]

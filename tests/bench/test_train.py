@@ -65,7 +65,7 @@ def test_a_way_that_fails_leaves_torch_as_it_was(monkeypatch):
 
 def test_a_pool_that_does_not_fit_is_refused_before_anything_is_measured(refused, tmp_path):
     error = refused(*COMMAND, "--match-size", 10**10, "--out", tmp_path / "out")
-    assert "match_size is 10,000,000,000" in error and files_of(tmp_path / "out") == []
+    assert "--match-size is 10,000,000,000" in error and files_of(tmp_path / "out") == []
 
 
 # ------------------------------------------------------------------------------- what is measured
