@@ -21,13 +21,14 @@ PATIENCE = 20.0  # seconds that the calls of one piece of work may take
 
 def run(name: str, title: str, parts: Iterable[tuple[str, Iterable[dict]]], device: torch.device, out: Path,
         columns: str = "", caption: str = "", **about) -> dict:
-    """Measure the rows of one part after the other. Writes name.json after every row and name.csv at the end into `out`
-    and prints a table of `columns`. A part that fails is named under "left_out", and the others are still measured, but
+    """Measure the rows of one part after the other. Writes name.json and name.csv after every row into `out` and prints
+    a table of `columns`. A part that fails is named under "left_out", and the others are still measured, but
     a missing package or bad input ends the bench.
     about: what the figures depend on, kept next to them. The title is completed by the hardware."""
     files.make_folder(out)
     hardware = machine.hardware(device)
-    title = f"{title}, {hardware['gpu'] or '{cpu}, {threads} threads'.format(**hardware)}"
+    cpu = f"{hardware['cpu']}, {text.counted(hardware['threads'], 'thread')}"
+    title = f"{title}, {hardware['gpu'] or cpu}"
     bench = {"title": title, "hardware": hardware, **about, "left_out": {}, "rows": []}
     rank, processes = ranks()
     for part, rows in text.with_bar(list(parts), "measuring"):
@@ -36,6 +37,7 @@ def run(name: str, title: str, parts: Iterable[tuple[str, Iterable[dict]]], devi
                 bench["rows"].append(row)
                 if rank == 0:
                     files.write_json(out / f"{name}.json", bench)
+                    files.write_csv(out / f"{name}.csv", bench["rows"])
         except Exception as error:
             if processes > 1 or isinstance(error, ModuleNotFoundError | BadInput):  # other processes would wait
                 raise
@@ -43,7 +45,7 @@ def run(name: str, title: str, parts: Iterable[tuple[str, Iterable[dict]]], devi
             bench["left_out"][part] = "not enough memory" if machine.lacks_memory(error) else reason
             text.say(f"left out: {part}: {bench['left_out'][part]}")
     if rank == 0:
-        files.write_json(out / f"{name}.json", bench)
+        files.write_json(out / f"{name}.json", bench)  # with what was left out, which may be all
         files.write_csv(out / f"{name}.csv", bench["rows"])
     show(title, bench["rows"], columns, caption)
     text.say_files(out, f"{name}.csv", f"{name}.json")

@@ -58,6 +58,8 @@ def test_what_was_measured_is_on_the_disk_when_the_call_is_stopped(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         clock.run("some", "title", [("one", rows_then(KeyboardInterrupt()))], CPU, tmp_path)
     assert [row["way"] for row in written(tmp_path)["rows"]] == ["a"]
+    with open(tmp_path / "some.csv", newline="") as file:
+        assert [row["way"] for row in csv.DictReader(file)] == ["a"]
 
 
 def test_slow_work_is_timed_fewer_times(monkeypatch):
