@@ -32,6 +32,7 @@ MOST = {"cpu": 2048}  # samples by default; on other devices:
 MOST_ELSEWHERE = 100_000
 OPTIMAL_OF = {"cpu": 2000}  # samples that are assigned at once for the optimal gain; on other devices:
 OPTIMAL_OF_ELSEWHERE = 10_000
+EXTRA = 5  # calls of a size that did not come otherwise
 BYTES_EACH = 40  # for each number of the noises that are measured: themselves, their samples, covariances in float64
 COSTS = "coupling needs_data set_up_s batch_mean_ms one_mean_ms memory_mb"
 QUALITY = "coupling batch_p life_p class_p class_told gain_share crossing_share"
@@ -229,7 +230,10 @@ def serve(way: Way, coupling: Coupling, data: Data, batch: int) -> Served:
         if begin <= count:
             z.append(noises.flatten(1).float().cpu())
             taken.append(of_noises.cpu())
-    return Served(torch.cat(z), torch.cat(taken), batch_ms or one_ms, one_ms or batch_ms)
+    for size, times in ((1, one_ms), (batch, batch_ms)):
+        if not times:  # all samples together are one batch, or several blocks
+            times += [call(way, data, numbers[:size])[0] for _ in range(EXTRA)]
+    return Served(torch.cat(z), torch.cat(taken), batch_ms, one_ms)
 
 
 def quality(served: Served, data: Data, batch: int, best: float, directions: Tensor) -> dict:

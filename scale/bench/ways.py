@@ -187,24 +187,31 @@ def own(name: str) -> Coupling:
         if not needs_data:
             return Way(lambda x, labels: checked(name, x.shape, lambda: (function(x, labels, generator),))[0])
         draw = function(data.x, data.labels, generator)
-        return Way(draw=lambda count: checked(name, (count, *data.x.shape[1:]), lambda: draw(count)))
+        return Way(draw=lambda count: checked(name, (count, *data.x.shape[1:]), lambda: draw(count), len(data.x)))
 
     return Coupling("own", make, needs_data=needs_data, processes="")
 
 
-def checked(name: str, shape: tuple, work: Callable[[], tuple]) -> tuple:
-    """What a coupling of one's own gives, whose first part are noises of this shape. BadInput for anything else."""
+def checked(name: str, shape: tuple, work: Callable[[], tuple], samples: int = 0) -> tuple:
+    """What a coupling of one's own gives: noises of this shape and, where there are `samples`, numbers of those that
+    they take. BadInput for anything else."""
+    wanted = f"noises {tuple(shape)}" + f", and {shape[0]} numbers from 0 to {samples - 1}" * (samples > 0)
     try:
         given = work()
-        noise = tuple(given[0].shape), bool(given[0].isfinite().all())
+        noise = given[0]
+        faults = {f"noises {tuple(noise.shape)}": noise.shape != torch.Size(shape),
+                  "values that are not finite": not noise.isfinite().all()}
+        if samples:
+            numbers = given[1]
+            fine = numbers.shape == (shape[0],) and ((numbers >= 0) & (numbers < samples)).all()
+            faults["other numbers of samples"] = not fine
     except Exception as error:  # a function may raise anything
         if lacks_memory(error):
             raise
-        raise BadInput(f"--couplings names {name}, which fails ({shorten(str(error), 150)}): expected noises "
-                       f"{tuple(shape)}") from error
-    if noise != (tuple(shape), True):
-        raise BadInput(f"--couplings names {name}, which gave {noise[0]}, or values that are not finite: expected "
-                       f"noises {tuple(shape)}")
+        raise BadInput(f"--couplings names {name}, which fails ({type(error).__name__}: {shorten(str(error), 150)}): "
+                       f"expected {wanted}") from error
+    if fault := next((fault for fault, found in faults.items() if found), None):
+        raise BadInput(f"--couplings names {name}, which gave {fault}: expected {wanted}")
     return given
 
 

@@ -34,6 +34,14 @@ def too_short(x, labels, generator):
 
 def failing(x, labels, generator):
     raise ValueError("no noise today")
+
+
+def not_finite(x, labels, generator):
+    return x / 0
+
+
+def others(data, labels, generator):
+    return lambda count: (torch.randn(count, *data.shape[1:]), torch.full((count,), len(data)))
 """
 
 
@@ -102,8 +110,18 @@ def test_a_coupling_of_ones_own_is_one_function(bench, refused, photographs, tmp
     assert "mine:too_short" in refused(*command, "mine:too_short") and "(1, 1, 8, 8)" in refused(
         *command, "mine:too_short")
     assert "no noise today" in refused(*command, "mine:failing")
+    assert "not finite" in refused(*command, "mine:not_finite")
+    assert "numbers from 0 to" in refused(*command, "mine:others")
     for name in ("mine:missing", "missing:pair"):
         assert "--couplings" in (said := refused(*command, name)) and name in said
+
+
+def test_single_calls_are_timed_where_all_samples_are_one_batch():
+    data = couplings.Data(torch.randn(6, 1, 4, 4), None, 0)
+    asked = []
+    way = ways.Way(lambda x, labels: [asked.append(len(x)), torch.randn_like(x)][1])
+    served = couplings.serve(way, ways.registry(False)["random"], data, 6)
+    assert asked.count(6) and asked.count(1) == len(served.one_ms) == couplings.EXTRA
 
 
 def test_what_cannot_be_measured_is_left_out_with_its_reason(bench, monkeypatch):
