@@ -33,11 +33,15 @@ def key_of(seed: int, *stream: int) -> int:
 
 def fill(noise: Tensor, key: int, first: int) -> Tensor:
     """Fill noise: (rows, D) of any float type with the rows from number `first` on, N(0, I). Returns it."""
+    rows = torch.arange(first, first + len(noise), device=noise.device)[:, None]
     columns = torch.arange(-(-noise.shape[1] // 4), device=noise.device)
-    for rows in torch.arange(len(noise), device=noise.device).split(max(1, AT_ONCE // len(columns))):
-        words = philox(columns.expand(len(rows), -1), (first + rows)[:, None].expand(-1, len(columns)), key)
-        numbers = torch.stack([*normal(*words[:2]), *normal(*words[2:])], 2)
-        noise[rows] = numbers.flatten(1)[:, : noise.shape[1]].to(noise)
+    for start in range(0, len(columns), AT_ONCE):
+        some = columns[start : start + AT_ONCE]
+        at_once = max(1, AT_ONCE // len(some))
+        for part, of_part in zip(noise[:, 4 * start :].split(at_once), rows.split(at_once), strict=True):
+            words = philox(*torch.broadcast_tensors(some, of_part), key)
+            numbers = torch.stack([*normal(*words[:2]), *normal(*words[2:])], 2).flatten(1)[:, : part.shape[1]]
+            part[:, : numbers.shape[1]] = numbers
     return noise
 
 
