@@ -16,8 +16,9 @@ from ..base.machine import number_type
 from ..base.processes import ranks
 from ..model.recipe import Recipe
 from ..model.sampling import fused
+from .exchange import Exchange
 
-WARM_UP = 3, 11  # steps before a graph is captured, of one process and of several, by torch's advice
+WARM_UP = 3  # steps before a graph is captured, by torch's advice
 
 
 class FastTraining(dansm.Training):
@@ -33,18 +34,25 @@ class FastTraining(dansm.Training):
         super().__init__(net, recipe.lr, recipe.ema_decay[0], recipe.clip)
         self.averages = [self.average, *(copy.deepcopy(self.average) for _ in recipe.ema_decay[1:])]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.parallel = data_parallel(net, device)
         self.copies = self._copies_of_weights()
+        self.exchange = self._exchange()
         self.graph = None
 
     def _copies_of_weights(self) -> dict[str, Tensor]:
         """The weights of products by name, in the type of the products, to be converted all at once: autocast takes 500
-        launches. Empty where gradients are summed over parts of a batch or over processes, in float32."""
-        sums = self.parallel is not self.net or self.recipe.accumulate > 1
-        if not self.compiled or self.dtype == torch.float32 or sums:
+        launches."""
+        if not self.compiled or self.dtype == torch.float32:
             return {}
         return {name: weight.detach().to(self.dtype).requires_grad_()
                 for name, weight in self.net.named_parameters() if weight.ndim > 1 and name != "label.weight"}
+
+    def _exchange(self) -> Exchange | None:
+        """The exchange of gradients with other processes, of the copies in their type. Those of a batch in parts are
+        sums in float32."""
+        if ranks()[1] == 1:
+            return None
+        copies = {} if self.recipe.accumulate > 1 else self.copies
+        return Exchange(copies.get(name, weight) for name, weight in self.net.named_parameters())
 
     def gradients(self, flow, x: Tensor, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """Like `dansm.Training.gradients`; labels in pinned memory make no one wait."""
@@ -62,35 +70,39 @@ class FastTraining(dansm.Training):
 
     def _backward(self, flow, x: Tensor, z: Tensor, labels: Tensor | None) -> Tensor:
         """Add the gradients of a batch, part after part, and return its loss. Processes exchange them once."""
-        whole = self._through_copies() if self.copies else self.parallel
+        whole = self._through_copies() if self.copies else self.net
         loss = torch.zeros((), device=x.device)
-        parts = self.recipe.accumulate
+        parts, processes = self.recipe.accumulate, ranks()[1]
         chunks = x.chunk(parts), z.chunk(parts), [None] * parts if labels is None else labels.chunk(parts)
-        for number, (x_part, z_part, labels_part) in enumerate(zip(*chunks, strict=True), 1):
+        for x_part, z_part, labels_part in zip(*chunks, strict=True):
             net = whole if labels_part is None else partial(whole, labels=labels_part)
-            exchanges_later = self.parallel is not self.net and number < parts
-            with self.parallel.no_sync() if exchanges_later else nullcontext():
+            with self.exchange.during() if self.exchange and parts == 1 else nullcontext():
                 with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                    part = flow.loss(net, x_part, z_part) * (len(x_part) / len(x))
+                    part = flow.loss(net, x_part, z_part) * (len(x_part) / len(x) / processes)  # their sum is the mean
                 self.scaler.scale(part).backward()
-            loss += part.detach()
-        if self.copies:
-            self._take_gradients_of_copies()
+            loss.add_(part.detach(), alpha=processes)
+            if self.copies:
+                self._take_gradients_of_copies()
+        if self.exchange and parts > 1:
+            self.exchange.now()
         return loss
 
     def _through_copies(self) -> Callable[..., Tensor]:
         """The network by fresh copies of its weights."""
         with torch.no_grad():
             torch._foreach_copy_(list(self.copies.values()), [self.net.get_parameter(name) for name in self.copies])
-        for weight in self.copies.values():
-            weight.grad = None
         return lambda x, t, labels=None: torch.func.functional_call(self.net, self.copies, (x, t, labels))
 
     def _take_gradients_of_copies(self) -> None:
+        """Add the gradients of the copies to those of the weights, in float32."""
         weights = [self.net.get_parameter(name) for name in self.copies]
-        for weight in weights:
-            weight.grad = torch.empty_like(weight)
-        torch._foreach_copy_([weight.grad for weight in weights], [weight.grad for weight in self.copies.values()])
+        gradients = [torch.empty_like(weight) for weight in weights]
+        torch._foreach_copy_(gradients, [weight.grad for weight in self.copies.values()])
+        if weights[0].grad is not None:
+            torch._foreach_add_(gradients, [weight.grad for weight in weights])
+        for weight, gradient, copied in zip(weights, gradients, self.copies.values(), strict=True):
+            weight.grad = gradient
+            copied.grad = None
 
     def _capture(self, flow, x: Tensor, z: Tensor, labels: Tensor | None) -> None:
         """Record forward and backward for batches of this shape. A resumed run records again, so the random numbers are
@@ -104,7 +116,7 @@ class FastTraining(dansm.Training):
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):
-            for _ in range(WARM_UP[self.parallel is not self.net]):
+            for _ in range(WARM_UP):
                 self.optimizer.zero_grad()
                 self._backward(flow, self.x, self.z, self.labels)
         torch.cuda.current_stream(self.device).wait_stream(side)
@@ -139,13 +151,3 @@ class FastTraining(dansm.Training):
             average.load_state_dict(saved["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-
-
-def data_parallel(net: nn.Module, device: torch.device) -> nn.Module:
-    """The network with gradients that are the mean over all processes; the network itself for one process."""
-    if ranks()[1] == 1:
-        return net
-    on_gpu = device.type == "cuda"
-    with torch.cuda.stream(torch.cuda.Stream(device)) if on_gpu else nullcontext():  # torch asks for this, for graphs
-        return nn.parallel.DistributedDataParallel(net, device_ids=[device] if on_gpu else None,
-                                                   gradient_as_bucket_view=True)

@@ -2,30 +2,14 @@
 
 import copy
 import itertools
+import os
 
 import pytest
 import torch
-from support import CPU, TINY, same
+from steps import STEADY, batches, gradients_of_one, network, started
+from support import ROOT, TINY, needs_gloo, same
 
 import dansm
-from dansm.scale.model.recipe import Recipe
-from dansm.scale.train.step import FastTraining
-
-STEADY = TINY | dict(dropout=0.0)
-
-
-def started(net, **settings):
-    """A run by a recipe of those settings, at its beginning."""
-    return FastTraining(copy.deepcopy(net), Recipe("images", **{"batch": 8, "lr": 0.01, **settings}), CPU)
-
-
-def network(**settings):
-    return dansm.UNet(channels=1, size=8, **settings)
-
-
-def batches(count):
-    """Pairs (x, z) of eight samples each, one for a step."""
-    return [tuple(pair) for pair in torch.randn(count, 2, 8, 1, 8, 8)]
 
 
 def train(run, pairs, flow=None):
@@ -142,3 +126,23 @@ def test_a_step_through_copies_of_the_weights_is_autocasts_to_the_bit(classes):
     assert len(through.copies) > 20 and not plain.copies
     assert torch.equal(train(through, pairs), train(plain, pairs))
     assert same(through.state_dict(), plain.state_dict())
+
+
+# ------------------------------------------------------------------------------- several processes
+
+
+@needs_gloo
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_two_processes_have_the_mean_of_their_gradients(tmp_path, monkeypatch, precision, accumulate):
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+    settings = dict(precision=precision, accumulate=accumulate)
+    torch.multiprocessing.spawn(gradients_of_one, (tmp_path, "meeting", settings), nprocs=2)
+    one, other = (torch.load(tmp_path / f"meeting-{rank}.pt") for rank in range(2))
+    assert same(one[1:], other[1:]) and not torch.equal(one[0], other[0])
+    alone = gradients_of_one(None, tmp_path, "alone", settings)
+    torch.testing.assert_close((one[0] + other[0]) / 2, alone[0], rtol=1e-2 if precision == "bf16" else 1e-5, atol=0)
+    error = 2**-6 if precision == "bf16" else 1e-5  # a few roundings to eight bits
+    for actual, exact in zip(one[1:], alone[1:], strict=True):
+        assert exact.norm() > 0 and (actual - exact).norm() <= error * exact.norm()
