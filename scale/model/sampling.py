@@ -17,6 +17,7 @@ from torch import Tensor
 import dansm
 from dansm import BadInput
 
+from ..base.copies import copy_to_cpu
 from ..base.files import replacing
 from ..base.launch import compiling_ahead
 from ..base.machine import free_memory, number_type
@@ -24,6 +25,7 @@ from ..base.noise import path_noise
 from ..base.text import counted, shorten
 from ..base.threads import ahead
 from ..data.pixels import to_uint8
+from .replay import Replayed
 
 ROWS = 10  # of a grid by classes, at most
 NUMBER = re.compile(r"\d+(\.\d*)?|\.\d+")
@@ -134,18 +136,26 @@ def sample_images(net, flow, images: Sequence[int], shape, steps: int, *, seed: 
     seed    decides, with an image's number, the noise that it starts from (see `path_noise`)
     decode  makes images of latents x (B, C, H, W) and the number of x[0]; None for a model of images
     labels  (len(images),) of the images; None for a network without classes
-    A GPU draws one batch while the caller uses the one before and a thread draws the noises of the next.
+    A GPU draws one batch while the caller uses the one before and threads draw the noises of the next.
     """
+    device = torch.device(device)
     parts = [images[start : start + batch] for start in range(0, len(images), batch)]
     labels_of_parts = [None] * len(parts) if labels is None else labels.to(device).split(batch)
     waiting = []
-    with closing(ahead(lambda part: path_noise(part, shape, seed), parts, threads=1, depth=1)) as noises:
-        for part, of_part, z in zip(parts, labels_of_parts, noises, strict=True):
-            x = flow.sample(guided(net, of_part, guidance, flow, steps), z.to(device), steps)
-            waiting.append(decode(x, part[0]) if decode else to_uint8(x))
+
+    def draw_noise(part: Sequence[int]) -> Tensor:
+        noise = path_noise(part, shape, seed)
+        return noise.pin_memory() if device.type == "cuda" else noise  # so that its copy waits for nothing
+
+    with closing(ahead(draw_noise, parts, threads=1, depth=1)) as noises:
+        for part, of_part, noise in zip(parts, labels_of_parts, noises, strict=True):
+            z = noise.to(device, non_blocking=noise.is_pinned())
+            x = flow.sample(guided(net, of_part, guidance, flow, steps), z, steps)
+            waiting.append(copy_to_cpu(decode(x, part[0]) if decode else to_uint8(x)))
             if len(waiting) > 1:
-                yield waiting.pop(0).cpu()
-    yield from (drawn.cpu() for drawn in waiting)
+                yield waiting.pop(0)()
+    for drawn in waiting:
+        yield drawn()
 
 
 def save_grid(images: Tensor, path: Path, enlarge: int = 2, columns: int | None = None) -> None:
@@ -177,23 +187,37 @@ def sampler(net: dansm.UNet, device: torch.device, precision: str = "auto",
             compile: bool = True) -> Callable[..., Tensor]:
     """The network as a flow samples from it: (B, C, H, W), times (B,) and maybe labels (B,) → (B, C, H, W) float32.
 
-    compile  use the kernels, if there are any
+    compile  use the kernels, if there are any, and on a GPU CUDA graphs, see `Replayed`
+    The weights are those of now: a sampler does not see later ones, nor may the network be moved while it is in use.
     """
     dtype = number_type(precision, device)
     to_compile = compile and fused(net)
+    copies = weights_in(dtype, net)
 
-    @torch.no_grad()
-    def evaluate(x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+    def predict(x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         nonlocal to_compile
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             if to_compile:
                 with compiling_ahead(device):
                     net(x, t, labels)
                 to_compile = False
+            if copies:
+                return torch.func.functional_call(net, copies, (x, t, labels)).float()
             return net(x, t, labels).float()
 
-    evaluate.classes = net.classes
-    return evaluate
+    if compile and device.type == "cuda":
+        predict = Replayed(predict)
+    predict.classes = net.classes
+    return predict
+
+
+def weights_in(dtype: torch.dtype, net: dansm.UNet) -> dict[str, Tensor]:
+    """Copies of the weights that autocast would convert to `dtype` in each call, by name; none for float32. Biases are
+    summed in float32 first."""
+    if dtype == torch.float32:
+        return {}
+    return {name: weight.detach().to(dtype) for name, weight in net.named_parameters()
+            if weight.ndim > 1 and name != "label.weight"}
 
 
 def at_once(net: dansm.UNet, device: torch.device, guidance: Guidance = UNGUIDED) -> int:
