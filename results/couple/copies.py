@@ -27,7 +27,7 @@ from dansm.scale.base.machine import hardware, pick_device
 from dansm.scale.data.loader import load_images
 from dansm.scale.data.pixels import from_uint8
 from dansm.scale.evaluate.extractors import features_of_all, load_extractor
-from dansm.scale.evaluate.measures import frechet_distance
+from dansm.scale.evaluate.measures import Reference, frechet_distance
 from dansm.scale.evaluate.real_features import real_features
 from dansm.scale.model.load import load_models
 from dansm.scale.model.sampling import at_once, sample_images, sampler
@@ -42,6 +42,7 @@ def measure(data: str, runs: list[Path], steps: list[int], count: int, features:
                        f"{len(images)}: expected runs of these images without labels")
     extractor = load_extractor(features, device)
     real = real_features(images, extractor, device)
+    reference = Reference(real, extractor, device=device)
     known = {"pixels": from_uint8(images), "features": real.features}
     first = []  # rows of the first run, with the distances of each sample
     for model in models:
@@ -53,7 +54,7 @@ def measure(data: str, runs: list[Path], steps: list[int], count: int, features:
                                 for each in (samples, samples.flip(3)))
             nearest = {space: three_nearest(spaces[space], mirrored[space], known[space], device) for space in known}
             row = {"run": model.label, "steps": number,
-                   "frechet_distance": frechet_distance(spaces["features"], real),
+                   "frechet_distance": frechet_distance(spaces["features"], reference),
                    **{f"{space}_nearest": nearest[space][:, 0].mean().item() for space in known},
                    "pixels_below_0.5": (nearest["pixels"][:, 0] < nearest["pixels"][:, 1] / 2).double().mean().item()}
             if model is models[0]:

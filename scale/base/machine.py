@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from dansm import BadInput, check_choice
 
@@ -106,6 +107,11 @@ def number_type(precision: str, device: torch.device) -> torch.dtype:
     if precision == "fp16" and device.type != "cuda":
         raise BadInput(f"precision is fp16, on {device.type}: expected bf16 or fp32, fp16 is for GPUs")
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+
+
+def float64(x: Tensor, device: torch.device) -> Tensor:
+    """x in float64, on the device or, where that is Apple's and has no float64, on the CPU."""
+    return x.to(device).double() if device.type == "cuda" else x.cpu().double()
 
 
 def make_deterministic() -> None:

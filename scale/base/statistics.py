@@ -8,6 +8,8 @@ from torch import Tensor
 
 from dansm import BadInput, cost_matrix, members_of, squared_norms
 
+from .threads import one_thread
+
 
 def mean_and_std(values: Sequence[float] | Tensor) -> dict[str, float]:
     """{"mean": …, "std": …} of some numbers; the standard deviation of one number is 0."""
@@ -77,12 +79,21 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
         raise BadInput(f"features are {tuple(a.shape)} and {tuple(b.shape)}: expected at least two each, equally long")
     a, b = a.flatten(1).cpu().double(), b.flatten(1).cpu().double()  # Apple's GPUs have no float64
     shift = a.mean(0) - b.mean(0)
-    a, b = _root_of_covariance(a), _root_of_covariance(b)
+    a, b = root_of_covariance(a), root_of_covariance(b)
     overlap = torch.linalg.svdvals(a @ b.T).sum()
     return (shift.square().sum() + a.square().sum() + b.square().sum() - 2 * overlap).clamp_min(0).item()
 
 
-def _root_of_covariance(features: Tensor) -> Tensor:
+def trace_of_root(product: Tensor) -> float:
+    """tr P^½ of a symmetric, positive P (n, n), the sum of the roots of its eigenvalues; rounding counts as 0. It
+    is computed on the CPU, as a GPU is no faster."""
+    with one_thread():
+        values = torch.linalg.eigvalsh(product.cpu()).clamp_min(0)
+    least = len(values) * torch.finfo(values.dtype).eps * values[-1]
+    return values.where(values > least, 0.0).sqrt().sum().item()
+
+
+def root_of_covariance(features: Tensor) -> Tensor:
     """R with RᵀR the covariance of features (N, D): (N, D), or (D, D) where that is smaller."""
     root = (features - features.mean(0)) / (len(features) - 1) ** 0.5
     return torch.linalg.qr(root, mode="r").R if len(root) > root.shape[1] else root

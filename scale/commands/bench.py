@@ -162,10 +162,11 @@ def evaluation_row(features: str, images: Tensor, seed: int, device: torch.devic
     row = {"features": features, "features_s": seconds(
         lambda: measured.append(real_features(images, extractor, device)))}
     real = measured[0]
-    some = measures.shuffled(real.features, seed)[:10_000]  # generated images are scored against all
-    row |= {"frechet_s": seconds(measures.frechet_distance, some, real),
-            "kernel_s": seconds(measures.kernel_distance, some, real.features, "kernel"),
-            "reach_s": seconds(measures.precision_recall, some, some, device)}
+    reference = measures.Reference(real, extractor, seed=seed, device=device)
+    some = reference.drawn(slice(10_000))  # generated images are scored against all
+    row |= {"frechet_s": seconds(measures.frechet_distance, some, reference),
+            "kernel_s": seconds(measures.kernel_distance, some, real.features, "kernel", device),
+            "reach_s": seconds(measures.precision_recall, some, len(some), reference)}
     yield {**row, "within_s": round(row["features_s"] + row["frechet_s"], 4), "dimensions": some.shape[1],
            "images_per_second": round(len(images) / row["features_s"], 1)}
 

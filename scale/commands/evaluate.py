@@ -3,9 +3,13 @@
 import math
 import os
 import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import groupby, takewhile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -16,12 +20,14 @@ from dansm import BadInput, Diffusion
 from ..base.files import make_folder, read_json, write_csv, write_json
 from ..base.machine import hardware, number_type, pick_device
 from ..base.text import Stopped, console, counted, say, say_files, table, with_bar
+from ..base.threads import use_own_stream
 from ..data.labels import Labels, load_labels
 from ..data.latents import known_on_disk
 from ..data.loader import stream_images
 from ..data.read import Source
 from ..evaluate.by_class import Classes
 from ..evaluate.extractors import INCEPTION, LITE0, Extractor, digest_of_weights, features_of_all, load_extractor
+from ..evaluate.measures import Reference, floor, score
 from ..evaluate.real_features import VERSION, Real, digest_of, real_features
 from ..model.load import Model, classes_of, load_models
 from ..model.recipe import parse_counts
@@ -81,25 +87,26 @@ def evaluate(
         labelled = labelled._replace(numbers=np.delete(labelled.numbers, real.left_out))
     elif names:
         say(f"without labels of {source} each class is drawn equally often, classes are not measured")
-    classes = Classes(names, labelled, real) if names else None
+    classes = Classes(names, labelled, real, on) if names else None
     common = {"features": extractor.name, "data": source, "real_images": real.count, "real_digest": real.digest[:8],
               "seed": seed}
     made_from = digest_of("floor", [VERSION, real.digest, count, seed, *([classes.digest] if classes else [])])
     jobs = [(None, {"model": "real images", "made_from": made_from, **common, "count": count})]
     for model in trained:
         jobs += jobs_of(model, step_counts, common, real, classes, count, solver, number_type(precision, on))
-    rows = []
+    new = {row["made_from"]: (model, row) for model, row in jobs if row["made_from"] not in known}
     try:
-        for model, row in jobs:
-            key = row["made_from"]
-            if key not in known:
-                known[key] = row | measure(model, row, real, classes, extractor, on, precision, batch)
-                write_json(out / "evaluate.json", {"rows": list(known.values()), "hardware": hardware(on)})
-                write_csv(out / "evaluate.csv", list(known.values()))
-            rows.append(known[key] | {name: row[name] for name in ("model", "data", "file") if name in row})
+        reference = Reference(real, extractor, seed=seed, device=on)
+        for row in measured(new.values(), reference, classes, on, precision, batch):
+            known[row["made_from"]] = row
+            write_json(out / "evaluate.json", {"rows": list(known.values()), "hardware": hardware(on)})
+            write_csv(out / "evaluate.csv", list(known.values()))
     except KeyboardInterrupt:
-        if not rows:
+        if jobs[0][1]["made_from"] not in known:
             raise
+    done = takewhile(lambda job: job[1]["made_from"] in known, jobs)
+    rows = [known[row["made_from"]] | {name: row[name] for name in ("model", "data", "file") if name in row}
+            for _, row in done]
     report(rows, [model.label if model else "real images" for model, _ in jobs], extractor, count, len(real.mean))
     say_files(out, "evaluate.json", "evaluate.csv")
     if len(rows) < len(jobs):
@@ -191,30 +198,77 @@ def jobs_of(model: Model, step_counts: list[int], common: dict, real: Real, clas
             for steps in step_counts]
 
 
-def measure(model: Model | None, row: dict, real: Real, classes: Classes | None, extractor: Extractor,
-            device: torch.device, precision: str, batch: int) -> dict:
-    """The measures of one row, in how many seconds and on which GPU: calls on several machines add up."""
-    from ..evaluate.measures import floor, score
+class Drawn(NamedTuple):
+    """The images of a row, as they are scored."""
 
+    features: torch.Tensor  # (N, D)
+    logits: torch.Tensor | None  # (N, classes of the extractor)
+    labels: torch.Tensor | None  # (N,) that they were drawn for
+    seconds: float  # that drawing took
+
+
+def measured(jobs: Iterable[tuple[Model | None, dict]], reference: Reference, classes: Classes | None,
+             device: torch.device, precision: str, batch: int) -> Iterator[dict]:
+    """Yield the rows of jobs in turn with their measures. While a GPU draws a row, a thread scores the one before, and
+    Ctrl-C waits for that one."""
+    ahead = 1 if device.type == "cuda" else 0  # on a CPU they would wait for each other
+    stop, waiting = None, deque()
+    with ThreadPoolExecutor(1, initializer=use_own_stream, initargs=(device,)) as scorer:
+        try:
+            for row, drawn in draw_rows(jobs, reference.extractor, classes, device, precision, batch):
+                waiting.append(scorer.submit(measure, row, drawn, reference, classes))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+        except KeyboardInterrupt as error:
+            stop = error
+        for scored in waiting:
+            yield scored.result()
+    if stop:
+        raise stop
+
+
+def measure(row: dict, drawn: Drawn | None, reference: Reference, classes: Classes | None) -> dict:
+    """The row with its measures, in how many seconds and on which GPU: calls on several machines add up. None for
+    `drawn` measures real images."""
     begin = time.monotonic()
-    distance, images = extractor.distances[0], range(row["count"])
-    if model is None:
-        measures = floor(real, row["count"], extractor, seed=row["seed"], device=device)
+    distance = reference.extractor.distances[0]
+    if drawn is None:
+        measures = floor(reference, row["count"])
         if classes:
             measures |= classes.floor(measures["count"], row["seed"], distance)
     else:
-        net = model.on(device, precision).net
-        batch = batch or at_once(model.net, device, model.guidance)
-        labels = classes.drawn(images, row["seed"]) if model.classes else None
-        drawn = sample_images(net, model.flow, images, model.shape, row["steps"], seed=row["seed"], batch=batch,
-                              device=device, decode=model.decode, labels=labels, guidance=model.guidance)
-        bar = with_bar(drawn, f"{model.label}, {counted(row['steps'], 'step')}", math.ceil(row["count"] / batch))
-        features, logits = features_of_all(bar, extractor, device)
-        model.net.cpu()  # only one of the models is on the GPU at a time
-        measures = score(features, real, extractor, logits=logits, seed=row["seed"], device=device)
-        if model.classes:
-            measures |= classes.score(features, labels, distance)
-    return {**measures, "seconds": round(time.monotonic() - begin, 2), "gpu": hardware(device)["gpu"] or "CPU"}
+        measures = score(drawn.features, reference, logits=drawn.logits)
+        if drawn.labels is not None:
+            measures |= classes.score(drawn.features, drawn.labels, distance)
+    seconds = time.monotonic() - begin + (drawn.seconds if drawn else 0)
+    return {**row, **measures, "seconds": round(seconds, 2), "gpu": hardware(reference.device)["gpu"] or "CPU"}
+
+
+def draw_rows(jobs: Iterable[tuple[Model | None, dict]], extractor: Extractor, classes: Classes | None,
+              device: torch.device, precision: str, batch: int) -> Iterator[tuple[dict, Drawn | None]]:
+    """Yield each row with its images; with None for the row of real images. One of the networks is on the device at a
+    time, for all its rows."""
+    for _, of_network in groupby(jobs, lambda job: job[0] and id(job[0].net)):
+        network = drawing = None
+        for model, row in of_network:
+            if model is None:
+                yield row, None
+                continue
+            begin = time.monotonic()
+            network = network or model.on(device, precision).net
+            if model is not drawing:
+                drawing, together = model, batch or at_once(model.net, device, model.guidance)
+            labels = classes.drawn(range(row["count"]), row["seed"]) if model.classes else None
+            images = sample_images(network, model.flow, range(row["count"]), model.shape, row["steps"],
+                                   seed=row["seed"], batch=together, device=device, decode=model.decode, labels=labels,
+                                   guidance=model.guidance, to_cpu=False)
+            bar = with_bar(images, f"{model.label}, {counted(row['steps'], 'step')}",
+                           math.ceil(row["count"] / together))
+            features, logits = features_of_all(bar, extractor, device)
+            yield row, Drawn(features, logits, labels, time.monotonic() - begin)
+        if network:
+            del network  # and its graphs, before the weights that they read
+            drawing.net.cpu()
 
 
 def report(rows: list[dict], labels: list[str], extractor: Extractor, count: int, dimensions: int) -> None:

@@ -1,5 +1,7 @@
 """How well samples follow their labels: the distance of each class, and the labels that a linear probe predicts."""
 
+import os
+from contextlib import nullcontext
 from functools import cached_property
 from statistics import fmean
 
@@ -10,13 +12,16 @@ from torch import Tensor
 
 from dansm import BadInput
 
-from ..base.statistics import frechet_distance
+from ..base.machine import float64
+from ..base.statistics import root_of_covariance, trace_of_root
 from ..base.text import shorten
+from ..base.threads import ahead, one_thread
 from ..data.labels import Labels
 from .real_features import Real, digest_of, kept_places, shuffled
 
 LEAST = 50  # images of a class, real ones and samples, for a distance of its own
 HELD_OUT = 5  # one real image of so many is kept from the probe's training, to test it
+THREADS = min(8, os.cpu_count())  # that measure classes
 RIDGE = 1e-3  # of the probe, times the mean square of a feature
 
 
@@ -26,12 +31,15 @@ class Classes:
     names   of the classes, as the models number them
     labels  of the real images; None: each class is drawn as often as the others, and none is measured
     real    may be set later: only `drawn` does without
+    device  that computes products
     BadInput for labels of classes that the models do not know. Classes are not measured either where the labels are
     more than the images.
     """
 
-    def __init__(self, names: list[str], labels: Labels | None, real: Real | None = None):
+    def __init__(self, names: list[str], labels: Labels | None, real: Real | None = None,
+                 device: torch.device | str = "cpu"):
         self.names = names
+        self.device = torch.device(device)
         self.real = real
         self.numbers = torch.arange(len(names))
         if labels is not None:
@@ -82,21 +90,43 @@ class Classes:
     def _probe(self) -> Tensor:
         """A linear map of features to classes, (D + 1, classes): ridge regression of the labels, one-hot."""
         trained = torch.arange(len(self._kept)) % HELD_OUT > 0
-        x = F.pad(self.real.features[trained].double(), (0, 1), value=1.0)
+        x = self._with_one(self.real.features[trained])
         products = x.T @ x
         products.diagonal().add_(RIDGE * products.diagonal().mean())
-        return torch.linalg.solve(products, x.T @ F.one_hot(self._kept[trained], len(self.names)).double())
+        return torch.linalg.solve(products, x.T @ F.one_hot(self._kept[trained], len(self.names)).to(x))
 
     def _accuracy(self, features: Tensor, labels: Tensor) -> float:
-        predicted = (F.pad(features.double(), (0, 1), value=1.0) @ self._probe).argmax(1)
+        predicted = (self._with_one(features) @ self._probe).argmax(1).cpu()
         return (predicted == labels).double().mean().item()
 
+    def _with_one(self, features: Tensor) -> Tensor:
+        """Features (N, D) and a number that is 1, (N, D + 1)."""
+        return F.pad(float64(features, self.device), (0, 1), value=1.0)
+
     def _distances(self, features: Tensor, labels: Tensor, name: str) -> dict[str, float]:
-        row = {}
-        for number, of_class in enumerate(self.names):
+        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+
+        def distance(number: int) -> float | None:
             own, others = features[labels == number], self.real.features[self._kept == number]
-            if min(len(own), len(others)) >= LEAST:
-                row[f"{name}/{of_class}"] = frechet_distance(own, others)
+            if min(len(own), len(others)) < LEAST:
+                return None
+            with torch.cuda.stream(stream) if stream else nullcontext():
+                return distance_of_few(float64(own, self.device), float64(others, self.device))
+
+        with one_thread():  # threads take a class each
+            distances = list(ahead(distance, range(len(self.names)), threads=THREADS, depth=THREADS))
+        row = {f"{name}/{of_class}": distance for of_class, distance in zip(self.names, distances, strict=True)
+               if distance is not None}
         if len(row) == len(self.names):
             row[f"{name}_class_mean"] = fmean(row.values())
         return row
+
+
+def distance_of_few(a: Tensor, b: Tensor) -> float:
+    """`base.statistics.frechet_distance` of features in float64, a: (N, D), b: (M, D), by a matrix of N or D rows: fast
+    for an N below D. Singular values below 1e-6 of the largest may count as 0."""
+    shift = (a.mean(0) - b.mean(0)).square().sum()
+    a, b = root_of_covariance(a), (b - b.mean(0)) / (len(b) - 1) ** 0.5
+    spreads = a.square().sum() + b.square().sum()
+    between = a @ b.T
+    return max(0.0, (shift + spreads).item() - 2 * trace_of_root(between @ between.T))

@@ -5,6 +5,7 @@ import importlib
 import io
 import os
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stderr
 from itertools import chain
@@ -17,12 +18,14 @@ from torch import Tensor
 
 from dansm import BadInput
 
+from ..base.copies import copy_to_cpu
 from ..base.machine import lacks_memory
 from ..base.text import shorten
 
 INCEPTION = "inception"
 LITE0 = "efficientnet-lite0"
 MOST_AT_ONCE = 500  # images that a network gets together: for 500 one layer of Inception fills 2.8 GB
+COPIED_AT_ONCE = 4  # parts of MOST_AT_ONCE images, of which the features are on the way to the CPU
 
 
 class Extractor(NamedTuple):
@@ -43,7 +46,6 @@ def load_extractor(features: str, device: torch.device, weights: Path | None = N
                    option: str = "--features") -> Extractor:
     """The network called `features`, on the device. weights: a file with Inception's, None: downloaded at first use.
     option: what messages call `features`."""
-    importlib.import_module("torch_fidelity")  # which every evaluation needs
     if features == "scale.evaluate:efficientnet_lite0":
         raise BadInput(f"{option} {features} is now {option} {LITE0}")
     if features == INCEPTION:
@@ -127,25 +129,47 @@ def digest_of_weights(weights: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-@torch.no_grad()
 def features_of(images: Tensor, extractor: Extractor, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Features (N, D) float32 on the device, and logits (N, classes) or None. BadInput if the network gives others.
 
     images  uint8 (N, 1 or 3, H, W); grey ones are repeated for the three colours
     """
+    features, logits = _extract(images, extractor, device)
+    return _check_finite(features, extractor), logits
+
+
+@torch.no_grad()
+def _extract(images: Tensor, extractor: Extractor, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Like `features_of`, but the numbers may be anything, so that no one waits for a GPU."""
     features, logits = extractor.extract(images.to(device).expand(-1, 3, -1, -1))
     features = features.detach().float()
-    if features.ndim != 2 or len(features) != len(images) or not features.isfinite().all():
+    if features.ndim != 2 or len(features) != len(images):
         raise BadInput(f"{extractor.option} is {extractor.name}, which made {tuple(features.shape)} from {len(images)} "
-                       "images, or numbers that are not finite: expected finite ones (N, D)")
+                       "images: expected (N, D)")
     return features, logits
 
 
+def _check_finite(features: Tensor, extractor: Extractor) -> Tensor:
+    if not features.isfinite().all():
+        raise BadInput(f"{extractor.option} is {extractor.name}, which made features that are not finite: expected "
+                       "finite ones")
+    return features
+
+
 def features_of_all(batches: Iterable[Tensor], extractor: Extractor, device: torch.device) -> tuple:
-    """Features (N, D) and logits (N, classes) or None, on the CPU, of images that come in batches and are not kept."""
-    parts = []
+    """Features (N, D) and logits (N, classes) or None, on the CPU, of images that come in batches and are not kept. A
+    GPU goes on to the next ones while those before are copied."""
+    parts, waiting = [], deque()
+
+    def collect(most: int) -> None:
+        while len(waiting) > most:
+            features, logits = (copied and copied() for copied in waiting.popleft())
+            parts.append((_check_finite(features, extractor), logits))
+
     for images in chain.from_iterable(batch.split(MOST_AT_ONCE) for batch in batches):
-        features, logits = features_of(images, extractor, device)
-        parts.append((features.cpu(), None if logits is None else logits.cpu()))
+        features, logits = _extract(images, extractor, device)
+        waiting.append((copy_to_cpu(features), None if logits is None else copy_to_cpu(logits)))
+        collect(COPIED_AT_ONCE)
+    collect(0)
     features, logits = zip(*parts, strict=True)
     return torch.cat(features), None if logits[0] is None else torch.cat(logits)

@@ -80,8 +80,13 @@ def real_features(images: Source | Tensor | np.ndarray, extractor: Extractor, de
 
 
 def shuffled(features: Tensor, seed: int) -> Tensor:
-    """The features, or labels, of the images in a random order that depends on the seed and their count alone."""
-    return features[torch.from_numpy(np.random.default_rng([seed, len(features)]).permutation(len(features)))]
+    """The features, or labels, of the images in a random order."""
+    return features[random_order(len(features), seed)]
+
+
+def random_order(count: int, seed: int) -> Tensor:
+    """The numbers from 0 to count − 1 in a random order that depends on the seed and the count alone."""
+    return torch.from_numpy(np.random.default_rng([seed, count]).permutation(count))
 
 
 def feature_batch(device: torch.device | str) -> int:

@@ -3,6 +3,7 @@
 import math
 import re
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from itertools import cycle
@@ -129,19 +130,20 @@ def rows_of_classes(classes: int, columns: int) -> tuple[list[int], Tensor]:
 
 def sample_images(net, flow, images: Sequence[int], shape, steps: int, *, seed: int = 0, batch: int = 64, device="cpu",
                   decode: Callable[[Tensor, int], Tensor] | None = None, labels: Tensor | None = None,
-                  guidance: Guidance = UNGUIDED) -> Iterator[Tensor]:
-    """Draw images by their numbers, `batch` at a time: uint8 (B, C, H, W) on the CPU.
+                  guidance: Guidance = UNGUIDED, to_cpu: bool = True) -> Iterator[Tensor]:
+    """Draw images by their numbers, `batch` at a time: uint8 (B, C, H, W).
 
     shape   (C, H, W) of one sample
     seed    decides, with an image's number, the noise that it starts from (see `path_noise`)
     decode  makes images of latents x (B, C, H, W) and the number of x[0]; None for a model of images
     labels  (len(images),) of the images; None for a network without classes
+    to_cpu  False leaves images on the device
     A GPU draws one batch while the caller uses the one before and threads draw the noises of the next.
     """
     device = torch.device(device)
     parts = [images[start : start + batch] for start in range(0, len(images), batch)]
     labels_of_parts = [None] * len(parts) if labels is None else labels.to(device).split(batch)
-    waiting = []
+    waiting = deque()
 
     def draw_noise(part: Sequence[int]) -> Tensor:
         noise = path_noise(part, shape, seed)
@@ -151,11 +153,15 @@ def sample_images(net, flow, images: Sequence[int], shape, steps: int, *, seed: 
         for part, of_part, noise in zip(parts, labels_of_parts, noises, strict=True):
             z = noise.to(device, non_blocking=noise.is_pinned())
             x = flow.sample(guided(net, of_part, guidance, flow, steps), z, steps)
-            waiting.append(copy_to_cpu(decode(x, part[0]) if decode else to_uint8(x)))
+            drawn = decode(x, part[0]) if decode else to_uint8(x)
+            if not to_cpu:
+                yield drawn
+                continue
+            waiting.append(copy_to_cpu(drawn))
             if len(waiting) > 1:
-                yield waiting.pop(0)()
-    for drawn in waiting:
-        yield drawn()
+                yield waiting.popleft()()
+    for copied in waiting:
+        yield copied()
 
 
 def save_grid(images: Tensor, path: Path, enlarge: int = 2, columns: int | None = None) -> None:

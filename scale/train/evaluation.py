@@ -12,10 +12,11 @@ from dansm import BadInput
 
 from ..base.processes import everyones, first_before_others, ranks
 from ..base.text import counted, say
+from ..base.threads import use_own_stream
 from ..data.labels import Labels
 from ..data.latents import known_of
 from ..evaluate.by_class import Classes
-from ..evaluate.extractors import features_of_all, load_extractor
+from ..evaluate.extractors import INCEPTION, features_of_all, load_extractor
 from ..evaluate.real_features import check_real, real_features
 from ..model.recipe import FLOWS, Recipe
 from ..model.sampling import at_once, check_steps, sample_images, sampler
@@ -39,7 +40,8 @@ def check_evaluation(recipe: Recipe) -> None:
         raise BadInput(f"--evaluate-count is {recipe.evaluate_count}: expected at least an image for each process")
     for steps in recipe.evaluate_steps:
         check_steps("--evaluate-steps", steps, FLOWS[recipe.flow])
-    importlib.import_module("torch_fidelity")  # which every evaluation needs
+    if recipe.evaluate_features == INCEPTION:
+        importlib.import_module("torch_fidelity")  # so that it is missed before the training
 
 
 class Evaluation:
@@ -50,7 +52,7 @@ class Evaluation:
         self.run = run
         self.flow = flow
         self.rank, self.processes = ranks()
-        self.classes = Classes(labels.names, labels) if labels else None
+        self.classes = Classes(labels.names, labels, device=run.device) if labels else None
         self.labels = self.classes.drawn(range(run.recipe.evaluate_count), SEED) if labels else None
         recipe, device = run.recipe, run.device
         if known_of(images) is not None:
@@ -61,13 +63,13 @@ class Evaluation:
         with first_before_others():  # it may download them
             self.extractor = load_extractor(recipe.evaluate_features, device, weights, "--evaluate-features")
         if self.rank == 0:
-            from ..evaluate.measures import floor
+            from ..evaluate.measures import Reference, floor
 
-            self.real = real_features(images, self.extractor, device, cache=CACHE.expanduser())
-            self.floor = floor(self.real, recipe.evaluate_count, self.extractor, seed=SEED, device=device,
-                               measures=recipe.evaluate_measures)
+            real = real_features(images, self.extractor, device, cache=CACHE.expanduser())
+            self.reference = Reference(real, self.extractor, seed=SEED, device=device)
+            self.floor = floor(self.reference, recipe.evaluate_count, measures=recipe.evaluate_measures)
             if self.classes:
-                self.classes.real = self.real
+                self.classes.real = real
                 if recipe.evaluate_measures == "all":
                     self.floor |= self.classes.floor(self.floor["count"], SEED, self.extractor.distances[0])
 
@@ -78,8 +80,8 @@ class Evaluation:
         begin = time.monotonic()
         net = sampler(run.average, run.device, recipe.precision, recipe.compile)
         scores = {}
-        with ThreadPoolExecutor(1) as scorer:  # the CPU scores these images while the GPU draws the next
-            for steps in recipe.evaluate_steps:
+        with ThreadPoolExecutor(1, initializer=use_own_stream, initargs=(run.device,)) as scorer:
+            for steps in recipe.evaluate_steps:  # these images are scored while the next are drawn
                 features, logits = self._draw(net, steps, show)
                 if self.rank == 0:
                     scores[steps] = scorer.submit(self._score, features, logits)
@@ -102,8 +104,7 @@ class Evaluation:
         from ..evaluate.measures import score
 
         measures = self.run.recipe.evaluate_measures
-        row = score(features, self.real, self.extractor, logits=logits, seed=SEED, device=self.run.device,
-                    measures=measures)
+        row = score(features, self.reference, logits=logits, measures=measures)
         if self.classes and measures == "all":
             row |= self.classes.score(features, self.labels, self.extractor.distances[0])
         return row
@@ -117,7 +118,7 @@ class Evaluation:
             done = 0
             labels = None if self.labels is None else self.labels[share.start : share.stop]
             for images in sample_images(net, self.flow, share, run.net.shape, steps, seed=SEED, device=run.device,
-                                        batch=at_once(run.average, run.device), labels=labels):
+                                        batch=at_once(run.average, run.device), labels=labels, to_cpu=False):
                 done += len(images) * self.processes
                 show(f"evaluating: {min(done, count):,} of {count:,} images in {counted(steps, 'step')}")
                 yield images

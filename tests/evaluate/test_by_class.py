@@ -9,7 +9,7 @@ from sklearn.linear_model import LogisticRegression
 from dansm import BadInput
 from dansm.scale.base.statistics import frechet_distance
 from dansm.scale.data.labels import Labels
-from dansm.scale.evaluate import by_class, measures, real_features
+from dansm.scale.evaluate import by_class, real_features
 from dansm.scale.evaluate.by_class import Classes
 
 NAMES = list("abcdefghij")
@@ -120,7 +120,7 @@ def test_samples_of_wrong_classes_are_told_from_right_ones(classes, others):
 
 def test_the_floor_is_of_the_images_that_the_other_floor_is_of(classes, real):
     row = classes.floor(700, 3, DISTANCE)
-    images = measures.shuffled(torch.arange(1200), 3)[:700]
+    images = real_features.shuffled(torch.arange(1200), 3)[:700]
     expected = classes.score(real[0].features[images], torch.from_numpy(real[1].numbers)[images], DISTANCE)
     assert {**row, "label_accuracy": 0} == {**expected, "label_accuracy": 0}
     assert row["label_accuracy"] < expected["label_accuracy"]  # which the probe was trained on

@@ -95,8 +95,9 @@ def test_files_that_hold_no_weights_of_inception_are_refused(tmp_path):
 
 def test_without_torch_fidelity_one_line_says_how_to_install_it(refused, monkeypatch, images, tmp_path):
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    assert "dansm[eval]" in refused("train", images, "--evaluate-at", 1, "--evaluate-features", "features:seen",
+    assert "dansm[eval]" in refused("train", images, "--evaluate-at", 1, "--evaluate-features", INCEPTION,
                                     "--device", "cpu", "--out", tmp_path / "out")
+    load_extractor(LITE0, CPU)  # whose features need none of it
 
 
 def test_a_module_in_the_working_folder_is_found_and_its_change_makes_another_extractor(tmp_path):

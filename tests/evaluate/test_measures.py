@@ -7,10 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from features import PIXELS, SEEN, digits, features_in_batches, seen
+from torch_fidelity import metric_fid, metric_kid, metric_prc
 
 from dansm.scale.base.statistics import frechet_distance
 from dansm.scale.evaluate import measures
 from dansm.scale.evaluate.extractors import Extractor
+from dansm.scale.evaluate.measures import Reference
 from dansm.scale.evaluate.real_features import Real, real_features
 
 
@@ -18,6 +20,10 @@ def real_of(features):
     """As if they were the features of real images."""
     mean, covariance = features.double().mean(0).numpy(), np.atleast_2d(np.cov(features.double().numpy().T))
     return Real("digest", len(features), (3, 8, 8), mean, covariance, features.float())
+
+
+def reference_of(features, extractor=PIXELS):
+    return Reference(real_of(features), extractor)
 
 
 def exactly(mean, covariance, count=200):
@@ -53,14 +59,14 @@ def test_two_known_gaussians_have_the_distance_of_the_closed_form():
     a, b = torch.rand(2, 6, dtype=torch.float64) + 0.1
     x, y = exactly(mu, turned * a @ turned.T), exactly(nu, turned * b @ turned.T)
     expected = ((mu - nu).square().sum() + (a.sqrt() - b.sqrt()).square().sum()).item()
-    assert measures.frechet_distance(x, real_of(y)) == pytest.approx(expected, rel=1e-6)
+    assert measures.frechet_distance(x, reference_of(y)) == pytest.approx(expected, rel=1e-6)
     assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-6)
 
 
 def test_features_of_one_number_have_a_distance_too():
     one = torch.ones(1, 1, dtype=torch.float64)
     x, y = exactly(0 * one[0], one), exactly(one[0], 4 * one)
-    assert measures.frechet_distance(x, real_of(y)) == pytest.approx(1 + 1, rel=1e-6)
+    assert measures.frechet_distance(x, reference_of(y)) == pytest.approx(1 + 1, rel=1e-6)
 
 
 @pytest.mark.parametrize(("count", "others", "length", "rank"), [
@@ -68,7 +74,46 @@ def test_features_of_one_number_have_a_distance_too():
 def test_our_distance_is_torch_fidelitys_also_where_covariances_are_nearly_singular(count, others, length, rank):
     mixed = torch.randn(rank, length)
     x, y = (torch.randn(count, rank) @ mixed).float(), (1.2 * torch.randn(others, rank) @ mixed + 0.1).float()
-    assert measures.frechet_distance(x, real_of(y)) == pytest.approx(frechet_distance(x, y), rel=1e-3)
+    assert measures.frechet_distance(x, reference_of(y)) == pytest.approx(frechet_distance(x, y), rel=1e-3)
+
+
+@pytest.mark.parametrize(("count", "others", "length"), [(300, 400, 30), (60, 50, 100), (3, 40, 5), (400, 90, 12)])
+def test_every_measure_is_torch_fidelitys(count, others, length):
+    x = 2 + torch.randn(count, length) * torch.linspace(0.1, 3, length)
+    y = 2.3 + torch.randn(others, length) * torch.linspace(0.2, 2.5, length)
+    reference = reference_of(y)
+    row = measures.score(x, reference)
+    statistics = metric_fid.fid_features_to_statistics(x.double())
+    of_real = {"mu": reference.real.mean, "sigma": reference.real.covariance}
+    fid = metric_fid.fid_statistics_to_metric(statistics, of_real, False)
+    assert row["frechet_distance"] == pytest.approx(fid[metric_fid.KEY_METRIC_FID], rel=1e-6)
+    kid = metric_kid.kid_features_to_metric(x, y, kid_subsets=measures.SUBSETS, verbose=False,
+                                            kid_subset_size=min(measures.SUBSET, count, others))
+    assert row["kernel_distance"] == pytest.approx(kid[metric_kid.KEY_METRIC_KID_MEAN], rel=1e-4)
+    assert row["kernel_distance_std"] == pytest.approx(kid[metric_kid.KEY_METRIC_KID_STD], rel=1e-3, abs=1e-6)
+    prc = metric_prc.prc_features_to_metric(x, reference.drawn(slice(-count, None)), verbose=False, prc_batch_size=7,
+                                            prc_neighborhood=min(3, count - 1, others - 1), save_cpu_ram=True)
+    assert row["precision"] == pytest.approx(prc[metric_prc.KEY_METRIC_PRECISION], abs=1e-6)
+    assert row["recall"] == pytest.approx(prc[metric_prc.KEY_METRIC_RECALL], abs=1e-6)
+
+
+def test_distances_come_in_blocks_of_any_size_and_reaches_of_real_images_once(monkeypatch):
+    x, reference = torch.randn(90, 6), reference_of(torch.randn(120, 6))
+    expected = measures.precision_recall(x, 90, reference)
+    assert 0 < expected["precision"] < 1 and 0 < expected["recall"] < 1
+    monkeypatch.setattr(measures, "DISTANCES_AT_ONCE", 700)  # seven rows of a hundred
+    assert measures.precision_recall(x, 90, reference_of(reference.real.features)) == expected
+    calls, reach = [], measures.reach
+    monkeypatch.setattr(measures, "reach", lambda *given: calls.append(given) or reach(*given))
+    assert measures.precision_recall(x, 90, reference) == expected and len(calls) == 1
+
+
+def test_precision_and_recall_do_not_depend_on_how_far_from_0_features_lie():
+    x, others = torch.randn(90, 6), torch.randn(120, 6)
+    far = torch.full((6,), 1000.0)  # where squares of float32 have lost the distances
+    expected = measures.precision_recall(x, 90, reference_of(others))
+    found = measures.precision_recall(x + far, 90, reference_of(others + far))
+    assert all(abs(found[name] - expected[name]) <= 0.03 for name in expected)
 
 
 @pytest.mark.parametrize("batch", [7, 64])
@@ -77,7 +122,7 @@ def test_a_set_against_itself_is_at_0_in_any_order_and_any_batches(batch):
     real = features_in_batches(600, images, SEEN, "cpu")
     scale = np.trace(real.covariance)
     shuffled = images[torch.randperm(len(images))]
-    row = measures.score(seen(shuffled), real, SEEN)
+    row = measures.score(seen(shuffled), Reference(real, SEEN))
     assert abs(row["frechet_distance"]) < 1e-5 * scale
     assert -0.005 < row["kernel_distance"] <= 0  # without bias where no image is in both sets
     assert (row["precision"], row["recall"]) == (1, 1)
@@ -89,11 +134,11 @@ def test_a_set_against_itself_is_at_0_in_any_order_and_any_batches(batch):
 @pytest.mark.parametrize(("kind", "features"), [("blur", SEEN), ("noise", SEEN), ("classes", PIXELS)])
 def test_a_worse_generator_scores_worse(features, kind):
     images, classes = digits(600)
-    real = real_features(images[:300], features, "cpu")
+    reference = Reference(real_features(images[:300], features, "cpu"), features)
     images, classes = images[300:], classes[300:]
     worse = {"blur": lambda by: blurred(images, by), "noise": lambda by: noisy(images, 25 * by),
              "classes": lambda by: of_classes(images, classes, (10, 6, 3, 1)[by])}[kind]
-    rows = [measures.score(features.extract(worse(by))[0], real, features) for by in range(4)]
+    rows = [measures.score(features.extract(worse(by))[0], reference) for by in range(4)]
     for better, row in pairwise(rows):
         assert row["frechet_distance"] > 1.2 * better["frechet_distance"]
         assert row["kernel_distance"] > better["kernel_distance"]
@@ -105,30 +150,39 @@ def test_a_worse_generator_scores_worse(features, kind):
 
 def test_inception_score_is_the_count_of_classes_told_apart():
     sure = 50 * F.one_hot(torch.arange(1000) % 5, 8).float()
-    real = real_of(torch.randn(50, 3))
+    reference = reference_of(torch.randn(50, 3))
     for logits, expected in ((sure, 5), (torch.zeros(1000, 8), 1)):
-        row = measures.score(torch.randn(20, 3), real, PIXELS, logits=logits)
+        row = measures.score(torch.randn(20, 3), reference, logits=logits)
         assert row["inception_score"] == pytest.approx(expected, rel=0.02)
-    assert "inception_score" not in measures.score(torch.randn(20, 3), real, PIXELS)
+    assert "inception_score" not in measures.score(torch.randn(20, 3), reference)
 
 
 def test_only_on_inceptions_features_is_it_called_fid():
-    x, real = torch.randn(20, 3), real_of(torch.randn(50, 3))
-    assert {"fid", "kid"} <= measures.score(x, real, Extractor("inception", "", None)).keys()
-    assert not {"fid", "kid"} & measures.score(x, real, PIXELS).keys()
-    assert not {"fid", "kid"} & measures.floor(real, 10, PIXELS).keys()
-    assert measures.score(x, real, PIXELS, measures="distance").keys() == {"frechet_distance"}
+    x, others = torch.randn(20, 3), torch.randn(50, 3)
+    assert {"fid", "kid"} <= measures.score(x, reference_of(others, Extractor("inception", "", None))).keys()
+    assert not {"fid", "kid"} & measures.score(x, reference_of(others)).keys()
+    assert not {"fid", "kid"} & measures.floor(reference_of(others), 10).keys()
+    assert measures.score(x, reference_of(others), measures="distance").keys() == {"frechet_distance"}
 
 
 def test_the_floor_is_between_random_real_images_and_all():
     images, _ = digits(1000)
     real = real_features(images, SEEN, "cpu")
-    floors = [measures.floor(real, count, SEEN) for count in (50, 100, 300)]
+    reference = Reference(real, SEEN)
+    floors = [measures.floor(reference, count) for count in (50, 100, 300)]
     assert [row["count"] for row in floors] == [50, 100, 300]
     assert all(a["frechet_distance"] > b["frechet_distance"] > 0 for a, b in pairwise(floors))
     assert abs(floors[2]["kernel_distance"]) < 0.01 and floors[2]["precision"] > 0.7 and floors[2]["recall"] > 0.7
-    assert floors[0] == measures.floor(real, 50, SEEN) != measures.floor(real, 50, SEEN, seed=1)
+    assert floors[0] == measures.floor(reference, 50) != measures.floor(Reference(real, SEEN, seed=1), 50)
     for count in (1000, 10**6):  # all against all would be 0
-        assert measures.floor(real, count, SEEN)["count"] == 500
-    worse = measures.score(seen(noisy(images[:300], 60)), real, SEEN)
+        assert measures.floor(reference, count)["count"] == 500
+    worse = measures.score(seen(noisy(images[:300], 60)), reference)
     assert worse["frechet_distance"] > 3 * floors[2]["frechet_distance"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_measures_what_a_cpu_does():
+    x, others = torch.randn(3000, 200) + 3, 1.1 * torch.randn(4000, 200) + 3.1
+    real = real_of(others)
+    on_cpu, on_gpu = (measures.score(x, Reference(real, PIXELS, device=device)) for device in ("cpu", "cuda"))
+    assert on_gpu == {name: pytest.approx(value, rel=1e-3, abs=1e-6) for name, value in on_cpu.items()}
