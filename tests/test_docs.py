@@ -1,13 +1,15 @@
 """The pages agree with the records, the files and the commands."""
 
+import importlib.metadata
 import importlib.util
 import re
+import tomllib
 
 import pytest
 import typer
 from support import ROOT
 
-from dansm.scale.commands.main import app
+from dansm.scale.commands import main
 
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("results/**/*.md")),
          ROOT / "findings" / "README.md", ROOT / "CHANGELOG.md"]
@@ -57,7 +59,7 @@ def commands(command, name="dansm"):
 
 @pytest.fixture(scope="module")
 def options():
-    return dict(commands(typer.main.get_command(app)))
+    return dict(commands(typer.main.get_command(main.app)))
 
 
 def code_of(page):
@@ -87,6 +89,41 @@ def test_targets_of_make_exist(page):
     for code in code_of(page):
         for target in re.findall(r"^make ([a-z][\w-]*)", code):
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), code
+
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+SOURCES = [*PAGES, *(path for folder in ("scale", "tiny", "examples", "results", "docs")
+                     for path in sorted((ROOT / folder).rglob("*.py")))]
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: str(source.relative_to(ROOT)))
+def test_extras_that_are_to_be_installed_exist(source):
+    text = source.read_text()
+    for command in re.findall(r"pip install ((?:-e )?['\"]?(?:\.|dansm)\[\S*)", text):
+        asked = re.match(r"""(?:-e )?(['"])(?:\.|dansm)\[([\w,]+|\{extra\})\]\1""", command)
+        assert asked, command  # brackets need quotes in a shell
+        assert {*asked[2].split(",")} <= {*PROJECT["optional-dependencies"], "{extra}"}, command
+
+
+def test_an_extra_that_an_error_names_brings_the_package():
+    distributions = importlib.metadata.packages_distributions()
+    for module, extra in main.EXTRAS.items():
+        brought = {re.match(r"[\w-]+", package)[0] for package in PROJECT["optional-dependencies"][extra]}
+        assert brought & {module.replace("_", "-"), *distributions.get(module, ())}, module
+
+
+def test_every_extra_is_in_the_page_that_lists_them():
+    page = (ROOT / "docs" / "training.md").read_text()
+    listed = re.findall(r"^\| `pip install '\.\[([\w,]+)\]'`", page, re.MULTILINE)
+    assert {name for names in listed for name in names.split(",")} == set(PROJECT["optional-dependencies"])
+
+
+def test_the_version_is_the_same_everywhere():
+    version = PROJECT["version"]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    headings = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert next(heading for heading in headings if heading != "Unreleased") == version
+    assert main.version() == version
 
 
 def with_the_line_before(code):

@@ -4,6 +4,11 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tomllib
+import venv
+import zipfile
+from pathlib import Path
 
 import pytest
 from support import ROOT, make_images
@@ -13,12 +18,37 @@ OPTIONS = ["--network", "small", "--width", "8", "--batch", "4", "--match-size",
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
+def wheel(tmp_path_factory):
+    """A wheel built from the checkout."""
+    folder = tmp_path_factory.mktemp("wheel")
+    pip("wheel", "--no-deps", "--wheel-dir", folder, ROOT)
+    wheel, = folder.glob("*.whl")
+    return wheel
+
+
+def pip(command, *arguments, python=sys.executable):
+    """Run pip for an interpreter, which need not have pip itself."""
+    subprocess.run([sys.executable, "-m", "pip", "--python", str(python), command, "--quiet", *map(str, arguments)],
+                   check=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def site(wheel, tmp_path_factory):
     """A folder that the project is installed into, alone."""
     site = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(ROOT)]
-    subprocess.run(command, check=True, timeout=300)
+    pip("install", "--no-deps", "--target", site, wheel)
     return site
+
+
+@pytest.fixture(scope="module")
+def environment(wheel, tmp_path_factory):
+    """A virtual environment with the project alone installed, that sees torch and the others of this one."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=False)
+    packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
+    (packages / "these.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    pip("install", "--no-deps", wheel, python=folder / "bin" / "python")
+    return folder
 
 
 @pytest.fixture
@@ -44,6 +74,52 @@ def ended(command, folder, environment=None):
     command = [*map(str, command)]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False,
                           timeout=300)
+
+
+VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+
+
+@pytest.mark.slow
+def test_a_wheel_has_all_that_is_needed_and_no_more(wheel):
+    assert wheel.name == f"dansm-{VERSION}-py3-none-any.whl"
+    names = set(zipfile.ZipFile(wheel).namelist())
+    of_ours = {name for name in names if not name.startswith(f"dansm-{VERSION}.dist-info/")}
+    files = [path.relative_to(ROOT) for room in ("scale", "tiny") for path in (ROOT / room).rglob("*")
+             if path.is_file() and path.suffix not in (".pyc", ".ipynb")]
+    assert of_ours == {"dansm.py", *(f"dansm/{path.as_posix()}" for path in files)}
+    assert {"dansm/scale/model/recipes/cifar10.toml", "dansm/tiny/play.html"} <= of_ours
+    assert f"dansm-{VERSION}.dist-info/licenses/LICENSE" in names
+
+
+FIRST = """
+import torch
+from dansm import NoisePool
+pool = NoisePool(100, (4, 8, 8), seed=0)
+z = pool(torch.randn(30, 4, 8, 8))
+assert z.shape == (30, 4, 8, 8) and z.isfinite().all()
+import dansm
+from dansm.scale.model.recipe import RECIPES
+print(dansm.__file__, len(list(RECIPES.glob("*.toml"))), type(pool).__name__)
+"""
+
+
+@pytest.mark.slow
+def test_a_wheel_in_an_empty_environment_works_from_an_empty_folder(environment, tmp_path):
+    def said(*command):
+        outside = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        done = ended([environment / "bin" / command[0], *command[1:]], tmp_path, outside | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    file, recipes, pool = said("python", "-c", FIRST).split()
+    assert Path(file).is_relative_to(environment) and pool == "FastPool"
+    assert int(recipes) == len(list((ROOT / "scale" / "model" / "recipes").glob("*.toml")))
+    for room in ("scale", "tiny"):
+        assert said("python", "-c", f"import importlib.util as u; print(u.find_spec('{room}'))") == "None\n"
+    assert said("dansm", "--version") == said("python", "-m", "dansm", "--version") == f"dansm {VERSION}\n"
+    assert "toy" in said("dansm", "--help")
+    said("python", "-m", "dansm", "toy", "--shape", "two-moons", "--steps", "2", "--out", "toy")
+    assert (tmp_path / "toy" / "results.csv").exists() and (tmp_path / "toy" / "cells.png").exists()
 
 
 @pytest.mark.slow

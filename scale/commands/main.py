@@ -3,11 +3,15 @@
 import importlib
 import re
 import sys
+import tomllib
+from importlib import metadata
 from pathlib import Path
+from typing import Annotated
 
 import typer
 from typer.core import TyperGroup
 
+import dansm
 from dansm import BadInput
 
 from ..base.machine import lacks_memory
@@ -49,8 +53,27 @@ class Commands(TyperGroup):
 app = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
+def version() -> str:
+    """The version in this checkout's pyproject.toml, or else that of the installed package; "unknown" in a copy."""
+    about = Path(dansm.__file__).with_name("pyproject.toml")
+    project = tomllib.loads(about.read_text()).get("project", {}) if about.is_file() else {}
+    if project.get("name") == "dansm":
+        return project["version"]
+    try:
+        return metadata.version("dansm")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def say_version(wanted: bool) -> None:
+    if wanted:
+        print(f"dansm {version()}")
+        raise typer.Exit
+
+
 @app.callback()
-def describe() -> None:
+def describe(_version: Annotated[bool, typer.Option("--version", callback=say_version, is_eager=True,
+                                                    help="print the version")] = False) -> None:
     """Pair noise with data by distance, so that few-step samples get good earlier in training.
 
     Begin with: dansm toy
