@@ -4,10 +4,10 @@ A million keys of a coarse pool have 256 million costs in a batch of 256. To wri
 long as to multiply. So the product and the search are one kernel, which keeps only the least cost of each SPAN of
 noises. A sample's nearest noises lie in the spans of the lowest such costs, and there they are found:
 
-    least     multiply on tensor cores; the least cost of each span for each sample
-    spans     the i + 1 lowest spans of sample i, and a few more, 248 at most: in them lie as many of its nearest noises
+    least     multiply on tensor cores; the least cost of each span, and of each tile of them, for each sample
+    spans     the i + 1 lowest spans of sample i, and a few more: in them lie as many of its nearest noises
     costs     the costs in these spans again, one by one
-    order     these noises in order, as `kernels._choose` needs them
+    order     these noises in order, KEEP at most, as `kernels._choose` needs them
 
 Tensor cores add in another order than `costs`, so both differ in the last bits, and of noises that are as near but for
 these bits a sample may get any: as by the products of `kernels`, which other cards add in other orders. A list ends
@@ -32,14 +32,15 @@ from .kernels import NOBODY, KernelPool, _dot, _tell, fast_launch
 from .pool import DataCheck
 from .products import products
 
-SPAN = 32  # noises
-BLOCKS = (128, 128, 3), (128, 128, 2), (128, 64, 2), (64, 64, 2)  # samples and noises that a program multiplies at
-# once, and how many tiles of noises are on their way: the first that its memory holds
+SPAN = 16  # noises
+BLOCKS = (128, 128, 3, 8), (128, 128, 2, 8), (128, 64, 2, 8), (64, 64, 2, 8)  # samples and noises that a program
+# multiplies at once, how many tiles of noises are on their way, and warps: the first that its memory holds
+SMALLEST_TILE = min(blocks[1] for blocks in BLOCKS)
 SHARED = 101_376  # bytes of it where torch does not tell: the least of today's cards
-SPARE = 8  # more spans than a sample needs: as its list ends before the next one
+SPARE = 8  # more tiles than a sample needs: as its list ends before the next span
 NEAR = 512  # noises that are put in order, some for equal costs
-AT_ONCE = 2  # spans whose costs a program works out
-LARGEST = 2**15 * SPAN  # noises: a program has the least costs of all spans at once
+AT_ONCE = 4  # spans whose costs a program works out
+LARGEST = 2**20  # noises: a program has the least costs of all tiles at once
 WIDEST = 256  # numbers of a noise: a tile of them stays in a multiprocessor's memory
 
 
@@ -79,10 +80,12 @@ def room(rows: int) -> int:
 def sizes(rows: int) -> list[tuple[int, torch.dtype]]:
     """Columns and type of each part of `scratch`."""
     spans = -(-min(rows, LARGEST) // SPAN)
-    keep = kernels.SAMPLES  # spans and noises on a list: as many as any sample can need
-    return [(spans, torch.float32), (keep, torch.int32), (1, torch.float32), (keep * SPAN, torch.float32),
-            (keep * SPAN, torch.int32), (NEAR, torch.float32), (NEAR, torch.int32), (keep, torch.int32),
-            (2, torch.int32)]
+    tiles = -(-spans * SPAN // SMALLEST_TILE)
+    keep = kernels.KEEP[1]  # noises on a list
+    most = 2 * keep  # spans that are looked at: more than hold them, as they are found by tiles
+    return [(spans, torch.float32), (tiles, torch.float32), (most, torch.int32), (1, torch.float32),
+            (most * SPAN, torch.float32), (most * SPAN, torch.int32), (NEAR, torch.float32), (NEAR, torch.int32),
+            (keep, torch.int32), (2, torch.int32)]
 
 
 def scratch(pool: SearchPool, x: Tensor) -> list[Tensor]:
@@ -101,11 +104,16 @@ def card(device: torch.device) -> tuple[int, int]:
     return found.multi_processor_count, getattr(found, "shared_memory_per_block_optin", SHARED)
 
 
-def blocks_of(samples: int, width: int, shared: int) -> tuple[int, int, int]:
-    """The first of BLOCKS whose samples and tiles of `width` numbers in bfloat16 fit into so many bytes."""
-    fitting = (blocks for blocks in BLOCKS if (blocks[0] + blocks[1] * blocks[2]) * width * 2 + 4096 <= shared)
-    block, tile, stages = next(fitting, BLOCKS[-1])
-    return min(block, 64) if samples <= 64 else block, tile, stages
+def blocks_of(samples: int, width: int, shared: int) -> tuple[int, int, int, int]:
+    """The first of BLOCKS that takes so many bytes at most, with tiles of `width` numbers in bfloat16."""
+    fitting = (blocks for blocks in BLOCKS if bytes_of(*blocks, width) <= shared)
+    block, *others = next(fitting, BLOCKS[-1])
+    return min(block, 64) if samples <= 64 else block, *others
+
+
+def bytes_of(block: int, tile: int, stages: int, warps: int, width: int) -> int:
+    """Memory of a multiprocessor that `_least` takes, as its compiler reports."""
+    return (block + tile * stages) * width * 2 + 4 * tile * warps
 
 
 def take(pool: SearchPool, x: Tensor) -> Tensor:
@@ -128,31 +136,32 @@ def match(z: Tensor, pool: SearchPool, x: Tensor) -> None:
 
 def short_lists(lists: Tensor, found: Tensor, memory: list[Tensor], x: Tensor, pool: SearchPool) -> None:
     """Fill lists: (SAMPLES, SAMPLES) labels, nearest first, −1 from where a list ends. x: (B, D)."""
-    least, listed, beyond, costs, labels, near, near_labels = memory
-    (samples, width), left, of_row = x.shape, pool.left, least.shape[1]
+    least, lowest, listed, beyond, costs, labels, near, near_labels = memory
+    (samples, width), left, of_row, tiles_of_row = x.shape, pool.left, least.shape[1], lowest.shape[1]
     first = 1 << (width.bit_length() - 1)
     rest = max(16, triton.next_power_of_2(width - first)) if width > first else 0
     processors, shared = card(x.device)
-    block, tile, stages = blocks_of(samples, first + rest, shared)
+    block, tile, stages, warps = blocks_of(samples, first + rest, shared)
     parts = -(-samples // block)
     grid = max(1, min(processors // parts, -(-left // tile))), parts, 1
-    fast_launch(_least, grid, x, (least, x, pool.noise, pool.own, left, samples, of_row),
-                (width, first, max(16, rest), rest > 0, block, tile, SPAN), warps=8, stages=stages)
-    keep, all_spans = lists.shape[1], triton.next_power_of_2(max(of_row, lists.shape[1]))
-    fast_launch(_spans, (samples, 1, 1), x, (listed, beyond, least, -(-left // SPAN), of_row), (all_spans, keep, SPARE),
-                warps=32 if all_spans > 4096 else 8)
-    fast_launch(_costs_in_spans, (samples, -(-keep // AT_ONCE), 1), x,
+    fast_launch(_least, grid, x, (least, lowest, x, pool.noise, pool.own, left, samples, of_row, tiles_of_row),
+                (width, first, max(16, rest), rest > 0, block, tile, SPAN), warps=warps, stages=stages)
+    keep, most = lists.shape[1], listed.shape[1]
+    fast_launch(_spans, (samples, 1, 1), x, (listed, beyond, lowest, least, left, of_row, tiles_of_row),
+                (triton.next_power_of_2(tiles_of_row), tile, SPAN, keep, most, SPARE), warps=8)
+    fast_launch(_costs_in_spans, (samples, -(-most // AT_ONCE), 1), x,
                 (costs, labels, listed, x, pool.noise, pool.own, pool.index, left), (width, math.gcd(width, 64),
-                AT_ONCE, SPAN, keep), warps=4)
+                AT_ONCE, SPAN, most), warps=4)
     fast_launch(_order, (samples, 1, 1), x, (lists, found, near, near_labels, listed, beyond, costs, labels),
-                (keep, NEAR, SPAN, 32), warps=16)
+                (keep, most, NEAR, SPAN, 32), warps=16)
 
 
-@triton.jit(do_not_specialize=["left", "samples", "of_row"])
-def _least(least, x, noise, own, left, samples, of_row, WIDTH: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
-           TWICE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, SPAN: tl.constexpr):
-    """least[i, s]: the least cost for sample i in span s. A program has ROWS samples, and every so many tiles of
-    noises, whose numbers are multiplied in two parts: their sizes must be powers of two."""
+@triton.jit(do_not_specialize=["left", "samples", "of_row", "tiles_of_row"])
+def _least(least, lowest, x, noise, own, left, samples, of_row, tiles_of_row, WIDTH: tl.constexpr, FIRST: tl.constexpr,
+           SECOND: tl.constexpr, TWICE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, SPAN: tl.constexpr):
+    """least[i, s]: the least cost for sample i in span s; lowest[i, t]: in tile t of noises. A program has ROWS
+    samples, and every so many tiles, whose numbers are multiplied in two parts: their sizes must be powers of two.
+    NaN is as far as can be."""
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, FIRST)
     rest = FIRST + tl.arange(0, SECOND)
@@ -170,9 +179,11 @@ def _least(least, x, noise, own, left, samples, of_row, WIDTH: tl.constexpr, FIR
             b = tl.load(at + rest[:, None], mask=there[None, :] & (rest < WIDTH)[:, None], other=0.0)
             total = tl.dot(a_rest, b, total)
         cost = tl.load(own + place, mask=there, other=float("inf"))[None, :] - 2 * total
-        lowest = tl.min(tl.reshape(cost, (ROWS, TILE // SPAN, SPAN)), 2)
+        of_spans = tl.min(tl.reshape(cost, (ROWS, TILE // SPAN, SPAN)), 2)
+        of_spans = tl.where(of_spans == of_spans, of_spans, float("inf"))
         span = tile * (TILE // SPAN) + tl.arange(0, TILE // SPAN)
-        tl.store(least + row[:, None] * of_row + span[None, :], lowest, mask=here[:, None] & (span < of_row)[None, :])
+        tl.store(least + row[:, None] * of_row + span[None, :], of_spans, mask=here[:, None] & (span < of_row)[None, :])
+        tl.store(lowest + row * tiles_of_row + tile, tl.min(of_spans, 1), mask=here)
 
 
 @triton.jit
@@ -190,29 +201,40 @@ def _cut(cost, wanted, most):
     return high
 
 
-@triton.jit(do_not_specialize=["spans", "of_row"])
-def _spans(listed, beyond, least, spans, of_row, BLOCK: tl.constexpr, SPANS: tl.constexpr, SPARE: tl.constexpr):
+@triton.jit(do_not_specialize=["left", "of_row", "tiles_of_row"])
+def _spans(listed, beyond, lowest, least, left, of_row, tiles_of_row, BLOCK: tl.constexpr, TILE: tl.constexpr,
+           SPAN: tl.constexpr, KEEP: tl.constexpr, SPANS: tl.constexpr, SPARE: tl.constexpr):
     """listed[i]: the spans to look at for sample i, −1 after the last; beyond[i]: the least cost in all others."""
     sample = tl.program_id(0)
-    span = tl.arange(0, BLOCK)
-    least += sample * of_row
-    # The cut is found among the least costs of four spans each: fewer numbers, and hardly more spans below it.
-    four = tl.arange(0, BLOCK // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
-    cost = tl.load(least + four, mask=four < spans, other=float("inf"))
-    cost = tl.min(tl.where(cost == cost, cost, float("inf")), 1)  # NaN is as far as can be
-    wanted = tl.minimum(tl.minimum(sample + 1 + SPARE, SPANS - SPARE), tl.cdiv(spans, 4))
-    cut = _cut(cost, wanted, tl.minimum(wanted + SPARE, SPANS))
-    tl.debug_barrier()
-    cost = tl.load(least + span, mask=span < spans, other=float("inf"), volatile=True)
-    cost = tl.where(cost == cost, cost, float("inf"))
-    near = (span < spans) & (cost <= cut)
+    tiles = tl.cdiv(left, TILE)
+    tile = tl.arange(0, BLOCK)
+    cost = tl.load(lowest + sample * tiles_of_row + tile, mask=tile < tiles, other=float("inf"))
+    # Tiles are fewer than spans, and there are hardly more spans below the cut than tiles.
+    wanted = tl.minimum(tl.minimum(sample + 1, KEEP) + SPARE, tiles)
+    cut = _cut(cost, wanted, tl.minimum(wanted + SPARE + wanted // 8, SPANS))
+    near = (tile < tiles) & (cost <= cut)
     number = tl.cumsum(near.to(tl.int32), 0) - 1
     near = near & (number < SPANS)
-    listed += sample * SPANS
-    tl.store(listed + number, span, mask=near)
+    limit = tl.min(tl.where(near, float("inf"), cost), 0)
     count = tl.max(tl.where(near, number, -1), 0) + 1
-    tl.store(listed + count + span, -1, mask=count + span < SPANS)
-    tl.store(beyond + sample, tl.min(tl.where(near, float("inf"), cost), 0))
+    listed += sample * SPANS
+    tl.store(listed + number, tile, mask=near)
+    tl.debug_barrier()
+    i = tl.arange(0, SPANS)
+    of_tile: tl.constexpr = TILE // SPAN
+    first = tl.load(listed + i, mask=i < count, other=-1, volatile=True) * of_tile
+    tl.debug_barrier()
+    span = first[:, None] + tl.arange(0, of_tile)[None, :]
+    there = (span >= 0) & (span * SPAN < left)
+    cost = tl.load(least + sample * of_row + span, mask=there, other=float("inf"))
+    span, cost, there = tl.ravel(span), tl.ravel(cost), tl.ravel(there)
+    near = there & (cost <= cut)
+    number = tl.cumsum(near.to(tl.int32), 0) - 1
+    near = near & (number < SPANS)
+    count = tl.max(tl.where(near, number, -1), 0) + 1
+    tl.store(listed + number, span, mask=near)
+    tl.store(listed + count + i, -1, mask=count + i < SPANS)
+    tl.store(beyond + sample, tl.minimum(limit, tl.min(tl.where(near, float("inf"), cost), 0)))
 
 
 @triton.jit(do_not_specialize=["left"])
@@ -236,13 +258,13 @@ def _costs_in_spans(costs, labels, listed, x, noise, own, index, left, WIDTH: tl
 
 
 @triton.jit
-def _order(lists, found, near, near_labels, listed, beyond, costs, labels, KEEP: tl.constexpr, NEAR: tl.constexpr,
-           SPAN: tl.constexpr, SOME: tl.constexpr):
+def _order(lists, found, near, near_labels, listed, beyond, costs, labels, KEEP: tl.constexpr, SPANS: tl.constexpr,
+           NEAR: tl.constexpr, SPAN: tl.constexpr, SOME: tl.constexpr):
     """lists[i]: the nearest noises of sample i in order, as long as no other span can have a nearer one."""
     sample = tl.program_id(0)
-    lane = tl.arange(0, KEEP * SPAN)
-    span = tl.load(listed + sample * KEEP + lane // SPAN)
-    at = sample * (KEEP * SPAN) + lane
+    lane = tl.arange(0, SPANS * SPAN)
+    span = tl.load(listed + sample * SPANS + lane // SPAN)
+    at = sample * (SPANS * SPAN) + lane
     label = tl.load(labels + at, mask=span >= 0, other=NOBODY)
     cost = tl.load(costs + at, mask=span >= 0, other=float("inf"))
     real = label != NOBODY
@@ -266,7 +288,7 @@ def _order(lists, found, near, near_labels, listed, beyond, costs, labels, KEEP:
     c = tl.load(near + i, mask=there, other=float("inf"), volatile=True)
     own_label = tl.load(near_labels + i, mask=there, other=NOBODY, volatile=True)
     rank = tl.zeros([NEAR], tl.int32)
-    for start in range(0, NEAR, SOME):
+    for start in range(0, count, SOME):
         j = start + tl.arange(0, SOME)
         other = tl.load(near + j, mask=j < count, other=float("inf"), volatile=True)
         other_label = tl.load(near_labels + j, mask=j < count, other=NOBODY, volatile=True)

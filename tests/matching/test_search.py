@@ -18,9 +18,10 @@ pytestmark = pytest.mark.usefixtures("short_lists", "small_blocks")
 
 
 @pytest.fixture
-def small_blocks(monkeypatch):
-    monkeypatch.setattr(search_kernels, "SPARE", 1)
-    monkeypatch.setattr(search_kernels, "NEAR", 64)
+def small_blocks(request, monkeypatch):
+    if "own_sizes" not in request.keywords:
+        monkeypatch.setattr(search_kernels, "SPARE", 1)
+        monkeypatch.setattr(search_kernels, "NEAR", 64)
     monkeypatch.setattr(search_kernels, "AT_ONCE", 32)  # fewer programs: each takes milliseconds
 
 
@@ -90,13 +91,27 @@ def test_a_nearer_noise_behind_more_equal_ones_than_are_kept_is_found(searches):
     assert torch.equal(both[0](x), both[1](x)) and searches == [1500]
 
 
+@pytest.mark.slow
+@pytest.mark.own_sizes
+@pytest.mark.parametrize("left", [66_000, 70_000])
+def test_a_list_is_as_long_as_its_sample_can_need(left):
+    pool = search_kernels.SearchPool(70_000, (16,), dtype=torch.bfloat16, device=DEVICE, seed=0)
+    pool._refill()
+    pool.left = left
+    x = torch.randn(kernels.SAMPLES, 16, device=DEVICE).to(torch.bfloat16)
+    *memory, lists, _ = search_kernels.scratch(pool, x)
+    search_kernels.short_lists(lists, pool.data_check.found, memory, x, pool)
+    ranks = torch.arange(kernels.SAMPLES, device=DEVICE)
+    assert ((lists >= 0).sum(1) >= (ranks + 1).clamp(max=kernels.KEEP[1])).all()
+
+
 @pytest.mark.parametrize("shared", [101_376, 166_912, 232_448])
 @pytest.mark.parametrize("width", [16, 192, 240, 256])
 def test_what_a_program_multiplies_fits_into_its_memory(width, shared):
     padded = 256 if width > 192 else width
     for samples in (1, 64, 65, 256):
-        block, tile, stages = search_kernels.blocks_of(samples, padded, shared)
-        assert (block + tile * stages) * padded * 2 < shared and (block == 64 or samples > 64)
+        blocks = search_kernels.blocks_of(samples, padded, shared)
+        assert search_kernels.bytes_of(*blocks, padded) <= shared and (blocks[0] == 64 or samples > 64)
 
 
 @pytest.mark.own_sizes
