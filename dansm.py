@@ -642,9 +642,6 @@ class UNet(nn.Module):
         def res(c_in, c_out, resample=""):
             return ResBlock(c_in, c_out, c_time, dropout, scale, resample)
 
-        def resample(c, way):
-            return res(c, c, way) if biggan else Resample(c, way)
-
         self.time = nn.Sequential(nn.Linear(width, c_time), nn.SiLU(), nn.Linear(c_time, c_time))
         self.first = conv(channels, width, 3)
         self.down = nn.ModuleList()
@@ -659,7 +656,7 @@ class UNet(nn.Module):
                 self.down.append(layers)
                 skips.append(c)
             if level < len(multipliers) - 1:
-                self.down.append(Chain([resample(c, "down")]))
+                self.down.append(Chain([res(c, c, "down") if biggan else Resample(c, "down")]))
                 skips.append(c)
                 size //= 2
         self.middle = Chain([res(c, c), Attention(c, scale), res(c, c)])
@@ -671,7 +668,7 @@ class UNet(nn.Module):
                     layers.append(Attention(c, scale))
                 self.up.append(layers)
             if level > 0:
-                self.up[-1].append(resample(c, "up"))
+                self.up[-1].append(res(c, c, "up") if biggan else Resample(c, "up"))
                 size *= 2
         self.last = nn.Sequential(Norm(c), conv(c, channels, 3))
         self._initialise()
@@ -694,12 +691,7 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """x: (B, channels, H, W), t: (B,) from 0 to 999, labels: (B,) up to `classes`, which is "none" → as x."""
-        time = self.time(self._waves(t).to(self.first.weight.dtype))
-        if self.classes:
-            time = time + self.label(self._known(labels, x))
-        elif labels is not None:
-            raise BadInput("the network has no classes: expected UNet(classes=…), or no labels")
-        time = F.silu(time)
+        time = self._embedding(t, labels, x)
         h = self.first(x)
         skips = [h]
         for layer in self.down:
@@ -709,6 +701,15 @@ class UNet(nn.Module):
         for layer in self.up:
             h = layer(torch.cat([h, skips.pop()], 1), time)
         return self.last(h)
+
+    def _embedding(self, t: Tensor, labels: Tensor | None, x: Tensor) -> Tensor:
+        """What the blocks are given of times and labels: (B, 4 · width)."""
+        time = self.time(self._waves(t).to(self.first.weight.dtype))
+        if self.classes:
+            time = time + self.label(self._known(labels, x))
+        elif labels is not None:
+            raise BadInput("the network has no classes: expected UNet(classes=…), or no labels")
+        return F.silu(time)
 
     def _known(self, labels: Tensor | None, x: Tensor) -> Tensor:
         """The labels, of which training leaves some out."""

@@ -18,11 +18,22 @@ def launch(kernel, grid: tuple[int, ...], *arguments, num_warps: int = 8, **opti
     options |= dict(num_warps=num_warps)
     if _compiler is None:
         return kernel[grid](*arguments, **options)
-    types = (argument.dtype if isinstance(argument, Tensor) else argument for argument in arguments)
-    variant = kernel, *sorted(options.items()), *types
+    variant = kernel, *sorted(options.items()), *map(_kind, kernel.params, arguments)
     if variant not in _compiling:
         _compiling[variant] = _compiler.submit(kernel.warmup, *arguments, grid=grid, **options)
     return None
+
+
+def _kind(parameter, argument) -> tuple | type:
+    """What Triton compiles a kernel anew for: types, constants, and whether memory and whole numbers are multiples of
+    16."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if parameter.is_constexpr or argument is None:
+        return type(argument), argument
+    if isinstance(argument, int) and not parameter.do_not_specialize:
+        return int, argument == 1, argument % 16 == 0, argument.bit_length() > 31
+    return type(argument)
 
 
 def compiles_only() -> bool:

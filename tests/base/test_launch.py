@@ -1,5 +1,7 @@
 """Compiling ahead, with kernels that only take notes: what a GPU does in threads."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -8,9 +10,10 @@ from dansm.scale.base import launch
 
 
 class Kernel:
-    """Notes what is asked of it; `fails` where it is compiled."""
+    """Notes what is asked of it; `fails` where it is compiled. Its second argument is a constant."""
 
     def __init__(self, fails=False):
+        self.params = [SimpleNamespace(is_constexpr=number == 1, do_not_specialize=number == 3) for number in range(4)]
         self.compiled, self.launched, self.fails = [], [], fails
 
     def __getitem__(self, grid):
@@ -39,6 +42,20 @@ def test_ahead_each_kind_is_compiled_once_and_nothing_is_launched(gpu):
     assert len(kernel.compiled) == 4 and not kernel.launched
     assert launch.launch(kernel, (4,), x, 1, num_warps=2) == "compiled"
     assert kernel.launched == [((4,), (x, 1), 2)]
+
+
+def test_numbers_are_of_a_kind_if_both_or_neither_are_multiples_of_16(gpu):
+    """Of such Triton makes one kernel, but for 1, which is a constant to it, and what is never told apart."""
+    kernel, x = Kernel(), torch.ones(8)
+    alike = (16, 5), (48, 5), (2**20, 6), (16, 16)
+    with launch.compiling_ahead(gpu):
+        for third, fourth in (*alike, (17, 5), (19, 5), (1, 5), (2**40, 5)):
+            launch.launch(kernel, (1,), x, 1, third, fourth)
+    assert len(kernel.compiled) == 4
+    with launch.compiling_ahead(gpu):
+        for part in (x, x[4:], x[1:], x[2:]):
+            launch.launch(kernel, (1,), part, 1, 16, 5)
+    assert len(kernel.compiled) == 4 + 2
 
 
 def test_what_does_not_compile_is_left_to_the_launch(gpu):

@@ -85,7 +85,8 @@ def check_against_plain(f, plain, inputs, wanted, dtype=torch.float32):
 
 
 def norm(groups, silu=True, seeds=None, drop=0):
-    return lambda x, shift, w, b: fused._Norm.apply(x, shift, w, b, seeds, groups, 1e-6, silu, drop)
+    return lambda x, shift, w, b: fused._Norm.apply(x, shift, w.expand(len(x), -1), b.expand(len(x), -1), seeds, groups,
+                                                    1e-6, silu, drop)
 
 
 def plain_norm(groups, silu=True, mask=1.0):
@@ -220,7 +221,7 @@ def test_gradients_that_nobody_asks_for_take_nothing_from_the_others(frozen):
 
 
 def scaled_sum(a, b, bias):
-    return fused._Sum.apply(a, b, bias, 0.7)
+    return fused._Sum.apply(a, b, bias.expand(fused.PROGRAMS, -1), 0.7, None)[0]
 
 
 def plain_sum(a, b, bias):
@@ -248,6 +249,47 @@ def test_the_sum_of_more_pixels_than_its_programs_take_at_once(monkeypatch, prog
     monkeypatch.setattr(fused, "PROGRAMS", programs)
     a, b, dy = (numbers(3, 1500, 3, 4) for _ in range(3))
     check_against_plain(scaled_sum, plain_sum, [a, b, numbers(1500)], [dy])
+
+
+def sum_twice(scale, place=None):
+    return lambda a, b, bias: fused._Sum.apply(a, b, bias.expand(fused.PROGRAMS, -1), scale, place and place(a))
+
+
+@pytest.mark.parametrize("scale", [0.7, 1.0])
+@pytest.mark.parametrize("used", ["first", "second", "both"])
+@pytest.mark.parametrize("layout", ["channels last", "the last of a torch.cat"])
+def test_the_sum_twice_has_the_gradients_of_both(scale, used, layout):
+    a, b = (numbers(3, 12, 3, 5) for _ in range(2))
+    wanted = [numbers(3, 12, 3, 5, layout=layout) if used in ("both", which) else None for which in ("first", "second")]
+
+    def plain(a, b, bias):
+        y = (a + b + bias[:, None, None]) * scale
+        return y, y.view_as(y)
+
+    check_against_plain(sum_twice(scale), plain, [a, b, numbers(12)], wanted)
+
+
+def test_a_sum_and_a_copy_go_to_their_places_next_to_each_other():
+    joint = fused.Joint(20)
+    like = numbers(2, 8, 3, 5)
+    skip = fused._Place.apply(like, joint.last(like))
+    a, b, bias = numbers(2, 12, 3, 5), numbers(2, 12, 3, 5, layout="the last of a torch.cat"), numbers(12)
+    _, h = sum_twice(0.7, joint.first)(a, b, bias)
+    both = fused._Join.apply(h, skip, joint)
+    assert both.data_ptr() == h.data_ptr() and both.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(both, torch.cat([plain_sum(a, b, bias), like], 1))
+
+
+def test_the_gradients_of_what_is_joined_are_its_parts():
+    joint = fused.Joint(20)
+
+    def joined(skip, a, b, bias):
+        skip = fused._Place.apply(skip, joint.last(skip))
+        return fused._Join.apply(sum_twice(0.7, joint.first)(a, b, bias)[1], skip, joint)
+
+    check_against_plain(joined, lambda skip, *others: torch.cat([plain_sum(*others), skip], 1),
+                        [numbers(2, 8, 3, 5), numbers(2, 12, 3, 5), numbers(2, 12, 3, 5), numbers(12)],
+                        [numbers(2, 20, 3, 5)])
 
 
 def test_the_two_of_a_sum_may_differ_in_type():
@@ -415,9 +457,9 @@ def test_under_autocast_it_stays_near_the_float32_network(biggan):
 
 
 @triton.jit
-def _draw(out, seeds, at, DROP: tl.constexpr, SIZE: tl.constexpr):
+def _draw(out, seeds, at, drop, SIZE: tl.constexpr):
     i = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-    tl.store(out + i, fused._kept(seeds, tl.load(at + i), DROP))
+    tl.store(out + i, fused._kept(seeds, tl.load(at + i), drop))
 
 
 def dropped(seeds, at, share=0.15):
