@@ -1,10 +1,11 @@
 """The clock of every bench: how long work takes, and how measurements become files, a table and a figure."""
 
 import gc
+import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,36 +21,60 @@ PATIENCE = 20.0  # seconds that the calls of one piece of work may take
 
 
 def run(name: str, title: str, parts: Iterable[tuple[str, Iterable[dict]]], device: torch.device, out: Path,
-        columns: str = "", caption: str = "", **about) -> dict:
+        columns: str = "", caption: str = "", resumable: Collection[str] = (), **about) -> dict:
     """Measure the rows of one part after the other. Writes name.json and name.csv after every row into `out` and prints
     a table of `columns`. A part that fails is named under "left_out", and the others are still measured, but
     a missing package or bad input ends the bench.
-    about: what the figures depend on, kept next to them. The title is completed by the hardware."""
+    about: what the figures depend on, kept next to them. The title is completed by the hardware.
+    resumable: parts that the same call takes over if it was stopped before; Ctrl-C raises Stopped then."""
     files.make_folder(out)
     hardware = machine.hardware(device)
     cpu = f"{hardware['cpu']}, {text.counted(hardware['threads'], 'thread')}"
     title = f"{title}, {hardware['gpu'] or cpu}"
     bench = {"title": title, "hardware": hardware, **about, "left_out": {}, "rows": []}
+    known = unfinished(out / f"{name}.json", bench) if resumable else {}
     rank, processes = ranks()
-    for part, rows in text.with_bar(list(parts), "measuring"):
+
+    def write(**more) -> None:
+        if rank == 0:
+            files.write_json(out / f"{name}.json", bench | more)
+            files.write_csv(out / f"{name}.csv", bench["rows"])
+
+    measured, parts = {}, list(parts)
+    for part, rows in text.with_bar(parts, "measuring"):
+        before = len(bench["rows"])
         try:
-            for row in rows:
+            for row in known[part] if part in known and part in resumable else rows:
                 bench["rows"].append(row)
-                if rank == 0:
-                    files.write_json(out / f"{name}.json", bench)
-                    files.write_csv(out / f"{name}.csv", bench["rows"])
+                write(measured=measured)
+        except KeyboardInterrupt as interrupt:
+            if not resumable:
+                raise
+            raise text.Stopped(f"stopped; {out / name}.json has {text.counted(len(measured), 'part')} of {len(parts)}, "
+                               "the same command resumes") from interrupt
         except Exception as error:
             if processes > 1 or isinstance(error, ModuleNotFoundError | BadInput):  # other processes would wait
                 raise
             reason = str(error).partition("\n")[0] or type(error).__name__
             bench["left_out"][part] = "not enough memory" if machine.lacks_memory(error) else reason
             text.say(f"left out: {part}: {bench['left_out'][part]}")
-    if rank == 0:
-        files.write_json(out / f"{name}.json", bench)  # with what was left out, which may be all
-        files.write_csv(out / f"{name}.csv", bench["rows"])
+        else:
+            measured[part] = bench["rows"][before:]
+    write()  # with what was left out, which may be all
     show(title, bench["rows"], columns, caption)
     text.say_files(out, f"{name}.csv", f"{name}.json")
     return bench
+
+
+def unfinished(path: Path, bench: dict) -> dict[str, list[dict]]:
+    """The rows by part that a stopped call for the same bench has measured; empty if there was none."""
+    try:
+        found = files.read_json(path)
+        about = json.loads(json.dumps({key: value for key, value in bench.items() if key not in ("left_out", "rows")}))
+        same = all(found.get(key) == value for key, value in about.items())
+        return found.get("measured", {}) if same else {}
+    except (BadInput, FileNotFoundError):
+        return {}
 
 
 def milliseconds(device: torch.device, work: Callable, *arguments) -> float:

@@ -220,8 +220,10 @@ def couplings(
     ways = chosen(couplings, samples.labels is not None, source)
     about = bench.about(samples, source)
     costs, quality = bench.captions(about)
+    for kind in ("png", "svg"):  # of an earlier call
+        (out / f"couplings.{kind}").unlink(missing_ok=True)
     found = clock.run("couplings", f"Pairing {about['samples']:,} samples of {Path(source).name}",
-                      bench.parts_of(ways, samples, batch), device, out, bench.COSTS, costs, batch=batch, seed=seed,
-                      **about)
+                      bench.parts_of(ways, samples, batch), device, out, bench.COSTS, costs,
+                      [name for name, way in ways.items() if way.family != "own"], batch=batch, seed=seed, **about)
     clock.show("Prior, classes and gain", found["rows"], bench.QUALITY, quality)
     say("written:", *(str(out / name) for name in draw(found, out / "couplings")))

@@ -8,6 +8,7 @@ import torch
 from support import CPU
 
 from dansm import BadInput
+from dansm.scale.base.text import Stopped
 from dansm.scale.bench import clock
 
 
@@ -60,6 +61,30 @@ def test_what_was_measured_is_on_the_disk_when_the_call_is_stopped(tmp_path):
     assert [row["way"] for row in written(tmp_path)["rows"]] == ["a"]
     with open(tmp_path / "some.csv", newline="") as file:
         assert [row["way"] for row in csv.DictReader(file)] == ["a"]
+
+
+@pytest.mark.parametrize(("again", "measured"), [(dict(batch=3), ["b", "c"]), (dict(batch=4), ["a", "b", "c"])])
+def test_a_stopped_bench_goes_on_after_the_parts_that_it_has(tmp_path, capsys, again, measured):
+    asked = []
+
+    def parts(stops):
+        def rows(name):
+            asked.append(name)
+            if stops and name == "c":
+                raise KeyboardInterrupt
+            yield {"way": name, "median_ms": 1.0}
+        return [(name, rows(name)) for name in "abc"]
+
+    def call(stops=False, **about):
+        return clock.run("some", "title", parts(stops), CPU, tmp_path, resumable="ac", **about)
+
+    with pytest.raises(Stopped, match="2 parts of 3, the same command resumes"):
+        call(stops=True, batch=3)
+    asked.clear()
+    bench = call(**again)
+    assert [row["way"] for row in bench["rows"]] == ["a", "b", "c"] and asked == measured
+    asked.clear()
+    assert call(**again) == written(tmp_path) and asked == ["a", "b", "c"]  # one that is done begins again
 
 
 def test_slow_work_is_timed_fewer_times(monkeypatch):
