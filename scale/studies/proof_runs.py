@@ -50,6 +50,8 @@ RUNS = {run.name: run for run in [
     Run("semidiscrete-1000", dict(method="semidiscrete", part=1000), MIDDLE, 3, "plans of 1,000 samples"),
     Run("diffusion-random", dict(DIFFUSION, method="random"), MIDDLE, 2, "diffusion, random pairs"),
     Run("diffusion-greedy-10000", DIFFUSION, MIDDLE, 2, "diffusion, pool of 10,000"),
+    Run("diffusion-priced-10000", dict(DIFFUSION, cost="priced"), MIDDLE, 2, "diffusion, pool of 10,000 with prices"),
+    Run("diffusion-semidiscrete", dict(DIFFUSION, method="semidiscrete"), MIDDLE, 2, "diffusion, semidiscrete plan"),
     Run("inner-10000", dict(cost="inner"), SHORT, 3, "pool of 10,000, inner product"),
     Run("inner-100000", dict(cost="inner", match_size=100_000), SHORT, 3, "pool of 100,000, inner product"),
     Run("batch8-random", dict(batch=8, lr=1e-4, method="random"), FEW[2], 1, "batch 8, random pairs"),
