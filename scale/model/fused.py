@@ -80,6 +80,7 @@ def _forward(y, means, scales, x, shift, weight, bias, seeds, eps, drop, pixels,
     is read three times."""
     image, channel, there = _share(channels, COLUMNS, USED)
     column = tl.arange(0, COLUMNS)
+    first = image * pixels * channels
     x += image * pixels * stride
     moved = tl.zeros([COLUMNS], tl.float32)
     if SHIFT:
@@ -115,10 +116,10 @@ def _forward(y, means, scales, x, shift, weight, bias, seeds, eps, drop, pixels,
         u = (v - mean[None, :]) * (scale * w)[None, :] + b[None, :]
         if SILU:
             u = u * _sigmoid(u, QUICK)
-        at = image * pixels * channels + row * channels + channel[None, :]
+        at = row * channels + channel[None, :]
         if DROPS:
-            u = u * _kept(seeds, at, drop)
-        tl.store(y + at, u.to(y.dtype.element_ty), mask=here)
+            u = u * _kept(seeds, first.to(tl.uint32) + at.to(tl.uint32), drop)
+        tl.store(y + first + at, u.to(y.dtype.element_ty), mask=here)
     tl.store(means + image * channels + channel, mean, mask=there)
     tl.store(scales + image * channels + channel, scale, mask=there)
 
@@ -127,12 +128,12 @@ def _forward(y, means, scales, x, shift, weight, bias, seeds, eps, drop, pixels,
 def _gradient(dy, x, mean, scale, w, b, seeds, drop, first, row, channel, channels, stride, here, SILU: tl.constexpr,
               DROPS: tl.constexpr, QUICK: tl.constexpr):
     """The normalised numbers, and the gradient of what weight and bias make of them."""
-    at = first + row * channels + channel[None, :]
+    at = row * channels + channel[None, :]
     x_at = row * stride + channel[None, :]
     h = (tl.load(x + x_at, mask=here, other=0.0).to(tl.float32) - mean[None, :]) * scale[None, :]
-    g = tl.load(dy + at, mask=here, other=0.0).to(tl.float32)  # 0 where no number exists, so h adds nothing
+    g = tl.load(dy + first + at, mask=here, other=0.0).to(tl.float32)  # 0 where no number exists, so h adds nothing
     if DROPS:
-        g = g * _kept(seeds, at, drop)
+        g = g * _kept(seeds, first.to(tl.uint32) + at.to(tl.uint32), drop)
     if SILU:
         u = h * w[None, :] + b[None, :]
         s = _sigmoid(u, QUICK)
@@ -185,10 +186,10 @@ def _backward(dx, dshift, dweight, dbias, dy, around, x, means, scales, weight, 
         d = (g * w[None, :] - level[None, :] - h * along[None, :]) * scale[None, :]
         if SHIFT:
             moved += tl.sum(tl.where(here, d, 0.0), 0)
-        at = first + row * channels + channel[None, :]
+        at = row * channels + channel[None, :]
         if AROUND:
-            d += tl.load(around + at, mask=here, other=0.0).to(tl.float32)
-        tl.store(dx + at, d.to(dx.dtype.element_ty), mask=here)
+            d += tl.load(around + first + at, mask=here, other=0.0).to(tl.float32)
+        tl.store(dx + first + at, d.to(dx.dtype.element_ty), mask=here)
     if SHIFT:
         tl.store(dshift + image * channels + channel, moved.to(dshift.dtype.element_ty), mask=there)
 
@@ -280,7 +281,8 @@ class _Norm(torch.autograd.Function):
         y = _like_pixels(x)
         means, scales = torch.empty(2, n, channels, device=x.device).unbind()
         launch(_forward, (n * triton.cdiv(channels, used),), y, means, scales, spaced, shift, weight, bias, seeds, eps,
-               *numbers, 0 if shift is None else shift.stride(0), *constants, num_warps=_warps(rows * columns // 2))
+               *numbers, 0 if shift is None else shift.stride(0), *constants, num_warps=_warps(rows * columns // 2),
+               maxnreg=128)  # two programs of eight warps on a multiprocessor at least
         ctx.save_for_backward(spaced, means, scales, weight, bias, seeds)
         ctx.numbers, ctx.constants = numbers, constants
         ctx.shift_dtype = None if shift is None else shift.dtype
