@@ -26,8 +26,9 @@ from dansm.scale.base.launch import compiling_ahead, launch
 from dansm.scale.model import fused
 
 # (side of the image, channels): [(channels of a program, its warps, the most registers of a thread or 0)]
-SIZES = {(32, 128): [(8, 4, 0), (8, 8, 0), (16, 8, 0), (16, 8, 128), (16, 16, 0), (16, 16, 64), (16, 32, 0), (32, 32, 0)
-                     ],
+# (side of the image, channels): [(channels of a program, its warps, the most registers of a thread or 0)]
+SIZES = {(32, 128): [(8, 4, 0), (8, 8, 0), (16, 8, 0), (16, 8, 128), (16, 16, 0), (16, 16, 64), (16, 32, 0),
+                     (32, 32, 0)],
          (16, 256): [(16, 4, 0), (16, 2, 0), (32, 4, 0), (32, 8, 0), (64, 8, 0), (64, 8, 128), (64, 16, 0)],
          (8, 256): [(16, 1, 0), (16, 2, 0), (32, 2, 0), (32, 4, 0), (64, 2, 0), (64, 4, 0), (64, 8, 0)],
          (4, 256): [(16, 1, 0), (32, 1, 0), (64, 1, 0), (64, 2, 0), (64, 4, 0)]}
