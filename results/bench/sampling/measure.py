@@ -138,8 +138,8 @@ def evaluation(given, name: str, checkout: Path, work: Path, out: Path, steps: s
     """Begin a call of `dansm evaluate`, which finds the features of the real images in a folder of the checkout's."""
     features = "efficientnet-lite0" if checkout == NEW else "scale.evaluate:efficientnet_lite0"
     command = [sys.executable, checkout / "dansm.py", "evaluate", work / ("classes" if guided else "plain"), "--data",
-               given.data, "--features", features, "--steps", steps, "--device", given.device, "--cache", work / f"cache-{name}", "--out", out,
-               "--count", 20 if warm else sizes_of(given)["count"]]
+               given.data, "--features", features, "--steps", steps, "--device", given.device, "--cache",
+               work / f"cache-{name}", "--out", out, "--count", 20 if warm else sizes_of(given)["count"]]
     if guided:
         command += ["--guidance", "1.5"]
     return subprocess.Popen(list(map(str, command)), cwd=checkout, env=environment(checkout),
