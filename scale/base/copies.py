@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 def copy_to_cpu(x: Tensor) -> Callable[[], Tensor]:
-    """Begin to copy x: any shape, and return a function that waits for the copy and returns it. It does not wait for
-    work that a GPU gets after this call, as `x.cpu()` then would."""
+    """Begin to copy x, and return a function that waits for the copy and returns it; x itself if it is on the CPU. It
+    does not wait for work that a GPU gets after this call, as `x.cpu()` then would."""
     if not x.is_cuda:
         copy = x.cpu()
         return lambda: copy

@@ -29,6 +29,7 @@ from ..data.pixels import to_uint8
 from .replay import Replayed
 
 ROWS = 10  # of a grid by classes, at most
+MOST = 2000  # images that are sampled together on a GPU
 NUMBER = re.compile(r"\d+(\.\d*)?|\.\d+")
 
 
@@ -227,13 +228,12 @@ def weights_in(dtype: torch.dtype, net: dansm.UNet) -> dict[str, Tensor]:
 
 
 def at_once(net: dansm.UNet, device: torch.device, guidance: Guidance = UNGUIDED) -> int:
-    """How many images to sample together: on a GPU those that half of its free memory holds, up to 2,000, as Python
-    takes tens of milliseconds to launch a network's layers for any batch."""
+    """How many images to sample together: on a GPU those that half of its free memory holds, up to MOST."""
     if device.type != "cuda":
         return 64
     image = 20 * 4 * net.width * math.prod(net.shape[1:])  # bytes; the paper's networks take 17 times the first level
     image *= 1 if guidance.weight == 1 else 2
-    return max(1, min(2000, free_memory(device) // 2 // image))
+    return max(1, min(MOST, free_memory(device) // 2 // image))
 
 
 def operations_per_image(settings: dict) -> float:

@@ -231,6 +231,16 @@ def test_each_guidance_is_a_row_with_measures_by_class(run, of_classes, tmp_path
     assert len(rows_of(tmp_path / "out")) == 5
 
 
+def test_a_network_is_prepared_once_for_all_its_rows(run, of_classes, tmp_path, monkeypatch):
+    prepared, prepare = [], load.sampler
+    monkeypatch.setattr(load, "sampler", lambda net, *more: prepared.append(net) or prepare(net, *more))
+    other = make_run(tmp_path / "other", data=tmp_path / "animals", classes=("cat", "dog", "owl"))
+    assert run("evaluate", of_classes, other, *options(tmp_path, "--guidance", "1,2", "--count", 10))[0] == 0
+    assert len(rows_of(tmp_path / "out")) == 1 + 2 * 2 * 2 and len({id(net) for net in prepared}) == len(prepared) == 2
+    run("evaluate", of_classes, other, *options(tmp_path, "--guidance", "1,2", "--count", 10))
+    assert len(prepared) == 2
+
+
 def test_samples_have_the_labels_that_the_real_images_have(run, of_classes, tmp_path, monkeypatch):
     labels, draw = [], evaluate.sample_images
 
