@@ -90,7 +90,7 @@ def trace_of_root(product: Tensor) -> float:
     with one_thread():
         values = torch.linalg.eigvalsh(product.cpu()).clamp_min(0)
     least = len(values) * torch.finfo(values.dtype).eps * values[-1]
-    return values.where(values > least, 0.0).sqrt().sum().item()
+    return values[values > least].sqrt().sum().item()
 
 
 def root_of_covariance(features: Tensor) -> Tensor:
