@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from functools import partial
 from threading import Thread
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ from ..base.processes import ranks
 from ..model.recipe import Recipe
 from ..model.sampling import fused
 from .exchange import Exchange
+
+if TYPE_CHECKING:
+    from .adam import OnePass  # which needs Triton
 
 WARM_UP = 3  # steps before a graph is captured, by torch's advice
 
@@ -54,6 +58,8 @@ class FastTraining(dansm.Training):
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.copies = self._copies_of_weights()
         self.exchange = self._exchange()
+        self.one_pass = self.dtype == torch.bfloat16 and bool(self.copies) and recipe.accumulate == 1
+        self.updates: OnePass | None = None  # for the gradients where they lie now, if `one_pass`
         self.graph = None
 
     def _copies_of_weights(self) -> dict[str, Tensor]:
@@ -87,7 +93,9 @@ class FastTraining(dansm.Training):
         return self.loss.clone()
 
     def _backward(self, flow, x: Tensor, z: Tensor, labels: Tensor | None) -> Tensor:
-        """Add the gradients of a batch, part after part, and return its loss. Processes exchange them once."""
+        """Add the gradients of a batch, part after part, and return its loss. Processes exchange them once. With
+        `one_pass`, those of the copies stay where they are, and `factor` is what clipping multiplies them by."""
+        self._forget_updates()
         whole = self._through_copies() if self.copies else self.net
         loss = torch.zeros((), device=x.device)
         parts, processes = self.recipe.accumulate, ranks()[1]
@@ -99,16 +107,24 @@ class FastTraining(dansm.Training):
                     part = flow.loss(net, x_part, z_part) * (len(x_part) / len(x) / processes)  # their sum is the mean
                 self.scaler.scale(part).backward()
             loss.add_(part.detach(), alpha=processes)
-            if self.copies:
+            if self.copies and not self.one_pass:
                 self._take_gradients_of_copies()
         if self.exchange and parts > 1:
             self.exchange.now()
+        if self.one_pass:
+            self.factor = clip_factor(self._gradients(), self.clip)
         return loss
+
+    def _gradients(self) -> list[Tensor]:
+        """The gradients of all weights, of the copies where there are some."""
+        return [self.copies.get(name, weight).grad for name, weight in self.net.named_parameters()]
 
     def _through_copies(self) -> Callable[..., Tensor]:
         """The network by fresh copies of its weights."""
         with torch.no_grad():
             torch._foreach_copy_(list(self.copies.values()), [self.net.get_parameter(name) for name in self.copies])
+        for weight in self.copies.values():
+            weight.grad = None
         return lambda x, t, labels=None: torch.func.functional_call(self.net, self.copies, (x, t, labels))
 
     def _take_gradients_of_copies(self) -> None:
@@ -131,6 +147,8 @@ class FastTraining(dansm.Training):
         random = torch.cuda.get_rng_state(self.device)
         with compiling_ahead(self.device):
             self._backward(flow, self.x, self.z, self.labels)
+            if self.one_pass:
+                self._new_updates()(self.factor, 0.0)
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):
@@ -148,24 +166,50 @@ class FastTraining(dansm.Training):
         rise = min(1.0, (self.step + 1) / max(1, self.recipe.warmup))
         for settings in self.optimizer.param_groups:
             settings["lr"] = self.recipe.lr * rise
-        self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.net.parameters(), self.clip)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
         self.step += 1
-        for decay, average in zip(self.recipe.ema_decay, self.averages, strict=True):
+        if self.one_pass:
+            self.updates = self.updates or self._new_updates()
+            share = 1 - min(self.recipe.ema_decay[0], (1 + self.step) / (10 + self.step))  # as dansm.update_ema
+            self.updates(self.factor, share)
+        else:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.net.parameters(), self.clip)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        for decay, average in list(zip(self.recipe.ema_decay, self.averages, strict=True))[self.one_pass :]:
             dansm.update_ema(average, self.net, decay, self.step)
 
+    def _new_updates(self) -> "OnePass":
+        from .adam import OnePass
+
+        weights, averages = (list(net.parameters()) for net in (self.net, self.average))
+        return OnePass(self.optimizer, weights, self._gradients(), averages)
+
+    def _forget_updates(self) -> None:
+        """Forget where gradients lie, as new ones come to other places."""
+        if self.updates:
+            self.updates.settle()
+            self.updates = None
+
     def state_dict(self) -> dict:
+        self._forget_updates()
         averages = [{"decay": decay, "weights": average.state_dict()}
                     for decay, average in zip(self.recipe.ema_decay, self.averages, strict=True)]
         return {"step": self.step, "net": self.net.state_dict(), "averages": averages,
                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
+        self.updates = None
         self.step = state["step"]
         self.net.load_state_dict(state["net"])
         for average, saved in zip(self.averages, state["averages"], strict=True):
             average.load_state_dict(saved["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+
+
+def clip_factor(gradients: list[Tensor], clip: float) -> Tensor:
+    """What `torch.nn.utils.clip_grad_norm_` multiplies gradients by, on their device."""
+    groups = {gradient.dtype: [other for other in gradients if other.dtype == gradient.dtype] for gradient in gradients}
+    norms = [norm for group in groups.values() for norm in torch._foreach_norm(group, 2, torch.float32)]
+    return (clip / (torch.linalg.vector_norm(torch.stack(norms)) + 1e-6)).clamp(max=1.0)

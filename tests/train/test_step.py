@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from steps import STEADY, batches, gradients_of_one, network, started
+from steps import STEADY, SteadyFlow, batches, gradients_of_one, network, started
 from support import ROOT, TINY, needs_gloo, same
 
 import dansm
@@ -116,16 +116,70 @@ def test_bf16_trains_weights_of_float32():
 
 @pytest.mark.parametrize("classes", [0, 3])
 def test_a_step_through_copies_of_the_weights_is_autocasts_to_the_bit(classes):
-    """One process on a GPU takes it: all weights to bf16 at once, and all gradients back."""
-    net = dansm.UNet(2, 8, width=8, multipliers=(1, 2), blocks=1, attention_at=(4,), classes=classes)
-    pairs = [tuple(pair) for pair in torch.randn(4, 2, 4, 2, 8, 8)]
-    pairs = [(x, z, torch.tensor([2, 0, 1, 2])) for x, z in pairs] if classes else pairs
+    """A GPU takes it: all weights to bf16 at once, and all gradients back."""
+    net, pairs = attentive(classes)
     through, plain = started(net, precision="bf16", batch=4), started(net, precision="bf16", batch=4)
-    through.compiled = True
-    through.copies, through.compiled = through._copies_of_weights(), False
+    take_copies(through)
     assert len(through.copies) > 20 and not plain.copies
     assert torch.equal(train(through, pairs), train(plain, pairs))
     assert same(through.state_dict(), plain.state_dict())
+
+
+def attentive(classes):
+    """A network with every kind of layer, and pairs for four steps."""
+    net = dansm.UNet(2, 8, width=8, multipliers=(1, 2), blocks=1, attention_at=(4,), classes=classes)
+    pairs = [tuple(pair) for pair in torch.randn(4, 2, 4, 2, 8, 8)]
+    return net, [(x, z, torch.tensor([2, 0, 1, 2])) for x, z in pairs] if classes else pairs
+
+
+def take_copies(run):
+    """Let it train through copies of its weights, as if it were compiled."""
+    run.compiled = True
+    run.copies, run.compiled = run._copies_of_weights(), False
+
+
+def test_parts_of_a_batch_through_copies_are_summed_in_float32():
+    net, pairs = attentive(0)
+    whole, parts = (started(net, precision="bf16", batch=4, accumulate=count) for count in (1, 2))
+    for run in (whole, parts):
+        take_copies(run)
+    gradients = []
+    for run, batch in (whole, pairs[0]), (parts, pairs[0]):
+        torch.manual_seed(1)
+        run._backward(SteadyFlow(), *batch, None)
+        assert all(weight.grad.dtype == torch.float32 for weight in run.net.parameters())
+        gradients.append([weight.grad for weight in run.net.parameters()])
+    for one, both in zip(*gradients, strict=True):
+        assert (one - both).norm() <= 2**-5 * one.norm() + 1e-6
+
+
+@pytest.mark.parametrize("clip", [1.0, 1e-3])
+@pytest.mark.parametrize("classes", [0, 3])
+def test_one_pass_over_memory_takes_the_steps_of_torch(classes, clip):
+    pytest.importorskip("triton")
+    net, pairs = attentive(classes)
+    settings = dict(precision="bf16", batch=4, clip=clip, ema_decay=[0.9, 0.3], warmup=3)
+    once, plain = started(net, **settings), started(net, **settings)
+    for run in (once, plain):
+        take_copies(run)
+    once.one_pass = True
+    losses = [train(run, pairs[:3]) for run in (once, plain)]
+    torch.testing.assert_close(*losses, rtol=1e-2, atol=0)
+    for run in (once, plain):  # resumed
+        run.load_state_dict(copy.deepcopy(run.state_dict()))
+    losses = [train(run, pairs[3:]) for run in (once, plain)]
+    torch.testing.assert_close(*losses, rtol=1e-2, atol=0)
+    states = [run.state_dict() for run in (once, plain)]
+    assert states[0]["optimizer"]["state"][0]["step"] == states[1]["optimizer"]["state"][0]["step"] == 4
+    for one, other in zip(*([run.net, *run.averages] for run in (once, plain)), strict=True):
+        one, other = moved(one, net), moved(other, net)
+        assert 0 < (one - other).norm() <= 0.02 * other.norm()
+
+
+def moved(net, before):
+    """How far the weights have come, all of them."""
+    return torch.cat([(weight - first).detach().flatten() for weight, first in
+                      zip(net.parameters(), before.parameters(), strict=True)])
 
 
 # ------------------------------------------------------------------------------- several processes
