@@ -87,8 +87,10 @@ def stream_after(state) -> int:
             part = [*part, *part.values()]
         if isinstance(part, list | tuple):
             waiting += [*part, len(part)]
+        elif isinstance(part, Tensor):
+            digest.update(part.cpu().contiguous().flatten().view(torch.uint8).numpy())  # NumPy has no bfloat16
         else:
-            digest.update(part.cpu().numpy().tobytes() if isinstance(part, Tensor) else f"{part!r};".encode())
+            digest.update(f"{part!r};".encode())
     return int.from_bytes(digest.digest(), "big")
 
 

@@ -152,7 +152,8 @@ def test_a_pool_that_the_samples_will_not_empty_is_warned_of_once(settings, recw
 
 
 KINDS = {"pool": lambda: pool_of(), "groups": lambda: pool_of(groups=2), "random": lambda: pool_of(0),
-         "float64": lambda: pool_of(dtype=torch.float64),
+         "float64": lambda: pool_of(dtype=torch.float64), "bfloat16": lambda: pool_of(dtype=torch.bfloat16),
+         "coarse": lambda: pool_of(grid=(2, 2)),
          "semidiscrete": lambda: dansm.Semidiscrete(torch.cat(batches(4)), torch.arange(20) % 2, seed=0)}
 KINDS["semidiscrete, asked"] = KINDS["semidiscrete"]
 
