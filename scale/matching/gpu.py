@@ -12,8 +12,9 @@ import torch
 def working(module: str, device: torch.device, *way) -> ModuleType | None:
     """A module of kernels of this room if its `try_out(device, *way)` passes, else None with a warning.
 
-    module  "kernels", "group_kernels", "search_kernels", "draw_kernels", "auction" or "semidiscrete_kernels"
-    way     for the first two: a pool's dtype and tf32
+    module  "kernels", "group_kernels", "few_kernels", "search_kernels", "draw_kernels", "auction" or
+            "semidiscrete_kernels"
+    way     for the first three: a pool's dtype; for the first two its tf32 too
     """
     if device.type != "cuda":
         return None

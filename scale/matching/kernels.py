@@ -8,7 +8,8 @@ the GPU:
     hand_out    copy the picked noises out of the pool, and the last free ones into their places
 
 The same launches serve the pools of all groups in a batch (GROUPED): the last number of a program is then that of its
-group, whose pool it finds in `table`, see `group_kernels`.
+group, whose pool it finds in `table`, see `group_kernels`. Batches of a few samples have one launch for all of it, see
+`few_kernels`.
 
 Kernels name a noise by its label: its place when the pool began, which decides ties, so that the picks are those of the
 plain path and of the paper's loop, whatever has moved since. pool.index is the label at a place, pool.place the place
@@ -37,6 +38,7 @@ LANES = 1024  # noises looked at together
 SAMPLES = FastPool.served_at_once
 FEW = 1024  # with so few noises left, a list would hold all of them: samples are served in turn
 NOBODY = tl.constexpr(2**31 - 1)
+SMALL, LABELS = 8, 2**16  # samples of a batch, and noises of a pool, that `few_kernels` serves
 
 
 # Of `table`: the addresses of noise, own, index and place, where the products begin, left, first sample, samples.
@@ -235,15 +237,7 @@ def _choose(picks, movers, lists, found, products, own, index, place, left, wide
     at = tl.where(at < -1, -2 - at, at)
     tl.store(picks + i, at, mask=here)
 
-    # The last noises move into the gaps: the first gap in batch order gets the first of them that is not taken.
-    end = left - samples
-    gap = here & (at < end)
-    stays = tl.max((at[:, None] == (end + i)[None, :]).to(tl.int32), 0) == 0  # the i-th of the last is not taken
-    moves = here & stays
-    gap_number = tl.where(gap, tl.cumsum(gap.to(tl.int32), 0), -1)
-    move_number = tl.where(moves, tl.cumsum(moves.to(tl.int32), 0), 0)
-    fits = gap_number[:, None] == move_number[None, :]
-    mover = tl.max(tl.where(fits, (end + i)[None, :], -1), 1)
+    gap, mover = _movers(at, left, samples, SAMPLES)
     tl.store(movers + i, mover, mask=here)
     moved = tl.load(index + mover, mask=gap, other=0)
     moved_own = tl.load(own + mover, mask=gap, other=0.0)
@@ -252,6 +246,21 @@ def _choose(picks, movers, lists, found, products, own, index, place, left, wide
     tl.store(place + moved, at, mask=gap)
     tl.store(index + at, moved, mask=gap)
     tl.store(own + at, moved_own, mask=gap)
+
+
+@triton.jit
+def _movers(at, left, samples, SAMPLES: tl.constexpr):
+    """Which of the places picked, (SAMPLES,), become gaps, and the place of the noise that moves there, −1 for none:
+    the first gap in batch order gets the first of the last noises that is not taken."""
+    i = tl.arange(0, SAMPLES)
+    end = left - samples
+    gap = (i < samples) & (at < end)
+    stays = tl.max((at[:, None] == (end + i)[None, :]).to(tl.int32), 0) == 0  # the i-th of the last is not taken
+    moves = (i < samples) & stays
+    gap_number = tl.where(gap, tl.cumsum(gap.to(tl.int32), 0), -1)
+    move_number = tl.where(moves, tl.cumsum(moves.to(tl.int32), 0), 0)
+    fits = gap_number[:, None] == move_number[None, :]
+    return gap, tl.max(tl.where(fits, (end + i)[None, :], -1), 1)
 
 
 @triton.jit(do_not_specialize=["width"])
@@ -289,9 +298,17 @@ class KernelPool(FastPool):
     def __init__(self, *arguments, **settings):
         super().__init__(*arguments, **settings)
         self.scratch = None  # memory that the kernels keep between batches, so that none waits for it
+        self.is_small = False  # the batch that is matched
 
     def __getstate__(self) -> dict:  # of a copy
-        return self.__dict__ | {"scratch": None}
+        return self.__dict__ | {"scratch": None, "few": None}
+
+    def __call__(self, x: Tensor, labels: Tensor | None = None, mask: None = None) -> Tensor:
+        if not torch.compiler.is_compiling() and self.few and self.few.serves_at_once(self, x, labels, mask):
+            self.check_worker()
+            self.check(x)
+            return self.few(self, x)
+        return super().__call__(x, labels, mask)
 
     def check(self, x: Tensor) -> None:
         self.data_check(x, numbers=self.match_size <= 1)  # the kernels look at the numbers
@@ -306,16 +323,29 @@ class KernelPool(FastPool):
     def _forget(self) -> None:
         super()._forget()
         self.place = self.index
+        self.few = None  # what serves small batches: it has memory for pools of this size
 
     def _draw_again(self, index: Tensor) -> Tensor:
         self.place = super()._draw_again(index)
         return self.place
 
+    def _match(self, samples: Tensor) -> Tensor:
+        # The end of a large batch is not small: it would wait for one more kernel to be compiled.
+        self.is_small = 0 < len(samples) <= SMALL and self._has_few()
+        return super()._match(samples)
+
+    def _has_few(self) -> bool:
+        """Whether small batches of this pool have a kernel of their own, which is made ready."""
+        if self.few is None and self.rows <= LABELS and self.noise.dtype != torch.float64:
+            kernel = working("few_kernels", self.noise.device, self.noise.dtype)
+            self.few = kernel.Few(self) if kernel else None
+        return self.few is not None
+
     def _take(self, samples: Tensor) -> Tensor:
         if not len(samples):
             return super()._take(samples)
         with on(samples.device):
-            return take(self, samples)
+            return self.few.take(self, samples) if self.is_small else take(self, samples)
 
 
 def take(pool: KernelPool, x: Tensor) -> Tensor:
@@ -376,9 +406,16 @@ def serve(z: Tensor, pool: KernelPool, found: Tensor, memory: tuple[Tensor, ...]
                     (picks, movers, lists, found, inner, pool.own, pool.index, pool.place, pool.left,
                      in_lines(pool.left), samples, table, start, z if x is None else x, pool.noise),
                     (keep, lanes, SAMPLES, few, grouped, 0 if x is None else width), warps=4 if few else 8)
+    hand_out(z, pool.noise, picks, movers, samples, table, groups, grouped)
+
+
+def hand_out(z: Tensor, noise: Tensor, picks: Tensor, movers: Tensor, samples: int, table: Tensor, groups: int = 1,
+             grouped: bool = False) -> None:
+    """Copy the noises picked into z: (B, D), and those that move into their places."""
+    width = z.shape[1]
     block = min(4096, 1 << (width - 1).bit_length())
     grid = samples, -(-width // block), groups
-    fast_launch(_hand_out, grid, z, (z, pool.noise, picks, movers, width, table), (block, grouped), warps=4)
+    fast_launch(_hand_out, grid, z, (z, noise, picks, movers, width, table), (block, grouped), warps=4)
 
 
 _compiled = {}
