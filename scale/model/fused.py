@@ -23,7 +23,6 @@ TILE = 2**14  # numbers that one program holds in its registers: 16 channels at 
 
 
 # ------------ The kernels ---------------------------------------------------------------------------------------------
-# What differs from layer to layer is a number where it can be: each variant of a kernel takes a second to compile.
 
 
 @triton.jit
@@ -49,86 +48,86 @@ def _sigmoid(u, QUICK: tl.constexpr):
 
 
 @triton.jit
-def _of_group(sums, column, group):
+def _of_group(sums, column, GROUP: tl.constexpr):
     """The sum over the columns of its group, for each column."""
-    same = (column // group)[:, None] == (column // group)[None, :]
+    same = (column // GROUP)[:, None] == (column // GROUP)[None, :]
     return tl.sum(tl.where(same, sums[None, :], 0.0), 1)
 
 
 @triton.jit
-def _share(channels, COLUMNS: tl.constexpr, USED: tl.constexpr):
+def _share(CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, USED: tl.constexpr):
     """This program's image, its channels, and which of them exist. Only a grid's first dimension exceeds 65,535."""
-    parts = (channels + USED - 1) // USED
+    parts: tl.constexpr = (CHANNELS + USED - 1) // USED
     column = tl.arange(0, COLUMNS)
     channel = tl.program_id(0) % parts * USED + column
-    return (tl.program_id(0) // parts).to(tl.int64), channel, (column < USED) & (channel < channels)
+    return (tl.program_id(0) // parts).to(tl.int64), channel, (column < USED) & (channel < CHANNELS)
 
 
 @triton.jit
-def _rows(start, pixels, there, ROWS: tl.constexpr):
+def _rows(start, PIXELS: tl.constexpr, there, ROWS: tl.constexpr):
     """Pixels from `start` on, and which numbers of them exist."""
     row = start + tl.arange(0, ROWS)
-    return row[:, None], (row < pixels)[:, None] & there[None, :]
+    return row[:, None], (row < PIXELS)[:, None] & there[None, :]
 
 
-@triton.jit(do_not_specialize=["drop", "group"])
-def _forward(y, means, scales, x, shift, weight, bias, seeds, eps, drop, pixels, channels, group, stride, shift_stride,
-             ROWS: tl.constexpr, COLUMNS: tl.constexpr, USED: tl.constexpr, WHOLE: tl.constexpr, SHIFT: tl.constexpr,
-             SILU: tl.constexpr, DROPS: tl.constexpr, QUICK: tl.constexpr):
-    """y = dropout(SiLU(norm(x + shift))) for USED channels of one image, which are whole groups. x, y: (N, pixels,
-    channels); in x pixel i begins at i · stride. shift, means, scales: (N, channels). An image of more pixels than ROWS
+@triton.jit(do_not_specialize=["drop"])
+def _forward(y, means, scales, x, shift, weight, bias, seeds, eps, drop, stride, shift_stride, PIXELS: tl.constexpr,
+             CHANNELS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, USED: tl.constexpr,
+             SHIFT: tl.constexpr, SILU: tl.constexpr, DROPS: tl.constexpr, QUICK: tl.constexpr):
+    """y = dropout(SiLU(norm(x + shift))) for USED channels of one image, which are whole groups. x, y: (N, PIXELS,
+    CHANNELS); in x pixel i begins at i · stride. shift, means, scales: (N, CHANNELS). An image of more pixels than ROWS
     is read three times."""
-    image, channel, there = _share(channels, COLUMNS, USED)
+    WHOLE: tl.constexpr = ROWS >= PIXELS
+    image, channel, there = _share(CHANNELS, COLUMNS, USED)
     column = tl.arange(0, COLUMNS)
-    first = image * pixels * channels
-    x += image * pixels * stride
+    first = image * PIXELS * CHANNELS
+    x += image * PIXELS * stride
     moved = tl.zeros([COLUMNS], tl.float32)
     if SHIFT:
         moved = tl.load(shift + image * shift_stride + channel, mask=there, other=0.0).to(tl.float32)
     if WHOLE:
-        row, here = _rows(0, pixels, there, ROWS)
+        row, here = _rows(0, PIXELS, there, ROWS)
         v = tl.load(x + row * stride + channel[None, :], mask=here, other=0.0).to(tl.float32)
         total = tl.sum(v, 0)
     else:
         total = tl.zeros([COLUMNS], tl.float32)
-        for start in range(0, pixels, ROWS):
-            row, here = _rows(start, pixels, there, ROWS)
+        for start in range(0, PIXELS, ROWS):
+            row, here = _rows(start, PIXELS, there, ROWS)
             total += tl.sum(tl.load(x + row * stride + channel[None, :], mask=here, other=0.0).to(tl.float32), 0)
-    numbers = tl.cast(pixels * group, tl.float32)
-    mean = _of_group(total + pixels * moved, column, group) / numbers - moved
+    mean = _of_group(total + PIXELS * moved, column, GROUP) / (PIXELS * GROUP) - moved
     if WHOLE:
         d = tl.where(here, v - mean[None, :], 0.0)
         total = tl.sum(d * d, 0)
     else:
         total = tl.zeros([COLUMNS], tl.float32)
-        for start in range(0, pixels, ROWS):
-            row, here = _rows(start, pixels, there, ROWS)
+        for start in range(0, PIXELS, ROWS):
+            row, here = _rows(start, PIXELS, there, ROWS)
             v = tl.load(x + row * stride + channel[None, :], mask=here, other=0.0).to(tl.float32)
             d = tl.where(here, v - mean[None, :], 0.0)
             total += tl.sum(d * d, 0)
-    scale = 1 / tl.sqrt(_of_group(total, column, group) / numbers + eps)
+    scale = 1 / tl.sqrt(_of_group(total, column, GROUP) / (PIXELS * GROUP) + eps)
     w = tl.load(weight + channel, mask=there, other=0.0).to(tl.float32)
     b = tl.load(bias + channel, mask=there, other=0.0).to(tl.float32)
-    for start in range(0, ROWS if WHOLE else pixels, ROWS):
+    for start in range(0, PIXELS, ROWS):
         if not WHOLE:
-            row, here = _rows(start, pixels, there, ROWS)
+            row, here = _rows(start, PIXELS, there, ROWS)
             v = tl.load(x + row * stride + channel[None, :], mask=here, other=0.0).to(tl.float32)
         u = (v - mean[None, :]) * (scale * w)[None, :] + b[None, :]
         if SILU:
             u = u * _sigmoid(u, QUICK)
-        at = row * channels + channel[None, :]
+        at = row * CHANNELS + channel[None, :]
         if DROPS:
             u = u * _kept(seeds, first.to(tl.uint32) + at.to(tl.uint32), drop)
         tl.store(y + first + at, u.to(y.dtype.element_ty), mask=here)
-    tl.store(means + image * channels + channel, mean, mask=there)
-    tl.store(scales + image * channels + channel, scale, mask=there)
+    tl.store(means + image * CHANNELS + channel, mean, mask=there)
+    tl.store(scales + image * CHANNELS + channel, scale, mask=there)
 
 
 @triton.jit
-def _gradient(dy, x, mean, scale, w, b, seeds, drop, first, row, channel, channels, stride, here, SILU: tl.constexpr,
-              DROPS: tl.constexpr, QUICK: tl.constexpr):
+def _gradient(dy, x, mean, scale, w, b, seeds, drop, first, row, channel, stride, here, CHANNELS: tl.constexpr,
+              SILU: tl.constexpr, DROPS: tl.constexpr, QUICK: tl.constexpr):
     """The normalised numbers, and the gradient of what weight and bias make of them."""
-    at = row * channels + channel[None, :]
+    at = row * CHANNELS + channel[None, :]
     x_at = row * stride + channel[None, :]
     h = (tl.load(x + x_at, mask=here, other=0.0).to(tl.float32) - mean[None, :]) * scale[None, :]
     g = tl.load(dy + first + at, mask=here, other=0.0).to(tl.float32)  # 0 where no number exists, so h adds nothing
@@ -141,57 +140,57 @@ def _gradient(dy, x, mean, scale, w, b, seeds, drop, first, row, channel, channe
     return h, g
 
 
-@triton.jit(do_not_specialize=["drop", "group"])
-def _backward(dx, dshift, dweight, dbias, dy, around, x, means, scales, weight, bias, seeds, drop, pixels, channels,
-              group, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, USED: tl.constexpr, WHOLE: tl.constexpr,
-              SHIFT: tl.constexpr, SILU: tl.constexpr, DROPS: tl.constexpr, QUICK: tl.constexpr,
-              AROUND: tl.constexpr):
-    """The gradients of x, shift, weight and bias, the last three summed over the image: (N, channels). `around` is the
+@triton.jit(do_not_specialize=["drop"])
+def _backward(dx, dshift, dweight, dbias, dy, around, x, means, scales, weight, bias, seeds, drop, stride,
+              PIXELS: tl.constexpr, CHANNELS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+              COLUMNS: tl.constexpr, USED: tl.constexpr, SHIFT: tl.constexpr, SILU: tl.constexpr, DROPS: tl.constexpr,
+              QUICK: tl.constexpr, AROUND: tl.constexpr):
+    """The gradients of x, shift, weight and bias, the last three summed over the image: (N, CHANNELS). `around` is the
     gradient that comes around the norm, which is added. Only in x are pixels `stride` apart."""
-    image, channel, there = _share(channels, COLUMNS, USED)
+    WHOLE: tl.constexpr = ROWS >= PIXELS
+    image, channel, there = _share(CHANNELS, COLUMNS, USED)
     column = tl.arange(0, COLUMNS)
-    first = image * pixels * channels
-    x += image * pixels * stride
+    first = image * PIXELS * CHANNELS
+    x += image * PIXELS * stride
     w = tl.load(weight + channel, mask=there, other=0.0).to(tl.float32)
     b = tl.load(bias + channel, mask=there, other=0.0).to(tl.float32)
-    mean = tl.load(means + image * channels + channel, mask=there, other=0.0)
-    scale = tl.load(scales + image * channels + channel, mask=there, other=0.0)
+    mean = tl.load(means + image * CHANNELS + channel, mask=there, other=0.0)
+    scale = tl.load(scales + image * CHANNELS + channel, mask=there, other=0.0)
     if WHOLE:
-        row, here = _rows(0, pixels, there, ROWS)
-        h, g = _gradient(dy, x, mean, scale, w, b, seeds, drop, first, row, channel, channels, stride, here, SILU,
+        row, here = _rows(0, PIXELS, there, ROWS)
+        h, g = _gradient(dy, x, mean, scale, w, b, seeds, drop, first, row, channel, stride, here, CHANNELS, SILU,
                          DROPS, QUICK)
         dw = tl.sum(g * h, 0)
         db = tl.sum(g, 0)
     else:
         dw = tl.zeros([COLUMNS], tl.float32)
         db = tl.zeros([COLUMNS], tl.float32)
-        for start in range(0, pixels, ROWS):
-            row, here = _rows(start, pixels, there, ROWS)
-            h, g = _gradient(dy, x, mean, scale, w, b, seeds, drop, first, row, channel, channels, stride, here, SILU,
+        for start in range(0, PIXELS, ROWS):
+            row, here = _rows(start, PIXELS, there, ROWS)
+            h, g = _gradient(dy, x, mean, scale, w, b, seeds, drop, first, row, channel, stride, here, CHANNELS, SILU,
                              DROPS, QUICK)
             dw += tl.sum(g * h, 0)
             db += tl.sum(g, 0)
-    tl.store(dweight + image * channels + channel, dw, mask=there)
-    tl.store(dbias + image * channels + channel, db, mask=there)
+    tl.store(dweight + image * CHANNELS + channel, dw, mask=there)
+    tl.store(dbias + image * CHANNELS + channel, db, mask=there)
     # Every number of a group moves the group's mean and variance, which takes this off its gradient.
-    numbers = tl.cast(pixels * group, tl.float32)
-    along = _of_group(dw * w, column, group) / numbers
-    level = _of_group(db * w, column, group) / numbers
+    along = _of_group(dw * w, column, GROUP) / (PIXELS * GROUP)
+    level = _of_group(db * w, column, GROUP) / (PIXELS * GROUP)
     moved = tl.zeros([COLUMNS], tl.float32)
-    for start in range(0, ROWS if WHOLE else pixels, ROWS):
+    for start in range(0, PIXELS, ROWS):
         if not WHOLE:
-            row, here = _rows(start, pixels, there, ROWS)
-            h, g = _gradient(dy, x, mean, scale, w, b, seeds, drop, first, row, channel, channels, stride, here, SILU,
+            row, here = _rows(start, PIXELS, there, ROWS)
+            h, g = _gradient(dy, x, mean, scale, w, b, seeds, drop, first, row, channel, stride, here, CHANNELS, SILU,
                              DROPS, QUICK)
         d = (g * w[None, :] - level[None, :] - h * along[None, :]) * scale[None, :]
         if SHIFT:
             moved += tl.sum(tl.where(here, d, 0.0), 0)
-        at = row * channels + channel[None, :]
+        at = row * CHANNELS + channel[None, :]
         if AROUND:
             d += tl.load(around + first + at, mask=here, other=0.0).to(tl.float32)
         tl.store(dx + first + at, d.to(dx.dtype.element_ty), mask=here)
     if SHIFT:
-        tl.store(dshift + image * channels + channel, moved.to(dshift.dtype.element_ty), mask=there)
+        tl.store(dshift + image * CHANNELS + channel, moved.to(dshift.dtype.element_ty), mask=there)
 
 
 @triton.jit
@@ -273,18 +272,17 @@ class _Norm(torch.autograd.Function):
         pixels = x.shape[2:].numel()
         group = channels // groups
         rows, columns, used = _tile_of(pixels, channels, group)
-        numbers = drop, pixels, channels, group, stride
-        constants = (rows, columns, used, rows >= pixels, shift is not None, silu, drop > 0,
+        constants = (pixels, channels, group, rows, columns, used, shift is not None, silu, drop > 0,
                      x.is_cuda and x.element_size() == 2)
         if shift is not None and shift.stride(1) != 1:
             shift = shift.contiguous()
         y = _like_pixels(x)
         means, scales = torch.empty(2, n, channels, device=x.device).unbind()
         launch(_forward, (n * triton.cdiv(channels, used),), y, means, scales, spaced, shift, weight, bias, seeds, eps,
-               *numbers, 0 if shift is None else shift.stride(0), *constants, num_warps=_warps(rows * columns // 2),
+               drop, stride, 0 if shift is None else shift.stride(0), *constants, num_warps=_warps(rows * columns // 2),
                maxnreg=128)  # two programs of eight warps on a multiprocessor at least
         ctx.save_for_backward(spaced, means, scales, weight, bias, seeds)
-        ctx.numbers, ctx.constants = numbers, constants
+        ctx.numbers, ctx.constants = (drop, stride), constants
         ctx.shift_dtype = None if shift is None else shift.dtype
         return y, x.view_as(x)
 
@@ -295,7 +293,7 @@ class _Norm(torch.autograd.Function):
             return around, *[None] * 8
         x, means, scales, weight, bias, seeds = ctx.saved_tensors
         n, channels = x.shape[:2]
-        rows, columns, used = ctx.constants[:3]
+        rows, columns, used = ctx.constants[3:6]
         dx = _like_pixels(x)
         dweight, dbias = torch.empty(2, n, channels, device=x.device).unbind()
         dshift = dweight.new_empty(n, channels, dtype=ctx.shift_dtype) if ctx.shift_dtype else None
