@@ -115,8 +115,10 @@ class RunFolder:
             stream = np.random.SeedSequence([self.run.recipe.seed, self.rank, self.run.step])
             torch.manual_seed(int(stream.generate_state(1, np.uint64)[0] >> 1))
         if len(saved) != now:
-            fresh = "all" if self.run.recipe.match_scope == "global" else "those that are new"
-            say(f"saved by {before}, resumed by {now:,}: {fresh} go on with noises that nobody has drawn")
+            fresh = "go on with noises that nobody has drawn"
+            how = f"those that are new {fresh}" if now > len(saved) else "each goes on with its own noises"
+            how = f"all {fresh}" if self.run.recipe.match_scope == "global" else how
+            say(f"saved by {before}, resumed by {now:,}: {how}")
 
     def _state(self) -> dict:
         """What a checkpoint holds. Every process must call it."""

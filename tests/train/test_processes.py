@@ -58,7 +58,7 @@ def test_two_processes_resumed_are_the_run_that_never_stopped(run, images, tmp_p
     assert described["processes"] == 2 and described["images"] == 64
     if match_scope == "rank":
         code, alone, err = run(*command, "--steps", 9, "--out", once)
-        assert (code, err) == (0, "") and "saved by 2 processes, resumed by 1: those that are new" in alone
+        assert (code, err) == (0, "") and "saved by 2 processes, resumed by 1: each goes on with its own" in alone
 
 
 @pytest.mark.parametrize("options", [(), ("--labels", "auto"), ("--method", "semidiscrete"), ("--method", "random")],
