@@ -10,6 +10,7 @@ of the same name that ends in -kernels.csv. FOLDER@N lets cuDNN try N ways of ea
 ten. --tiny tries all of it on a CPU.
 
 median_ms, least_ms, most_ms  of the steps of one round, by the GPU's clock
+loss                          mean of these steps
 times_faster                  than the first checkout in the same round
 """
 
@@ -108,7 +109,8 @@ def show(rows, kernels):
         times, rates, faster = ([row[name] for row in of_build]
                                 for name in ("median_ms", "images_per_second", "times_faster"))
         print(f"{case:8} {build:10} {median(times):7.3f} ms ({min(times):.3f} to {max(times):.3f}), "
-              f"{median(rates):,.0f} images/s, {median(faster):.3f} times ({min(faster):.3f} to {max(faster):.3f})")
+              f"{median(rates):,.0f} images/s, {median(faster):.3f} times ({min(faster):.3f} to {max(faster):.3f}), "
+              f"loss of the last round {of_build[-1]['loss']}")
 
 
 # ------------ One checkout --------------------------------------------------------------------------------------------
@@ -158,6 +160,8 @@ class Run:
         begin = time.perf_counter()
         torch.manual_seed(0)
         run = train.new_run(case, train.OURS, device)
+        self.losses, gradients = [], run.gradients
+        run.gradients = lambda *batch: self.losses.append(gradients(*batch))
         pool = dansm.NoisePool(match_size, shape, device=device, seed=0)
         batches = loader.batches(images(case, 0, device), batch, seed=0, device=device)
         self.moments = train.steps(run, batches, pool, device)
@@ -175,12 +179,14 @@ class Run:
 
     def steps(self):
         """Milliseconds of the steps of a pool's life."""
+        self.losses.clear()
         begins = [next(self.moments)[0] for _ in range(self.several)]
         ends = [*begins[1:], self.train.moment(self.device)]
         self.wait()
         times = [self.train.between(begin, end) for begin, end in zip(begins, ends, strict=True)]
         row = {"steps": len(times), "median_ms": median(times), "least_ms": min(times), "most_ms": max(times)}
         row = {name: round(value, 4) for name, value in row.items()}
+        row["loss"] = round(sum(loss.item() for loss in self.losses) / len(self.losses), 5)
         return row | {"images_per_second": round(1000 * self.batch / row["median_ms"], 1)}
 
     def kernels(self):
