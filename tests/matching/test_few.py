@@ -32,7 +32,12 @@ def small_programs(monkeypatch):
 def served(monkeypatch):
     """The sizes of the batches, or parts of them, that were served in one launch."""
     sizes, serve = [], few_kernels.Few.__call__
-    monkeypatch.setattr(few_kernels.Few, "__call__", lambda few, pool, x: [sizes.append(len(x)), serve(few, pool, x)][1])
+
+    def noted(few, pool, x):
+        sizes.append(len(x))
+        return serve(few, pool, x)
+
+    monkeypatch.setattr(few_kernels.Few, "__call__", noted)
     return sizes
 
 
