@@ -49,6 +49,8 @@ def _read_pt(path: Path) -> dict[str, np.ndarray]:
     """A tensor, or a dictionary that holds some. No code in the file is run."""
     mapped = zipfile.is_zipfile(path)  # files of a very old torch are none and cannot be mapped
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    if not isinstance(content, dict | Tensor):
+        raise Unreadable(f"{path} holds a {type(content).__name__}: expected a tensor, or a dictionary of some")
     tensors = content if isinstance(content, dict) else {"": content}
     return {str(name): _as_array(tensor) for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
 

@@ -151,10 +151,11 @@ class Source:
 def check_alike(path: Path, array: np.ndarray, first_path: Path, first: np.ndarray) -> None:
     """BadInput if the images or latents of two files differ in shape or type. Grey and coloured images may mix."""
     start = 2 if array.dtype == np.uint8 else 1
-    if array.shape[start:] != first.shape[start:] or array.dtype != first.dtype:
-        hint = "; --size N makes them N pixels square" if array.dtype == first.dtype == np.uint8 else ""
+    alike = array.dtype == first.dtype
+    if array.shape[start:] != first.shape[start:] or not alike:
+        hint = "; --size N makes them N pixels square" if alike and first.dtype == np.uint8 else ""
         raise BadInput(f"{path} holds {array.dtype} {array.shape[1:]}, {first_path} {first.dtype} {first.shape[1:]}: "
-                       f"expected equal shapes{hint}")
+                       f"expected equal {'shapes' if alike else 'types of numbers'}{hint}")
 
 
 def files_of(source: Path) -> list[Path]:

@@ -207,6 +207,12 @@ def test_a_file_with_several_arrays_or_none_is_refused_with_what_it_holds(tmp_pa
     assert "weight (2, 4)" in not_loaded(write(tmp_path / f"b{suffix}", latents(2, 4), "weight"))
 
 
+@pytest.mark.parametrize("content", [[torch.zeros(4, 2, 2)], (torch.zeros(2, 4, 2, 2), torch.zeros(2)), "text", 3])
+def test_a_pt_file_of_another_kind_is_refused_with_its_kind(tmp_path, not_loaded, content):
+    torch.save(content, tmp_path / "a.pt")
+    assert f"{tmp_path / 'a.pt'} holds a {type(content).__name__}: expected a tensor" in not_loaded(tmp_path / "a.pt")
+
+
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_latents_that_are_not_finite_are_named(tmp_path, not_loaded, suffix):
     x = latents(5, 4, 2, 2)
@@ -323,9 +329,10 @@ def test_a_latent_of_one_large_file_is_named_by_its_number(tmp_path, not_loaded)
 
 def test_latents_of_unequal_shape_or_type_are_refused_naming_two(tmp_path, not_loaded):
     np.save(tmp_path / "a.npy", stack(2)[0])
-    for other in (stack(1, np.float32)[0], stack(1, shape=(4, 3, 3))[0], stack(1)):
+    for other, word in (stack(1, np.float32)[0], "types"), (stack(1, shape=(4, 3, 3))[0], "shapes"), (stack(1), ""):
         np.save(tmp_path / "b.npy", other)
-        assert "b.npy" in not_loaded(tmp_path)
+        message = not_loaded(tmp_path)
+        assert "b.npy" in message and f"expected {'equal ' * bool(word)}{word}" in message
 
 
 def test_latents_are_not_resized(tmp_path, not_loaded):
