@@ -84,8 +84,11 @@ class CoarsePool(inside.OfOneProcess, NoisePool):
             return laid_out_like(x, z.to(x))
 
     def fresh(self, x: Tensor) -> Tensor:
-        self.check_worker()
         return self.keys.fresh(x)
+
+    def __repr__(self) -> str:
+        return (f"{type(self).__name__}({self.match_size}, {tuple(self.shape)}, grid={shown(self.grid)}, "
+                f"cost={self.cost!r}, seed={self.seed})")
 
     def check(self, x: Tensor) -> None:
         with torch.inference_mode(False), torch.no_grad():

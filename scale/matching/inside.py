@@ -34,6 +34,11 @@ def matched(pool: NoisePool, x: Tensor, labels: Tensor | None, mask: Tensor | No
     return torch.ops.dansm.matched(x.detach(), labels, mask, pool.calls, pool.handle)
 
 
+def fresh(pool: NoisePool, x: Tensor) -> Tensor:
+    """pool.fresh(x), for code that is being compiled."""
+    return torch.ops.dansm.fresh(x.detach(), pool.calls, pool.handle)
+
+
 # It changes `calls`, so that no call is left out, moved or made one with another; as that is on the CPU, CUDA graphs
 # leave it out even where torch has no tag for that.
 TAGS = {"tags": [torch.Tag.cudagraph_unsafe]} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
@@ -46,8 +51,16 @@ def _matched(x, labels, mask, calls, pool):
     return POOLS[pool](x, labels) if mask is None else POOLS[pool](x, labels, mask)
 
 
+@torch.library.custom_op("dansm::fresh", mutates_args=("calls",), **TAGS,
+                         schema="(Tensor x, Tensor(a!) calls, int pool) -> Tensor")
+def _fresh(x, calls, pool):
+    calls += 1
+    return POOLS[pool].fresh(x)
+
+
 @_matched.register_fake
-def _like_x(x, labels, mask, calls, pool):
+@_fresh.register_fake
+def _like_x(x, *others):
     return torch.empty_like(x)
 
 

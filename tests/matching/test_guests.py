@@ -71,6 +71,15 @@ def test_a_noise_that_a_compiled_step_does_not_use_has_left_the_pool_all_the_sam
     assert torch.equal(pools[0](x), pools[1](x))
 
 
+@pytest.mark.parametrize("settings", [{}, {"groups": 3}, {"grid": (2, 2)}, {"match_size": 0}], ids=str)
+def test_a_compiled_step_gets_the_fresh_noises_of_the_plain_one(settings):
+    pools = pool_of(**settings), pool_of(**settings)
+    compiled = torch.compile(lambda x: (pools[0].fresh(x), pools[0].fresh(x)), fullgraph=True, backend="aot_eager")
+    for x in batches(3):
+        noises = compiled(x)
+        assert all(torch.equal(noise, pools[1].fresh(x)) for noise in noises) and not torch.equal(*noises)
+
+
 def test_what_a_compiled_step_may_not_give_is_refused_when_it_runs():
     step = torch.compile(pool_of().__call__, backend="eager")
     with pytest.raises(BadInput, match="NaN"):

@@ -325,6 +325,8 @@ def test_a_used_pool_can_be_set_back_to_its_saved_state(pool_class):
 
 def test_a_pool_shows_what_was_chosen():
     assert repr(NoisePool("auto", (3,), seed=5, expected=1234)) == "FastPool(123, (3,), cost='priced', seed=5)"
+    assert repr(NoisePool(9, (3, 4, 4), grid=2, seed=5)) == ("CoarsePool(9, (3, 4, 4), grid=(2,), cost='priced', "
+                                                             "seed=5)")
 
 
 def test_a_saved_state_is_small():
