@@ -28,7 +28,6 @@ from ..model.recipe import SETTINGS, Recipe, as_option, check_without_labels, lo
 from ..train import auto
 from ..train import run as training
 from ..train.folder import starts_over
-from ..train.step import load_libraries
 from .options import Device
 from .sample import check_foreign_samples
 
@@ -138,8 +137,6 @@ def run(recipe: Recipe, out: Path, device: torch.device, fresh: bool, given: Col
 
 def read_and_train(recipe: Recipe, out: Path, device: torch.device, fresh: bool, given: Collection[str]) -> bool:
     training.check(recipe, device)
-    if recipe.compile:
-        load_libraries(device)
     images, left_out = training.read_data(recipe)
     labels = training.read_labels(recipe, images, left_out)
     over = starts_over(out, fresh)

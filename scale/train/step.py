@@ -2,11 +2,9 @@
 2,000 launches of forward and backward take Python 120 ms and the GPU 50. The loop is `dansm.train`."""
 
 import copy
-import importlib
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from functools import partial
-from threading import Thread
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,22 +23,6 @@ if TYPE_CHECKING:
     from .adam import OnePass  # which needs Triton
 
 WARM_UP = 3  # steps before a graph is captured, by torch's advice
-
-
-def load_libraries(device: torch.device) -> None:
-    """Begin to load what a GPU's first step needs, in a thread, for the data to be read meanwhile: seconds on a machine
-    just started. Nothing else changes. What fails here fails again where it is needed."""
-    if device.type == "cuda":
-        Thread(target=_first_calls, args=(device,)).start()
-
-
-def _first_calls(device: torch.device) -> None:
-    with suppress(Exception), torch.cuda.device(device):
-        x = torch.ones(1, 8, 8, 8, device=device, dtype=torch.float16).to(memory_format=torch.channels_last)
-        weight = torch.ones(8, 8, 3, 3, device=device, dtype=torch.float16, requires_grad=True)
-        nn.functional.conv2d(x, weight, padding=1).flatten(0, 2).mm(x[0, 0]).sum().backward()
-        importlib.import_module("..model.fused", __package__)
-        importlib.import_module("torch._dynamo")  # the optimizer does
 
 
 class FastTraining(dansm.Training):
