@@ -153,6 +153,7 @@ def test_parts_of_a_batch_through_copies_are_summed_in_float32():
         assert (one - both).norm() <= 2**-5 * one.norm() + 1e-6
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter takes networks on the CPU")
 @pytest.mark.parametrize("clip", [1.0, 1e-3])
 @pytest.mark.parametrize("classes", [0, 3])
 def test_one_pass_over_memory_takes_the_steps_of_torch(classes, clip):

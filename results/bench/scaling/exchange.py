@@ -34,6 +34,10 @@ EVERY = 25  # steps between two rows
 class InFloat32(FastTraining):
     """Exchanges the gradients after all of them are there, in float32."""
 
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.one_pass = False  # which reads the gradients of copies, in bf16
+
     def _exchange(self):
         self.late = Exchange(self.net.parameters())
 
