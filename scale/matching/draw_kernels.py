@@ -10,7 +10,8 @@ from torch import Tensor
 from ..base.launch import launch, on
 from . import draws
 
-ROWS, COLUMNS = 8, 128  # counters of a program
+COUNTERS = 1024  # of a program
+COLUMNS = 128, 64, 32, 16  # of them side by side
 HALF_PI, ROOT_2 = tl.constexpr(math.pi / 2), tl.constexpr(math.sqrt(2))
 
 
@@ -18,11 +19,18 @@ def fill(noise: Tensor, key: int, first: int) -> Tensor:
     """`draws.fill` on a GPU."""
     rows, width = noise.shape
     key = key - 2**64 if key >= 2**63 else key
-    columns = min(COLUMNS, triton.next_power_of_2(-(-width // 4)))
-    grid = -(-rows // ROWS), -(-width // (4 * columns))
+    columns = columns_for(-(-width // 4))
+    grid = -(-rows // (COUNTERS // columns)), -(-width // (4 * columns))
     with on(noise.device):
-        launch(_fill, grid, noise, key, first, rows, width, ROWS, columns, num_warps=4, enable_fp_fusion=False)
+        launch(_fill, grid, noise, key, first, rows, width, COUNTERS // columns, columns, num_warps=4,
+               enable_fp_fusion=False)
     return noise
+
+
+def columns_for(counters: int) -> int:
+    """The largest of COLUMNS by which a row of so many counters leaves no more than a sixteenth of them idle; else the
+    smallest."""
+    return next((columns for columns in COLUMNS if 16 * (-counters % columns) <= counters), COLUMNS[-1])
 
 
 @triton.jit(do_not_specialize=["key", "first", "rows"])
