@@ -14,13 +14,12 @@ from .proof_runs import MATCHED, MIDDLE, RANDOM, RUNS, SHORT, base_of, summarize
 from .style import COLUMN, PAGE, SERIES, STYLE, save
 
 DOTTED = (0, (1, 1.2))
-LOOKS = {RANDOM: SERIES["random"],
-         "greedy-1000": dict(color=POOLS[1000], marker="^", linestyle=DOTTED),
-         MATCHED: SERIES["matched"],
-         "greedy-100000": dict(color=POOLS[100_000], marker="v", linestyle=DOTTED),
-         "greedy-1000000": dict(color=POOLS[1_000_000], marker="D", linestyle=DOTTED),
-         "semidiscrete": dict(color=SEMIDISCRETE, marker="P", linestyle="-")}
-DIFFUSION = {"diffusion-random": SERIES["random"], "diffusion-greedy-10000": SERIES["matched"]}
+PLAN = dict(color=SEMIDISCRETE, marker="P", linestyle="-")
+LOOKS = {RANDOM: SERIES["random"], MATCHED: SERIES["matched"],
+         "greedy-100000": dict(color=POOLS[100_000], marker="v", linestyle=DOTTED), "semidiscrete": PLAN}
+DIFFUSION = {"diffusion-random": SERIES["random"], "diffusion-greedy-10000": SERIES["matched"],
+             "diffusion-priced-10000": dict(color=POOLS[1000], marker="D", linestyle=DOTTED),
+             "diffusion-semidiscrete": PLAN}
 PEERS = ["greedy-1000", MATCHED, "priced-10000", "greedy-100000", "priced-100000", "greedy-1000000",
          "optimal-10000", "semidiscrete", "assigned-256", "nearest-16"]
 BY_COST = [MATCHED, "inner-10000", "greedy-100000", "inner-100000"]
@@ -78,7 +77,7 @@ def draw_curves(rows: list[dict], looks: dict[str, dict], card: str = "") -> Fig
     figure.supxlabel(along, fontsize=8)
     legends = [row[0].get_legend_handles_labels() for row in (panels, *below)]
     handles, labels = (list(chain.from_iterable(part)) for part in zip(*legends, strict=True))
-    figure.legend(handles, labels, loc="outside upper center", ncols=5, frameon=False,
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False,
                   columnspacing=1.5)
     return figure
 
@@ -174,7 +173,7 @@ def side_by_side(rows: list[dict], names: list[str], images: int | None) -> Figu
     figure.supxlabel(f"Fréchet distance ÷ that of random pairs\n(same seed, {after})", fontsize=7)
     axes.xaxis.set_major_locator(MultipleLocator(0.2))
     axes.grid(axis="x", color=PALE, linewidth=0.5)
-    figure.legend(title="sampling steps", title_fontsize=7, loc="outside upper center", ncols=5, frameon=False,
+    figure.legend(title="sampling steps", title_fontsize=7, loc="outside upper center", ncols=4, frameon=False,
                   handletextpad=0.1, columnspacing=0.8)
     return figure
 

@@ -61,6 +61,13 @@ def test_seeds_that_are_under_way_count_as_far_as_both_have_come():
     assert found[1]["images_ours"] == of_one[1]["images_ours"] and found[1]["spread"] > 0
 
 
+def test_a_seed_evaluated_at_its_end_alone_does_not_hide_how_few_images_others_need():
+    rows = rows_by(lambda n, _: n**-0.5, "random", 2) + rows_by(lambda n, _: (1.6 * n) ** -0.5, "semidiscrete", 2)
+    late = [row for row in rows if row["run"] == "random" or row["seed"] == 0 or row["images"] == 2_048_000]
+    (whole, found) = (next(row for row in summarize(some) if row["images"] == 2_048_000) for some in (rows, late))
+    assert found == whole and found["seeds"] == 2 and found["ratio"] == pytest.approx(1.6, abs=1e-3)
+
+
 def test_a_range_is_that_of_all_pairs_of_seeds_or_none():
     """After 1,024,000 images the second seed is lower than random pairs ever come: there is no range then."""
     factor = (1.0, 0.5)
