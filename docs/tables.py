@@ -98,6 +98,10 @@ train_rates = partial(listing, read("bench/train/train.csv", part="steps"), ["ca
     "ms a step": numbers("median_ms"), "images/s": numbers("images_per_second", 0),
     "matching": numbers("matching_share", 1, " %", 100), "MFU": numbers("mfu", 0, " %", 100)})
 
+train_steps = partial(listing, read("bench/train/h200.csv"), ["case", "build"], {
+    "ms a step": numbers("median_ms"), "images/s": numbers("images_per_second", 0),
+    "times faster": numbers("times_faster", 2)})
+
 leakage = partial(listing, read("conditions/leakage.csv"), ["coupling"], {
     "class told": numbers("class_told", 1, " %", 100), "class means: largest": numbers("class_mean_largest", 2),
     "on average": numbers("class_mean_average", 2), "‖z‖²/D at first": numbers("size_first_quarter", 3),
@@ -243,6 +247,16 @@ def couplings():
         "p, batch": least("batch_p"), "p, all": least("life_p"), "p, classes": least("class_p"),
         "class told": numbers("class_told", 1, " %", 100), "‖x − z‖": numbers("path_length", 2),
         "gain": numbers("gain_share", 1, " %", 100), "crossing": numbers("crossing_share", 1, " %", 100)})
+
+
+def small():
+    """Milliseconds of a call of a pool for a small batch."""
+    rows = {f"{size:,} noises, batch {batch}": {"match_size": str(size), "batch": batch}
+            for size in (1000, 10_000) for batch in "1248"}
+    columns = {f"{label}, {how}": ({"build": build}, numbers(f"{column}_ms", 3))
+               for column, how in (("queued", "in a row"), ("waiting", "alone"))
+               for build, label in (("old", "583a1bc"), ("now", "now"))}
+    return pivot(read("bench/small/h200.csv"), rows, columns)
 
 
 def proof_speed():
