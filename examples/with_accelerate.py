@@ -8,9 +8,9 @@ One line differs from usual training; the comment "was:" shows what it replaces.
 """
 
 import os
-import subprocess
 import sys
 from pathlib import Path
+from subprocess import call
 
 import torch
 
@@ -19,15 +19,14 @@ from dansm.tiny.comparison import MatchSize, Steps, run
 from dansm.tiny.digits import load_digits
 
 try:
-    from accelerate import Accelerator
-    from accelerate.utils import gather_object
+    from accelerate import Accelerator, utils
 except ModuleNotFoundError as error:
     sys.exit(f"the package {error.name} is missing: expected it installed, as by pip install 'dansm[peers]'")
 
 
 class Pools(list):  # [pool] of this process; their states are of all
     def state_dict(self) -> dict:
-        return {"pools": gather_object([self[0].state_dict()])}
+        return {"pools": utils.gather_object([self[0].state_dict()])}
 
     def load_state_dict(self, state: dict) -> None:
         self[0].load_state_dict(state["pools"][Accelerator().process_index])
@@ -51,10 +50,11 @@ def main(folder: Path = Path("runs/with_accelerate"), steps: Steps = 200, match_
         optimizer.zero_grad()
     accelerator.save_state(folder)
     print(f"process {accelerator.process_index}: last paths {path_length(x, z):.3f}, saved in {folder}")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()  # without these two lines gloo's threads sometimes abort a process as it ends
 
 
 if __name__ == "__main__" and "WORLD_SIZE" in os.environ:
     run(main)
 elif __name__ == "__main__":
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    sys.exit(subprocess.call([sys.executable, *torchrun, *sys.argv]))
+    sys.exit(call([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *sys.argv]))
