@@ -21,7 +21,8 @@ STEP_COUNTS = (1, 2, 3, 5, 10)
 CURVES = (1, 2, 5, 10)  # the step counts with a curve
 NETWORK = dict(channels=1, size=8, width=16, multipliers=(1, 2), blocks=1, attention_at=(4,), dropout=0.0, biggan=False)
 LOOKS = {"random": dict(color=colours.RANDOM, marker="o"), "optimal": dict(color=colours.OPTIMAL, marker="D"),
-         "greedy": dict(color=colours.MATCHED, marker="s")}
+         "greedy": dict(color=colours.MATCHED, marker="s"), "priced": dict(color=colours.POOLS[1000], marker="v"),
+         "semidiscrete": dict(color=colours.SEMIDISCRETE, marker="P")}
 BATCH, RATE, DECAY = 64, 1e-3, 0.995  # for other batches see `train_and_evaluate`
 
 
@@ -39,7 +40,9 @@ class Settings:
     def name(self, way: str) -> str:
         """What figures and tables call it."""
         return {"random": "random pairs", "optimal": f"assigned within batches of {self.batch}",
-                "greedy": f"matched, pool of {self.match_size:,}"}[way]
+                "greedy": f"matched, pool of {self.match_size:,}",
+                "priced": f"matched, pool of {self.match_size:,} with prices",
+                "semidiscrete": "semidiscrete plan of all digits"}[way]
 
 
 def load_digits() -> Tensor:
@@ -72,20 +75,31 @@ def train_and_evaluate(images: Tensor, settings: Settings, way: str, seed: int) 
 
 
 def paired(images: Tensor, way: str, settings: Settings, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless pairs (x, z), both (batch, 1, 8, 8); the same images for every way."""
+    """Endless pairs (x, z), both (batch, 1, 8, 8); the same images for every way but the plan, whose noises choose."""
+    if way == "semidiscrete":
+        return planned(images, settings.batch, seed)
     draw = np.random.default_rng(seed)
     picks = (torch.from_numpy(draw.integers(len(images), size=settings.batch)) for _ in count())
     match_size = settings.batch if way == "optimal" else settings.match_size
-    return dansm.pairs((images[pick.to(images.device)] for pick in picks), way, match_size, cost="squared",
-                       seed=seed)
+    method, cost = ("greedy", "priced") if way == "priced" else (way, "squared")
+    return dansm.pairs((images[pick.to(images.device)] for pick in picks), method, match_size, cost=cost, seed=seed)
+
+
+def planned(images: Tensor, batch: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    coupling = dansm.Semidiscrete(images, seed=seed)
+    coupling.solve()
+    while True:
+        z, taken = coupling.draw(batch)
+        yield images[taken], z
 
 
 def draw_picture(result: dict, settings: Settings, samples: dict[str, dict[int, Tensor]], path: Path) -> None:
-    """Left samples of two ways from the same noises, two rows for each step count; right the distances."""
+    """Left samples of the first way and the last from the same noises, two rows for each step count; right the
+    distances."""
     from .pictures import plt, show_images
 
     figure, (*pair, panel) = plt.subplots(1, 3, figsize=(11, 4.1), layout="constrained")
-    for tiles, way in zip(pair, ("random", "greedy"), strict=True):
+    for tiles, way in zip(pair, (settings.ways[0], settings.ways[-1]), strict=True):
         show_images(tiles, torch.cat([samples[way][steps][:20] for steps in STEP_COUNTS]), rows=2 * len(STEP_COUNTS))
         tiles.set_title(settings.name(way))
     for row, steps in enumerate(STEP_COUNTS):

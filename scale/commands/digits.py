@@ -25,7 +25,9 @@ def digits(
     match_size: Annotated[int, typer.Option(min=2, help="noises in the pool, compared with random pairs")] = 1000,
     steps: Annotated[int, typer.Option(min=1, help="training steps for each way of pairing")] = 500,
     batch: Annotated[int, typer.Option(min=1, help="images a step; a batch of 1 has no choice without a pool")] = 64,
-    optimal: Annotated[bool, typer.Option("--optimal", help="also linear assignment within each batch")] = False,
+    pairs: Annotated[str, typer.Option(
+        help="comma-separated ways of pairing: random, greedy (by squared distance), priced, optimal (within each batch), "
+             "semidiscrete")] = "random,greedy",
     evaluate_at: Annotated[str | None, typer.Option(
         help="comma-separated training steps after which to evaluate, for a curve of distance against images")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="trainings for each way of pairing, for the spread")] = 2,
@@ -40,7 +42,9 @@ def digits(
     torch.set_num_threads(1)  # so small a network gains little by two, which on a busy machine wait for each other
     importlib.import_module("matplotlib")  # if it is missing, that is told before anything is trained
     marks = parse_counts("--evaluate-at", evaluate_at, at_most=steps) if evaluate_at else []
-    ways = ["random", "optimal", "greedy"] if optimal else ["random", "greedy"]
+    ways = list(dict.fromkeys(way.strip() for way in pairs.split(",")))
+    for way in ways:
+        dansm.check_choice("--pairs", way, list(tiny.LOOKS))
     settings = tiny.Settings(match_size, batch, ways, steps, sorted({*marks, steps}), list(range(seed, seed + seeds)))
     images = tiny.load_digits().to(machine.pick_device(device))
     dansm.NoisePool(match_size, images.shape[1:], device=images.device)  # refused here, not after other trainings

@@ -24,7 +24,7 @@ COMMANDS = ("toy", "digits", "train", "export", "encode", "decode", "couple", "s
             "tsne", "paths", "loss", "theory", "proof", "bench")
 FORMER = {  # command → option of an earlier version → what it is called now
     "train": {as_option(old): as_option(new) for old, new in RENAMED.items()},
-    "digits": {"--assigned": "--optimal", "--judge-at": "--evaluate-at", "--ages": ""},
+    "digits": {"--assigned": "--pairs random,optimal,greedy", "--judge-at": "--evaluate-at", "--ages": ""},
     **{command: {"--label": "--name"} for command in ("compare", "grid", "tsne", "paths", "loss")}}
 
 

@@ -33,7 +33,7 @@ def start(*arguments):
 
 OPTIONS = {
     "toy": ["--shape", "--match-size", "--steps", "--seeds", "--seed", "--device", "--out"],
-    "digits": ["--match-size", "--steps", "--batch", "--optimal", "--evaluate-at", "--seeds", "--seed", "--device",
+    "digits": ["--match-size", "--steps", "--batch", "--pairs", "--evaluate-at", "--seeds", "--seed", "--device",
                "--out"],
     "train": ["--network", "--flow", "--method", "--match-size", "--cost", "--batch", "--steps", "--minutes",
               "--save-minutes", "--lr", "--ema-decay", "--no-flip", "--size", "--skip-unreadable", "--fresh", "--seed",

@@ -82,7 +82,7 @@ def test_a_wrong_value_is_one_line_that_names_the_option(refused, option, text):
     ("train", "--pool", "is now --pool-dtype"), ("train", "--fast", "is now --tf32"),
     ("train", "--decay", "is now --ema-decay"), ("train", "--resident", "is now --data-on-gpu"),
     ("train", "--ages", "was removed"), ("digits", "--ages", "was removed"),
-    ("digits", "--assigned", "is now --optimal"), ("digits", "--judge-at", "is now --evaluate-at"),
+    ("digits", "--assigned", "is now --pairs random,optimal,greedy"), ("digits", "--judge-at", "is now --evaluate-at"),
     *((command, "--label", "is now --name") for command in ("compare", "grid", "tsne", "paths", "loss"))])
 def test_an_old_option_is_refused_naming_the_new_one(refused, command, option, words):
     arguments = [command, "cifar10"] if command == "train" else [command]
