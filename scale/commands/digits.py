@@ -26,8 +26,8 @@ def digits(
     steps: Annotated[int, typer.Option(min=1, help="training steps for each way of pairing")] = 500,
     batch: Annotated[int, typer.Option(min=1, help="images a step; a batch of 1 has no choice without a pool")] = 64,
     pairs: Annotated[str, typer.Option(
-        help="comma-separated ways of pairing: random, greedy (by squared distance), priced, optimal (within each batch), "
-             "semidiscrete")] = "random,greedy",
+        help="comma-separated ways of pairing: random, greedy (by squared distance), priced, optimal (within each "
+             "batch), semidiscrete")] = "random,greedy",
     evaluate_at: Annotated[str | None, typer.Option(
         help="comma-separated training steps after which to evaluate, for a curve of distance against images")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="trainings for each way of pairing, for the spread")] = 2,

@@ -107,7 +107,7 @@ def test_an_example_runs_and_its_paths_get_shorter(name, capsys):
         assert all(f"{value:.3f}" in out for key, value in row.items() if key not in ("way", "seed"))
 
 
-@pytest.mark.parametrize("name", [name for name in PEERS if name not in ("with_diffusers", "with_torchcfm")])
+@pytest.mark.parametrize("name", [name for name in PEERS if name != "with_diffusers"])
 def test_an_example_of_a_trainer_is_short(name):
     assert EXAMPLES[name].read_text().count("\n") <= 60
 
@@ -277,21 +277,10 @@ def test_diffusers_flow_sampling_goes_from_noise_to_data():
 
 
 @pytest.mark.slow
-def test_only_the_pool_matches_batches_of_one():
+def test_in_torchcfm_the_pool_makes_paths_at_least_as_short_as_optimal_transport_does():
     rows = load("with_torchcfm").main(**SHORT)
-    random, planned, pool = (measures(rows, way) for way in ("random", "batch OT", "pool"))
-    assert planned["path, batch 64"] < 0.97 * random["path, batch 64"]
-    assert planned["path, batch 1"] == random["path, batch 1"]
-    assert pool["path, batch 1"] < 0.97 * random["path, batch 1"]
-
-
-@pytest.mark.slow
-def test_torchcfm_time_goes_from_noise_to_data():
-    module = load("with_torchcfm")
-    x1, pool = load_digits()[:64].flatten(1), dansm.NoisePool(1, (64,), seed=0)
-    t, xt, ut = module.draw_paths(module.ConditionalFlowMatcher(), pool, x1)
-    assert torch.allclose(xt + (1 - t)[:, None] * ut, x1, atol=1e-5)
-    assert torch.allclose(xt - t[:, None] * ut, x1 - ut, atol=1e-5)  # where t is 0: the noise
+    random, planned, pool = (measures(rows, way)["path length"] for way in ("random", "batch OT", "pool"))
+    assert planned < 0.97 * random and pool < 0.97 * random
 
 
 # ------------------------------------------------------------------------------- accelerate

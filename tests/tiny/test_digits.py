@@ -44,7 +44,8 @@ def test_a_run_writes_numbers_and_a_picture(train, tmp_path):
 @pytest.mark.slow
 def test_evaluating_on_the_way_changes_nothing(train, tmp_path):
     runs = {}
-    for name, options in (("whole", (4, "--evaluate-at", "2,4,1", "--pairs", ",".join(digits.LOOKS))), ("two", (2,)), ("four", (4,))):
+    whole = 4, "--evaluate-at", "2,4,1", "--pairs", ",".join(digits.LOOKS)
+    for name, options in (("whole", whole), ("two", (2,)), ("four", (4,))):
         described, _ = train(name, "--steps", *options)
         runs[name] = {(run["method"], run["trained_steps"]): run["distance"] for run in described["runs"]}
     assert runs["whole"].keys() == {(way, step) for way in digits.LOOKS for step in (1, 2, 4)}
@@ -54,7 +55,8 @@ def test_evaluating_on_the_way_changes_nothing(train, tmp_path):
     assert files_of(tmp_path / "whole") == ["digits.json", "digits.png"]  # the curve was from the earlier call
 
 
-@pytest.mark.parametrize("option, value", [("--pairs", "best"), ("--evaluate-at", "2,x"), ("--evaluate-at", "9,1"), ("--match-size", 1)])
+@pytest.mark.parametrize("option, value", [("--pairs", "best"), ("--evaluate-at", "2,x"), ("--evaluate-at", "9,1"),
+                                           ("--match-size", 1)])
 def test_what_cannot_be_run_is_named(refused, tmp_path, option, value):
     said = refused("digits", "--steps", 4, option, value, "--out", tmp_path / "out")
     assert option in said and str(value).split(",")[0] in said
