@@ -29,8 +29,7 @@ def train(images: torch.Tensor, matcher, steps: int, match_size: int, seed: int)
     np.random.seed(seed)  # of the optimal transport's draws
     net = MLP(dim=images.shape[1], w=256, time_varying=True)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
-    pool = NoisePool(match_size, images.shape[1:], seed=seed)
-    lengths = []
+    pool, lengths = NoisePool(match_size, images.shape[1:], seed=seed), []
     for x1 in (images[torch.randint(len(images), (64,))] for _ in range(steps)):
         x0 = pool(x1)  # was: x0 = torch.randn_like(x1)
         t, xt, ut = matcher.sample_location_and_conditional_flow(x0, x1)
