@@ -124,13 +124,8 @@ def classes_cifar10():
 
 def classes_guided():
     """With the guidance that is best for each, which stands behind; and with guidance 2."""
-    def best(records):
-        weights = {record["guidance"] for record in records}
-        of_weights = {weight: [record for record in records if record["guidance"] == weight] for weight in weights}
-        weight = min(weights, key=lambda weight: fmean(float(row["frechet_distance"]) for row in of_weights[weight]))
-        return f"{numbers('frechet_distance')(of_weights[weight])} ({float(weight):g})"
     steps = STEPS[1:4]
-    columns = {f"best: {count} steps": ({"steps": count}, best) for count in steps} | {
+    columns = {f"best: {count} steps": ({"steps": count}, best_guided) for count in steps} | {
         f"guidance 2: {count}": ({"steps": count, "guidance": "2.0"}, numbers("frechet_distance")) for count in steps}
     rows = {label: {"run": run} for label, run in CLASSES.items()}
     return pivot(read("conditions/cifar10.csv"), rows, columns)
@@ -257,6 +252,47 @@ def small():
                for column, how in (("queued", "in a row"), ("waiting", "alone"))
                for build, label in (("old", "583a1bc"), ("now", "now"))}
     return pivot(read("bench/small/h200.csv"), rows, columns)
+
+
+REFERENCE = {  # coupling in the bench: run of the proof, run by class
+    "random": ("random", "random"), "nearest-16": ("nearest-16", ""), "assigned-256": ("assigned-256", ""),
+    "assigned-10000": ("optimal-10000", ""), "pool-1000": ("greedy-1000", ""),
+    "pool-10000": ("greedy-10000", "one-pool"), "pool-10000-priced": ("priced-10000", ""),
+    "pool-100000": ("greedy-100000", ""), "pool-100000-priced": ("priced-100000", ""),
+    "coarse-10000": ("coarse-10000", ""), "coarse-100000": ("coarse-100000", ""),
+    "semidiscrete-parts": ("semidiscrete-10000", ""), "semidiscrete": ("semidiscrete", "semidiscrete-one"),
+    "assigned-256-by-class": ("", "assigned"), "pool-10000-priced-by-class": ("", "class-1000-priced"),
+    "pool-100000-by-class": ("", "class-10000"), "semidiscrete-by-class": ("", "semidiscrete")}
+
+
+def reference(record):
+    """What each coupling costs, keeps of the prior, tells of the class, and has brought; empty where not measured."""
+    def kept(column):
+        def write(records):
+            return "".join("no" if float(row[column]) < 0.001 else "yes" for row in records if row[column])
+        return write
+
+    measured = {"256": numbers("batch_mean_ms", 1, " ms"), "N(0, I) in a batch": kept("batch_p"),
+                "over all": kept("life_p"), "in a class": kept("class_p"),
+                "class told": numbers("class_told", 1, " %", 100), "crossing": numbers("crossing_share", 0, " %", 100)}
+    lines = [["", *measured, *(f"{steps} steps" for steps in ("3", "10", "50")), "by class: 10", "50", "guided: 10"]]
+    for name, (run, by_class) in REFERENCE.items():
+        found = read(record, coupling=name)
+        distances = [read("proof/distances.csv", run=run, images="2048000", steps=steps) for steps in ("3", "10", "50")]
+        classes = [read("conditions/cifar10.csv", run=by_class, guidance="1.0", steps=steps) for steps in ("10", "50")]
+        guided = read("conditions/cifar10.csv", run=by_class, steps="10")
+        lines.append([name, *(write(found) for write in measured.values()),
+                      *(numbers("frechet_distance" if rows in classes else "distance")(rows)
+                        for rows in (*distances, *classes)), best_guided(guided) if by_class else ""])
+    return lines
+
+
+def best_guided(records):
+    """The lowest mean distance over the weights of guidance, and its weight."""
+    of_weights = {weight: [record for record in records if record["guidance"] == weight]
+                  for weight in {record["guidance"] for record in records}}
+    weight = min(of_weights, key=lambda weight: fmean(float(row["frechet_distance"]) for row in of_weights[weight]))
+    return f"{numbers('frechet_distance')(of_weights[weight])} ({float(weight):g})"
 
 
 def proof_speed():
