@@ -38,9 +38,8 @@ GONE = tl.constexpr(2**63 - 1)  # the key of a noise that is not free
 
 @triton.jit
 def _keys(cost, label, place):
-    """64 bits for each noise, of which the nearest has the least: those of its cost, of its label and of its place."""
-    cost = tl.where(cost == cost, cost, float("inf"))  # NaN is as far as can be
-    cost = tl.where(cost == 0, 0.0, cost)  # −0 equals 0
+    """Sort keys, int64: cost, then label, then place. All of one shape."""
+    cost = tl.where(cost == cost, cost, float("inf"))  # NaN, which may have a sign, is as far as can be
     bits = cost.to(tl.int32, bitcast=True)
     bits ^= (bits >> 31) & 0x7FFFFFFF
     return (bits.to(tl.int64) << 32) | (label.to(tl.int64) << 16) | place
@@ -48,6 +47,7 @@ def _keys(cost, label, place):
 
 @triton.jit
 def _numbers(at, k, width, CACHE: tl.constexpr, MASKED: tl.constexpr):
+    """Numbers k of the rows that begin at `at`, which broadcast, as float32; 0 beyond `width` if MASKED."""
     if MASKED:
         numbers = tl.load(at + k, mask=k < width, other=0.0, cache_modifier=CACHE)
     else:
