@@ -16,9 +16,9 @@ class Replayed:
     """A network on a GPU, called as it is. Where a shape comes again its layers are recorded as a CUDA graph.
 
         predict = Replayed(net)
-        predict(x, t, labels)       # x: (B, C, H, W), t: (B,), labels: (B,) or None → (B, C, H, W)
+        predict(x, t, labels)       # x: (B, C, H, W), t: (B,), labels: (B,) or None → (B, C, H, W), one device
 
-    A sample's result must not depend on others of its batch. The network's weights may be changed in place, not moved.
+    A sample's result must not depend on others of its batch, and the network may not be moved.
     The graphs share one memory, which is freed with this object. Where none can be recorded, a warning says so once.
     """
 
@@ -32,8 +32,6 @@ class Replayed:
     @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         inputs = [x, t] if labels is None else [x, t, labels]
-        if inputs[-1].device != x.device:  # labels on the CPU, which the network checks
-            return self.net(x, t, labels)
         with on(x.device):
             recording = self._recording_for(inputs)
             return recording(inputs) if recording else self.net(x, t, labels)
@@ -52,6 +50,8 @@ class Replayed:
         return None
 
     def _record(self, kind: tuple, inputs: list[Tensor]) -> "Recording | None":
+        """Record and keep a graph for inputs, (B, ...) each, of this kind: their shapes without B, and types. None,
+        then and in later calls, where it cannot be recorded."""
         try:
             recording = Recording(self.net, inputs, self.pool)
         except Exception as error:  # a layer that waits for the GPU, too little memory, an old driver

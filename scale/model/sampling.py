@@ -195,7 +195,7 @@ def sampler(net: dansm.UNet, device: torch.device, precision: str = "auto",
     """The network as a flow samples from it: (B, C, H, W), times (B,) and maybe labels (B,) → (B, C, H, W) float32.
 
     compile  use the kernels, if there are any, and on a GPU CUDA graphs, see `Replayed`
-    The weights are those of now: a sampler does not see later ones, nor may the network be moved while it is in use.
+    Make a new sampler after the weights change. The network may not be moved while a sampler is in use.
     """
     dtype = number_type(precision, device)
     to_compile = compile and fused(net)

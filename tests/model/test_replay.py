@@ -110,6 +110,23 @@ def test_where_nothing_can_be_recorded_the_layers_are_launched_after_one_warning
     assert len(warned) == 1
 
 
+def test_a_sampler_records_its_calls_on_a_gpu_unless_it_is_not_to_compile(net, monkeypatch):
+    recorded = []
+
+    class Noted(Replayed):
+        def __init__(self, predict):
+            recorded.append(self)
+            super().__init__(predict)
+
+    monkeypatch.setattr(sampling, "Replayed", Noted)
+    gpu = torch.device("cuda")  # which need not exist before a call
+    network = sampler(net, gpu, "fp32")
+    assert recorded == [network] and network.classes == CLASSES
+    sampler(net, gpu, "fp32", compile=False)
+    sampler(net, CPU, "fp32")
+    assert len(recorded) == 1
+
+
 @pytest.mark.parametrize("guidance", [Guidance(), Guidance(3), Guidance(3, (0.3, 1))])
 @pytest.mark.parametrize("flow", [dansm.RectifiedFlow(solver="heun"), dansm.Diffusion()])
 def test_samples_are_those_of_a_network_that_is_not_recorded(net, graphs, flow, guidance):
