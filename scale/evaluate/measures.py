@@ -154,10 +154,10 @@ def products_type(x: Tensor) -> Tensor:
 
 
 def centred(features: Tensor, device: torch.device, *others: Tensor) -> list[Tensor]:
-    """Features (N, D) and others on the device, without the features' mean: squares of small numbers lose no digits."""
-    features, *others = (products_type(part.to(device)) for part in (features, *others))
-    mean = features.mean(0)
-    return [part - mean for part in (features, *others)]
+    """Features (N, D) and others on the device, with the first of the features as origin: squares of small numbers lose
+    no digits. Differences of whole numbers are exact, as those from a mean are not, and equal distances stay equal."""
+    parts = [products_type(part.to(device)) for part in (features, *others)]
+    return [part - parts[0][0] for part in parts]
 
 
 def precision_recall(features: Tensor, count: int, reference: Reference) -> dict[str, float]:

@@ -77,10 +77,15 @@ def test_our_distance_is_torch_fidelitys_also_where_covariances_are_nearly_singu
     assert measures.frechet_distance(x, reference_of(y)) == pytest.approx(frechet_distance(x, y), rel=1e-3)
 
 
-@pytest.mark.parametrize(("count", "others", "length"), [(300, 400, 30), (60, 50, 100), (3, 40, 5), (400, 90, 12)])
-def test_every_measure_is_torch_fidelitys(count, others, length):
+@pytest.mark.parametrize(("count", "others", "length", "whole"), [
+    (300, 400, 30, False), (60, 50, 100, False), (3, 40, 5, False), (400, 90, 12, False), (350, 300, 6, True),
+    (300, 400, 6, True)])
+def test_every_measure_is_torch_fidelitys(count, others, length, whole):
+    """Also of whole numbers, whose distances are often equal to a reach, and often 0."""
     x = 2 + torch.randn(count, length) * torch.linspace(0.1, 3, length)
     y = 2.3 + torch.randn(others, length) * torch.linspace(0.2, 2.5, length)
+    if whole:
+        x, y = x.round().clamp(1, 3), y.round().clamp(1, 3)
     reference = reference_of(y)
     row = measures.score(x, reference)
     statistics = metric_fid.fid_features_to_statistics(x.double())
