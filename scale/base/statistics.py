@@ -85,12 +85,10 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 
 def trace_of_root(product: Tensor) -> float:
-    """tr P^½ of a symmetric, positive P (n, n), the sum of the roots of its eigenvalues; rounding counts as 0. It
-    is computed on the CPU, as a GPU is no faster."""
+    """tr P^½ of a symmetric, positive P (n, n), the sum of the roots of its eigenvalues; negative ones, rounding, count
+    as 0. It is computed on the CPU, as a GPU is no faster."""
     with one_thread():
-        values = torch.linalg.eigvalsh(product.cpu()).clamp_min(0)
-    least = len(values) * torch.finfo(values.dtype).eps * values[-1]
-    return values[values > least].sqrt().sum().item()
+        return torch.linalg.eigvalsh(product.cpu()).clamp_min(0).sqrt().sum().item()
 
 
 def root_of_covariance(features: Tensor) -> Tensor:

@@ -104,17 +104,17 @@ class Classes:
         return F.pad(float64(features, self.device), (0, 1), value=1.0)
 
     def _distances(self, features: Tensor, labels: Tensor, name: str) -> dict[str, float]:
+        """The distances that `score` describes, of features (N, D) with labels (N,), by class and their mean."""
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
 
         def distance(number: int) -> float | None:
             own, others = features[labels == number], self.real.features[self._kept == number]
             if min(len(own), len(others)) < LEAST:
                 return None
-            with torch.cuda.stream(stream) if stream else nullcontext():
+            with one_thread(), torch.cuda.stream(stream) if stream else nullcontext():  # threads take a class each
                 return distance_of_few(float64(own, self.device), float64(others, self.device))
 
-        with one_thread():  # threads take a class each
-            distances = list(ahead(distance, range(len(self.names)), threads=THREADS, depth=THREADS))
+        distances = list(ahead(distance, range(len(self.names)), threads=THREADS, depth=THREADS))
         row = {f"{name}/{of_class}": distance for of_class, distance in zip(self.names, distances, strict=True)
                if distance is not None}
         if len(row) == len(self.names):
@@ -124,7 +124,7 @@ class Classes:
 
 def distance_of_few(a: Tensor, b: Tensor) -> float:
     """`base.statistics.frechet_distance` of features in float64, a: (N, D), b: (M, D), by a matrix of N or D rows: fast
-    for an N below D. Singular values below 1e-6 of the largest may count as 0."""
+    for an N below D."""
     shift = (a.mean(0) - b.mean(0)).square().sum()
     a, b = root_of_covariance(a), (b - b.mean(0)) / (len(b) - 1) ** 0.5
     spreads = a.square().sum() + b.square().sum()
