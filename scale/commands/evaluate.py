@@ -4,7 +4,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import groupby, takewhile
@@ -94,19 +94,7 @@ def evaluate(
     jobs = [(None, {"model": "real images", "made_from": made_from, **common, "count": count})]
     for model in trained:
         jobs += jobs_of(model, step_counts, common, real, classes, count, solver, number_type(precision, on))
-    new = {row["made_from"]: (model, row) for model, row in jobs if row["made_from"] not in known}
-    try:
-        reference = Reference(real, extractor, seed=seed, device=on)
-        for row in measured(new.values(), reference, classes, on, precision, batch):
-            known[row["made_from"]] = row
-            write_json(out / "evaluate.json", {"rows": list(known.values()), "hardware": hardware(on)})
-            write_csv(out / "evaluate.csv", list(known.values()))
-    except KeyboardInterrupt:
-        if jobs[0][1]["made_from"] not in known:
-            raise
-    done = takewhile(lambda job: job[1]["made_from"] in known, jobs)
-    rows = [known[row["made_from"]] | {name: row[name] for name in ("model", "data", "file") if name in row}
-            for _, row in done]
+    rows = measure_new(jobs, known, out, Reference(real, extractor, seed=seed, device=on), classes, precision, batch)
     report(rows, [model.label if model else "real images" for model, _ in jobs], extractor, count, len(real.mean))
     say_files(out, "evaluate.json", "evaluate.csv")
     if len(rows) < len(jobs):
@@ -207,24 +195,44 @@ class Drawn(NamedTuple):
     seconds: float  # that drawing took
 
 
-def measured(jobs: Iterable[tuple[Model | None, dict]], reference: Reference, classes: Classes | None,
-             device: torch.device, precision: str, batch: int) -> Iterator[dict]:
-    """Yield the rows of jobs in turn with their measures. While a GPU draws a row, a thread scores the one before, and
-    Ctrl-C waits for that one."""
-    ahead = 1 if device.type == "cuda" else 0  # on a CPU they would wait for each other
-    stop, waiting = None, deque()
-    with ThreadPoolExecutor(1, initializer=use_own_stream, initargs=(device,)) as scorer:
+def measure_new(jobs: list[tuple[Model | None, dict]], known: dict[str, dict], out: Path, reference: Reference,
+                classes: Classes | None, precision: str, batch: int) -> list[dict]:
+    """Measure the rows of jobs that are not among the `known`, add them to these and to the files in `out`. Returns the
+    rows of all jobs, after Ctrl-C those before the first that is missing."""
+
+    def keep(row: dict) -> None:
+        known[row["made_from"]] = row
+        write_json(out / "evaluate.json", {"rows": list(known.values()), "hardware": hardware(reference.device)})
+        write_csv(out / "evaluate.csv", list(known.values()))
+
+    new = {row["made_from"]: (model, row) for model, row in jobs if row["made_from"] not in known}
+    drawn = draw_rows(new.values(), reference.extractor, classes, reference.device, precision, batch)
+    try:
+        score_rows(drawn, reference, classes, keep, ahead=1 if reference.device.type == "cuda" else 0)
+    except KeyboardInterrupt:
+        if jobs[0][1]["made_from"] not in known:
+            raise
+    done = takewhile(lambda job: job[1]["made_from"] in known, jobs)
+    return [known[row["made_from"]] | {name: row[name] for name in ("model", "data", "file") if name in row}
+            for _, row in done]
+
+
+def score_rows(drawn: Iterable[tuple[dict, Drawn | None]], reference: Reference, classes: Classes | None,
+               keep: Callable[[dict], None], ahead: int) -> None:
+    """Call `keep` with each row and its measures, in turn. A thread scores while the next `ahead` rows are drawn: 1 for
+    a GPU, 0 for a CPU, where they would wait for each other. Rows that are drawn are kept also after Ctrl-C and after
+    an error in drawing or keeping."""
+    waiting = deque()
+    with ThreadPoolExecutor(1, initializer=use_own_stream, initargs=(reference.device,)) as scorer:
         try:
-            for row, drawn in draw_rows(jobs, reference.extractor, classes, device, precision, batch):
-                waiting.append(scorer.submit(measure, row, drawn, reference, classes))
+            for row, images in drawn:
+                waiting.append(scorer.submit(measure, row, images, reference, classes))
                 if len(waiting) > ahead:
-                    yield waiting.popleft().result()
-        except KeyboardInterrupt as error:
-            stop = error
-        for scored in waiting:
-            yield scored.result()
-    if stop:
-        raise stop
+                    keep(waiting[0].result())
+                    waiting.popleft()
+        finally:
+            while waiting:
+                keep(waiting.popleft().result())
 
 
 def measure(row: dict, drawn: Drawn | None, reference: Reference, classes: Classes | None) -> dict:
@@ -248,27 +256,31 @@ def draw_rows(jobs: Iterable[tuple[Model | None, dict]], extractor: Extractor, c
               device: torch.device, precision: str, batch: int) -> Iterator[tuple[dict, Drawn | None]]:
     """Yield each row with its images; with None for the row of real images. One of the networks is on the device at a
     time, for all its rows."""
-    for _, of_network in groupby(jobs, lambda job: job[0] and id(job[0].net)):
-        network = drawing = None
-        for model, row in of_network:
-            if model is None:
-                yield row, None
-                continue
-            begin = time.monotonic()
-            network = network or model.on(device, precision).net
-            if model is not drawing:
-                drawing, together = model, batch or at_once(model.net, device, model.guidance)
-            labels = classes.drawn(range(row["count"]), row["seed"]) if model.classes else None
-            images = sample_images(network, model.flow, range(row["count"]), model.shape, row["steps"],
-                                   seed=row["seed"], batch=together, device=device, decode=model.decode, labels=labels,
-                                   guidance=model.guidance, to_cpu=False)
-            bar = with_bar(images, f"{model.label}, {counted(row['steps'], 'step')}",
-                           math.ceil(row["count"] / together))
-            features, logits = features_of_all(bar, extractor, device)
-            yield row, Drawn(features, logits, labels, time.monotonic() - begin)
-        if network:
-            del network  # and its graphs, before the weights that they read
-            drawing.net.cpu()
+    for net, group in groupby(jobs, lambda job: job[0] and job[0].net):
+        of_net = list(group)
+        if net is None:
+            yield from ((row, None) for _, row in of_net)
+            continue
+        predict = of_net[0][0].on(device, precision).net
+        # asked for all rows before the first is drawn: the graphs' memory counts as free later
+        together = batch or min(at_once(net, device, model.guidance) for model, _ in of_net)
+        for model, row in of_net:
+            yield row, draw_row(predict, model, row, extractor, classes, device, together)
+        del predict  # and its graphs, before the weights that they read
+        net.cpu()
+
+
+def draw_row(predict: Callable[..., torch.Tensor], model: Model, row: dict, extractor: Extractor,
+             classes: Classes | None, device: torch.device, batch: int) -> Drawn:
+    """Draw the images of a model's row by its network as `Model.on` prepares it, `batch` at a time."""
+    begin = time.monotonic()
+    labels = classes.drawn(range(row["count"]), row["seed"]) if model.classes else None
+    images = sample_images(predict, model.flow, range(row["count"]), model.shape, row["steps"], seed=row["seed"],
+                           batch=batch, device=device, decode=model.decode, labels=labels, guidance=model.guidance,
+                           to_cpu=False)
+    bar = with_bar(images, f"{model.label}, {counted(row['steps'], 'step')}", math.ceil(row["count"] / batch))
+    features, logits = features_of_all(bar, extractor, device)
+    return Drawn(features, logits, labels, time.monotonic() - begin)
 
 
 def report(rows: list[dict], labels: list[str], extractor: Extractor, count: int, dimensions: int) -> None:

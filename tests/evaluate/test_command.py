@@ -2,13 +2,16 @@
 
 import csv
 import json
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from features import seen
 from PIL import Image
-from support import files_of, make_images, noise_image, packed
+from support import CPU, files_of, make_images, noise_image, packed
 
 import dansm
 from dansm.scale.base.statistics import frechet_distance
@@ -133,6 +136,88 @@ def test_ctrl_c_keeps_the_rows_that_are_done_and_the_same_command_resumes(run, m
     assert rows_of(tmp_path / "out")[:2] == kept and len(rows_of(tmp_path / "out")) == 3
 
 
+class Rows:
+    """Synthetic rows 0 to 2, whose measures are none, and those that are kept."""
+
+    reference = SimpleNamespace(device=CPU)
+
+    def __init__(self):
+        self.kept = []
+        self.is_drawn = [Event(), Event(), Event()]
+
+    def draw(self, error=None):
+        for number, event in enumerate(self.is_drawn):
+            event.set()
+            yield number, None
+        if error:
+            raise error
+
+    def score(self, drawn, ahead, keep=None):
+        evaluate.score_rows(drawn, self.reference, None, keep or self.kept.append, ahead=ahead)
+
+
+@pytest.fixture
+def rows(monkeypatch):
+    monkeypatch.setattr(evaluate, "measure", lambda row, *_: row)
+    return Rows()
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("no memory")])
+def test_what_stops_the_drawing_of_a_row_loses_none_that_is_drawn(rows, error, ahead):
+    with pytest.raises(type(error)):
+        rows.score(rows.draw(error), ahead)
+    assert rows.kept == [0, 1, 2]
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_ctrl_c_while_a_row_is_scored_waits_for_it_and_for_those_that_are_drawn(rows, ahead, monkeypatch):
+    class Pressed(ThreadPoolExecutor):
+        pressed = False
+
+        def submit(self, *work):
+            future = super().submit(*work)
+            wait = future.result
+
+            def result():
+                if not self.pressed:
+                    self.pressed = True
+                    raise KeyboardInterrupt
+                return wait()
+
+            future.result = result
+            return future
+
+    monkeypatch.setattr(evaluate, "ThreadPoolExecutor", Pressed)
+    with pytest.raises(KeyboardInterrupt):
+        rows.score(rows.draw(), ahead)
+    assert rows.kept == [0, 1][: ahead + 1]
+
+
+def test_ctrl_c_while_a_row_is_written_writes_it_again_and_the_one_that_is_scored(rows):
+    calls = []
+
+    def keep(row):
+        calls.append(row)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        rows.kept.append(row)
+
+    with pytest.raises(KeyboardInterrupt):
+        rows.score(rows.draw(), 1, keep)
+    assert rows.kept == [0, 1]
+
+
+def test_a_row_is_scored_while_the_next_is_drawn(rows, monkeypatch):
+    def measure(row, *_):
+        assert row == 2 or rows.is_drawn[row + 1].wait(20)
+        return row
+
+    monkeypatch.setattr(evaluate, "measure", measure)
+    rows.score(rows.draw(), 1)
+    assert rows.kept == [0, 1, 2]
+
+
 def test_fewer_samples_than_features_are_said(run, model, tmp_path):
     said = run("evaluate", model, *options(tmp_path, "--count", 10, "--steps", 2))[1]
     assert "10 images are fewer than the 20 features" in said
@@ -231,14 +316,40 @@ def test_each_guidance_is_a_row_with_measures_by_class(run, of_classes, tmp_path
     assert len(rows_of(tmp_path / "out")) == 5
 
 
-def test_a_network_is_prepared_once_for_all_its_rows(run, of_classes, tmp_path, monkeypatch):
+def test_a_network_is_prepared_once_for_all_its_rows_and_leaves_before_the_next(run, of_classes, tmp_path, monkeypatch):
     prepared, prepare = [], load.sampler
-    monkeypatch.setattr(load, "sampler", lambda net, *more: prepared.append(net) or prepare(net, *more))
+
+    def prepare_next(net, *more):
+        assert left == prepared
+        prepared.append(net)
+        return prepare(net, *more)
+
+    left, leave = [], dansm.UNet.cpu
+    monkeypatch.setattr(load, "sampler", prepare_next)
+    monkeypatch.setattr(dansm.UNet, "cpu", lambda net: left.append(net) or leave(net))
     other = make_run(tmp_path / "other", data=tmp_path / "animals", classes=("cat", "dog", "owl"))
     assert run("evaluate", of_classes, other, *options(tmp_path, "--guidance", "1,2", "--count", 10))[0] == 0
     assert len(rows_of(tmp_path / "out")) == 1 + 2 * 2 * 2 and len({id(net) for net in prepared}) == len(prepared) == 2
+    assert left == prepared
     run("evaluate", of_classes, other, *options(tmp_path, "--guidance", "1,2", "--count", 10))
     assert len(prepared) == 2
+
+
+def test_all_rows_of_a_network_are_drawn_in_the_batches_that_the_largest_fits(run, of_classes, tmp_path, monkeypatch):
+    batches, draw = [], evaluate.sample_images
+
+    def fitting(net, device, guidance):
+        assert not batches  # later the first row's graphs would count as free memory
+        return 20 if guidance.weight == 1 else 10
+
+    def drawn(*arguments, **settings):
+        batches.append(settings["batch"])
+        return draw(*arguments, **settings)
+
+    monkeypatch.setattr(evaluate, "at_once", fitting)
+    monkeypatch.setattr(evaluate, "sample_images", drawn)
+    assert run("evaluate", of_classes, *options(tmp_path, "--guidance", "1,2"))[0] == 0
+    assert batches == [10] * 4
 
 
 def test_samples_have_the_labels_that_the_real_images_have(run, of_classes, tmp_path, monkeypatch):
