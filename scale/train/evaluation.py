@@ -79,10 +79,11 @@ class Evaluation:
         run, recipe = self.run, self.run.recipe
         begin = time.monotonic()
         net = sampler(run.average, run.device, recipe.precision, recipe.compile)
+        batch = at_once(run.average, run.device)  # once: graphs' memory counts as free later
         scores = {}
         with ThreadPoolExecutor(1, initializer=use_own_stream, initargs=(run.device,)) as scorer:
             for steps in recipe.evaluate_steps:  # these images are scored while the next are drawn
-                features, logits = self._draw(net, steps, show)
+                features, logits = self._draw(net, steps, batch, show)
                 if self.rank == 0:
                     scores[steps] = scorer.submit(self._score, features, logits)
         if self.rank:
@@ -109,8 +110,8 @@ class Evaluation:
             row |= self.classes.score(features, self.labels, self.extractor.distances[0])
         return row
 
-    def _draw(self, net, steps: int, show: Callable[[str], None]) -> tuple:
-        """Features and logits of all images."""
+    def _draw(self, net, steps: int, batch: int, show: Callable[[str], None]) -> tuple:
+        """Features (N, D) of all images, and logits or None. A process draws `batch` at a time."""
         run, count = self.run, self.run.recipe.evaluate_count
         share = range(count * self.rank // self.processes, count * (self.rank + 1) // self.processes)
 
@@ -118,7 +119,7 @@ class Evaluation:
             done = 0
             labels = None if self.labels is None else self.labels[share.start : share.stop]
             for images in sample_images(net, self.flow, share, run.net.shape, steps, seed=SEED, device=run.device,
-                                        batch=at_once(run.average, run.device), labels=labels, to_cpu=False):
+                                        batch=batch, labels=labels, to_cpu=False):
                 done += len(images) * self.processes
                 show(f"evaluating: {min(done, count):,} of {count:,} images in {counted(steps, 'step')}")
                 yield images
