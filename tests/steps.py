@@ -1,6 +1,7 @@
 """Runs of one step each, in the process of a test or in another. It stands apart, as a new process imports it."""
 
 import copy
+from unittest import mock
 
 import torch
 import torch.distributed as group
@@ -8,7 +9,7 @@ from support import CPU, TINY
 
 import dansm
 from dansm.scale.model.recipe import Recipe
-from dansm.scale.train import exchange
+from dansm.scale.train import exchange, step
 from dansm.scale.train.step import FastTraining
 
 STEADY = TINY | dict(dropout=0.0)
@@ -17,6 +18,14 @@ STEADY = TINY | dict(dropout=0.0)
 def started(net, **settings):
     """A run by a recipe of those settings, at its beginning."""
     return FastTraining(copy.deepcopy(net), Recipe("images", **{"batch": 8, "lr": 0.01, **settings}), CPU)
+
+
+def through_copies(net, **settings):
+    """A run that trains through copies of its weights, as on a GPU, but without kernels and CUDA graph."""
+    with mock.patch.object(step, "fused", lambda net: True):
+        run = started(net, **settings)
+    run.compiled = False
+    return run
 
 
 def network(**settings):
@@ -38,20 +47,33 @@ def gradients_of_one(rank, folder, name, settings):
     net = network(**STEADY | dict(attention_at=(8,)), classes=3, label_dropout=0.0)
     for weight in net.parameters():  # the last layers are zeros, and most gradients with them
         torch.nn.init.uniform_(weight, -0.2, 0.2)
-    run = started(net, **settings)
-    run.compiled = True
-    run.copies, run.compiled = run._copies_of_weights(), False
-    run.exchange = run._exchange()
+    run = through_copies(net, **settings)
     x, z = batches(1)[0]
     labels = torch.tensor([0, 0, 1, 2, 1, 1, 2, 0])
     half = slice(None) if rank is None else slice(4 * rank, 4 * rank + 4)
     torch.manual_seed(1)
     loss = run._backward(SteadyFlow(), x[half], z[half], labels[half])
-    saved = [loss, *(weight.grad.contiguous() for weight in run.net.parameters())]
+    gradients = run._gradients() if run.one_pass else [weight.grad for weight in run.net.parameters()]
+    saved = [loss, *(gradient.float().contiguous() for gradient in gradients)]
     if rank is not None:
         torch.save(saved, f"{folder}/{name}-{rank}.pt")
         group.destroy_process_group()
     return saved
+
+
+def weights_at_the_start(rank, folder):
+    """Begin one of two runs, each with weights of its own, and save what they are then."""
+    torch.set_num_threads(1)
+    group.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    torch.manual_seed(rank)
+    net = network(**STEADY)
+    net.register_buffer("count", torch.tensor(rank))
+    if rank:
+        net = net.to(memory_format=torch.channels_last)
+    before = copy.deepcopy(net.state_dict())
+    run = started(net, ema_decay=[0.9, 0.3])
+    torch.save([before, *(net.state_dict() for net in (run.net, *run.averages))], f"{folder}/{rank}.pt")
+    group.destroy_process_group()
 
 
 class SteadyFlow(dansm.RectifiedFlow):

@@ -1,4 +1,4 @@
-"""The gradients of several processes, summed while others are still being computed."""
+"""The same weights on several processes at first, and their gradients summed while others are being computed."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -6,16 +6,25 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as group
-from torch import Tensor
+from torch import Tensor, nn
 
 BYTES = 2**24  # sent together: fewer wait long for the network's start, more make the last ones late
+
+
+@torch.no_grad()
+def take_weights_of_first(net: nn.Module) -> None:
+    """Replace weights and buffers by those of the first process. Every process must call it, with the same network."""
+    for tensor in (*net.parameters(), *net.buffers()):
+        whole = tensor.detach().contiguous()  # channels may be last on one process only
+        group.broadcast(whole, 0)
+        tensor.copy_(whole)
 
 
 class Exchange:
     """Sums the gradients of `leaves` over all processes, in the type that they have.
 
-    Those that have come are sent together, in the order in which backward passes bring them. It is the same on all
-    processes, as they run the same network. Works inside a CUDA graph too.
+    Gradients that have arrived are sent together, in the order in which backward passes bring them; all processes have
+    the same order, as they run the same network. Works inside a CUDA graph too.
     """
 
     def __init__(self, leaves: Iterable[Tensor]):
@@ -31,13 +40,16 @@ class Exchange:
         """Send the gradients of the backward pass inside as they come; after it they are the sums. Each leaf's is then
         a part of a larger tensor. Leaves without a gradient keep none if that is so on all processes."""
         self.open = True
-        yield
-        self.open = False
-        for leaves in self.arrived.values():
-            self._send(leaves)
-        for work in self.sent:
-            work.wait()
-        self.sent.clear()
+        try:
+            yield
+            for leaves in self.arrived.values():
+                self._send(leaves)
+            for work in self.sent:
+                work.wait()
+        finally:  # after an error too, so that a later backward pass sends its own gradients only
+            self.open = False
+            self.arrived.clear()
+            self.sent.clear()
 
     def now(self) -> None:
         """Sum the gradients that are there."""
@@ -47,6 +59,8 @@ class Exchange:
                     self._arrive(leaf)
 
     def _arrive(self, leaf: Tensor) -> None:
+        """Note that the leaf has its gradient, and send those that wait once they are BYTES together. Outside `during`
+        it does nothing."""
         if not self.open:
             return
         waiting = self.arrived[leaf.dtype]

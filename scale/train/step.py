@@ -16,8 +16,8 @@ from ..base.launch import compiling_ahead
 from ..base.machine import number_type
 from ..base.processes import ranks
 from ..model.recipe import Recipe
-from ..model.sampling import fused
-from .exchange import Exchange
+from ..model.sampling import fused, weights_in
+from .exchange import Exchange, take_weights_of_first
 
 if TYPE_CHECKING:
     from .adam import OnePass  # which needs Triton
@@ -27,7 +27,11 @@ WARM_UP = 3  # steps before a graph is captured, by torch's advice
 
 class FastTraining(dansm.Training):
     """`dansm.Training` by a recipe: precision in `dtype`, accumulation, warm-up, several processes, `averages` of which
-    the first is `average`. If `compiled`, layers run as Triton kernels, and the step as a CUDA graph."""
+    the first is `average`. If `compiled`, layers run as Triton kernels, and the step as a CUDA graph.
+
+    Several processes begin with the weights of the first. Take states from `state_dict`: the optimizer's own counts of
+    steps are late between steps, see `OnePass`.
+    """
 
     def __init__(self, net: dansm.UNet, recipe: Recipe, device: torch.device):
         self.recipe = recipe
@@ -35,6 +39,8 @@ class FastTraining(dansm.Training):
         self.dtype = number_type(recipe.precision, device)
         net = net.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format)
         self.compiled = recipe.compile and fused(net)
+        if ranks()[1] > 1:
+            take_weights_of_first(net)
         super().__init__(net, recipe.lr, recipe.ema_decay[0], recipe.clip)
         self.averages = [self.average, *(copy.deepcopy(self.average) for _ in recipe.ema_decay[1:])]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
@@ -47,10 +53,9 @@ class FastTraining(dansm.Training):
     def _copies_of_weights(self) -> dict[str, Tensor]:
         """The weights of products by name, in the type of the products, to be converted all at once: autocast takes 500
         launches."""
-        if not self.compiled or self.dtype == torch.float32:
+        if not self.compiled:
             return {}
-        return {name: weight.detach().to(self.dtype).requires_grad_()
-                for name, weight in self.net.named_parameters() if weight.ndim > 1 and name != "label.weight"}
+        return {name: weight.requires_grad_() for name, weight in weights_in(self.dtype, self.net).items()}
 
     def _exchange(self) -> Exchange | None:
         """The exchange of gradients with other processes, of the copies in their type. Those of a batch in parts are
@@ -61,7 +66,8 @@ class FastTraining(dansm.Training):
         return Exchange(copies.get(name, weight) for name, weight in self.net.named_parameters())
 
     def gradients(self, flow, x: Tensor, z: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Like `dansm.Training.gradients`; labels in pinned memory make no one wait."""
+        """Compute the gradients for pairs x, z: (B, C, H, W) of these labels (B,), and return the loss, on the device.
+        Labels in pinned memory are copied without synchronising."""
         if not self.compiled:
             self.optimizer.zero_grad()
             return self._backward(flow, x, z, labels if labels is None else labels.to(x.device, non_blocking=True))
@@ -145,6 +151,8 @@ class FastTraining(dansm.Training):
         torch.cuda.set_rng_state(random, self.device)
 
     def update(self) -> None:
+        """Raise the learning rate by the recipe's warm-up, clip the gradients, take a step of Adam, and move the
+        averages after it, in this order."""
         rise = min(1.0, (self.step + 1) / max(1, self.recipe.warmup))
         for settings in self.optimizer.param_groups:
             settings["lr"] = self.recipe.lr * rise
@@ -158,7 +166,8 @@ class FastTraining(dansm.Training):
             nn.utils.clip_grad_norm_(self.net.parameters(), self.clip)
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        for decay, average in list(zip(self.recipe.ema_decay, self.averages, strict=True))[self.one_pass :]:
+        first = 1 if self.one_pass else 0  # the pass has moved that one
+        for decay, average in list(zip(self.recipe.ema_decay, self.averages, strict=True))[first:]:
             dansm.update_ema(average, self.net, decay, self.step)
 
     def _new_updates(self) -> "OnePass":
@@ -187,6 +196,9 @@ class FastTraining(dansm.Training):
         for average, saved in zip(self.averages, state["averages"], strict=True):
             average.load_state_dict(saved["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for weight, moments in self.optimizer.state.items():  # saved with channels last or not, as that device has them
+            for name in ("exp_avg", "exp_avg_sq"):
+                moments[name] = torch.empty_like(weight).copy_(moments[name])
         self.scaler.load_state_dict(state["scaler"])
 
 

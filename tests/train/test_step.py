@@ -6,7 +6,16 @@ import os
 
 import pytest
 import torch
-from steps import STEADY, SteadyFlow, batches, gradients_of_one, network, started
+from steps import (
+    STEADY,
+    SteadyFlow,
+    batches,
+    gradients_of_one,
+    network,
+    started,
+    through_copies,
+    weights_at_the_start,
+)
 from support import ROOT, TINY, needs_gloo, same
 
 import dansm
@@ -118,8 +127,8 @@ def test_bf16_trains_weights_of_float32():
 def test_a_step_through_copies_of_the_weights_is_autocasts_to_the_bit(classes):
     """A GPU takes it: all weights to bf16 at once, and all gradients back."""
     net, pairs = attentive(classes)
-    through, plain = started(net, precision="bf16", batch=4), started(net, precision="bf16", batch=4)
-    take_copies(through)
+    through, plain = (begin(net, precision="bf16", batch=4) for begin in (through_copies, started))
+    through.one_pass = False
     assert len(through.copies) > 20 and not plain.copies
     assert torch.equal(train(through, pairs), train(plain, pairs))
     assert same(through.state_dict(), plain.state_dict())
@@ -132,17 +141,10 @@ def attentive(classes):
     return net, [(x, z, torch.tensor([2, 0, 1, 2])) for x, z in pairs] if classes else pairs
 
 
-def take_copies(run):
-    """Let it train through copies of its weights, as if it were compiled."""
-    run.compiled = True
-    run.copies, run.compiled = run._copies_of_weights(), False
-
-
 def test_parts_of_a_batch_through_copies_are_summed_in_float32():
     net, pairs = attentive(0)
-    whole, parts = (started(net, precision="bf16", batch=4, accumulate=count) for count in (1, 2))
-    for run in (whole, parts):
-        take_copies(run)
+    whole, parts = (through_copies(net, precision="bf16", batch=4, accumulate=count) for count in (1, 2))
+    whole.one_pass = False
     gradients = []
     for run, batch in (whole, pairs[0]), (parts, pairs[0]):
         torch.manual_seed(1)
@@ -153,6 +155,16 @@ def test_parts_of_a_batch_through_copies_are_summed_in_float32():
         assert (one - both).norm() <= 2**-5 * one.norm() + 1e-6
 
 
+@pytest.mark.parametrize(("begin", "settings", "one_pass"), [
+    (through_copies, dict(precision="bf16"), True),
+    (through_copies, dict(precision="bf16", accumulate=2), False),  # parts are summed in float32
+    (through_copies, dict(precision="fp32"), False),
+    (started, dict(precision="bf16"), False),
+])
+def test_a_step_in_one_pass_needs_bf16_copies_and_whole_batches(begin, settings, one_pass):
+    assert begin(network(**STEADY), **settings).one_pass == one_pass
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter takes networks on the CPU")
 @pytest.mark.parametrize("clip", [1.0, 1e-3])
 @pytest.mark.parametrize("classes", [0, 3])
@@ -160,14 +172,14 @@ def test_one_pass_over_memory_takes_the_steps_of_torch(classes, clip):
     pytest.importorskip("triton")
     net, pairs = attentive(classes)
     settings = dict(precision="bf16", batch=4, clip=clip, ema_decay=[0.9, 0.3], warmup=3)
-    once, plain = started(net, **settings), started(net, **settings)
-    for run in (once, plain):
-        take_copies(run)
-    once.one_pass = True
+    once, plain = through_copies(net, **settings), through_copies(net, **settings)
+    plain.one_pass = False
     losses = [train(run, pairs[:3]) for run in (once, plain)]
     torch.testing.assert_close(*losses, rtol=1e-2, atol=0)
-    for run in (once, plain):  # resumed
-        run.load_state_dict(copy.deepcopy(run.state_dict()))
+    for run in (once, plain):
+        state = copy.deepcopy(run.state_dict())
+        train(run, pairs[:1])
+        run.load_state_dict(state)
     losses = [train(run, pairs[3:]) for run in (once, plain)]
     torch.testing.assert_close(*losses, rtol=1e-2, atol=0)
     states = [run.state_dict() for run in (once, plain)]
@@ -177,6 +189,24 @@ def test_one_pass_over_memory_takes_the_steps_of_torch(classes, clip):
         assert 0 < (one - other).norm() <= 0.02 * other.norm()
 
 
+@pytest.mark.parametrize("once", [False, True])
+def test_a_state_saved_with_channels_last_or_not_is_resumed_either_way(once):
+    """A GPU has channels last, a CPU does not."""
+    if once:
+        pytest.importorskip("triton")
+    net, pairs = attentive(0)
+    last = copy.deepcopy(net).to(memory_format=torch.channels_last)
+    run, other = (through_copies(weights, precision="bf16", batch=4) for weights in (net, last))
+    run.one_pass = other.one_pass = once
+    train(run, pairs[:2])
+    other.load_state_dict(copy.deepcopy(run.state_dict()))
+    assert same(other.state_dict(), run.state_dict())
+    for weight, moments in other.optimizer.state.items():
+        assert weight.stride() == moments["exp_avg"].stride() == moments["exp_avg_sq"].stride()
+    losses = [train(resumed, pairs[2:]) for resumed in (run, other)]
+    torch.testing.assert_close(*losses, rtol=1e-2, atol=0)
+
+
 def moved(net, before):
     """How far the weights have come, all of them."""
     return torch.cat([(weight - first).detach().flatten() for weight, first in
@@ -184,6 +214,16 @@ def moved(net, before):
 
 
 # ------------------------------------------------------------------------------- several processes
+
+
+@needs_gloo
+@pytest.mark.slow
+def test_two_processes_begin_with_the_weights_of_the_first(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+    torch.multiprocessing.spawn(weights_at_the_start, (tmp_path,), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert not same(first[0], second[0])
+    assert all(same(first[0], weights) for weights in (*first[1:], *second[1:]))
 
 
 @needs_gloo
