@@ -1,6 +1,8 @@
 """Clipping, Adam and the moving average in one pass over memory, in Triton: apart they read and write weights,
 gradients and averages four times."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -21,7 +23,15 @@ def _numbers(table, tensor, column: tl.constexpr, dtype: tl.constexpr, POINTERS:
 
 @triton.jit
 def _move(weights, gradients, means, squares, averages, at, here, factor, rate, root, new1, new2, eps, share):
-    """A step of Adam for the numbers `at`, and of the average after it. new1, new2: 1 − β1 and 1 − β2."""
+    """Take a step of Adam for the numbers `at` of one tensor, (BLOCK,), and move the average after it.
+
+    weights to averages  addresses of the tensors' first numbers
+    here                 which of `at` exist, (BLOCK,)
+    factor               multiplies gradients, to clip them
+    rate, root           learning rate / (1 − β1ⁿ), and √(1 − β2ⁿ) in step n
+    new1, new2           1 − β1 and 1 − β2
+    share                of the way from average to weight
+    """
     g = tl.load(gradients + at, mask=here, other=0.0).to(tl.float32) * factor
     mean = tl.load(means + at, mask=here, other=0.0)
     mean += new1 * (g - mean)
@@ -82,9 +92,9 @@ class OnePass:
         beta1, beta2 = settings["betas"]
         rate = settings["lr"] / (1 - beta1**self.steps)
         root = (1 - beta2**self.steps) ** 0.5
-        for programs, *table, half, aligned in self.tables:
-            launch(_adam, (programs,), *table, factor, rate, root, 1 - beta1, 1 - beta2, settings["eps"], share, half,
-                   aligned, POINTERS, BLOCK, num_warps=4)
+        for table in self.tables:
+            launch(_adam, (len(table.parts),), table.addresses, table.sizes, table.parts, factor, rate, root, 1 - beta1,
+                   1 - beta2, settings["eps"], share, table.half, table.aligned, POINTERS, BLOCK, num_warps=4)
 
     def settle(self) -> None:
         """Write the count of steps into the optimizer's state."""
@@ -102,9 +112,19 @@ def begun(optimizer: torch.optim.Adam, weight: Tensor) -> dict:
     return state
 
 
-def table_of(tensors: list[tuple[Tensor, ...]], dtype: torch.dtype) -> tuple:
-    """Of weights, gradients of this type, means, squares and averages: the count of programs, the three tables of
-    `_adam`, whether the gradients are in bfloat16, and whether all lie at multiples of 16 bytes."""
+class Table(NamedTuple):
+    """What `_adam` reads about the tensors of a launch. It has a program for each row of `parts`."""
+
+    addresses: Tensor  # (tensors, POINTERS) int64
+    sizes: Tensor  # (tensors,) int32, numbers in each
+    parts: Tensor  # (programs, 2) int32: tensor, first number
+    half: bool  # gradients are in bfloat16
+    aligned: bool  # all addresses are multiples of 16 bytes
+
+
+def table_of(tensors: list[tuple[Tensor, ...]], dtype: torch.dtype) -> Table:
+    """Make the table for rows of weight, gradient in `dtype`, mean, square and average. RuntimeError if the tensors of
+    a row lie in memory in different orders."""
     device = tensors[0][0].device
     for weight, *others in tensors:
         for other in others:
@@ -118,7 +138,7 @@ def table_of(tensors: list[tuple[Tensor, ...]], dtype: torch.dtype) -> tuple:
     first = torch.arange(len(tensor)) - (counts.cumsum(0) - counts)[tensor]
     parts = torch.stack([tensor, BLOCK * first], 1).int()
     aligned = bool((addresses % 16 == 0).all())
-    return (len(parts), addresses.to(device), sizes.to(device), parts.to(device), dtype == torch.bfloat16, aligned)
+    return Table(addresses.to(device), sizes.to(device), parts.to(device), dtype == torch.bfloat16, aligned)
 
 
 def order_of(tensor: Tensor) -> list[tuple[int, int]]:
