@@ -29,3 +29,4 @@ def test_an_error_ends_the_exchange_and_the_next_sends_its_own_gradients(monkeyp
     with exchanged.during():
         b.sum().backward()
     assert torch.equal(b.grad, 2 * torch.ones(3)) and a.grad is None
+    assert not exchanged.sent
