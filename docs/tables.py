@@ -303,7 +303,9 @@ def proof_speed():
 
 def digits(folder):
     record = json.loads((RESULTS / "digits" / folder / "digits.json").read_text())
-    pairs = {"random": "random pairs", "optimal": "assignment", "greedy": f"pool of {record['match_size']:,}"}
+    pool = f"pool of {record['match_size']:,}"
+    pairs = {"random": "random pairs", "optimal": "assignment within batches", "greedy": pool,
+             "priced": f"{pool} with prices", "semidiscrete": "semidiscrete plan"}
     records = [{"pairs": pairs[run["method"]], **run["distance"]} for run in record["runs"]
                if run["trained_steps"] == record["steps"]]
     return listing(records, ["pairs"], {f"{steps} steps": numbers(steps, 2) for steps in ("1", "2", "3", "5", "10")})
