@@ -57,6 +57,7 @@ def gradients_of_one(rank, folder, name, settings):
     saved = [loss, *(gradient.float().contiguous() for gradient in gradients)]
     if rank is not None:
         torch.save(saved, f"{folder}/{name}-{rank}.pt")
+        group.barrier()  # gloo aborts a process at times whose group ends while another is at work
         group.destroy_process_group()
     return saved
 
@@ -73,6 +74,7 @@ def weights_at_the_start(rank, folder):
     before = copy.deepcopy(net.state_dict())
     run = started(net, ema_decay=[0.9, 0.3])
     torch.save([before, *(net.state_dict() for net in (run.net, *run.averages))], f"{folder}/{rank}.pt")
+    group.barrier()
     group.destroy_process_group()
 
 

@@ -78,6 +78,7 @@ def processes(device: torch.device) -> Iterator[torch.device]:
                                  store=group.PrefixStore(_attempt(), store), timeout=PATIENCE)
         group.all_reduce(torch.zeros(1))  # a process that refuses its arguments must not end while others connect
         yield device
+        group.barrier()  # gloo aborts a process at times whose group ends while another is at work
     except RuntimeError as error:
         if not _another_ended(error):
             raise
