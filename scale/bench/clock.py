@@ -41,25 +41,28 @@ def run(name: str, title: str, parts: Iterable[tuple[str, Iterable[dict]]], devi
             files.write_csv(out / f"{name}.csv", bench["rows"])
 
     measured, parts = {}, list(parts)
+    if known := {part: rows for part, rows in known.items() if part in resumable}:
+        text.say(f"resuming: {text.counted(len(known), 'part')} of {len(parts)} are in {out / name}.json")
     for part, rows in text.with_bar(parts, "measuring"):
         before = len(bench["rows"])
         try:
-            for row in known[part] if part in known and part in resumable else rows:
+            for row in known.get(part, rows):
                 bench["rows"].append(row)
                 write(measured=measured)
+            measured[part] = bench["rows"][before:]
+            write(measured=measured)
         except KeyboardInterrupt as interrupt:
             if not resumable:
                 raise
-            raise text.Stopped(f"stopped; {out / name}.json has {text.counted(len(measured), 'part')} of {len(parts)}, "
-                               "the same command resumes") from interrupt
+            kept = f"{out / name}.json has {text.counted(len(measured), 'part')} of {len(parts)}"
+            raise text.Stopped(f"stopped; {kept if measured else 'nothing is measured yet'}, the same command "
+                               f"{'resumes' if measured else 'begins again'}") from interrupt
         except Exception as error:
             if processes > 1 or isinstance(error, ModuleNotFoundError | BadInput):  # other processes would wait
                 raise
             reason = str(error).partition("\n")[0] or type(error).__name__
             bench["left_out"][part] = "not enough memory" if machine.lacks_memory(error) else reason
             text.say(f"left out: {part}: {bench['left_out'][part]}")
-        else:
-            measured[part] = bench["rows"][before:]
     write()  # with what was left out, which may be all
     show(title, bench["rows"], columns, caption)
     text.say_files(out, f"{name}.csv", f"{name}.json")

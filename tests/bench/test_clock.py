@@ -70,18 +70,23 @@ def test_a_stopped_bench_goes_on_after_the_parts_that_it_has(tmp_path, capsys, a
     def parts(stops):
         def rows(name):
             asked.append(name)
-            if stops and name == "c":
+            if name == stops:
                 raise KeyboardInterrupt
             yield {"way": name, "median_ms": 1.0}
         return [(name, rows(name)) for name in "abc"]
 
-    def call(stops=False, **about):
+    def call(stops="", **about):
         return clock.run("some", "title", parts(stops), CPU, tmp_path, resumable="ac", **about)
 
+    with pytest.raises(Stopped, match="nothing is measured yet, the same command begins again"):
+        call(stops="a", batch=3)
     with pytest.raises(Stopped, match="2 parts of 3, the same command resumes"):
-        call(stops=True, batch=3)
+        call(stops="c", batch=3)
+    assert list(written(tmp_path)["measured"]) == ["a", "b"]
     asked.clear()
+    capsys.readouterr()
     bench = call(**again)
+    assert ("resuming: 1 part of 3" in capsys.readouterr().out) == (measured == ["b", "c"])
     assert [row["way"] for row in bench["rows"]] == ["a", "b", "c"] and asked == measured
     asked.clear()
     assert call(**again) == written(tmp_path) and asked == ["a", "b", "c"]  # one that is done begins again
