@@ -87,10 +87,10 @@ def draw_bars(bars, shares: Tensor) -> None:
     """A bar for each sample, and a line at what it should get."""
     bars.clear()
     count = len(shares)
-    heights = (count * shares).clamp(max=3).numpy()
+    heights = (count * shares).clamp(max=4.3).numpy()
     bars.bar(range(count), heights, color=colours_of(shares), edgecolor=NOTE, linewidth=0.8)
     bars.axhline(1, color=INK, linestyle="--", linewidth=1.5)
-    bars.set(ylim=(0, 3), xlim=(-1, count))
+    bars.set(ylim=(0, 4.3), xlim=(-1, count))
     bars.axis("off")
     text = f"each sample's share of the noises; dashed: 1/{count}"
     bars.text(count / 2 - 0.5, -0.1, text, ha="center", va="top", fontsize=11.5)
