@@ -275,10 +275,12 @@ def reference(record):
     measured = {"256": numbers("batch_mean_ms", 1, " ms"), "N(0, I) in a batch": kept("batch_p"),
                 "over all": kept("life_p"), "in a class": kept("class_p"),
                 "class told": numbers("class_told", 1, " %", 100), "crossing": numbers("crossing_share", 0, " %", 100)}
-    lines = [["", *measured, *(f"{steps} steps" for steps in ("3", "10", "50")), "by class: 10", "50", "guided: 10"]]
+    lines = [["", *measured, *(f"{steps} steps" for steps in ("3", "10", "20", "50")),
+              "by class, 10 steps", "50 steps", "guided, 10 steps"]]
     for name, (run, by_class) in REFERENCE.items():
         found = read(record, coupling=name)
-        distances = [read("proof/distances.csv", run=run, images="2048000", steps=steps) for steps in ("3", "10", "50")]
+        distances = [read("proof/distances.csv", run=run, images="2048000", steps=steps)
+                     for steps in ("3", "10", "20", "50")]
         classes = [read("conditions/cifar10.csv", run=by_class, guidance="1.0", steps=steps) for steps in ("10", "50")]
         guided = read("conditions/cifar10.csv", run=by_class, steps="10")
         lines.append([name, *(write(found) for write in measured.values()),

@@ -408,6 +408,8 @@ class FastPool(inside.OfOneProcess, NoisePool):
                 needed = self._bytes(2, pools) / 1e9
                 raise BadInput(f"match_size is None: two in each need {needed:,.2f} GB and {limit}; expected more")
             return largest
+        if isinstance(match_size, str):
+            raise BadInput(f'match_size is {match_size!r}: expected a whole number, "auto" or None')
         match_size = check_count("match_size", match_size, at_least=0)
         if match_size % self.ranks:
             raise BadInput(f"match_size is {match_size}: expected a multiple of {self.ranks}, the number of ranks")
