@@ -45,7 +45,7 @@ def test_ahead_each_kind_is_compiled_once_and_nothing_is_launched(gpu):
 
 
 def test_numbers_are_of_a_kind_if_both_or_neither_are_multiples_of_16(gpu):
-    """Of such Triton makes one kernel, but for 1, which is a constant to it, and what is never told apart."""
+    """Triton makes one kernel of numbers that are alike, but for 1, which is a constant to it."""
     kernel, x = Kernel(), torch.ones(8)
     alike = (16, 5), (48, 5), (2**20, 6), (16, 16)
     with launch.compiling_ahead(gpu):

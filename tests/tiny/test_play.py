@@ -182,7 +182,7 @@ def test_an_assignment_costs_as_little_as_scipys(console, samples, noises, ties)
 
 
 def test_an_assignment_is_the_best_of_all_pairings(console):
-    """By brute force."""
+    """Try every permutation."""
     cost = torch.rand(5, 7, dtype=torch.float64)
     found = run(console, "return d.assign(arguments[0])", cost)
     best = min(permutations(range(7), 5), key=lambda picks: cost[range(5), picks].sum())

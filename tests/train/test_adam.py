@@ -14,7 +14,7 @@ SHAPES = [(3,), (1,), (BLOCK,), (BLOCK + 1,), (2 * BLOCK + 5,), (8, 4, 3, 3), (1
 
 
 def tensors(dtype=torch.float32):
-    """Of all shapes, some with their channels last."""
+    """A tensor of each shape, those of four dimensions with channels last."""
     made = [torch.randn(shape, device=DEVICE).to(dtype) for shape in SHAPES]
     return [x.to(memory_format=torch.channels_last) if x.ndim == 4 else x for x in made]
 
