@@ -3,13 +3,14 @@
 import fcntl
 import os
 import socket
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 from dansm import BadInput
+
+from .text import warn
 
 
 class InUse(BadInput):
@@ -48,6 +49,5 @@ def try_alone(file: IO) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        warnings.warn(f"the folder cannot be locked ({error.strerror}): take care that no other run trains into it",
-                      stacklevel=3)
+        warn(f"the folder cannot be locked ({error.strerror}): take care that no other run trains into it")
     return True

@@ -1,7 +1,9 @@
 """Messages and tables on the console."""
 
 import math
+import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from operator import length_hint
 from pathlib import Path
@@ -14,6 +16,7 @@ from rich.table import Table
 
 console = Console()
 SOON, SELDOM = (2, 10), 30  # seconds after which plain lines tell of long work; later ones are this far apart, or 1 %
+BETWEEN = {"dansm", "torch", "contextlib", "typer", "click"}  # packages by way of which a user's line makes us warn
 
 
 class Stopped(Exception):
@@ -23,6 +26,14 @@ class Stopped(Exception):
 def say(*words: str) -> None:
     """Print a line as it is: long paths are not broken, and [brackets] are no markup."""
     console.print(*words, soft_wrap=True, markup=False, highlight=False)
+
+
+def warn(message: str) -> None:
+    """Warn, naming the line of the user's that led here: the nearest one outside of the packages BETWEEN."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in BETWEEN:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def say_files(out: Path, *names: str) -> None:

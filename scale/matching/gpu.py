@@ -1,11 +1,12 @@
 """Whether the Triton kernels work on a GPU: tried once, and where they do not, matching goes the plain way."""
 
 import importlib
-import warnings
 from functools import cache
 from types import ModuleType
 
 import torch
+
+from ..base.text import warn
 
 
 @cache
@@ -22,6 +23,6 @@ def working(module: str, device: torch.device, *way) -> ModuleType | None:
         found = importlib.import_module(f".{module}", __package__)
         found.try_out(device, *way)
     except Exception as error:  # Triton is missing, too old, without a compiler, or does not know the GPU
-        warnings.warn(f"matching on {device} goes the plain way, with the same result: {error!r}", stacklevel=2)
+        warn(f"matching on {device} goes the plain way, with the same result: {error!r}")
         return None
     return found

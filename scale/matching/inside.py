@@ -6,7 +6,6 @@ To the compiler a pool is one operation that it does not look into, also with fu
 import difflib
 import hashlib
 import inspect
-import warnings
 from functools import partial
 from itertools import count
 from multiprocessing.context import get_spawning_popen
@@ -17,6 +16,8 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from dansm import BadInput, NoisePool
+
+from ..base.text import warn
 
 POOLS = WeakValueDictionary()  # by handle
 _handles = count()
@@ -115,8 +116,7 @@ def warn_of_fresh_noises(saved: dict, made_for: dict) -> None:
     elif saved.get("multiprocessors") != made_for.get("multiprocessors"):
         where = [f"{place} on a GPU of {made.get('multiprocessors')} multiprocessors"
                  for place, made in zip(where, (saved, made_for), strict=True)]
-    warnings.warn(f"the saved state is of {where[0]}, this is {where[1]}: it goes on with noises that nobody has drawn",
-                  stacklevel=3)
+    warn(f"the saved state is of {where[0]}, this is {where[1]}: it goes on with noises that nobody has drawn")
 
 
 def check_arguments(called: str, kind: type, arguments: tuple, settings: dict) -> None:

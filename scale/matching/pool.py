@@ -1,7 +1,6 @@
 """The noise pool at full speed: `dansm.NoisePool` returns one of these classes wherever scale/ is installed."""
 
 import math
-import warnings
 from bisect import bisect_left
 from functools import partial
 
@@ -27,6 +26,7 @@ from dansm import (
 )
 
 from ..base.machine import free_memory
+from ..base.text import warn
 from . import draws, gpu, inside
 from .prices import Prices, bytes_to_learn, references_of
 from .products import products
@@ -126,9 +126,8 @@ class FastPool(inside.OfOneProcess, NoisePool):
         self._resize(self._chosen(expected) if self.is_auto else match_size)
         if expected is not None and self.match_size > 1 and expected < self.groups * self.match_size:
             safe = expected // (EMPTIED * self.groups)
-            warnings.warn(f"{expected:,} samples do not empty {self.groups * self.match_size:,} noises, of which they "
-                          f"take the nearest: these are not N(0, I); a match_size of at most {safe:,} is safe",
-                          stacklevel=2)
+            warn(f"{expected:,} samples do not empty {self.groups * self.match_size:,} noises, of which they take the "
+                 f"nearest: these are not N(0, I); a match_size of at most {safe:,} is safe")
         self.prices = Prices(self.match_size, self.noise) if self.cost == PRICED else None
         self._forget()
         with torch.inference_mode(False):

@@ -1,12 +1,12 @@
 """A network's calls as CUDA graphs: to launch the layers of one call takes Python tens of milliseconds."""
 
-import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..base.launch import on
+from ..base.text import warn
 
 MOST = 4  # graphs of one network: calls with and without guidance, and the last batch of both
 PADDED = 0.75  # least share of a graph's batch that a smaller batch fills to be computed by it
@@ -55,7 +55,7 @@ class Replayed:
         try:
             recording = Recording(self.net, inputs, self.pool)
         except Exception as error:  # a layer that waits for the GPU, too little memory, an old driver
-            warnings.warn(f"the network's layers are launched one by one, more slowly: {error!r}", stacklevel=4)
+            warn(f"the network's layers are launched one by one, more slowly: {error!r}")
             self.records = False
             return None
         self.pool = recording.graph.pool()

@@ -2,7 +2,6 @@
 
 import math
 import re
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -23,7 +22,7 @@ from ..base.files import replacing
 from ..base.launch import compiling_ahead
 from ..base.machine import free_memory, number_type
 from ..base.noise import path_noise
-from ..base.text import counted, shorten
+from ..base.text import counted, shorten, warn
 from ..base.threads import ahead
 from ..data.pixels import to_uint8
 from .replay import Replayed
@@ -185,7 +184,7 @@ def fused(net: dansm.UNet) -> bool:
 
         fuse(net)
     except Exception as error:  # Triton is missing, too old, without a compiler, or does not know the GPU
-        warnings.warn(f"the network runs without its kernels, more slowly: {error!r}", stacklevel=2)
+        warn(f"the network runs without its kernels, more slowly: {error!r}")
         return False
     return True
 

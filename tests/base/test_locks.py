@@ -62,5 +62,6 @@ def test_a_file_system_without_locks_lets_one_in_with_a_warning(tmp_path, monkey
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(fcntl, "flock", without_locks)
-    with pytest.warns(UserWarning, match="Operation not supported"), owning(tmp_path):
+    with pytest.warns(UserWarning, match="Operation not supported") as warned, owning(tmp_path):
         pass
+    assert warned[0].filename == __file__

@@ -144,8 +144,8 @@ def test_a_pool_made_before_torch_distributed_begins_has_the_noises_of_its_proce
     assert all(torch.equal(before, after) for before, after in second)
 
 
-@pytest.mark.parametrize("settings", [{}, {"groups": 4}])
-def test_a_pool_that_the_samples_will_not_empty_is_warned_of_once(settings, recwarn):
+@pytest.mark.parametrize("settings", [{}, {"groups": 4}, {"grid": (2, 2)}])
+def test_a_pool_that_the_samples_will_not_empty_is_warned_of_once_at_the_line_that_makes_it(settings, recwarn):
     pools = settings.get("groups", 1)
     pool_of(expected=12 * pools, **settings)
     pool_of(0, expected=1, **settings)
@@ -153,8 +153,8 @@ def test_a_pool_that_the_samples_will_not_empty_is_warned_of_once(settings, recw
     assert not recwarn.list
     with pytest.warns(match=rf"samples do not empty {12 * pools} noises.*a match_size of at most 1 is safe") as said:
         source = pool_of(expected=12 * pools - 1 if pools == 1 else 40, **settings)
-        drawn("groups" if settings else "pool", source, 4)
-    assert len(said) == 1
+        drawn("groups" if source.grouped else "pool", source, 4)
+    assert [warning.filename for warning in said] == [__file__]
     for wrong in (0, 1.5, "x"):
         with pytest.raises(BadInput, match="expected is"):
             pool_of(expected=wrong, **settings)
@@ -197,7 +197,7 @@ def test_a_process_goes_on_from_the_state_of_another_with_noises_that_nobody_has
             source = KINDS[kind]()
             with pytest.warns(match="the saved state is of process 0, this is process 1: .*nobody has drawn") as said:
                 source.load_state_dict(state)
-            assert len(said) == 1
+            assert [warning.filename for warning in said] == [__file__]
             resumed.append(drawn(kind, source, 5))
         assert torch.equal(*resumed)
         known.append(resumed[0])

@@ -152,8 +152,9 @@ def test_a_gpu_where_triton_fails_is_told_once_and_goes_the_plain_way(monkeypatc
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(kernels, "try_out", fails)
-    with pytest.warns(UserWarning, match=r"cuda:7 goes the plain way.*no compiler"):
+    with pytest.warns(UserWarning, match=r"cuda:7 goes the plain way.*no compiler") as told:
         assert gpu.working("kernels", torch.device("cuda:7")) is None
+    assert [warning.filename for warning in told] == [__file__]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert gpu.working("kernels", torch.device("cuda:7")) is None
