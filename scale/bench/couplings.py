@@ -1,10 +1,10 @@
 """What ways of pairing noise with data cost, what they keep of the prior, and what they gain: one row for each."""
 
+import importlib
 import itertools
 import math
 import time
 from collections.abc import Iterator
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +33,7 @@ MOST_ELSEWHERE = 100_000
 OPTIMAL_OF = {"cpu": 2000}  # samples that are assigned at once for the optimal gain; on other devices:
 OPTIMAL_OF_ELSEWHERE = 10_000
 EXTRA = 5  # calls of a size that did not come otherwise
+UNCOUNTED = {"cuda": 1}  # passes before the one that is measured, in which kernels are compiled
 BYTES_EACH = 40  # for each number of the noises that are measured: themselves, their samples, covariances in float64
 COSTS = "coupling needs_data set_up_s batch_mean_ms one_mean_ms memory_mb"
 QUALITY = "coupling batch_p life_p class_p class_told gain_share crossing_share"
@@ -111,15 +112,18 @@ def parts_of(couplings: dict[str, Coupling], data: Data, batch: int) -> Iterator
 
 def row_of(name: str, coupling: Coupling, data: Data, batch: int, best: float, directions: Tensor) -> Iterator[dict]:
     """The row of one coupling. RuntimeError, which says why, for one that cannot be measured with these data."""
+    clock.reset_peak(data.x.device)  # what the coupling before held is free
     if why := what_lacks(coupling, data):
         raise RuntimeError(why)
     device = data.x.device
-    clock.reset_peak(device)
-    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     try:
+        for _ in range(UNCOUNTED.get(device.type, 0)):
+            serve(set_up(coupling, data, batch)[0], coupling, data, batch)
+        clock.reset_peak(device)
+        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         way, set_up_s = set_up(coupling, data, batch)
         served = serve(way, coupling, data, batch)
-    except BadInput as error:
+    except (BadInput, ModuleNotFoundError) as error:
         if coupling.family == "own":
             raise
         raise RuntimeError(str(error)) from error  # such as a pool that does not fit
@@ -139,12 +143,17 @@ def what_lacks(coupling: Coupling, data: Data) -> str:
     n = len(data.x)
     if coupling.needs > n:
         return f"it needs {counted(coupling.needs, 'sample')}, there are {n:,}"
+    if coupling.needs_data and coupling.by_class and coupling.needs > (largest := int(data.labels.bincount().max())):
+        return f"it needs {counted(coupling.needs, 'sample')} of a class, the largest has {largest:,}"
     if coupling.life > LIVES * n:
         return f"a whole pool serves {coupling.life:,} samples, more than {LIVES} times the {n:,} that there are"
     if coupling.by_class and coupling.life and coupling.life < 2 * data.classes:
         return f"{coupling.life:,} noises for {data.classes:,} classes give random pairs"
-    if coupling.family == "sinkhorn" and not find_spec("ot"):
-        return "POT is not installed"
+    if coupling.family == "sinkhorn":
+        try:
+            importlib.import_module("ot")  # a second, before a set-up is timed
+        except ImportError:
+            return "POT is not installed"
     needed = BYTES_EACH * whole(coupling, data) * data.x[0].numel()
     return "not enough memory" if needed > free_memory(data.x.device) else ""
 
@@ -214,11 +223,12 @@ def call(way: Way, data: Data, numbers: Tensor) -> tuple[float, Tensor, Tensor]:
 
 
 def serve(way: Way, coupling: Coupling, data: Data, batch: int) -> Served:
-    """Pair as many samples as `whole` says. The time of a block is shared out among its samples."""
+    """Pair as many samples as `whole` says, or, without a pool, as many as `clock.PATIENCE` seconds allow. The time of
+    a block is shared out among its samples."""
     count = whole(coupling, data)
     each_class = coupling.by_class and coupling.life > 0
     numbers = order(data, count if each_class else count + max(way.ahead, batch), 2, each_class)
-    z, taken, batch_ms, one_ms, begin = [], [], [], [], 0
+    z, taken, batch_ms, one_ms, begin, spent = [], [], [], [], 0, 0.0
     for size in calls(way, coupling, batch, count):
         ms, noises, of_noises = call(way, data, numbers[begin : begin + size])
         begin += size
@@ -230,6 +240,9 @@ def serve(way: Way, coupling: Coupling, data: Data, batch: int) -> Served:
         if begin <= count:
             z.append(noises.flatten(1).float().cpu())
             taken.append(of_noises.cpu())
+        spent += ms / 1000
+        if spent > clock.PATIENCE and not coupling.life:  # part of a pool's life is not N(0, I)
+            break
     for size, times in ((1, one_ms), (batch, batch_ms)):
         if not times:  # all samples together are one batch, or several blocks
             times += [call(way, data, numbers[:size])[0] for _ in range(EXTRA)]

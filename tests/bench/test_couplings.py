@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import sys
 from functools import partial
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 from support import CPU, files_of
 
 import dansm
-from dansm.scale.bench import couplings, ways
+from dansm.scale.bench import clock, couplings, ways
 from dansm.scale.bench.couplings_figure import EXACT
 from dansm.scale.studies import pairs
 
@@ -125,7 +126,7 @@ def test_single_calls_are_timed_where_all_samples_are_one_batch():
 
 
 def test_what_cannot_be_measured_is_left_out_with_its_reason(bench, monkeypatch):
-    monkeypatch.setattr(couplings, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "ot", None)  # which cannot be imported then
     rows, written = bench("random,pool-100000,assigned-10000,semidiscrete-parts,sinkhorn-2048", "--count", 1000)
     reasons = written["left_out"]
     assert list(rows) == ["random"] and list(reasons) == ["pool-100000", "assigned-10000", "semidiscrete-parts",
@@ -133,6 +134,48 @@ def test_what_cannot_be_measured_is_left_out_with_its_reason(bench, monkeypatch)
     assert "100,000" in reasons["pool-100000"] and "10,000" in reasons["assigned-10000"]
     monkeypatch.setattr(couplings, "free_memory", lambda device: 40 * 64 * 2200)  # for samples, not for a pool's life
     assert "memory" in bench("random,pool-10000")[1]["left_out"]["pool-10000"]
+
+
+def test_a_plan_of_parts_by_class_needs_a_class_with_parts():
+    data = ways.Data(torch.zeros(12_000, 1), torch.arange(12_000) % 2, 0)
+    known = ways.registry(True)
+    assert "6,000" in couplings.what_lacks(known["semidiscrete-parts-by-class"], data)
+    assert not couplings.what_lacks(known["semidiscrete-parts"], data)
+
+
+def test_a_coupling_that_fails_leaves_the_others_their_rows(bench, monkeypatch):
+    """The first lacks a package, the second memory; the third is measured after a pass that is not counted."""
+    made = []
+
+    def failing(error, data):
+        raise error
+
+    def random(data):
+        made.append(data)
+        return ways.Way(lambda x, labels: torch.randn_like(x))
+
+    monkeypatch.setitem(couplings.UNCOUNTED, "cpu", 1)
+    monkeypatch.setattr(ways, "registry", lambda labelled: {
+        "without": ways.Coupling("random", partial(failing, ModuleNotFoundError("no triton"))),
+        "large": ways.Coupling("random", partial(failing, torch.OutOfMemoryError("CUDA out of memory"))),
+        "random": ways.Coupling("random", random)})
+    rows, written = bench("without,large,random")
+    assert written["left_out"] == {"without": "no triton", "large": "not enough memory"}
+    assert list(rows) == ["random"] and rows["random"]["pairs"] == 1100 and len(made) == 2
+
+
+def test_slow_couplings_are_measured_on_fewer_pairs(monkeypatch):
+    monkeypatch.setattr(clock, "PATIENCE", 0.0)
+    data = ways.Data(torch.randn(50, 4), None, 0)
+    way = ways.Way(lambda x, labels: torch.randn_like(x))
+    served = couplings.serve(way, ways.registry(False)["random"], data, 20)
+    assert len(served.z) == 20 and len(served.batch_ms) == 1 and len(served.one_ms) == couplings.EXTRA
+    served = couplings.serve(way, ways.registry(False)["assigned-64"], data, 20)
+    assert len(served.z) == 64 and len(served.batch_ms) == 1
+    draw = ways.Way(draw=lambda count: (torch.randn(count, 4), torch.zeros(count, dtype=torch.int64)))
+    assert len(couplings.serve(draw, ways.registry(False)["semidiscrete"], data, 20).z) == 20
+    whole = couplings.serve(way, ways.registry(False)["pool-1000"]._replace(life=100), data, 20)
+    assert len(whole.z) == 100  # a whole pool
 
 
 def test_without_labels_there_is_nothing_by_class(bench):
