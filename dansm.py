@@ -61,8 +61,8 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def rows(x: Tensor) -> Tensor:
-    """Each sample as one row. (B, ...) → (B, D), where D is 1 for (B,)."""
-    return x.reshape(len(x), x.shape[1:].numel())
+    """Each sample as one row. (B, ...) → (B, D), where D is 1 for (B,). BadInput for what is not floating point."""
+    return check_tensor(x, "samples or noises are").reshape(len(x), x.shape[1:].numel())
 
 
 def squared_norms(x: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def inner_products(x: Tensor, z: Tensor) -> Tensor:
 
 def path_length(x: Tensor, z: Tensor) -> float:
     """Mean ‖x_i − z_i‖ over pairs (B, ...)."""
-    return rows(x - z).norm(dim=1).mean().item()
+    return (rows(x) - rows(z)).norm(dim=1).mean().item()
 
 
 def cost_matrix(x: Tensor, z: Tensor, cost: str = "squared") -> Tensor:
@@ -159,10 +159,8 @@ class NoisePool:
     numbers_per_chunk = 2**23  # each chunk of a pool has a random stream of its own and can be drawn by itself
 
     def __new__(cls, *args, **settings):
-        if cls is NoisePool:
-            fast = fast_matching()  # Python calls the __init__ of the class that it is given
-            cls = fast.pool_class(*args, **settings) if fast else cls
-        return super().__new__(cls)
+        fast = fast_matching() if cls is NoisePool else None
+        return super().__new__(fast.pool_class(*args, **settings) if fast else cls)  # whose __init__ Python calls
 
     def __init__(self, match_size: int, shape, *, cost: str | None = None, device="cpu", dtype=torch.float32,
                  seed: int | None = None, groups: int | None = None):
@@ -221,7 +219,7 @@ class NoisePool:
 
     def fresh(self, x: Tensor) -> Tensor:
         """Unmatched noise for x from the pool's generator, like `torch.randn_like(x)`."""
-        return torch.randn(x.shape, device=self.noise.device, generator=self.generator).to(x)
+        return torch.randn(check_tensor(x).shape, device=self.noise.device, generator=self.generator).to(x)
 
     def check(self, x: Tensor) -> None:
         check_batch(x, self.shape)
@@ -420,9 +418,8 @@ class RectifiedFlow(Flow):
     def loss(self, net: nn.Module, x: Tensor, z: Tensor, t: Tensor | None = None) -> Tensor:
         """Mean squared error of the velocity for pairs x, z: (B, ...), a scalar; at random times, or at t: (B,) in
         [0, 1], moved to [0.001, 1]. The network is given 999·t, the range of a diffusion's levels."""
-        if t is None:
-            t = draw_times(len(x), self.times, x.device)
-        t = self._shifted(t)
+        x, z = map(check_tensor, (x, z))
+        t = self._shifted(draw_times(len(x), self.times, x.device) if t is None else t)
         x_t = (over(t, x) * x + over(1 - t, x) * z).to(x.dtype)
         return F.mse_loss(net(x_t, 999 * t), x - z)
 
@@ -469,8 +466,8 @@ class Diffusion(Flow):
     def loss(self, net: nn.Module, x: Tensor, z: Tensor, t: Tensor | None = None) -> Tensor:
         """Mean squared error of the noise for pairs x, z: (B, ...), a scalar; at random levels, or at t: (B,) in
         [0, 1], where 0 is noise."""
-        if t is None:
-            t = draw_times(len(x), self.times, x.device)
+        x, z = map(check_tensor, (x, z))
+        t = draw_times(len(x), self.times, x.device) if t is None else t
         level = ((1 - t) * self.levels).long().clamp_(0, self.levels - 1)
         signal = over(self._alpha_bar_on(x.device)[level], x)
         a = (signal**0.5).to(x.dtype)
@@ -790,12 +787,13 @@ def train(run: Training, flow, pairs: Iterable[tuple[Tensor, ...]]) -> Iterator[
 # ------------ 5  Checks -----------------------------------------------------------------------------------------------
 
 
-def check_tensor(x, told: str = "the batch is") -> None:
-    """BadInput for anything but a tensor of floating point numbers, `told` as what it is."""
+def check_tensor(x, told: str = "the batch is") -> Tensor:
+    """x. BadInput for anything but a tensor of floating point numbers, `told` as what it is."""
     if not isinstance(x, Tensor):
         raise BadInput(f"{told} a {type(x).__name__}: expected a tensor of the samples alone")
     if not x.is_floating_point() or x.element_size() < 2:  # float8
         raise BadInput(f"{told} of {x.dtype}: expected floating point data, images in [−1, 1] for instance")
+    return x
 
 
 def parts_of(batch) -> tuple:
@@ -850,7 +848,9 @@ def check_state(state, made_for: dict) -> None:
 
 
 def check_sides(cost: Tensor) -> None:
-    """BadInput for costs that are not (B, M) with at least as many noises as samples."""
+    """BadInput for costs that are not real numbers (B, M) with at least as many noises as samples."""
+    if not isinstance(cost, Tensor) or cost.is_complex() or (cost.is_floating_point() and cost.element_size() < 2):
+        raise BadInput(f"cost is {cost.dtype if isinstance(cost, Tensor) else type(cost)}: expected a float32 tensor")
     if cost.ndim != 2 or len(cost) > cost.shape[1]:
         raise BadInput(f"the costs are {tuple(cost.shape)}: expected (samples, noises), samples ≤ noises")
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pools import (
     COSTS,
     KINDS,
+    PlainPool,
     data,
     drawn_for,
     naive_cost,
@@ -23,13 +24,17 @@ from scipy.optimize import linear_sum_assignment
 from dansm import (
     METHODS,
     BadInput,
+    Diffusion,
     NoisePool,
+    RectifiedFlow,
     check_labels,
     cost_matrix,
     greedy,
     inner_products,
     noise_generator,
     pairs,
+    path_length,
+    squared_norms,
 )
 from dansm.scale.base.statistics import squared_distances
 from dansm.scale.matching.others import nearest_of_k, optimal
@@ -435,6 +440,37 @@ def test_a_batch_of_three_parts_is_refused():
     for method in METHODS:
         with pytest.raises(BadInput, match="3 parts"):
             list(pairs([(torch.zeros(2, 3), torch.zeros(2), torch.zeros(2))], method, 6))
+
+
+PLAIN = torch.ones(2, 3)
+TAKES_TENSORS = {
+    "cost_matrix": cost_matrix, "inner_products": inner_products, "path_length": path_length,
+    "squared_norms": lambda x, z: (squared_norms(x), squared_norms(z)),
+    "nearest_of_k": lambda x, z: (nearest_of_k(x, 2), nearest_of_k(z, 2)),
+    "fresh": lambda x, z: (NoisePool(4, (3,)).fresh(x), PlainPool(4, (3,)).fresh(z)),
+    "rectified loss": lambda x, z: RectifiedFlow().loss(lambda x, t: x, x, z),
+    "diffusion loss": lambda x, z: Diffusion().loss(lambda x, t: x, x, z),
+    "greedy": lambda x, z: (greedy(x), greedy(z)), "optimal": lambda x, z: (optimal(x), optimal(z)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("function", TAKES_TENSORS)
+def test_number_types_that_have_no_distances_are_refused_by_every_function(function, dtype):
+    wrong = PLAIN.to(dtype)
+    for arguments in ((wrong, wrong), (PLAIN, wrong), (wrong, PLAIN)):
+        with pytest.raises(BadInput, match=f"{dtype}: expected .*float"):
+            TAKES_TENSORS[function](*arguments)
+    with pytest.raises(BadInput, match=r"ndarray.*: expected a .*tensor"):
+        TAKES_TENSORS[function](PLAIN.numpy(), PLAIN.numpy())
+    TAKES_TENSORS[function](PLAIN, PLAIN)
+
+
+@pytest.mark.parametrize("function", sorted(TAKES_TENSORS.keys() - {"greedy", "optimal"}))
+def test_whole_numbers_are_costs_and_no_data(function):
+    with pytest.raises(BadInput, match=r"torch.uint8: expected floating point data"):
+        TAKES_TENSORS[function](PLAIN.byte(), PLAIN)
+    assert greedy(torch.tensor([[3, 1, 2], [3, 1, 2]])).tolist() == [1, 2]
 
 
 def test_a_cost_of_another_name_is_refused_wherever_it_is_given():

@@ -65,7 +65,7 @@ def nearest_of_k(x: Tensor, k: int, cost: str = "squared", generator: torch.Gene
     """
     check_count("k", k)
     check_choice("cost", cost, COSTS)
-    flat = rows(x.detach().float())
+    flat = rows(x).detach().float()
     nearest = torch.empty_like(flat)
     block = max(1, 2**24 // (k * flat.shape[1]))  # samples at a time, so that their noises take about 64 MB
     for samples, out in zip(flat.split(block), nearest.split(block), strict=True):
