@@ -62,8 +62,7 @@ class CoarsePool(inside.OfOneProcess, NoisePool):
         self.keys = kind.__new__(kind)
         self.keys.costs_at_once = COSTS_AT_ONCE  # before it reckons its memory
         self.keys.__init__(match_size, shape, **settings)
-        with torch.inference_mode(False):
-            self.calls, self.handle = torch.zeros((), dtype=torch.int64, device="cpu"), inside.handle_of(self)
+        self._enter()
 
     def __call__(self, x: Tensor, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Match x: (B, ...), of any B, dtype and device → z like x, in its memory layout, z_i matched to x_i."""
@@ -159,10 +158,6 @@ class CoarsePool(inside.OfOneProcess, NoisePool):
 
     def _made_for(self) -> dict:
         return self.keys._made_for() | {"shape": list(self.shape), "grid": list(self.grid)}
-
-    def __setstate__(self, state: dict) -> None:  # of a copy
-        self.__dict__.update(state)
-        self.handle = inside.handle_of(self)
 
 
 # ------------------------------------------------------------------------------------------- grids

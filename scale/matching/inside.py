@@ -1,6 +1,6 @@
-"""Pools inside other people's steps: in what torch.compile compiles, and in the wrong process.
+"""Pools and couplings inside other people's steps: in what torch.compile compiles, and in the wrong process.
 
-To the compiler a pool is one operation that it does not look into, also with fullgraph=True.
+To the compiler each is one operation that it does not look into, also with fullgraph=True.
 """
 
 import difflib
@@ -15,19 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from dansm import BadInput, NoisePool
+from dansm import BadInput, NoisePool, Semidiscrete
 
 from ..base.text import warn
 
-POOLS = WeakValueDictionary()  # by handle
+SOURCES = WeakValueDictionary()  # of noises, by handle
 _handles = count()
-
-
-def handle_of(pool: NoisePool) -> int:
-    """A whole number by which the operation finds the pool, as long as there is the pool."""
-    handle = next(_handles)
-    POOLS[handle] = pool
-    return handle
 
 
 def matched(pool: NoisePool, x: Tensor, labels: Tensor | None, mask: Tensor | None = None) -> Tensor:
@@ -40,6 +33,11 @@ def fresh(pool: NoisePool, x: Tensor) -> Tensor:
     return torch.ops.dansm.fresh(x.detach(), pool.calls, pool.handle)
 
 
+def drawn(coupling: Semidiscrete, count: int, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    """coupling.draw(count, labels), for code that is being compiled."""
+    return torch.ops.dansm.drawn(count, labels, coupling.calls, coupling.handle)
+
+
 # It changes `calls`, so that no call is left out, moved or made one with another; as that is on the CPU, CUDA graphs
 # leave it out even where torch has no tag for that.
 TAGS = {"tags": [torch.Tag.cudagraph_unsafe]} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
@@ -49,20 +47,34 @@ TAGS = {"tags": [torch.Tag.cudagraph_unsafe]} if hasattr(torch.Tag, "cudagraph_u
                          schema="(Tensor x, Tensor? labels, Tensor? mask, Tensor(a!) calls, int pool) -> Tensor")
 def _matched(x, labels, mask, calls, pool):
     calls += 1
-    return POOLS[pool](x, labels) if mask is None else POOLS[pool](x, labels, mask)
+    return SOURCES[pool](x, labels) if mask is None else SOURCES[pool](x, labels, mask)
 
 
 @torch.library.custom_op("dansm::fresh", mutates_args=("calls",), **TAGS,
                          schema="(Tensor x, Tensor(a!) calls, int pool) -> Tensor")
 def _fresh(x, calls, pool):
     calls += 1
-    return POOLS[pool].fresh(x)
+    return SOURCES[pool].fresh(x)
+
+
+@torch.library.custom_op("dansm::drawn", mutates_args=("calls",), **TAGS,
+                         schema="(SymInt count, Tensor? labels, Tensor(a!) calls, int coupling) -> (Tensor, Tensor)")
+def _drawn(count, labels, calls, coupling):
+    calls += 1
+    z, taken = SOURCES[coupling].draw(count, labels)
+    return z.clone(), taken.clone()  # not parts of what is drawn ahead, which may begin anywhere in memory
 
 
 @_matched.register_fake
 @_fresh.register_fake
 def _like_x(x, *others):
     return torch.empty_like(x)
+
+
+@_drawn.register_fake
+def _like_drawn(count, labels, calls, coupling):
+    z = torch.empty(count, *SOURCES[coupling].shape, device=SOURCES[coupling].device)
+    return z, z.new_empty(count, dtype=torch.int64)
 
 
 PLACE = {"process", "rank", "ranks", "multiprocessors", "counted"}  # of what a state was made for: who draws, not what
@@ -131,7 +143,18 @@ def check_arguments(called: str, kind: type, arguments: tuple, settings: dict) -
 
 
 class OfOneProcess:
-    """What draws noises, which are to be drawn by one process alone."""
+    """What draws noises, which are to be drawn by one process alone, also from code that is compiled."""
+
+    @torch.inference_mode(False)
+    def _enter(self) -> None:
+        """Get a handle, by which operations find this as long as it is there, and a count of what they ask."""
+        self.calls = torch.zeros((), dtype=torch.int64, device="cpu")
+        self.handle = next(_handles)
+        SOURCES[self.handle] = self
+
+    def __setstate__(self, state: dict) -> None:  # of a copy
+        self.__dict__.update(state)
+        self._enter()
 
     def check_worker(self) -> None:
         """BadInput in a worker of a DataLoader."""

@@ -130,8 +130,7 @@ class FastPool(inside.OfOneProcess, NoisePool):
                  f"nearest: these are not N(0, I); a match_size of at most {safe:,} is safe")
         self.prices = Prices(self.match_size, self.noise) if self.cost == PRICED else None
         self._forget()
-        with torch.inference_mode(False):
-            self.calls, self.handle = torch.zeros((), dtype=torch.int64), inside.handle_of(self)
+        self._enter()
 
     def __call__(self, x: Tensor, labels: Tensor | None = None, mask: None = None) -> Tensor:
         """Match x: (B, *shape), of any B, dtype and device → z like x, in its memory layout, z_i matched to x_i.
@@ -166,10 +165,6 @@ class FastPool(inside.OfOneProcess, NoisePool):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.match_size}, {tuple(self.shape)}, cost={self.cost!r}, seed={self.seed})"
-
-    def __setstate__(self, state: dict) -> None:  # of a copy
-        self.__dict__.update(state)
-        self.handle = inside.handle_of(self)
 
     def _match(self, samples: Tensor) -> Tensor:
         at_once = self._samples_at_once(self.rows)

@@ -26,7 +26,7 @@ from ..base.machine import free_memory
 from ..base.text import shorten
 from .gpu import working
 from .groups import moved
-from .inside import OfOneProcess, as_known_to, card, from_elsewhere, stream_after, warn_of_fresh_noises
+from .inside import OfOneProcess, as_known_to, card, drawn, from_elsewhere, stream_after, warn_of_fresh_noises
 from .products import products
 from .solver import VALUES, Solved, Solver, first_potentials, nearest, noises_of_a_step
 
@@ -103,6 +103,7 @@ class FastSemidiscrete(OfOneProcess, Semidiscrete):
         self.nearest = kernels.nearest if kernels else nearest
         self.process = None
         self.settle()
+        self._enter()
 
     def _room(self, n: int, largest: int, memory: float | None) -> torch.device:
         """Where the copies live. Sets how many products are computed at once. BadInput if the least does not fit."""
@@ -223,14 +224,18 @@ class FastSemidiscrete(OfOneProcess, Semidiscrete):
         self.asked_turns = {}  # whose parts have turns of their own
         self._forget_drawn()
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def draw(self, count: int, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Fresh noises z: (count, ...), and the numbers (count,) of the samples that they take: those of these labels
-        (count,), or of labels as often as the data have them."""
+        (count,), or of labels as often as the data have them. What torch.compile compiles may call it, see `FastPool`.
+        """
+        if torch.compiler.is_compiling():
+            return drawn(self, count, labels)
         self.check_worker()
         self.settle()
-        count = check_count("count", count, at_least=0)
+        with torch.inference_mode(False), torch.no_grad():
+            return self._draw(check_count("count", count, at_least=0), labels)
+
+    def _draw(self, count: int, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         if labels is not None:
             z, lots = self._noises(count, self.asked)
             taken = torch.empty(count, dtype=torch.int64, device=self.device)

@@ -80,6 +80,31 @@ def test_a_compiled_step_gets_the_fresh_noises_of_the_plain_one(settings):
         assert all(torch.equal(noise, pools[1].fresh(x)) for noise in noises) and not torch.equal(*noises)
 
 
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("kind", ["semidiscrete", "semidiscrete, asked"])
+def test_a_compiled_step_draws_the_pairs_of_the_plain_one(kind, fullgraph):
+    first = KINDS[kind]()
+    data, couplings = torch.cat(batches(4)), (copy.deepcopy(first), pickle.loads(pickle.dumps(first)))
+    weight = torch.randn(48, 48, device=DEVICE, requires_grad=True)
+
+    def step(coupling, x, *labels):
+        coupling.draw(2)  # nobody uses it, and it is drawn all the same
+        z, taken = coupling.draw(len(x), *labels)
+        return ((data[taken] - z).flatten(1) @ weight).square().sum(), z, taken
+
+    compiled = torch.compile(step, fullgraph=fullgraph, backend="aot_eager")
+    for count in (5, 7, 300, 0, 3):  # also more than are drawn ahead
+        labels = [torch.arange(count) % 2] * (kind == "semidiscrete, asked")
+        loss, *drawn_there = compiled(couplings[0], data[:1].expand(count, *SHAPE), *labels)
+        expected, *drawn_here = step(couplings[1], data[:1].expand(count, *SHAPE), *labels)
+        assert all(map(torch.equal, drawn_there, drawn_here))
+        torch.testing.assert_close(loss, expected)
+        loss.backward()
+    assert weight.grad.isfinite().all()
+    with pytest.raises(BadInput, match="no sample of the data has label 2"):
+        compiled(couplings[0], data[:2], torch.tensor([0, 2]))
+
+
 def test_what_a_compiled_step_may_not_give_is_refused_when_it_runs():
     step = torch.compile(pool_of().__call__, backend="eager")
     with pytest.raises(BadInput, match="NaN"):
