@@ -1,4 +1,4 @@
-"""The images of a zip, a tar or an LSUN lmdb, read without unpacking."""
+"""The images or latents of a zip or tar, and the images of an LSUN lmdb, read without unpacking."""
 
 import tarfile
 import zipfile
@@ -23,6 +23,7 @@ LARGEST = 2**30  # bytes of one file in an archive: a hundred times any image to
 SWELLS = 200  # times its packed size, which no photograph comes near; only for files large enough to hurt
 HURTS = 2**24
 CLASS, LONGEST = ".cls", 1024  # of WebDataset: suffix of a class, and bytes that one may have, blanks included
+LATENT = ".npy"  # and of a latent
 OPEN = 32  # zips that are kept open at once: some systems allow a process 256 files
 
 # (place in the order of names, path for the user, which may lead into an archive, what reads it) of each file
@@ -46,14 +47,21 @@ def is_archive(path: Path) -> bool:
     return path.name.lower().endswith((".zip", *TARS))
 
 
-def names_in(archive: Path) -> list[PurePosixPath]:
-    """The names of the images in a zip or tar, in the order in which they are counted."""
-    if archive.suffix.lower() != ".zip":
-        names = _names_in_tar(archive, Counter())
-    else:
-        with _naming(archive), zipfile.ZipFile(archive) as opened:
-            names = [member.filename for member in _images_of(opened, Counter())]
-    return [PurePosixPath(name.lstrip("/")) for name in sorted(names, key=PurePosixPath)]
+def hold_latents(archives: list[Path]) -> bool:
+    """Whether the first zip or tar with images or latents holds latents alone. Next to images .npy are other things."""
+    for archive in archives:
+        with _naming(archive):
+            found = (PurePosixPath(name).suffix.lower() for name, _ in _members(archive, {*suffixes(), LATENT}))
+            if first := next(found, None):
+                return first == LATENT and all(suffix == LATENT for suffix in found)
+    return False
+
+
+def names_in(archive: Path, wanted: Collection[str]) -> list[PurePosixPath]:
+    """The names of the files of wanted suffixes in a zip or tar, in the order in which they are counted."""
+    with _naming(archive):
+        names = sorted((name for name, _ in _members(archive, wanted)), key=PurePosixPath)
+    return [PurePosixPath(name.lstrip("/")) for name in names]
 
 
 class Classes(NamedTuple):
@@ -67,12 +75,12 @@ class Classes(NamedTuple):
     some: bool
 
 
-def classes_in(archive: Path) -> Classes:
-    """The classes of a zip or tar as WebDataset keeps them: the whole number in the .cls of the same name up to its
-    first dot. BadInput for a .cls that holds no whole number below 2**31."""
+def classes_in(archive: Path, wanted: Collection[str]) -> Classes:
+    """The classes of the files of wanted suffixes in a zip or tar, as WebDataset keeps them: the whole number in the
+    .cls of the same name up to its first dot. BadInput for a .cls that holds no whole number below 2**31."""
     names, classes = [], {}
     with _naming(archive):
-        for name, read in _classes_and_images(archive):
+        for name, read in _members(archive, {*wanted, CLASS}):
             if not name.lower().endswith(CLASS):
                 names.append(name)
                 continue
@@ -84,19 +92,14 @@ def classes_in(archive: Path) -> Classes:
     return Classes([classes.get(_sample_of(name)) for name in sorted(names, key=PurePosixPath)], bool(classes))
 
 
-def _classes_and_images(archive: Path) -> Iterator[tuple[str, Callable[[int], bytes]]]:
-    """The name of each .cls and each image in a zip or tar, and what reads it up to so many bytes."""
-
-    def is_wanted(name: str) -> bool:
-        return _is_image(name, Counter(), {CLASS})
-
+def _members(archive: Path, wanted: Collection[str]) -> Iterator[tuple[str, Callable[[int], bytes]]]:
+    """The name of each file of wanted suffixes in a zip or tar, and what reads it up to so many bytes."""
     if archive.suffix.lower() != ".zip":
-        yield from ((name, file.read) for name, file in _tar_members(archive, is_wanted))
+        yield from ((name, file.read) for name, file in _tar_members(archive, wanted, Counter()))
         return
     with zipfile.ZipFile(archive) as opened:
-        for member in opened.infolist():
-            if not member.is_dir() and is_wanted(member.filename):
-                yield member.filename, partial(_start_of, opened, member)
+        for member in _zip_members(opened, wanted, Counter()):
+            yield member.filename, partial(_start_of, opened, member)
 
 
 def _start_of(archive: zipfile.ZipFile, member: zipfile.ZipInfo, most: int) -> bytes:
@@ -111,11 +114,12 @@ def _sample_of(name: str) -> str:
 
 
 @contextmanager
-def open_archives(files: list[Path], passed_over: Counter) -> Iterator[Opened]:
-    """The images of several zips and tars, one after the other. Counts in `passed_over` what else they hold."""
+def open_archives(files: list[Path], wanted: Collection[str], passed_over: Counter) -> Iterator[Opened]:
+    """The files of wanted suffixes in several zips and tars, one after the other. Counts in `passed_over` what else
+    they hold."""
     opened_zip = lru_cache(OPEN)(_opened_zip)
-    opened = [_images_of_zip(path, opened_zip, passed_over) if path.suffix.lower() == ".zip" else
-              _images_of_tar(path, passed_over) for path in files]
+    opened = [_open_zip(path, opened_zip, wanted, passed_over) if path.suffix.lower() == ".zip" else
+              _open_tar(path, wanted, passed_over) for path in files]
     starts = np.cumsum([0, *(count for count, _ in opened)]).tolist()
     try:
         yield starts[-1], ((start + place, path, read) for start, (_, entries) in zip(starts, opened, strict=False)
@@ -130,10 +134,10 @@ def _opened_zip(source: Path) -> tuple[zipfile.ZipFile, Lock]:
     return zipfile.ZipFile(source), Lock()
 
 
-def _images_of_zip(source: Path, opened_zip: Callable, passed_over: Counter) -> Opened:
-    """The images of a zip in the order of their names. Counts in `passed_over` what else it holds."""
+def _open_zip(source: Path, opened_zip: Callable, wanted: Collection[str], passed_over: Counter) -> Opened:
+    """The files of wanted suffixes in a zip, in the order of their names."""
     with _naming(source):
-        members = _images_of(opened_zip(source)[0], passed_over)
+        members = _zip_members(opened_zip(source)[0], wanted, passed_over)
     members.sort(key=lambda member: PurePosixPath(member.filename))
     for member in members:
         if member.file_size > min(LARGEST, max(HURTS, SWELLS * member.compress_size)):
@@ -148,9 +152,9 @@ def _images_of_zip(source: Path, opened_zip: Callable, passed_over: Counter) -> 
                           for place, member in enumerate(members))
 
 
-def _images_of(archive: zipfile.ZipFile, passed_over: Counter) -> list[zipfile.ZipInfo]:
+def _zip_members(archive: zipfile.ZipFile, wanted: Collection[str], passed_over: Counter) -> list[zipfile.ZipInfo]:
     return [member for member in archive.infolist()
-            if not member.is_dir() and _is_image(member.filename, passed_over)]
+            if not member.is_dir() and _is_wanted(member.filename, wanted, passed_over)]
 
 
 class _Header(tarfile.TarInfo):
@@ -162,29 +166,27 @@ class _Header(tarfile.TarInfo):
         return super()._proc_member(archive)
 
 
-def _images_of_tar(source: Path, passed_over: Counter) -> Opened:
-    """The images of a tar, read in one go, as a compressed one can be; each image's place is that of its name. Counts
-    in `passed_over` what else it holds."""
-    names = _names_in_tar(source, passed_over)
+def _open_tar(source: Path, wanted: Collection[str], passed_over: Counter) -> Opened:
+    """The files of wanted suffixes in a tar, read in one go, as a compressed one can be; each one's place is that of
+    its name."""
+    with _naming(source):
+        names = [name for name, _ in _tar_members(source, wanted, passed_over)]
     places = np.empty(len(names), int)
     places[sorted(range(len(names)), key=lambda number: PurePosixPath(names[number]))] = np.arange(len(names))
 
     def entries() -> Entries:
         with _naming(source):
-            members = _tar_members(source, partial(_is_image, passed_over=Counter()))
+            members = _tar_members(source, wanted, Counter())
             for place, (name, file) in zip(places.tolist(), members, strict=False):
                 yield place, source / name.lstrip("/"), partial(bytes, file.read())
 
     return len(names), entries()
 
 
-def _names_in_tar(source: Path, passed_over: Counter) -> list[str]:
-    with _naming(source):
-        return [name for name, _ in _tar_members(source, partial(_is_image, passed_over=passed_over))]
-
-
-def _tar_members(source: Path, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, tarfile.ExFileObject]]:
-    """The files of wanted names in a tar in the order they lie there. That it is cut off is noticed at its end only."""
+def _tar_members(source: Path, wanted: Collection[str],
+                 passed_over: Counter) -> Iterator[tuple[str, tarfile.ExFileObject]]:
+    """The files of wanted suffixes in a tar in the order they lie there. That it is cut off is noticed at its end only.
+    """
     with tarfile.open(source, "r:*", tarinfo=_Header) as archive:
         packed = source.stat().st_size
         while (member := archive.next()) is not None:
@@ -193,21 +195,21 @@ def _tar_members(source: Path, is_wanted: Callable[[str], bool]) -> Iterator[tup
                 raise _bomb(source / member.name.lstrip("/"), member.size)
             if member.issym() or member.islnk():
                 raise BadInput(f"{source} holds a link ({member.name}): expected files and folders alone")
-            if member.isreg() and is_wanted(member.name):
+            if member.isreg() and _is_wanted(member.name, wanted, passed_over):
                 yield member.name, archive.extractfile(member)
         archive.fileobj.seek(archive.offset)  # tarfile takes a damaged header, or none, for the end
         if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise BadInput(f"{source} ends in the middle, or is damaged there: expected a whole tar")
 
 
-def _is_image(name: str, passed_over: Counter, others: Collection[str] = ()) -> bool:
-    """Whether a file of that name is an image to read, or has a suffix of the others. If not, count it."""
+def _is_wanted(name: str, wanted: Collection[str], passed_over: Counter) -> bool:
+    """Whether a file of that name has a wanted suffix and is not hidden. If not, count it."""
     path = PurePosixPath(name)
     hidden = any(map(is_hidden, path.parts))
-    wanted = (path.suffix.lower() in suffixes() or path.suffix.lower() in others) and not hidden
-    if not wanted:
-        passed_over[HIDDEN if hidden else kind_of(path)] += 1
-    return wanted
+    if path.suffix.lower() in wanted and not hidden:
+        return True
+    passed_over[HIDDEN if hidden else kind_of(path)] += 1
+    return False
 
 
 def _bomb(path: Path, size: int) -> BadInput:

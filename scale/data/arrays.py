@@ -2,8 +2,10 @@
 
 import pickle
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -63,10 +65,11 @@ READERS = {".npy": _read_npy, ".npz": _read_npz, ".safetensors": _read_safetenso
 SUFFIXES = frozenset(READERS)
 
 
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """All arrays in a file by their names, "" for one without. Raises Unreadable; no code in the file is run."""
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turn any error of a damaged or foreign file into Unreadable with its path."""
     try:
-        return READERS[path.suffix.lower()](path)
+        yield
     except (BadInput, ImportError, MemoryError):
         raise
     except pickle.UnpicklingError as error:
@@ -75,6 +78,12 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     except Exception as error:  # a header is parsed as Python; each format has its own kinds
         raise Unreadable(f"{path} cannot be read as arrays ({' '.join(str(error).split())}): expected a whole "
                          f"{path.suffix} file of images or latents") from error
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """All arrays in a file by their names, "" for one without. Raises Unreadable; no code in the file is run."""
+    with _naming(path):
+        return READERS[path.suffix.lower()](path)
 
 
 def open_array(path: Path) -> np.ndarray:
@@ -147,6 +156,18 @@ def open_latents(files: list[Path], _: Reading) -> Opened:
     lengths = [len(open_samples(path, dims)) if dims == (4,) else 1 for path in files]
     places = np.cumsum([0, *lengths]).tolist()
     return places[-1], ((place, path, partial(read, path)) for place, path in zip(places, files, strict=False))
+
+
+def read_latent(path: Path, read: Callable[[], bytes]) -> np.ndarray:
+    """One latent as (1, C, H, W), from the bytes of a .npy file in an archive. Raises Unreadable, and BadInput for any
+    other array."""
+    with _naming(path):
+        array = np.lib.format.read_array(BytesIO(read()), allow_pickle=False)
+    if array.dtype not in (np.float16, np.float32) or array.shape[:-3] not in ((), (1,)) or 0 in array.shape[-3:]:
+        raise BadInput(f"{path} holds {array.dtype} {array.shape}: expected one latent (C, H, W) of float16 or float32")
+    latent = array.reshape(1, *array.shape[-3:])
+    check_finite(path, latent)
+    return latent
 
 
 def open_images(files: list[Path], reading: Reading) -> Opened:

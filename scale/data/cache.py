@@ -38,7 +38,8 @@ def _decode_all(source: Source, make_array: Callable[[tuple[int, ...], np.dtype]
     array, missing = None, []
     with source.open() as (count, entries), closing(source.decoded(entries)) as parts:
         filled = np.zeros(count, bool)
-        for place, path, part, _ in with_bar(parts, "reading", len(source.files) if source.holds_latents else count):
+        files = len(source.files) if source.holds_arrays and source.holds_latents else count
+        for place, path, part, _ in with_bar(parts, "reading", files):
             if part is None:
                 missing.append((place, path))
                 continue

@@ -129,15 +129,15 @@ def _of_arrays(path: Path) -> Labels | None:
 
 def _of_archives(path: Path) -> Labels | None:
     """The classes that lie next to the images in archives, if there are two or more."""
-    files = _files(path)
-    if not Source(path, files).holds_archives:
+    source = Source(path, _files(path))
+    if not source.holds_archives:
         return None
-    classes = {file: classes_in(file) for file in files}
+    classes = {file: classes_in(file, source.wanted) for file in source.files}
     if not any(of_file.some for of_file in classes.values()):
         return None
     for file, of_file in classes.items():
         if None in of_file.numbers:
-            image = file / names_in(file)[of_file.numbers.index(None)]
+            image = file / names_in(file, source.wanted)[of_file.numbers.index(None)]
             raise BadInput(f"{image} has no .cls, others do: expected one for each image, or --labels none")
     numbers = np.array([number for of_file in classes.values() for number in of_file.numbers], np.int64)
     labels = _numbered(f"the .cls of {path}", numbers)
@@ -195,7 +195,7 @@ def _of_folders(path: Path, asked: bool) -> Labels | None:
 def _unpacked(source: Source) -> list[Path]:
     """The path of each image, as if all archives of a folder were unpacked there."""
     if source.holds_archives and source.files != [source.path]:
-        return [source.path / name for archive in source.files for name in names_in(archive)]
+        return [source.path / name for archive in source.files for name in names_in(archive, source.wanted)]
     return source.paths()
 
 

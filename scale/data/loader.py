@@ -39,7 +39,8 @@ def load_images(source: str, *, size: int | None = None, background: str = "whit
             "cifar10", which torchvision downloads into data/ at first use; or the folder in which it leaves CIFAR-10 or
             CIFAR-100.
             Arrays: uint8 images or latents in a .npy, .npz, .safetensors or .pt file, see `arrays.open_samples`, or a
-            folder of such files. Latents: also a folder that dansm encode wrote.
+            folder of such files. Latents: also a folder that dansm encode wrote, and archives of .npy files (C, H, W)
+            without images.
     size    shorter side to this many pixels, then the centre square; None takes the images as they are.
     background  colour under transparent pixels, by name or as #rrggbb.
     channels  1 makes images grey, 3 coloured; 0: one if all are grey, else three.

@@ -4,7 +4,7 @@ import hashlib
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -18,7 +18,7 @@ from dansm import BadInput
 from ..base.text import counted, say
 from ..base.threads import ahead
 from . import arrays
-from .archives import CLASS, Entries, Opened, is_archive, names_in, open_archives, open_lmdb
+from .archives import CLASS, LATENT, Entries, Opened, hold_latents, is_archive, names_in, open_archives, open_lmdb
 from .cifar import find_cifar
 from .folder import in_braces, in_words, is_hidden, kind_of, list_folder
 from .pictures import Reading, Unreadable, read_image, suffixes
@@ -59,10 +59,17 @@ class Source:
     @cached_property
     def holds_latents(self) -> bool:
         """Whether these are latents, not images: by the first file."""
+        if self.holds_archives:
+            return hold_latents(self.files)
         if self.array is None and not self.holds_arrays:
             return False
         first = arrays.open_array(self.files[0]) if self.array is None else self.array
         return first.dtype != np.uint8
+
+    @property
+    def wanted(self) -> Collection[str]:
+        """The suffixes of the files that are read in archives."""
+        return {LATENT} if self.holds_latents else suffixes()
 
     @cached_property
     def digest(self) -> str:
@@ -97,13 +104,13 @@ class Source:
         if self.files[0].name == "data.mdb":
             opened = open_lmdb(self.path)
         elif self.holds_archives:
-            opened = open_archives(self.files, passed_over)
+            opened = open_archives(self.files, self.wanted, passed_over)
         else:
             opened = nullcontext((len(self.files), ((place, path, path.read_bytes)
                                                     for place, path in enumerate(self.files))))
         with opened as (count, files), warnings.catch_warnings():
             if not count:
-                raise no_images(self.path, passed_over)
+                raise no_images(self.path, passed_over, ", or latents in .npy" if self.holds_archives else "")
             if not self.told:
                 if self.labels == "auto":
                     passed_over.pop(CLASS, None)
@@ -111,13 +118,14 @@ class Source:
             self.told = True
             warnings.filterwarnings("ignore", module="PIL")  # of damaged EXIF, of palettes
             warnings.simplefilter("error", Image.DecompressionBombWarning)  # for images up to twice Pillow's limit
-            yield count, ((place, path, partial(read_image, path, read, self.reading, self.transparent))
+            yield count, ((place, path, partial(arrays.read_latent, path, read) if self.holds_latents else
+                           partial(read_image, path, read, self.reading, self.transparent))
                           for place, path, read in files)
 
     def paths(self) -> list[Path]:
         """The path of each image or latent, which may lead into an archive, in their order. No image is read."""
         if self.holds_archives:
-            return [archive / name for archive in self.files for name in names_in(archive)]
+            return [archive / name for archive in self.files for name in names_in(archive, self.wanted)]
         with self.open() as (count, entries):
             named = [(place, path) for place, path, _ in entries]
         ends = [place for place, _ in named[1:]] + [count]

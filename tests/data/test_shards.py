@@ -1,6 +1,8 @@
 """A folder of archives, such as WebDataset's shards: one set."""
 
+import io
 import os
+import re
 import resource
 
 import numpy as np
@@ -9,7 +11,7 @@ from support import FAST, PICTURES, as_folder, packed, picture
 
 from dansm import BadInput
 from dansm.scale.data.labels import load_labels
-from dansm.scale.data.loader import load_images, stream_images
+from dansm.scale.data.loader import check_latents, load_images, stream_images
 
 SHARDS = {"train-000000": [3, 1, 2], "train-000001": [5, 4], "more/train-000002": [0]}
 IN_ORDER = [0, 1, 2, 3, 4, 5]  # by shard, then by name
@@ -126,6 +128,87 @@ def test_a_run_on_shards_learns_their_classes(tmp_path, run):
     assert "2 classes" in said and "(3, 5)" in said and ".cls, " not in said and "passed over" not in said
     code, said, err = run("train", tmp_path / "a.tar", "--size", 8, "--steps", 1, "--out", tmp_path / "none", *FAST)
     assert code == 0 and "passed over 8 .cls" in said, err
+
+
+# ------------------------------------------------------------------------------- latents
+
+
+def npy(array):
+    content = io.BytesIO()
+    np.save(content, array)
+    return content.getvalue()
+
+
+def latents(count, dtype=np.float16):
+    return np.random.default_rng(0).standard_normal((count, 4, 8, 8)).astype(dtype)
+
+
+@pytest.mark.parametrize("packing", [".tar", ".tar.gz", ".zip"])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_shards_of_latents_are_one_set_with_their_classes(tmp_path, packing, dtype, capsys):
+    x, folder = latents(6, dtype), tmp_path / "data"
+    folder.mkdir()
+    for shard, numbers in enumerate(([2, 0, 1], [4, 3], [5])):
+        content = {}
+        for number in numbers:
+            latent = x[number][None] if number == 4 else x[number]  # as an autoencoder gives a batch of one
+            content |= {f"{number}.npy": npy(latent), f"{number}.cls": b"%d" % (number % 2), f"{number}.json": b"{}"}
+        packed(folder / f"{shard}{packing}", content)
+    packed(folder / f"00{packing}", {"note.txt": b""})
+    check_latents(str(folder))
+    for settings in ({}, {"cache": tmp_path / "cache"}, {"cache": tmp_path / "cache"}):
+        found = load_images(str(folder), labels="auto", **settings)
+        assert np.array_equal(found, x) and np.asarray(found).dtype == dtype
+    assert "passed over 6 .json, 1 .txt" in capsys.readouterr().out
+    assert load_labels(str(folder), "auto", 6).numbers.tolist() == [0, 1, 0, 1, 0, 1]
+    assert np.array_equal(load_images(str(folder / f"1{packing}")), x[3:5])
+    with pytest.raises(BadInput, match="holds latents: expected images"):
+        stream_images(str(folder))
+
+
+def test_arrays_next_to_images_in_a_shard_are_no_latents(tmp_path, capsys):
+    content = {"0.npy": npy(latents(1)[0]), "0.png": picture(0), "1.npy": npy(latents(1)[0]), "1.png": picture(1)}
+    assert len(load_images(str(packed(tmp_path / "a.tar", content)))) == 2
+    assert "passed over 2 .npy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("packing", [".tar", ".zip"])
+@pytest.mark.parametrize(("array", "said"), [
+    (np.zeros((3, 8, 8), np.uint8), r"uint8 \(3, 8, 8\)"), (np.zeros((2, 4, 8, 8), np.float16), r"\(2, 4, 8, 8\)"),
+    (np.zeros((77, 768), np.float16), r"\(77, 768\)"), (np.zeros((4, 8, 8)), "float64"), (np.zeros(3), r"\(3,\)"),
+    (np.full((4, 8, 8), np.nan, np.float16), "NaN"), (np.zeros((4, 8, 9), np.float16), r"\(4, 8, 8\)"),
+    (np.array([[[None]]]), "allow_pickle"), (np.zeros((4, 0, 8), np.float16), r"\(4, 0, 8\)")], ids=str)
+def test_arrays_that_are_no_latents_are_named_with_their_shard(tmp_path, not_loaded, packing, array, said):
+    shard = packed(tmp_path / f"a{packing}", {"0.npy": npy(latents(1)[0]), "1.npy": npy(array)})
+    assert re.search(rf"{shard}/1.npy (holds|cannot be read).*{said}", not_loaded(shard))
+
+
+def test_a_damaged_latent_is_named_and_may_be_left_out(tmp_path, not_loaded):
+    x = latents(3)
+    shard = packed(tmp_path / "a.tar", {f"{number}.npy": npy(latent) for number, latent in enumerate(x)} |
+                   {"1.npy": npy(x[1])[:-3]})
+    assert f"{shard}/1.npy cannot be read" in not_loaded(shard)
+    left_out = []
+    assert np.array_equal(load_images(str(shard), skip_unreadable=True, left_out=left_out), x[[0, 2]])
+    assert left_out == [shard / "1.npy"]
+
+
+def test_shards_of_other_files_are_refused_by_what_they_hold_and_what_is_read(tmp_path, not_loaded):
+    message = not_loaded(packed(tmp_path / "a.tar", {"0.pth": b"", "1.pth": b""}))
+    assert f"{tmp_path / 'a.tar'} holds no images (2 .pth): expected" in message and ".npy" in message
+
+
+def test_a_run_on_shards_of_latents_learns_their_classes(tmp_path, run, refused):
+    for shard in range(2):
+        packed(tmp_path / f"{shard}.tar", {f"{number}.{kind}": content for number, latent in enumerate(latents(4))
+                                           for kind, content in (("npy", npy(latent)), ("cls", b"%d" % (number % 2)))})
+    command = ["train", tmp_path / "{0..1}.tar", "--labels", "auto", "--out", tmp_path / "out", *FAST, "--batch", 4]
+    assert "--size" in refused(*command, "--steps", 1, "--size", 8)
+    code, said, err = run(*command, "--steps", 1)
+    assert code == 0 and "8 latents of" in said and "2 classes" in said and "passed over" not in said, err
+
+
+# ------------------------------------------------------------------------------- damage
 
 
 def test_an_unreadable_image_and_a_damaged_shard_are_named(tmp_path, shards, not_loaded):
