@@ -1,26 +1,36 @@
-"""Launching Triton kernels, and compiling many of them at once: each takes about a second."""
+"""Launching Triton kernels, and compiling many of them at once: each takes about a second, and threads would wait for
+each other, as most of it is Python."""
 
+import multiprocessing
 import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import signal
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import partial
 
 import torch
 from torch import Tensor
 
-_compiler: ThreadPoolExecutor | None = None
-_compiling = {}
+LONGEST = 120  # seconds that kernels may take to be compiled ahead
+MOST = 16  # processes that compile at once
+
+_asked = set()  # variants of kernels that were compiled ahead
+_tasks: list | None = None  # inside `compiling_ahead`: what is to be compiled
+_compiling = []  # processes that nobody has waited for
 
 
 def launch(kernel, grid: tuple[int, ...], *arguments, num_warps: int = 8, **options):
     """Run kernel[grid](*arguments) and return the compiled kernel. Inside `compiling_ahead` it is only compiled, and
     None returned. options: more of Triton's, such as num_stages."""
     options |= dict(num_warps=num_warps)
-    if _compiler is None:
+    if _tasks is None:
         return kernel[grid](*arguments, **options)
     variant = kernel, *sorted(options.items()), *map(_kind, kernel.params, arguments)
-    if variant not in _compiling:
-        _compiling[variant] = _compiler.submit(kernel.warmup, *arguments, grid=grid, **options)
+    if variant not in _asked:
+        _asked.add(variant)
+        _tasks.append(partial(_compile, kernel, arguments, options))
     return None
 
 
@@ -38,30 +48,108 @@ def _kind(parameter, argument) -> tuple | type:
 
 def compiles_only() -> bool:
     """Whether this is inside `compiling_ahead`, where no kernel may run: the results of others are not there."""
-    return _compiler is not None
+    return _tasks is not None
 
 
 @contextmanager
-def compiling_ahead(device: torch.device) -> Iterator[None]:
-    """Compile the kernels that are launched inside, all at once in threads, without running them.
+def compiling_ahead(device: torch.device, wait: bool = True) -> Iterator[None]:
+    """Compile the kernels that are launched inside, all at once in other processes, without running them.
 
-    A network's fifty kernels take half a minute one after the other. On a CPU nothing changes.
+    wait  until they are compiled, and those of contexts before that did not wait; a kernel that is launched too early
+          is compiled a second time
+    A network's fifty kernels take half a minute one after the other. Triton keeps what it compiles in files, where this
+    process finds it. On a CPU, and where processes cannot be forked, nothing changes.
     """
-    global _compiler
-    if device.type != "cuda":
+    global _tasks
+    if device.type != "cuda" or torch.version.hip or "fork" not in multiprocessing.get_all_start_methods():
         yield
         return
-    current = torch.cuda.current_device()  # a new thread would take the first
-    with ThreadPoolExecutor(os.cpu_count(), initializer=torch.cuda.set_device, initargs=(current,)) as _compiler:
-        try:
-            yield
-        finally:
-            waiting, _compiler = list(_compiling.values()), None
-            _compiling.clear()
-            for compilation in waiting:
-                compilation.exception()  # waits; what does not compile raises where it is launched
+    first, _tasks = not _asked, []
+    try:
+        yield
+    finally:
+        tasks, _tasks = _tasks, None
+        if tasks:
+            _compiling.extend(_start([_compile_driver, *tasks] if first else tasks))
+        if wait:
+            _wait()
 
 
 def on(device: torch.device) -> AbstractContextManager:
     """Make a GPU the current one, where Triton launches."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+# ------------ The processes that compile ------------------------------------------------------------------------------
+
+
+def _start(tasks: list[Callable]) -> list[multiprocessing.Process]:
+    """Processes that share the tasks. They know the current GPU's type, and use none."""
+    with suppress(ImportError):  # its files are looked at once, not by each process
+        from triton.runtime.cache import triton_key
+
+        triton_key()
+    cores = os.process_cpu_count() if hasattr(os, "process_cpu_count") else len(os.sched_getaffinity(0))
+    number = max(1, min(len(tasks), MOST, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    target = Target(torch.cuda.get_device_capability())
+    forked = multiprocessing.get_context("fork").Process
+    started = [forked(target=_work, args=(tasks[first::number], target), daemon=True) for first in range(number)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # threads of this process hold nothing that they need
+        for process in started:
+            process.start()
+    return started
+
+
+def _wait() -> None:
+    """Wait for the processes. What they did not compile, the launch does, or raises what is wrong."""
+    end = time.monotonic() + LONGEST
+    for process in _compiling:
+        process.join(max(0.0, end - time.monotonic()))
+        process.kill()
+    _compiling.clear()
+
+
+class Target:
+    """A driver of Triton's that knows what to compile for and nothing else."""
+
+    def __init__(self, capability: tuple[int, int]):
+        self.capability = capability
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 10 * self.capability[0] + self.capability[1], 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def _work(tasks: list[Callable], target: Target) -> None:
+    from triton.runtime import driver
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that waits decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    driver.set_active(target)
+    for task in tasks:
+        with suppress(Exception):
+            task()
+
+
+def _compile(kernel, arguments: tuple, options: dict) -> None:
+    """Compile a kernel for such arguments, and what launches it, into the files where Triton looks for them."""
+    kernel.device_caches.clear()  # of the driver before
+    compiled = kernel.warmup(*arguments, grid=(1,), **options)
+    from triton.backends.nvidia.driver import CudaLauncher
+
+    CudaLauncher(compiled.src, compiled.metadata)
+
+
+def _compile_driver() -> None:
+    """Compile what Triton calls a GPU by."""
+    from triton.backends.nvidia.driver import CudaUtils
+
+    CudaUtils()

@@ -1,5 +1,6 @@
 """What the machine has: its devices, their memory, their speed."""
 
+import inspect
 import os
 import platform
 import re
@@ -112,6 +113,14 @@ def number_type(precision: str, device: torch.device) -> torch.dtype:
 def float64(x: Tensor, device: torch.device) -> Tensor:
     """x in float64, on the device or, where that is Apple's and has no float64, on the CPU."""
     return x.to(device).double() if device.type == "cuda" else x.cpu().double()
+
+
+def leave_out_compiler() -> None:
+    """Keep torch from importing its compiler where an optimizer is made, which takes as long as importing torch. For
+    commands, which compile no optimizer."""
+    for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
+        method = getattr(torch.optim.Optimizer, name)
+        setattr(torch.optim.Optimizer, name, inspect.unwrap(method))
 
 
 def make_deterministic() -> None:

@@ -17,7 +17,7 @@ from dansm import BadInput
 
 from ..base.files import make_folder, write_json
 from ..base.locks import owning
-from ..base.machine import hardware, pick_device
+from ..base.machine import hardware, leave_out_compiler, pick_device
 from ..base.processes import processes, quiet, ranks
 from ..base.text import Stopped, counted, say, say_files, with_bar
 from ..data import loader
@@ -94,6 +94,7 @@ def train(
     **given,
 ) -> None:
     device = pick_device(device)
+    leave_out_compiler()
     if recipe not in names() and checkpoint.newest(Path(recipe)):
         raise BadInput(f"{recipe} is a run, not data: expected its recipe, {recipe}/recipe.toml, to resume it")
     given = {name: value for name, value in given.items() if value is not None}

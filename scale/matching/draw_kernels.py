@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..base.launch import launch, on
+from ..base.launch import compiling_ahead, launch, on
 from . import draws
 
 COUNTERS = 1024  # of a program
@@ -85,9 +85,12 @@ def _logarithm(x):
     return x + rest + exponent * 0.693359375
 
 
-def try_out(device: torch.device) -> None:
+def try_out(device: torch.device, dtype: torch.dtype) -> None:
     """Draw a few rows by the kernel and by `draws` on this device. Raises where they differ or nothing runs."""
-    for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        drawn = fill(torch.empty(20, 519, dtype=dtype, device=device), 2**64 - 5, 7)
-        if not torch.equal(drawn, draws.fill(torch.empty_like(drawn), 2**64 - 5, 7)):
+    narrow, wide = (torch.empty(20, width, dtype=dtype, device=device) for width in (519, 1024))
+    with compiling_ahead(device):  # also for the width that most data have
+        for noise in narrow, wide:
+            fill(noise, 2**64 - 5, 7)
+    for noise in narrow, wide:
+        if not torch.equal(fill(noise, 2**64 - 5, 7), draws.fill(torch.empty_like(noise), 2**64 - 5, 7)):
             raise RuntimeError(f"its kernel draws other noises of {dtype} than the plain path")

@@ -15,7 +15,7 @@ def working(module: str, device: torch.device, *way) -> ModuleType | None:
 
     module  "kernels", "group_kernels", "few_kernels", "search_kernels", "draw_kernels", "auction" or
             "semidiscrete_kernels"
-    way     for the first three: a pool's dtype; for the first two its tf32 too
+    way     for "kernels" and "group_kernels": a pool's dtype and tf32; for "few_kernels" and "draw_kernels": its dtype
     """
     if device.type != "cuda":
         return None

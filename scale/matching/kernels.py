@@ -318,7 +318,7 @@ class KernelPool(FastPool):
         self.place = self.index.clone()
 
     def _fill(self, noise: Tensor, number: int, first: int) -> Tensor:
-        return super()._fill(noise, number, first, working("draw_kernels", noise.device) or draws)
+        return super()._fill(noise, number, first, working("draw_kernels", noise.device, noise.dtype) or draws)
 
     def _forget(self) -> None:
         super()._forget()

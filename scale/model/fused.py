@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 import dansm
 
-from ..base.launch import launch
+from ..base.launch import compiling_ahead, launch
 
 Place = Callable[[Tensor], Tensor]  # where a result of that shape and type goes
 PROGRAMS = 528  # four for each of an H100's multiprocessors
@@ -610,7 +610,10 @@ def fuse(net: dansm.UNet) -> dansm.UNet:
     """Let the network's layers run through the kernels, in training and in sampling. Its weights stay the same. Raises
     an error, before it changes a layer, if the first kernel cannot be compiled on this device or differs from torch."""
     x = torch.arange(64.0, device=next(net.parameters()).device).reshape(1, 4, 4, 4)
-    y, _ = _Norm.apply(x, None, x.new_ones(1, 4), x.new_zeros(1, 4), None, 1, 1e-6, False, 0)
+    of_x = x, None, x.new_ones(1, 4), x.new_zeros(1, 4), None, 1, 1e-6, False, 0
+    with compiling_ahead(x.device):  # together with what Triton itself needs
+        _Norm.apply(*of_x)
+    y, _ = _Norm.apply(*of_x)
     torch.testing.assert_close(y, F.group_norm(x, 1, eps=1e-6), atol=1e-4, rtol=1e-4)
     for layer in net.modules():
         layer.__class__ = REPLACED_BY.get(type(layer), type(layer))

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from einops import rearrange
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 import dansm
 from dansm import BadInput
@@ -237,10 +237,16 @@ def at_once(net: dansm.UNet, device: torch.device, guidance: Guidance = UNGUIDED
 
 def operations_per_image(settings: dict) -> float:
     """Multiplications and additions of a training step: three times those of the forward pass."""
-    from torch.utils.flop_counter import FlopCounterMode
-
+    narrow = dansm.UNet(**settings | {"width": 4}).eval()  # the same layers at the same sizes of the image
+    pixels = {}
+    for name, layer in narrow.named_modules():
+        layer.register_forward_hook(lambda _, x, y, name=name: pixels.update({name: y[0, 0].numel()}))
+    with torch.no_grad():
+        narrow(torch.zeros(1, *narrow.shape), torch.zeros(1))
     with torch.device("meta"):
-        net = dansm.UNet(**settings).eval()  # which needs no labels
-        with FlopCounterMode(display=False) as counter:
-            net(torch.empty(1, *net.shape), torch.empty(1))
-    return 3.0 * counter.get_total_flops()
+        layers = dict(dansm.UNet(**settings).named_modules())
+    forward = sum(2 * layer.weight.numel() * pixels[name] for name, layer in layers.items()
+                  if isinstance(layer, (nn.Conv2d, nn.Linear)))
+    forward += sum(4 * pixels[name] ** 2 * layer.out.in_channels for name, layer in layers.items()
+                   if isinstance(layer, dansm.Attention))
+    return 3.0 * forward

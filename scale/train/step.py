@@ -41,14 +41,17 @@ class FastTraining(dansm.Training):
         self.compiled = recipe.compile and fused(net)
         if ranks()[1] > 1:
             take_weights_of_first(net)
-        super().__init__(net, recipe.lr, recipe.ema_decay[0], recipe.clip)
-        self.averages = [self.average, *(copy.deepcopy(self.average) for _ in recipe.ema_decay[1:])]
+        self.net, self.clip = net, recipe.clip
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.copies = self._copies_of_weights()
         self.exchange = self._exchange()
         self.one_pass = self.dtype == torch.bfloat16 and bool(self.copies) and recipe.accumulate == 1
         self.updates: OnePass | None = None  # for the gradients where they lie now, if `one_pass`
         self.graph = None
+        if self.compiled:
+            self._compile_ahead()
+        super().__init__(net, recipe.lr, recipe.ema_decay[0], recipe.clip)
+        self.averages = [self.average, *(copy.deepcopy(self.average) for _ in recipe.ema_decay[1:])]
 
     def _copies_of_weights(self) -> dict[str, Tensor]:
         """The weights of products by name, in the type of the products, to be converted all at once: autocast takes 500
@@ -125,6 +128,15 @@ class FastTraining(dansm.Training):
         for weight, gradient, copied in zip(weights, gradients, self.copies.values(), strict=True):
             weight.grad = gradient
             copied.grad = None
+
+    def _compile_ahead(self) -> None:
+        """Have the kernels for a batch of the recipe compiled, while the run goes on to its first one."""
+        x = torch.zeros(self.recipe.batch // ranks()[1], *self.net.shape, device=self.device)
+        labels = torch.zeros(len(x), dtype=torch.long, device=self.device) if self.net.classes else None
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), compiling_ahead(self.device, wait=False):
+            self._backward(dansm.RectifiedFlow(), x, x, labels)
+        self.net.zero_grad()
 
     def _capture(self, flow, x: Tensor, z: Tensor, labels: Tensor | None) -> None:
         """Record forward and backward for batches of this shape. A resumed run records again, so the random numbers are

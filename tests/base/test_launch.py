@@ -1,5 +1,9 @@
-"""Compiling ahead, with kernels that only take notes: what a GPU does in threads."""
+"""Compiling ahead: what is asked of other processes, with kernels that only take notes, and what these do."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,72 +12,127 @@ import torch
 pytest.importorskip("triton")
 from dansm.scale.base import launch
 
+ROOT = Path(__file__).parents[2]
+GPU = torch.device("cuda")
+
 
 class Kernel:
-    """Notes what is asked of it; `fails` where it is compiled. Its second argument is a constant."""
+    """Notes what is asked of it. Its second argument is a constant."""
 
-    def __init__(self, fails=False):
+    def __init__(self):
         self.params = [SimpleNamespace(is_constexpr=number == 1, do_not_specialize=number == 3) for number in range(4)]
-        self.compiled, self.launched, self.fails = [], [], fails
+        self.launched = []
 
     def __getitem__(self, grid):
         return lambda *arguments, **options: self.launched.append((grid, arguments, options["num_warps"])) or "compiled"
 
-    def warmup(self, *arguments, grid, num_warps):
-        self.compiled.append((grid, num_warps))
-        if self.fails:
-            raise RuntimeError("no such card")
+
+class Asked(list):
+    """Takes the place of the processes: (arguments, options) of each task. Nothing comes of a task."""
+
+    waited = 0
+
+    def start(self, tasks):
+        self += [task.args[1:] for task in tasks if task is not launch._compile_driver]
+        return [self]
+
+    def join(self, seconds):
+        self.waited += 1
+
+    def kill(self):
+        pass
 
 
 @pytest.fixture
-def gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    chosen = []
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    yield torch.device("cuda")
-    assert set(chosen) <= {3}
+def asked(monkeypatch):
+    asked = Asked()
+    monkeypatch.setattr(launch, "_asked", set())
+    monkeypatch.setattr(launch, "_start", asked.start)
+    yield asked
+    assert not launch._compiling and not launch.compiles_only()
 
 
-def test_ahead_each_kind_is_compiled_once_and_nothing_is_launched(gpu):
+def test_ahead_each_kind_is_compiled_once_and_nothing_is_launched(asked):
     kernel, x = Kernel(), torch.ones(2)
-    with launch.compiling_ahead(gpu):
+    with launch.compiling_ahead(GPU):
         for arguments in ((x, 1), (x + 1, 1), (x.double(), 1), (x, 2), (None, 2)):
             assert launch.launch(kernel, (4,), *arguments) is None
-    assert len(kernel.compiled) == 4 and not kernel.launched
+    assert len(asked) == 4 and not kernel.launched
+    assert asked[0] == ((x, 1), {"num_warps": 8})
     assert launch.launch(kernel, (4,), x, 1, num_warps=2) == "compiled"
     assert kernel.launched == [((4,), (x, 1), 2)]
+    with launch.compiling_ahead(GPU):
+        launch.launch(kernel, (4,), x, 1)
+    assert len(asked) == 4
 
 
-def test_numbers_are_of_a_kind_if_both_or_neither_are_multiples_of_16(gpu):
+def test_numbers_are_of_a_kind_if_both_or_neither_are_multiples_of_16(asked):
     """Triton makes one kernel of numbers that are alike, but for 1, which is a constant to it."""
     kernel, x = Kernel(), torch.ones(8)
     alike = (16, 5), (48, 5), (2**20, 6), (16, 16)
-    with launch.compiling_ahead(gpu):
+    with launch.compiling_ahead(GPU):
         for third, fourth in (*alike, (17, 5), (19, 5), (1, 5), (2**40, 5)):
             launch.launch(kernel, (1,), x, 1, third, fourth)
-    assert len(kernel.compiled) == 4
-    with launch.compiling_ahead(gpu):
+    assert len(asked) == 4
+    with launch.compiling_ahead(GPU):
         for part in (x, x[4:], x[1:], x[2:]):
             launch.launch(kernel, (1,), part, 1, 16, 5)
-    assert len(kernel.compiled) == 4 + 2
+    assert len(asked) == 4 + 1
 
 
-def test_what_does_not_compile_is_left_to_the_launch(gpu):
-    kernel = Kernel(fails=True)
-    with launch.compiling_ahead(gpu):
+def test_processes_go_on_until_somebody_waits(asked):
+    kernel = Kernel()
+    with launch.compiling_ahead(GPU, wait=False):
         launch.launch(kernel, (1,), 5)
-    assert kernel.compiled and launch._compiler is None and not launch._compiling
+    assert launch._compiling and not asked.waited
+    with launch.compiling_ahead(GPU):
+        launch.launch(kernel, (1,), 6)
+    assert asked.waited == 1
 
 
-def test_an_error_inside_ends_it_too(gpu):
-    with pytest.raises(ValueError), launch.compiling_ahead(gpu):
+def test_an_error_inside_ends_it_too(asked):
+    with pytest.raises(ValueError), launch.compiling_ahead(GPU):
         launch.launch(Kernel(), (1,), 5)
         raise ValueError
-    assert launch._compiler is None and not launch._compiling
+    assert asked.waited == 1
 
 
 def test_elsewhere_than_on_a_gpu_all_is_launched():
     kernel = Kernel()
     with launch.compiling_ahead(torch.device("cpu")):
         launch.launch(kernel, (1,), 5)
-    assert kernel.launched and not kernel.compiled
+    assert kernel.launched
+
+
+COMPILED_ELSEWHERE = """
+import os, signal, time, torch, triton
+from dansm.scale.base import launch
+from dansm.scale.matching import draw_kernels
+
+kernel, noise = draw_kernels._fill, torch.empty(20, 1024)
+torch.cuda.get_device_capability = lambda: (9, 0)  # of an H100: Triton brings all that compiling takes
+with launch.compiling_ahead(torch.device("cuda")):
+    draw_kernels.fill(noise, 1, 0)
+    draw_kernels.fill(noise.bfloat16(), 1, 0)
+found = []
+triton.knobs.compilation.listener = lambda *, cache_hit, **_: found.append(cache_hit)
+triton.runtime.driver.set_active(launch.Target((9, 0)))
+kernel.warmup(noise, 1, 0, 20, 1024, 8, 128, grid=(1,), num_warps=4, enable_fp_fusion=False)
+kernel.warmup(noise, 1, 0, 20, 1024, 8, 128, grid=(1,), num_warps=8, enable_fp_fusion=False)
+assert found == [True, False], found
+
+launch.LONGEST = 2  # of two processes, one is killed and one never ends
+with launch.compiling_ahead(torch.device("cuda"), wait=False):
+    launch.launch(kernel, (1,), "not what the kernel takes", num_warps=4)
+launch._compiling += launch._start([lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: time.sleep(1000)])
+launch._wait()
+assert not launch._compiling
+"""
+
+
+def test_triton_finds_what_other_processes_compiled(tmp_path):
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([sys.executable, "-c", COMPILED_ELSEWHERE], env=environment, capture_output=True, text=True,
+                           timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    assert len(list(tmp_path.glob("*/*.cubin"))) == 3

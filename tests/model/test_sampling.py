@@ -122,5 +122,15 @@ def test_a_grid_is_about_square_or_has_the_columns_that_it_is_told(tmp_path):
         assert Image.open(tmp_path / "grid.png").size == size
 
 
-def test_a_step_of_a_network_with_classes_takes_as_many_operations():
-    assert operations_per_image(SMALLEST | dict(classes=3)) == operations_per_image(SMALLEST) > 0
+@pytest.mark.parametrize("settings", [dict(channels=4, size=32, width=128, multipliers=(1, 2, 2, 2), classes=10),
+                                      dict(channels=3, size=[16, 24], width=64, multipliers=(1, 2), biggan=False,
+                                           attention_at=(24, 12))])
+def test_operations_are_those_that_torch_counts(settings):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        net = dansm.UNet(**settings).eval()
+        with FlopCounterMode(display=False) as counter:
+            net(torch.empty(1, *net.shape), torch.empty(1))
+    assert operations_per_image(net.settings) == 3 * counter.get_total_flops() > 0
+

@@ -5,8 +5,8 @@
 Each round runs every checkout with caches of kernels that are empty (fresh), then with what that left (warm). Data are
 1,000 synthetic latents of 4×32×32, the network NCSN++, batches of 250, a pool of 10,000. --tiny tries it on a CPU.
 
-seconds     from the start of the process: to the log's first line, and to the end of each phase in the order of time
-compiled    kernels of Triton's that were compiled, and the sum of the seconds that each took, by parts
+seconds  from the start of the process: to the end of each phase in the order of time, and to the log's first line. How
+         many compiled kernels the cache holds by the end stands beside it
 """
 
 import argparse
@@ -26,7 +26,8 @@ PHASES = [  # what ends it, the module and the function in this layout, and in t
     ("data are read", "dansm.scale.train.run", "read_data", "scale.command", "read"),
     ("CUDA is there", "dansm.scale.train.step", "FastTraining.__init__.enters", "scale.step",
      "FastTraining.__init__.enters"),
-    ("the network is fused", "dansm.scale.train.step", "FastTraining.__init__", "scale.step", "FastTraining.__init__"),
+    ("the first kernel has run", "dansm.scale.train.step", "fused", "scale.step", "fused"),
+    ("the network is there", "dansm.scale.train.step", "FastTraining.__init__", "scale.step", "FastTraining.__init__"),
     ("the pool is there", "dansm.scale.train.run", "new_pool", "scale.trainer", "new_pool"),
     ("the first batch is matched", "dansm.scale.train.step", "FastTraining._capture.enters", "scale.step",
      "FastTraining._capture.enters"),
@@ -73,15 +74,20 @@ def timed(checkout, latents, place, caches, tiny):
                "--log-steps", 1, "--sample-steps", 1, "--out", out]
     environment = os.environ | {"PYTHONPATH": str(checkout), "TRITON_CACHE_DIR": str(place / "kernels"),
                                 "CUDA_CACHE_PATH": str(place / "cuda")}
-    begin = time.time()
-    ended = subprocess.run([sys.executable, Path(__file__).resolve(), "--stamp", stamps, *map(str, command)],
-                           cwd=checkout, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if ended.returncode:
-        raise SystemExit(f"{checkout}: {ended.stdout}")
-    found = [json.loads(line) for line in stamps.read_text().splitlines()]
-    log = (out / "metrics.jsonl").stat().st_mtime - begin
-    return [*((what, moment - begin) for what, moment in found if not what.startswith("compiled")),
-            ("the log's first line", log), *((what, seconds) for what, seconds in found if what.startswith("compiled"))]
+    begin, log = time.time(), None
+    with open(place / f"{caches}.txt", "w+") as said:
+        running = subprocess.Popen([sys.executable, Path(__file__).resolve(), "--stamp", stamps, *map(str, command)],
+                                   cwd=checkout, env=environment, stdout=said, stderr=said)
+        while running.poll() is None:
+            if log is None and any(path.stat().st_size for path in out.glob("metrics.*")):
+                log = time.time() - begin
+            time.sleep(0.01)
+        if running.returncode:
+            said.seek(0)
+            raise SystemExit(f"{checkout}: {said.read()}")
+    found = [(what, moment - begin) for what, moment in map(json.loads, stamps.read_text().splitlines())]
+    kernels = len(list((place / "kernels").glob("*/*.cubin")))
+    return [*found, (f"the log's first line, {kernels} kernels", log)]
 
 
 def write(path, rows):
@@ -103,7 +109,7 @@ def stamped(path, command):
         notes.flush()
 
     note("Python runs")
-    import torch
+    import torch  # noqa: F401
 
     note("torch is imported")
     import dansm
@@ -120,13 +126,7 @@ def stamped(path, command):
     for module in "dansm.scale.train.step", "scale.launch":
         with suppress(ImportError, AttributeError):
             watch_compiling(importlib.import_module(module), note)
-    kernels = listen(torch)
-    try:
-        dansm.main(command)
-    finally:
-        note(f"compiled {len(kernels)} kernels: all of it", sum(kernel["all"] for kernel in kernels))
-        for part in ("from Python", "by ptxas") if kernels else ():
-            note(f"compiled {len(kernels)} kernels: {part}", sum(kernel[part] for kernel in kernels))
+    dansm.main(command)
 
 
 def watch(module, attribute, note):
@@ -156,31 +156,12 @@ def watch_compiling(module, note):
     compiling_ahead = module.compiling_ahead
 
     @contextmanager
-    def watched(device):
-        with compiling_ahead(device):
+    def watched(device, **options):
+        with compiling_ahead(device, **options):
             yield
         note("all kernels are compiled")
 
     module.compiling_ahead = watched
-
-
-def listen(torch):
-    """What Triton takes for each kernel that it compiles in this process, filled as it goes."""
-    kernels = []
-
-    def compiled(*, times, cache_hit, **_):
-        if not cache_hit:
-            stages = dict(times.lowering_stages)
-            whole = times.ir_initialization + sum(stages.values()) + times.store_results
-            kernels.append({"all": whole / 1e6, "from Python": times.ir_initialization / 1e6,
-                            "by ptxas": stages.get("cubin", 0) / 1e6})
-
-    if torch.cuda.is_available():
-        with suppress(ImportError, AttributeError):
-            from triton import knobs
-
-            knobs.compilation.listener = compiled
-    return kernels
 
 
 if __name__ == "__main__":
