@@ -26,7 +26,6 @@ from dansm.scale.base.launch import compiling_ahead, launch
 from dansm.scale.model import fused
 
 # (side of the image, channels): [(channels of a program, its warps, the most registers of a thread or 0)]
-# (side of the image, channels): [(channels of a program, its warps, the most registers of a thread or 0)]
 SIZES = {(32, 128): [(8, 4, 0), (8, 8, 0), (16, 8, 0), (16, 8, 128), (16, 16, 0), (16, 16, 64), (16, 32, 0),
                      (32, 32, 0)],
          (16, 256): [(16, 4, 0), (16, 2, 0), (32, 4, 0), (32, 8, 128), (64, 8, 0), (64, 8, 128), (64, 16, 0)],
@@ -43,6 +42,8 @@ def main():
     given = parser.parse_args()
     device = torch.device("cpu" if given.tiny else "cuda")
     sizes = {(2, 16): [(16, 1, 0)]} if given.tiny else SIZES
+    if device.type == "cuda":  # autograd goes back on the stream it came on, which must be the one that is captured
+        torch.cuda.set_stream(torch.cuda.Stream())
     works = [(size, kind, tile) for size, tiles in sizes.items() for kind, tile in product(KINDS, (None, *tiles))]
     with compiling_ahead(device):
         for work in works:
@@ -124,7 +125,7 @@ def timed(call, device):
         return 1.0
     call()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
         for _ in range(CALLS):
             call()
     times = []
