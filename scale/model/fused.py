@@ -279,8 +279,7 @@ class _Norm(torch.autograd.Function):
         y = _like_pixels(x)
         means, scales = torch.empty(2, n, channels, device=x.device).unbind()
         launch(_forward, (n * triton.cdiv(channels, used),), y, means, scales, spaced, shift, weight, bias, seeds, eps,
-               drop, stride, 0 if shift is None else shift.stride(0), *constants, num_warps=_warps(rows * columns // 2),
-               maxnreg=128)  # two programs of eight warps on a multiprocessor at least
+               drop, stride, 0 if shift is None else shift.stride(0), *constants, **_warps(rows * columns // 2))
         ctx.save_for_backward(spaced, means, scales, weight, bias, seeds)
         ctx.numbers, ctx.constants = (drop, stride), constants
         ctx.shift_dtype = None if shift is None else shift.dtype
@@ -300,7 +299,7 @@ class _Norm(torch.autograd.Function):
         around = None if around is None else _channels_last(around)
         launch(_backward, (n * triton.cdiv(channels, used),), dx, dshift, dweight, dbias, _channels_last(dy), around, x,
                means, scales, weight, bias, seeds, *ctx.numbers, *ctx.constants, around is not None,
-               num_warps=_warps(rows * columns))
+               **_warps(rows * columns))
         return dx, dshift, dweight, dbias, *[None] * 5
 
 
@@ -326,13 +325,15 @@ def _evenly_spaced(x: Tensor) -> tuple[Tensor, int]:
 def _tile_of(pixels: int, channels: int, group: int) -> tuple[int, int, int]:
     """What one program holds: (rows, columns, how many of these it uses, whole groups)."""
     rows = min(triton.next_power_of_2(pixels), 1024)
-    columns = min(64, TILE // rows, triton.next_power_of_2(channels))
+    columns = min(32 if rows >= 64 else 64, TILE // rows, triton.next_power_of_2(channels))
     columns = max(columns, triton.next_power_of_2(group))
     return max(1, min(rows, TILE // columns)), columns, columns // group * group
 
 
-def _warps(numbers: int) -> int:
-    return max(1, min(16, numbers // 1024))
+def _warps(numbers: int) -> dict[str, int | None]:
+    """Settings of a launch. Many warps get fewer registers, so that two programs share a multiprocessor."""
+    warps = max(1, min(16, numbers // 1024))
+    return {"num_warps": warps, "maxnreg": 128 if warps >= 8 else None}
 
 
 def _rows_of(x: Tensor) -> tuple[int, int, int]:

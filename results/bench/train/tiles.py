@@ -22,7 +22,7 @@ if "--tiny" in sys.argv:
 
 import torch
 
-from dansm.scale.base.launch import compiling_ahead, launch
+from dansm.scale.base.launch import compiling_ahead
 from dansm.scale.model import fused
 
 # (side of the image, channels): [(channels of a program, its warps, the most registers of a thread or 0)]
@@ -104,18 +104,16 @@ class choosing:
     def __init__(self, tile, size):
         self.tile, (side, self.channels) = tile, size
         self.pixels = side**2
-        self.before = fused._tile_of, fused._warps, fused.launch
+        self.before = fused._tile_of, fused._warps
 
     def __enter__(self):
         if self.tile:
             columns, warps, registers = self.tile
             fused._tile_of = lambda pixels, channels, group: (self.pixels, columns, columns)
-            fused._warps = lambda numbers: warps
-            fused.launch = lambda *arguments, num_warps, maxnreg=None: launch(
-                *arguments, num_warps=num_warps, maxnreg=registers or None)
+            fused._warps = lambda numbers: {"num_warps": warps, "maxnreg": registers or None}
 
     def __exit__(self, *_):
-        fused._tile_of, fused._warps, fused.launch = self.before
+        fused._tile_of, fused._warps = self.before
 
 
 def timed(call, device):
