@@ -31,6 +31,7 @@ from .step import FastTraining
 from .stop import Decide
 from .watch import Watch, in_words, progress
 
+LONG = 50_000  # steps from which on cuDNN tries its ways to convolve: 13 s for 1 to 2 % of the time on an H200
 GRID_DEVICES = "cuda", "mps"  # a CPU would draw for minutes: there only the end of a run gets a grid of samples
 
 
@@ -148,7 +149,7 @@ def begin(images, recipe: Recipe, device: torch.device, labels: Labels | None = 
     check_memory(f"--batch is {recipe.batch:,}", share, device)
     if recipe.deterministic:
         make_deterministic()
-    torch.backends.cudnn.benchmark = recipe.compile and not recipe.deterministic  # trying takes longer than compiling
+    torch.backends.cudnn.benchmark = recipe.compile and not recipe.deterministic and recipe.steps >= LONG
     torch.manual_seed(recipe.seed)  # the same weights on all processes
     run = FastTraining(new_network(images, recipe, len(labels.names) if labels else 0), recipe, device)
     own_seed = np.random.SeedSequence([recipe.seed, rank]).generate_state(1, np.uint64)[0] >> 1

@@ -72,6 +72,16 @@ def test_seconds_are_those_of_all_calls(run, images, tmp_path):
     assert described["this_call"]["steps"] == 3 and described["this_call"]["seconds"] < 60
 
 
+@pytest.mark.parametrize("steps, settings, tries", [
+    (training.LONG - 1, {}, False), (training.LONG, {}, True), (training.LONG, {"compile": False}, False)])
+def test_cudnn_tries_its_ways_where_that_pays(steps, settings, tries, monkeypatch):
+    """It takes seconds before the first step, and makes the others a little faster."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", not tries)
+    recipe = Recipe("images", network="tiny", match_size=16, batch=8, steps=steps, **settings)
+    training.begin(torch.zeros(20, 3, 8, 8, dtype=torch.uint8), recipe, CPU)
+    assert torch.backends.cudnn.benchmark == tries
+
+
 def test_deterministic_is_the_same_twice(run, images, tmp_path, monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:
