@@ -350,7 +350,7 @@ class KernelPool(FastPool):
 
 def take(pool: KernelPool, x: Tensor) -> Tensor:
     """Match x: (B, D) with 1 ≤ B ≤ 256 and B ≤ pool.left → z: (B, D), which leaves the pool."""
-    samples, wide = len(x), in_lines(pool.left)
+    samples, wide = len(x), multiplied(pool)
     memory = scratch(pool, x, samples * wide)
     products(x, pool.noise[:wide], pool.tf32, out=memory[0][: samples * wide].view(samples, wide))
     z = x.new_empty(x.shape)  # empty_like would keep the order of a transposed batch in memory
@@ -359,9 +359,16 @@ def take(pool: KernelPool, x: Tensor) -> Tensor:
     return z
 
 
-def in_lines(left: int) -> int:
-    """How many noises to multiply for `left` free ones: in whole lines of memory. The others are never looked at."""
-    return -(-left // 16) * 16
+def multiplied(pool: KernelPool) -> int:
+    """How many noises to multiply for the free ones, of a few sizes, as cuBLAS takes 0.6 ms to choose its way for each
+    new one. The others are never looked at."""
+    step = max(16, (1 << pool.left.bit_length()) // 32)
+    return min(-(-pool.left // step) * step, in_lines(pool.rows))
+
+
+def in_lines(rows: int) -> int:
+    """How many noises a pool of so many has memory for: whole lines of it."""
+    return -(-rows // 16) * 16
 
 
 def scratch(pool: KernelPool, x: Tensor, size: int) -> tuple[Tensor, ...]:
@@ -386,7 +393,7 @@ def choose(z: Tensor, pool: KernelPool, found: Tensor, memory: tuple[Tensor, ...
     inner, _, _, lists = memory
     keep = KEEP[most > MANY]
     if in_turn < groups:
-        arguments = lists, found, inner, pool.own, pool.index, pool.left, in_lines(pool.left)
+        arguments = lists, found, inner, pool.own, pool.index, pool.left, multiplied(pool)
         grouped = table is not None
         fast_launch(_shortlist, (samples, 1, groups), z, (*arguments, table if grouped else pool.index),
                     (keep, LANES, grouped), warps=8)
@@ -404,7 +411,7 @@ def serve(z: Tensor, pool: KernelPool, found: Tensor, memory: tuple[Tensor, ...]
             few = end == in_turn
             fast_launch(_choose, (1, 1, end - start), z,
                     (picks, movers, lists, found, inner, pool.own, pool.index, pool.place, pool.left,
-                     in_lines(pool.left), samples, table, start, z if x is None else x, pool.noise),
+                     multiplied(pool), samples, table, start, z if x is None else x, pool.noise),
                     (keep, lanes, SAMPLES, few, grouped, 0 if x is None else width), warps=4 if few else 8)
     hand_out(z, pool.noise, picks, movers, samples, table, groups, grouped)
 

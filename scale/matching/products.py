@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+NEW = torch.__version__ >= (2, 10)  # torch 2.6 has no out_dtype
+
 
 def products(x: Tensor, z: Tensor, tf32: bool = False, out: Tensor | None = None) -> Tensor:
     """`dansm.inner_products` of x: (B, D) and z: (M, D) → (B, M), in float32 at least; into `out` if given.
@@ -14,7 +16,7 @@ def products(x: Tensor, z: Tensor, tf32: bool = False, out: Tensor | None = None
     """
     with without_autocast(x.device):
         if x.dtype in (torch.bfloat16, torch.float16):
-            if x.is_cuda and torch.__version__ >= (2, 10):  # torch 2.6 has no out_dtype
+            if x.is_cuda and NEW:
                 return torch.mm(x, z.T, out_dtype=torch.float32, out=out)
             with _cuda_float32("ieee"):
                 return torch.cat([x.float() @ rows.float().T for rows in z.split(4096)], 1, out=out)
@@ -39,8 +41,7 @@ def _suits_onednn(x: Tensor, z: Tensor) -> bool:
     """Whether oneDNN pays for its preparations: for large float32 products it is 1.6 times as fast as torch.mm on an
     AMD EPYC, and as exact. That of torch 2.6 copies z, so it would take more memory than a pool promises."""
     large = x.device.type == "cpu" and x.dtype == z.dtype == torch.float32 and x.numel() * len(z) > 2**28
-    frugal = torch.__version__ >= (2, 10)
-    return large and frugal and torch.backends.mkldnn.is_available() and not x.requires_grad
+    return large and NEW and torch.backends.mkldnn.is_available() and not x.requires_grad
 
 
 @contextmanager
