@@ -9,10 +9,12 @@ long: a row for each, and one for all of them. A quarter of the noises is drawn 
 median_ms, least_ms, most_ms    a call, waiting for the device before and after
 p90_ms                          a tenth of the calls took longer
 queued_ms                       a call when as many are made in a row, waiting once
+gpu_ms                          a call when they wait behind other work on the GPU, as behind a training step, so that
+                                the time that Python takes to launch does not count
 pool_mb, kept_mb                the noises or keys; all that is allocated between two calls
 peak_mb                         the most that was allocated, pool included, without the batches and what cuBLAS keeps
-faster, faster_queued, smaller  of a coarse pool's row for all levels: the medians and the peak of the pool of whole
-                                noises in bfloat16 over its own
+faster…, smaller                of a coarse pool's row for all levels: times and peak of the pool of whole noises in
+                                bfloat16 over its own
 --costs                         exponents of two: how many costs a coarse pool works out at once, at most
 --seconds                       that the calls of one pool may take
 """
@@ -22,7 +24,7 @@ import itertools
 import time
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 import torch
 
@@ -99,7 +101,7 @@ def measured(make, x, device, seconds):
     batch = len(x[0])
     few = int(LEVELS[-1] * inner.match_size / batch / 2)  # are left at the last level
     calls = max(3, min(CALLS, few, int(1000 * seconds / (2 * len(LEVELS) * one))))
-    rows, times, queued = [], [], []
+    rows, times, queued, behind = [], [], [], []
     for level in LEVELS:
         at_level(inner, level)
         batches = list(itertools.islice(itertools.cycle(x), calls))
@@ -110,15 +112,30 @@ def measured(make, x, device, seconds):
             pool(samples)
         clock.wait(device)
         in_a_row = 1000 * (time.perf_counter() - begin) / calls
-        rows.append(described(some, in_a_row) | {"left": level})
+        at_level(inner, level)
+        on_gpu = behind_work(pool, batches[:40]) if device.type == "cuda" else in_a_row
+        rows.append(described(some, in_a_row, on_gpu) | {"left": level})
         times += some
         queued.append(in_a_row)
+        behind.append(on_gpu)
     memory = {"pool_mb": round(inner.noise.nbytes / 1e6, 1), "first_ms": round(first, 1)}
     if device.type == "cuda":
         memory |= {"kept_mb": round((allocated(device) - before) / 1e6, 1),
                    "peak_mb": round((torch.cuda.max_memory_allocated(device) - before) / 1e6, 1)}
     yield from rows
-    yield described(times, sum(queued) / len(queued)) | memory | {"left": "all"}
+    yield described(times, mean(queued), mean(behind)) | memory | {"left": "all"}
+
+
+def behind_work(pool, batches):
+    """Milliseconds that the GPU takes for each of at most 40 batches, as its queue holds a thousand launches."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(300_000_000)  # ticks of its clock: 150 ms
+    begin.record()
+    for samples in batches:
+        pool(samples)
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / len(batches)
 
 
 def at_level(pool, level):
@@ -128,16 +145,17 @@ def at_level(pool, level):
     pool._draw_ahead()
 
 
-def described(times, queued):
+def described(times, queued, behind):
     ordered = sorted(times)
     return {"calls": len(times), "median_ms": round(median(times), 4), "least_ms": round(ordered[0], 4),
             "p90_ms": round(ordered[int(0.9 * (len(times) - 1))], 4), "most_ms": round(ordered[-1], 4),
-            "queued_ms": round(queued, 4)}
+            "queued_ms": round(queued, 4), "gpu_ms": round(behind, 4)}
 
 
 def compared(row, whole):
     times = {"faster": round(whole["median_ms"] / row["median_ms"], 2),
-             "faster_queued": round(whole["queued_ms"] / row["queued_ms"], 2)}
+             "faster_queued": round(whole["queued_ms"] / row["queued_ms"], 2),
+             "faster_gpu": round(whole["gpu_ms"] / row["gpu_ms"], 2)}
     return times | ({"smaller": round(whole["peak_mb"] / row["peak_mb"], 2)} if "peak_mb" in row else {})
 
 
