@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
 from ..base.colours import INK, MATCHED, NOTE, OPTIMAL, PALE, POOLS, RANDOM, SEMIDISCRETE
@@ -22,7 +23,7 @@ NEAR = [(math.cos(angle), math.sin(angle)) for angle in (0, math.pi, 0.6, -0.6, 
 
 @matplotlib.rc_context(STYLE)
 def draw(bench: dict, path: Path) -> list[str]:
-    """Write path.png and path.svg from what `clock.run` returned: a mark for each row, filled where its noises are
+    """Write path.png and path.svg from what `clock.run` returned: a mark for each row, filled as far as its noises are
     N(0, I), and its name next to it."""
     figure = Figure((PAGE, 4.4), layout="constrained")
     FigureCanvasAgg(figure)  # tells how large texts are
@@ -30,20 +31,28 @@ def draw(bench: dict, path: Path) -> list[str]:
     rows = bench["rows"]
     for row in rows:
         colour, marker = FAMILIES[row["family"]]
-        exact = row["life_p"] is None or row["life_p"] >= EXACT
         axes.plot(row["batch_mean_ms"], 100 * row["gain_share"], marker, color=colour, markersize=6.5,
-                  markerfacecolor=colour if exact else "white", markeredgewidth=1.2)
+                  fillstyle=filled(row), markerfacecoloralt="white", markeredgewidth=1.2)
     axes.axhline(0, color=PALE, linewidth=0.8, zorder=0)
     axes.axhline(100, color=PALE, linewidth=0.8, zorder=0)
     axes.set(xscale="log", xlabel=f"milliseconds for a batch of {bench['batch']}, mean over whole pools",
              ylabel=f"gain in ⟨x, z⟩, % of an assignment over {bench['optimal_of']:,}")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.margins(x=0.12, y=0.08)
-    axes.set_title(f"{bench['title']}\nfilled: the noises are N(0, I) over a whole pool; hollow: they are not",
-                   loc="left", fontsize=7)
+    axes.set_title(f"{bench['title']}. Better: up and to the left\nfilled: noises are N(0, I) in a batch and over a "
+                   "whole pool; half: over a whole pool alone; hollow: in neither", loc="left", fontsize=7)
     figure.draw_without_rendering()  # which settles where the axes are
     figure.set_layout_engine("none")
     name_marks(axes, rows)
     return save(figure, path)
+
+
+def filled(row: dict) -> str:
+    """How to fill the mark of a row: "full", "bottom" where batches are not N(0, I), or "none"."""
+    batch, life = (row[name] is None or row[name] >= EXACT for name in ("batch_p", "life_p"))
+    return "none" if not life else "full" if batch else "bottom"
 
 
 def name_marks(axes, rows: list[dict]) -> None:
@@ -53,7 +62,8 @@ def name_marks(axes, rows: list[dict]) -> None:
     taken = [Bbox.from_bounds(x - 4 * point, y - 4 * point, 8 * point, 8 * point) for x, y in marks]
     for row, (x, y) in sorted(zip(rows, marks, strict=True), key=lambda pair: -pair[1][1]):
         text = axes.annotate(row["coupling"], (row["batch_mean_ms"], 100 * row["gain_share"]), (0, 0),
-                             textcoords="offset points", fontsize=LABEL, ha="center", va="center")
+                             textcoords="offset points", fontsize=LABEL, ha="center", va="center", zorder=1.5,
+                             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0})
         size = text.get_window_extent()
         found = [place(x, y, size, distance * point, way, taken, axes.bbox)
                  for distance, way in product((7, 14, 24, 36, 50, 66), NEAR)]
