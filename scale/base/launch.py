@@ -1,14 +1,15 @@
 """Launching Triton kernels, and compiling many of them at once: each takes about a second, and threads would wait for
 each other, as most of it is Python."""
 
+import importlib
 import multiprocessing
 import os
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ LONGEST = 120  # seconds that kernels may take to be compiled ahead
 MOST = 16  # processes that compile at once
 
 _asked = set()  # variants of kernels that were compiled ahead
-_tasks: list | None = None  # inside `compiling_ahead`: what is to be compiled
+_compilers: "Compilers | None" = None  # inside `compiling_ahead`
 _compiling = []  # processes that nobody has waited for
 
 
@@ -25,12 +26,14 @@ def launch(kernel, grid: tuple[int, ...], *arguments, num_warps: int = 8, **opti
     """Run kernel[grid](*arguments) and return the compiled kernel. Inside `compiling_ahead` it is only compiled, and
     None returned. options: more of Triton's, such as num_stages."""
     options |= dict(num_warps=num_warps)
-    if _tasks is None:
+    if _compilers is None:
         return kernel[grid](*arguments, **options)
     variant = kernel, *sorted(options.items()), *map(_kind, kernel.params, arguments)
     if variant not in _asked:
+        if not _asked:
+            _compilers.ask(_compile_driver)
         _asked.add(variant)
-        _tasks.append(partial(_compile, kernel, arguments, options))
+        _compilers.ask(_compile, kernel.__module__, kernel.__name__, list(map(Memory.of, arguments)), options)
     return None
 
 
@@ -48,7 +51,7 @@ def _kind(parameter, argument) -> tuple | type:
 
 def compiles_only() -> bool:
     """Whether this is inside `compiling_ahead`, where no kernel may run: the results of others are not there."""
-    return _tasks is not None
+    return _compilers is not None
 
 
 @contextmanager
@@ -60,19 +63,27 @@ def compiling_ahead(device: torch.device, wait: bool = True) -> Iterator[None]:
     A network's fifty kernels take half a minute one after the other. Triton keeps what it compiles in files, where this
     process finds it. On a CPU, and where processes cannot be forked, nothing changes.
     """
-    global _tasks
+    global _compilers
     if device.type != "cuda" or torch.version.hip or "fork" not in multiprocessing.get_all_start_methods():
         yield
         return
-    first, _tasks = not _asked, []
+    _compilers = Compilers()
     try:
         yield
     finally:
-        tasks, _tasks = _tasks, None
-        if tasks:
-            _compiling.extend(_start([_compile_driver, *tasks] if first else tasks))
+        _compiling.extend(_compilers.ending())
+        _compilers = None
         if wait:
             _wait()
+
+
+def _wait() -> None:
+    """Wait for the processes. What they did not compile, the launch does, or raises what is wrong."""
+    end = time.monotonic() + LONGEST
+    for process in _compiling:
+        process.join(max(0.0, end - time.monotonic()))
+        process.kill()
+    _compiling.clear()
 
 
 def on(device: torch.device) -> AbstractContextManager:
@@ -83,31 +94,51 @@ def on(device: torch.device) -> AbstractContextManager:
 # ------------ The processes that compile ------------------------------------------------------------------------------
 
 
-def _start(tasks: list[Callable]) -> list[multiprocessing.Process]:
-    """Processes that share the tasks. They know the current GPU's type, and use none."""
-    with suppress(ImportError):  # its files are looked at once, not by each process
-        from triton.runtime.cache import triton_key
+class Compilers:
+    """Processes that take tasks as they come. They know the current GPU's type, and use none."""
 
-        triton_key()
-    cores = os.process_cpu_count() if hasattr(os, "process_cpu_count") else len(os.sched_getaffinity(0))
-    number = max(1, min(len(tasks), MOST, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    target = Target(torch.cuda.get_device_capability())
-    forked = multiprocessing.get_context("fork").Process
-    started = [forked(target=_work, args=(tasks[first::number], target), daemon=True) for first in range(number)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # threads of this process hold nothing that they need
-        for process in started:
+    def __init__(self):
+        self.context = multiprocessing.get_context("fork")
+        self.tasks = self.context.SimpleQueue()
+        self.processes = []
+        self.most = min(MOST, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+    def ask(self, function, *arguments) -> None:
+        """Have a function called by one of them, of which there is one more until there are enough."""
+        self.tasks.put((function, arguments))
+        if self.processes and len(self.processes) >= self.most:
+            return
+        with suppress(ImportError):  # its files are looked at once, not by each process
+            from triton.runtime.cache import triton_key
+
+            triton_key()
+        process = self.context.Process(target=_work, args=(self.tasks, torch.cuda.get_device_capability()), daemon=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # threads of this process hold nothing that they need
             process.start()
-    return started
+        self.processes.append(process)
+
+    def ending(self) -> list[multiprocessing.Process]:
+        """The processes, which end when all tasks are done."""
+        for _ in self.processes:
+            self.tasks.put(None)
+        return self.processes
 
 
-def _wait() -> None:
-    """Wait for the processes. What they did not compile, the launch does, or raises what is wrong."""
-    end = time.monotonic() + LONGEST
-    for process in _compiling:
-        process.join(max(0.0, end - time.monotonic()))
-        process.kill()
-    _compiling.clear()
+@dataclass
+class Memory:
+    """What Triton asks a tensor for."""
+
+    dtype: torch.dtype
+    address: int
+
+    @classmethod
+    def of(cls, argument):
+        """A tensor's; other arguments stay what they are."""
+        return cls(argument.dtype, argument.data_ptr() % 16) if isinstance(argument, Tensor) else argument
+
+    def data_ptr(self) -> int:
+        return self.address
 
 
 class Target:
@@ -128,19 +159,21 @@ class Target:
         return 0
 
 
-def _work(tasks: list[Callable], target: Target) -> None:
+def _work(tasks, capability: tuple[int, int]) -> None:
     from triton.runtime import driver
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that waits decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    driver.set_active(target)
-    for task in tasks:
+    driver.set_active(Target(capability))
+    while task := tasks.get():
+        function, arguments = task
         with suppress(Exception):
-            task()
+            function(*arguments)
 
 
-def _compile(kernel, arguments: tuple, options: dict) -> None:
+def _compile(module: str, name: str, arguments: list, options: dict) -> None:
     """Compile a kernel for such arguments, and what launches it, into the files where Triton looks for them."""
+    kernel = getattr(importlib.import_module(module), name)
     kernel.device_caches.clear()  # of the driver before
     compiled = kernel.warmup(*arguments, grid=(1,), **options)
     from triton.backends.nvidia.driver import CudaLauncher

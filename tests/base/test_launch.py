@@ -22,18 +22,21 @@ class Kernel:
     def __init__(self):
         self.params = [SimpleNamespace(is_constexpr=number == 1, do_not_specialize=number == 3) for number in range(4)]
         self.launched = []
+        self.__name__ = "kernel"
 
     def __getitem__(self, grid):
         return lambda *arguments, **options: self.launched.append((grid, arguments, options["num_warps"])) or "compiled"
 
 
 class Asked(list):
-    """Takes the place of the processes: (arguments, options) of each task. Nothing comes of a task."""
+    """Takes the place of the processes: (arguments, options) of each kernel asked for. Nothing comes of it."""
 
     waited = 0
 
-    def start(self, tasks):
-        self += [task.args[1:] for task in tasks if task is not launch._compile_driver]
+    def ask(self, function, *arguments):
+        self += [arguments[2:]] if function is launch._compile else []
+
+    def ending(self):
         return [self]
 
     def join(self, seconds):
@@ -47,7 +50,7 @@ class Asked(list):
 def asked(monkeypatch):
     asked = Asked()
     monkeypatch.setattr(launch, "_asked", set())
-    monkeypatch.setattr(launch, "_start", asked.start)
+    monkeypatch.setattr(launch, "Compilers", lambda: asked)
     yield asked
     assert not launch._compiling and not launch.compiles_only()
 
@@ -58,7 +61,7 @@ def test_ahead_each_kind_is_compiled_once_and_nothing_is_launched(asked):
         for arguments in ((x, 1), (x + 1, 1), (x.double(), 1), (x, 2), (None, 2)):
             assert launch.launch(kernel, (4,), *arguments) is None
     assert len(asked) == 4 and not kernel.launched
-    assert asked[0] == ((x, 1), {"num_warps": 8})
+    assert asked[0] == ([launch.Memory(torch.float32, 0), 1], {"num_warps": 8})
     assert launch.launch(kernel, (4,), x, 1, num_warps=2) == "compiled"
     assert kernel.launched == [((4,), (x, 1), 2)]
     with launch.compiling_ahead(GPU):
@@ -87,7 +90,7 @@ def test_processes_go_on_until_somebody_waits(asked):
     assert launch._compiling and not asked.waited
     with launch.compiling_ahead(GPU):
         launch.launch(kernel, (1,), 6)
-    assert asked.waited == 1
+    assert asked.waited == 2  # once for each context
 
 
 def test_an_error_inside_ends_it_too(asked):
@@ -105,7 +108,7 @@ def test_elsewhere_than_on_a_gpu_all_is_launched():
 
 
 COMPILED_ELSEWHERE = """
-import os, signal, time, torch, triton
+import multiprocessing, os, signal, time, torch, triton
 from dansm.scale.base import launch
 from dansm.scale.matching import draw_kernels
 
@@ -121,12 +124,14 @@ kernel.warmup(noise, 1, 0, 20, 1024, 8, 128, grid=(1,), num_warps=4, enable_fp_f
 kernel.warmup(noise, 1, 0, 20, 1024, 8, 128, grid=(1,), num_warps=8, enable_fp_fusion=False)
 assert found == [True, False], found
 
-launch.LONGEST = 2  # of two processes, one is killed and one never ends
-with launch.compiling_ahead(torch.device("cuda"), wait=False):
-    launch.launch(kernel, (1,), "not what the kernel takes", num_warps=4)
-launch._compiling += launch._start([lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: time.sleep(1000)])
-launch._wait()
-assert not launch._compiling
+launch.LONGEST = 2  # of two processes, one is killed and one never ends; what they were asked for is not done
+with launch.compiling_ahead(torch.device("cuda")):
+    launch._compilers.ask(os.kill, os.getpid(), 0)
+    launch._compilers.ask(time.sleep, 1000)
+    launch._compilers.ask(time.sleep, 1000)
+    launch.launch(kernel, (1,), noise.double(), 1, 0, 20, 1024, 8, 128)
+    os.kill(launch._compilers.processes[0].pid, signal.SIGKILL)
+assert not launch._compiling and not multiprocessing.active_children()
 """
 
 

@@ -178,7 +178,7 @@ def test_a_kernel_that_is_compiled_already_does_not_run_while_others_are_only_co
     monkeypatch.setattr(kernels, "launch", lambda *arguments, **options: asked.append(arguments))
     kernels.fast_launch("kernel", (1,), x, (7,), (), warps=4)
     assert (ran, asked) == ([(7,)], [])
-    monkeypatch.setattr(launch, "_tasks", [])
+    monkeypatch.setattr(launch, "_compilers", "some processes")
     kernels.fast_launch("kernel", (1,), x, (7,), (), warps=4)
     assert (ran, asked) == ([(7,)], [("kernel", (1,), 7)])
 
