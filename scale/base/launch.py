@@ -83,6 +83,7 @@ def _wait() -> None:
     for process in _compiling:
         process.join(max(0.0, end - time.monotonic()))
         process.kill()
+        process.join()
     _compiling.clear()
 
 
