@@ -7,7 +7,7 @@ import os
 import signal
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
@@ -90,6 +90,29 @@ def _wait() -> None:
 def on(device: torch.device) -> AbstractContextManager:
     """Make a GPU the current one, where Triton launches."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def starter(kernel, constants: tuple, device: torch.device) -> Callable:
+    """A function of the grid and the arguments, tensors or their addresses, that runs a compiled kernel: by what its
+    `kernel[grid]` comes to, if that is as in Triton 3.6, and nobody watches what is launched."""
+    try:
+        from triton import knobs
+        from triton.runtime import driver
+
+        runtime, stream_of = knobs.runtime, driver.active.get_current_stream
+        run, function, metadata = kernel.run, kernel.function, kernel.packed_metadata
+        watching = runtime.launch_enter_hook.calls, runtime.launch_exit_hook.calls
+    except (ImportError, AttributeError):
+        return lambda grid, *arguments: kernel[grid](*arguments, *constants)
+    index = device.index
+
+    def start(grid, *arguments):
+        if any(watching):
+            kernel[grid](*arguments, *constants)
+        else:
+            run(*grid, stream_of(index), function, metadata, None, None, None, *arguments, *constants)
+
+    return start
 
 
 # ------------ The processes that compile ------------------------------------------------------------------------------

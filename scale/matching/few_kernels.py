@@ -14,7 +14,6 @@ A key orders noises as the serial rule does, by cost and then by label, and name
 """
 
 import math
-from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from dansm import COSTS, costs_from, greedy
 
-from ..base.launch import compiles_only, compiling_ahead, launch, on
+from ..base.launch import compiles_only, compiling_ahead, launch, on, starter
 from . import kernels
 from .kernels import SMALL, _movers
 from .pool import DataCheck, FastPool
@@ -223,8 +222,8 @@ class Few:
         copies = most * self.width * x.element_size() <= self.copied
         programs, numbers = -(-left // rows), (left, self.width // self.unit, samples)
         if (start := self.compiled.get((most, rows))) and not compiles_only():
-            start(programs, z.data_ptr(), *self.addresses, pool.data_check.found, x.data_ptr(), pool.noise.data_ptr(),
-                  pool.own.data_ptr(), pool.index.data_ptr(), pool.place.data_ptr(), *numbers)
+            start((programs, 1, 1), z.data_ptr(), *self.addresses, pool.data_check.found, x.data_ptr(),
+                  pool.noise.data_ptr(), pool.own.data_ptr(), pool.index.data_ptr(), pool.place.data_ptr(), *numbers)
         else:
             constants = self.unit, most, rows, 8 // max(most // 2, rows // 4), LANES, copies
             tensors = z, *self.told, self.keys, pool.data_check.found, x, pool.noise, pool.own, pool.index, pool.place
@@ -240,29 +239,6 @@ class Few:
 def is_current(device: torch.device) -> bool:
     """Whether Triton launches on this device."""
     return device.type != "cuda" or torch.cuda.current_device() == device.index
-
-
-def starter(kernel, constants: tuple, device: torch.device) -> Callable:
-    """A function of the number of programs and the arguments, addresses instead of tensors, that runs a compiled
-    kernel: by what its `kernel[grid]` comes to, if that is as in Triton 3.6, and nobody watches what is launched."""
-    try:
-        from triton import knobs
-        from triton.runtime import driver
-
-        runtime, stream_of = knobs.runtime, driver.active.get_current_stream
-        run, function, metadata = kernel.run, kernel.function, kernel.packed_metadata
-        watching = runtime.launch_enter_hook.calls, runtime.launch_exit_hook.calls
-    except (ImportError, AttributeError):
-        return lambda programs, *arguments: kernel[programs, 1, 1](*arguments, *constants)
-    index = device.index
-
-    def start(programs, *arguments):
-        if any(watching):
-            kernel[programs, 1, 1](*arguments, *constants)
-        else:
-            run(programs, 1, 1, stream_of(index), function, metadata, None, None, None, *arguments, *constants)
-
-    return start
 
 
 def try_out(device: torch.device, dtype: torch.dtype, width: int = 2064) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dansm import COSTS, costs_from, greedy
 
-from ..base.launch import compiles_only, compiling_ahead, launch, on
+from ..base.launch import compiles_only, compiling_ahead, launch, on, starter
 from . import draws
 from .gpu import working
 from .pool import DataCheck, FastPool
@@ -425,17 +425,17 @@ def hand_out(z: Tensor, noise: Tensor, picks: Tensor, movers: Tensor, samples: i
     fast_launch(_hand_out, grid, z, (z, noise, picks, movers, width, table), (block, grouped), warps=4)
 
 
-_compiled = {}
+_started = {}
 
 
 def fast_launch(kernel, grid, x, arguments, constants, warps, stages=3):
     """Run kernel[grid](*arguments, *constants) without Triton's check, slower than the kernel, whether such arguments
     need another compilation: the type of x and the constants tell."""
     key = kernel, x.device, x.dtype, constants
-    if (known := _compiled.get(key)) and not compiles_only():
-        known[grid](*arguments, *constants)
+    if (start := _started.get(key)) and not compiles_only():
+        start(grid, *arguments)
     elif compiled := launch(kernel, grid, *arguments, *constants, num_warps=warps, num_stages=stages):
-        _compiled[key] = compiled  # the interpreter returns None
+        _started[key] = starter(compiled, constants, x.device)  # the interpreter returns None
 
 
 def one_by_one(pools: list[KernelPool], x: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from triton import knobs
+
 from dansm.scale.base import launch
 
 ROOT = Path(__file__).parents[2]
@@ -140,3 +142,52 @@ def test_triton_finds_what_other_processes_compiled(tmp_path):
     ended = subprocess.run([sys.executable, "-c", COMPILED_ELSEWHERE], env=environment, capture_output=True, text=True,
                            timeout=300)
     assert ended.returncode == 0, ended.stderr
+
+
+# ------------------------------------------------------------------------------- launched
+
+
+class Compiled:
+    """What Triton's compiled kernels have, as far as `starter` needs it."""
+
+    function, packed_metadata = "function", "metadata"
+
+    def __init__(self):
+        self.calls = []
+
+    def run(self, *given):
+        self.calls.append(("run", *given))
+
+    def __getitem__(self, grid):
+        return lambda *given: self.calls.append(("whole", grid, *given))
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    from triton.runtime import driver
+
+    active = SimpleNamespace(get_current_stream=lambda index: f"stream of {index}")
+    monkeypatch.setattr(type(driver), "active", property(lambda self: active), raising=False)
+
+
+def test_a_compiled_kernel_is_started_by_its_parts(driver):
+    kernel = Compiled()
+    launch.starter(kernel, (16, True), torch.device("cuda:3"))((7, 2, 1), 100, 200)
+    assert kernel.calls == [("run", 7, 2, 1, "stream of 3", "function", "metadata", None, None, None, 100, 200, 16,
+                             True)]
+
+
+def test_what_is_launched_can_be_watched(driver, monkeypatch):
+    kernel = Compiled()
+    monkeypatch.setattr(knobs.runtime.launch_enter_hook, "calls", [])
+    start = launch.starter(kernel, (16,), torch.device("cuda:0"))
+    knobs.runtime.launch_enter_hook.add(print)
+    start((7, 1, 1), 100)
+    assert kernel.calls == [("whole", (7, 1, 1), 100, 16)]
+
+
+def test_a_kernel_of_another_triton_is_started_as_that_does(driver, monkeypatch):
+    monkeypatch.delattr(Compiled, "packed_metadata")
+    kernel = Compiled()
+    launch.starter(kernel, (16,), torch.device("cuda:0"))((7, 1, 1), 100)
+    assert kernel.calls == [("whole", (7, 1, 1), 100, 16)]

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from pools import CHANGES, Changed, ChangedFastPool, data
 from dansm import BadInput
 
 pytest.importorskip("triton")
-from triton import knobs
 
 from dansm.scale.matching import few_kernels, kernels, prices
 
@@ -226,49 +224,3 @@ def test_the_trial_notices_a_kernel_that_picks_wrong(monkeypatch):
 def test_the_trial_passes(dtype, monkeypatch):
     monkeypatch.setattr(few_kernels, "MANY", 40)
     few_kernels.try_out(DEVICE, dtype, width=16)
-
-
-class Kernel:
-    """What Triton's compiled kernels have, as far as `starter` needs it."""
-
-    function, packed_metadata = "function", "metadata"
-
-    def __init__(self):
-        self.calls = []
-
-    def run(self, *given):
-        self.calls.append(("run", *given))
-
-    def __getitem__(self, grid):
-        return lambda *given: self.calls.append(("whole", grid, *given))
-
-
-@pytest.fixture
-def driver(monkeypatch):
-    from triton.runtime import driver
-
-    active = SimpleNamespace(get_current_stream=lambda index: f"stream of {index}")
-    monkeypatch.setattr(type(driver), "active", property(lambda self: active), raising=False)
-
-
-def test_a_compiled_kernel_is_started_by_its_parts(driver):
-    kernel = Kernel()
-    few_kernels.starter(kernel, (16, True), torch.device("cuda:3"))(7, 100, 200)
-    assert kernel.calls == [("run", 7, 1, 1, "stream of 3", "function", "metadata", None, None, None, 100, 200, 16,
-                             True)]
-
-
-def test_what_is_launched_can_be_watched(driver, monkeypatch):
-    kernel = Kernel()
-    monkeypatch.setattr(knobs.runtime.launch_enter_hook, "calls", [])
-    start = few_kernels.starter(kernel, (16,), torch.device("cuda:0"))
-    knobs.runtime.launch_enter_hook.add(print)
-    start(7, 100)
-    assert kernel.calls == [("whole", (7, 1, 1), 100, 16)]
-
-
-def test_a_kernel_of_another_triton_is_started_as_that_does(driver, monkeypatch):
-    monkeypatch.delattr(Kernel, "packed_metadata")
-    kernel = Kernel()
-    few_kernels.starter(kernel, (16,), torch.device("cuda:0"))(7, 100)
-    assert kernel.calls == [("whole", (7, 1, 1), 100, 16)]
