@@ -236,9 +236,9 @@ def couplings():
             return value and ("< 0.001" if float(value) < 0.001 else f"{float(value):.2f}")
         return write
 
-    return listing(read("bench/couplings/cpu.csv"), ["coupling"], {
-        "set up": numbers("set_up_s", 1, " s"), "256": numbers("batch_mean_ms", 1, " ms"),
-        "one": numbers("one_mean_ms", 2, " ms"), "memory": numbers("memory_mb", 1, " MB"),
+    return listing(read("bench/couplings/h200.csv"), ["coupling"], {
+        "set up": numbers("set_up_s", 1, " s"), "256": numbers("batch_mean_ms", 2, " ms"),
+        "one": numbers("one_mean_ms", 3, " ms"), "memory": numbers("memory_mb", 0, " MB"),
         "p, batch": least("batch_p"), "p, all": least("life_p"), "p, classes": least("class_p"),
         "class told": numbers("class_told", 1, " %", 100), "‖x − z‖": numbers("path_length", 2),
         "gain": numbers("gain_share", 1, " %", 100), "crossing": numbers("crossing_share", 1, " %", 100)})
@@ -272,8 +272,8 @@ def reference(record):
             return "".join("no" if float(row[column]) < 0.001 else "yes" for row in records if row[column])
         return write
 
-    measured = {"256": numbers("batch_mean_ms", 1, " ms"), "N(0, I) in a batch": kept("batch_p"),
-                "over all": kept("life_p"), "in a class": kept("class_p"),
+    measured = {"256": numbers("batch_mean_ms", 1, " ms"), "memory": numbers("memory_mb", 0, " MB"),
+                "N(0, I) in a batch": kept("batch_p"), "over all": kept("life_p"), "in a class": kept("class_p"),
                 "class told": numbers("class_told", 1, " %", 100), "crossing": numbers("crossing_share", 0, " %", 100)}
     lines = [["", *measured, *(f"{steps} steps" for steps in ("3", "10", "20", "50")),
               "by class, 10 steps", "50 steps", "guided, 10 steps"]]
