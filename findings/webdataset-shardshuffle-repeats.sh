@@ -19,7 +19,7 @@ if ! "$python" -c "import torch, numpy" 2>/dev/null; then
   python3 -m venv "$folder/venv" && python="$folder/venv/bin/python"
   "$python" -m pip install --quiet torch==2.14.1 numpy 2>/dev/null
 fi
-"$python" -m pip install --quiet --no-deps --target "$folder/site" webdataset==1.0.2 braceexpand==0.1.7 PyYAML \
+"$python" -m pip install --quiet --no-deps --target "$folder/site" webdataset==1.0.2 braceexpand==0.1.7 PyYAML==6.0.4 \
   2>/dev/null
 cat > "$folder/epochs.py" <<'PY'
 import sys
