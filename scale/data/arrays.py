@@ -16,7 +16,7 @@ from torch import Tensor
 from dansm import BadInput
 
 from ..base.machine import check_memory
-from ..base.text import shorten
+from ..base.text import say, shorten
 from .archives import Entries, Opened
 from .pictures import Reading, Unreadable, as_array
 
@@ -142,6 +142,15 @@ def check_finite(path: Path, latents: np.ndarray) -> None:
         if not finite.all():
             wrong = start + int((~finite).any((1, 2, 3)).argmax())
             raise BadInput(f"{path} holds NaN or infinite numbers, in latent {wrong}: expected finite latents")
+
+
+def say_pixels(source: Path, latents: np.ndarray | Tensor) -> None:
+    """Print a line if the first of these latents (N, C, H, W) looks like the pixels of an image."""
+    first = torch.as_tensor(latents[0])
+    least, most = first.min().item(), first.max().item()
+    if {first.shape[0], first.shape[-1]} & {1, 3} and 0 <= least < most <= 255:
+        say(f"{source} holds floating-point numbers from 0 to {1 if most <= 1 else 255}, taken as latents; images are "
+            "uint8: save them as such")
 
 
 def open_latents(files: list[Path], _: Reading) -> Opened:

@@ -15,7 +15,7 @@ from dansm import BadInput
 from ..base.machine import free_memory
 from ..base.text import say
 from ..base.threads import ahead
-from .arrays import check_finite, open_samples
+from .arrays import check_finite, open_samples, say_pixels
 from .cache import decode_into_cache, decode_into_memory
 from .cifar import open_cifar
 from .latents import Shards, known_on_disk, open_encoded
@@ -66,6 +66,7 @@ def load_images(source: str, *, size: int | None = None, background: str = "whit
     if files.array is not None and reading.keeps(files.array):
         if files.holds_latents:
             check_finite(files.path, files.array)
+            say_pixels(files.path, files.array)
         return files.array if isinstance(files.array, np.memmap) else torch.from_numpy(files.array)
     if cache is None and not share:
         array, missing, transparent = decode_into_memory(files)
@@ -78,6 +79,8 @@ def load_images(source: str, *, size: int | None = None, background: str = "whit
             say(f"decoded images: {array.filename}, {array.nbytes / 1e9:,.1f} GB; every later run of several processes",
                 "finds it there, delete it if none will")
     say_transparent(files, transparent)
+    if files.holds_latents:
+        say_pixels(files.path, array)
     if left_out is not None:
         left_out += missing
     return array

@@ -256,6 +256,26 @@ def test_arrays_are_encoded_and_decoded(tmp_path, suffix, encoded, weights, run)
     assert np.array_equal(*decoded)
 
 
+FLOATS = {"0 to 1": (pixels(4, 3, 6, 5) / 255, 1), "channels last": (pixels(4, 6, 5, 3), 255),
+          "grey": (pixels(4, 1, 6, 5), 255), "4 channels": (pixels(4, 4, 6, 5), None),
+          "-1 to 1": (pixels(4, 3, 6, 5) / 127.5 - 1, None), "16 bits": (257.0 * pixels(4, 3, 6, 5), None)}
+
+
+@pytest.mark.parametrize("way", [*SUFFIXES, "folder", "cached"])
+@pytest.mark.parametrize("kind", FLOATS)
+def test_a_line_tells_of_latents_that_look_like_images(tmp_path, capsys, way, kind):
+    array, most = FLOATS[kind]
+    path = write(tmp_path / "data" / f"a{way if way in SUFFIXES else '.npy'}", array.astype(np.float32))
+    source, settings = (path, {}) if way in SUFFIXES else (path.parent, {})
+    if way == "cached":
+        settings = {"cache": tmp_path / "cache"}
+    for _ in range(2):  # also what a cache holds
+        assert read(source, **settings).dtype == np.float32
+        told = [line for line in capsys.readouterr().out.splitlines() if "floating-point" in line]
+        assert len(told) == (most is not None)
+        assert not told or f"{source} holds floating-point numbers from 0 to {most}, " in told[0]
+
+
 # ------------------------------------------------------------------------------- .npy
 
 
