@@ -14,7 +14,7 @@ from ..base.text import counted, say, shorten
 from .archives import classes_in, names_in
 from .arrays import labels_in
 from .cifar import open_cifar
-from .folder import in_braces
+from .folder import in_braces, is_hidden
 from .latents import known_on_disk
 from .read import LABELS, Source, files_of
 
@@ -174,7 +174,7 @@ def _of_folders(path: Path, asked: bool) -> Labels | None:
     if len(names) > 1 and "" not in folders:
         on_disk = top.is_dir() and not source.holds_archives
         inside = {folder.name for folder in top.iterdir() if folder.is_dir()} if on_disk else set()
-        if empty := {name for name in inside - set(names.tolist()) if name[0] != "."}:
+        if empty := {name for name in inside - set(names.tolist()) if not is_hidden(name)}:
             if asked:
                 raise BadInput(f"{top / min(empty)} holds no images: expected some in each folder of a class")
             say(f"{top / min(empty)} holds no images: it is no class")

@@ -79,9 +79,14 @@ def test_none_gives_none_and_auto_takes_no_folders_that_may_be_no_classes(folder
     assert stray in capsys.readouterr().out.replace("\n", "") and stray in not_labelled(count=6)
 
 
-def test_hidden_folders_and_files_are_neither_classes_nor_images(folder):
-    as_folder(folder, {".thumbnails/a.png": picture(0), "dog/.ipynb_checkpoints/b.png": picture(1), ".a.png": b""})
-    assert len(load_images(str(folder))) == 5 and as_listed(load_labels(str(folder), "auto", 5)) == (NUMBERS, NAMES)
+@pytest.mark.parametrize("setting", ["auto", "folders"])
+def test_hidden_folders_and_files_are_neither_classes_nor_images(folder, setting, capsys):
+    as_folder(folder, {".thumbnails/a.png": picture(0), "dog/.ipynb_checkpoints/b.png": picture(1), ".a.png": b"",
+                       "__MACOSX/dog/._b.png": b""})
+    assert len(load_images(str(folder))) == 5
+    capsys.readouterr()
+    assert as_listed(load_labels(str(folder), setting, 5)) == (NUMBERS, NAMES)
+    assert capsys.readouterr().out == ""
 
 
 def test_a_folder_around_the_classes_is_no_class(tmp_path):
