@@ -28,7 +28,7 @@ def launch(kernel, grid: tuple[int, ...], *arguments, num_warps: int = 8, **opti
     options |= dict(num_warps=num_warps)
     if _compilers is None:
         return kernel[grid](*arguments, **options)
-    variant = kernel, *sorted(options.items()), *map(_kind, kernel.params, arguments)
+    variant = _compilers.card, kernel, *sorted(options.items()), *map(_kind, kernel.params, arguments)
     if variant not in _asked:
         if not _asked:
             _compilers.ask(_compile_driver)
@@ -61,18 +61,19 @@ def compiling_ahead(device: torch.device, wait: bool = True) -> Iterator[None]:
     wait  until they are compiled, and those of contexts before that did not wait; a kernel that is launched too early
           is compiled a second time
     A network's fifty kernels take half a minute one after the other. Triton keeps what it compiles in files, where this
-    process finds it. On a CPU, and where processes cannot be forked, nothing changes.
+    process finds it. On a CPU, and where processes cannot be forked, as in Windows or in a daemon, nothing changes.
     """
     global _compilers
-    if device.type != "cuda" or torch.version.hip or "fork" not in multiprocessing.get_all_start_methods():
+    forks = "fork" in multiprocessing.get_all_start_methods() and not multiprocessing.current_process().daemon
+    if device.type != "cuda" or torch.version.hip or not forks:
         yield
         return
-    _compilers = Compilers()
+    _compilers = asked = Compilers(torch.cuda.get_device_capability(device))
     try:
         yield
     finally:
-        _compiling.extend(_compilers.ending())
         _compilers = None
+        _compiling.extend(asked.ending())
         if wait:
             _wait()
 
@@ -119,33 +120,40 @@ def starter(kernel, constants: tuple, device: torch.device) -> Callable:
 
 
 class Compilers:
-    """Processes that take tasks as they come. They know the current GPU's type, and use none."""
+    """Processes that take tasks as they come, each in its turn. They know a GPU's type, `card`, and use none."""
 
-    def __init__(self):
-        self.context = multiprocessing.get_context("fork")
-        self.tasks = self.context.SimpleQueue()
-        self.processes = []
-        self.most = min(MOST, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    def __init__(self, card: tuple[int, int]):
+        self.card = card
+        self.most = max(1, min(MOST, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        self.processes, self.ends = [], []  # of their pipes, where tasks go in
+        self.turns = 0
 
     def ask(self, function, *arguments) -> None:
-        """Have a function called by one of them, of which there is one more until there are enough."""
-        self.tasks.put((function, arguments))
-        if self.processes and len(self.processes) >= self.most:
-            return
+        """Have a function called by one of them. There is one more for each task until there are enough."""
+        with suppress(OSError):  # no memory for a process, or it was killed: then the launch compiles
+            if len(self.processes) < self.most:
+                self._start()
+            self.ends[self.turns % len(self.ends)].send((function, arguments))
+        self.turns += 1
+
+    def _start(self) -> None:
         with suppress(ImportError):  # its files are looked at once, not by each process
             from triton.runtime.cache import triton_key
 
             triton_key()
-        process = self.context.Process(target=_work, args=(self.tasks, torch.cuda.get_device_capability()), daemon=True)
-        with warnings.catch_warnings():
+        context = multiprocessing.get_context("fork")
+        out, end = context.Pipe(duplex=False)
+        process = context.Process(target=_work, args=(out, [*self.ends, end], self.card), daemon=True)
+        with warnings.catch_warnings(), out:
             warnings.simplefilter("ignore", DeprecationWarning)  # threads of this process hold nothing that they need
             process.start()
         self.processes.append(process)
+        self.ends.append(end)
 
     def ending(self) -> list[multiprocessing.Process]:
         """The processes, which end when all tasks are done."""
-        for _ in self.processes:
-            self.tasks.put(None)
+        for end in self.ends:
+            end.close()
         return self.processes
 
 
@@ -183,22 +191,27 @@ class Target:
         return 0
 
 
-def _work(tasks, capability: tuple[int, int]) -> None:
+def _work(tasks, ends: list, card: tuple[int, int]) -> None:
+    """Do tasks until the process that asks closes its end of the pipe or dies. ends: those that were copied here."""
     from triton.runtime import driver
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that waits decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    driver.set_active(Target(capability))
-    while task := tasks.get():
-        function, arguments = task
-        with suppress(Exception):
-            function(*arguments)
+    for end in ends:
+        end.close()
+    driver.set_active(Target(card))
+    with suppress(EOFError):
+        while True:
+            function, arguments = tasks.recv()
+            with suppress(Exception):
+                function(*arguments)
 
 
 def _compile(module: str, name: str, arguments: list, options: dict) -> None:
     """Compile a kernel for such arguments, and what launches it, into the files where Triton looks for them."""
     kernel = getattr(importlib.import_module(module), name)
-    kernel.device_caches.clear()  # of the driver before
+    with suppress(AttributeError):  # before Triton 3.3
+        kernel.device_caches.clear()  # of the driver before
     compiled = kernel.warmup(*arguments, grid=(1,), **options)
     from triton.backends.nvidia.driver import CudaLauncher
 

@@ -94,7 +94,8 @@ def train(
     **given,
 ) -> None:
     device = pick_device(device)
-    leave_out_compiler()
+    if device.type == "cuda":  # elsewhere each step of the optimizer imports it too
+        leave_out_compiler()
     if recipe not in names() and checkpoint.newest(Path(recipe)):
         raise BadInput(f"{recipe} is a run, not data: expected its recipe, {recipe}/recipe.toml, to resume it")
     given = {name: value for name, value in given.items() if value is not None}

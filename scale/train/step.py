@@ -41,17 +41,14 @@ class FastTraining(dansm.Training):
         self.compiled = recipe.compile and fused(net)
         if ranks()[1] > 1:
             take_weights_of_first(net)
-        self.net, self.clip = net, recipe.clip
+        super().__init__(net, recipe.lr, recipe.ema_decay[0], recipe.clip)
+        self.averages = [self.average, *(copy.deepcopy(self.average) for _ in recipe.ema_decay[1:])]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.copies = self._copies_of_weights()
         self.exchange = self._exchange()
         self.one_pass = self.dtype == torch.bfloat16 and bool(self.copies) and recipe.accumulate == 1
         self.updates: OnePass | None = None  # for the gradients where they lie now, if `one_pass`
         self.graph = None
-        if self.compiled:
-            self._compile_ahead()
-        super().__init__(net, recipe.lr, recipe.ema_decay[0], recipe.clip)
-        self.averages = [self.average, *(copy.deepcopy(self.average) for _ in recipe.ema_decay[1:])]
 
     def _copies_of_weights(self) -> dict[str, Tensor]:
         """The weights of products by name, in the type of the products, to be converted all at once: autocast takes 500
@@ -129,14 +126,23 @@ class FastTraining(dansm.Training):
             weight.grad = gradient
             copied.grad = None
 
-    def _compile_ahead(self) -> None:
+    def compile_ahead(self) -> None:
         """Have the kernels for a batch of the recipe compiled, while the run goes on to its first one."""
+        if not self.compiled:
+            return
         x = torch.zeros(self.recipe.batch // ranks()[1], *self.net.shape, device=self.device)
         labels = torch.zeros(len(x), dtype=torch.long, device=self.device) if self.net.classes else None
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), compiling_ahead(self.device, wait=False):
-            self._backward(dansm.RectifiedFlow(), x, x, labels)
-        self.net.zero_grad()
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            self._compile(dansm.RectifiedFlow(), x, x, labels, wait=False)
+
+    def _compile(self, flow, x: Tensor, z: Tensor, labels: Tensor | None, wait: bool) -> None:
+        """Have the kernels for such a batch compiled: nothing else comes of it."""
+        with compiling_ahead(self.device, wait):
+            self._backward(flow, x, z, labels)
+            if self.one_pass:
+                self._new_updates()(self.factor, 0.0)
+        for weight in (*self.net.parameters(), *self.copies.values()):
+            weight.grad = None
 
     def _capture(self, flow, x: Tensor, z: Tensor, labels: Tensor | None) -> None:
         """Record forward and backward for batches of this shape. A resumed run records again, so the random numbers are
@@ -145,10 +151,7 @@ class FastTraining(dansm.Training):
         self.z = z.clone()
         self.labels = labels if labels is None else labels.to(self.device, copy=True)
         random = torch.cuda.get_rng_state(self.device)
-        with compiling_ahead(self.device):
-            self._backward(flow, self.x, self.z, self.labels)
-            if self.one_pass:
-                self._new_updates()(self.factor, 0.0)
+        self._compile(flow, self.x, self.z, self.labels, wait=True)
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):

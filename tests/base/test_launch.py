@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,7 +34,7 @@ class Kernel:
 class Asked(list):
     """Takes the place of the processes: (arguments, options) of each kernel asked for. Nothing comes of it."""
 
-    waited = 0
+    card = waited = 0
 
     def ask(self, function, *arguments):
         self += [arguments[2:]] if function is launch._compile else []
@@ -52,7 +53,8 @@ class Asked(list):
 def asked(monkeypatch):
     asked = Asked()
     monkeypatch.setattr(launch, "_asked", set())
-    monkeypatch.setattr(launch, "Compilers", lambda: asked)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(launch, "Compilers", lambda card: asked)
     yield asked
     assert not launch._compiling and not launch.compiles_only()
 
@@ -102,6 +104,61 @@ def test_an_error_inside_ends_it_too(asked):
     assert asked.waited == 1
 
 
+IN_A_DAEMON = """
+import multiprocessing, torch
+from dansm.scale.base import launch
+
+def ask():
+    with launch.compiling_ahead(torch.device("cuda")):
+        assert not launch.compiles_only()
+
+process = multiprocessing.get_context("fork").Process(target=ask, daemon=True)
+process.start()
+process.join()
+raise SystemExit(process.exitcode)
+"""
+KILLED = """
+import os, time, torch
+from dansm.scale.base import launch
+
+torch.cuda.get_device_capability = lambda device: (9, 0)
+with launch.compiling_ahead(torch.device("cuda")):
+    for _ in range(3):
+        launch._compilers.ask(time.sleep, 0)
+    print(*(process.pid for process in launch._compilers.processes), flush=True)
+    os.kill(os.getpid(), 9)
+"""
+
+
+def started(code, **environment):
+    """What a Python that compiles, where the tests interpret, has come to."""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)} | environment
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_in_a_daemon_which_may_have_no_processes_all_is_launched():
+    ended = started(IN_A_DAEMON)
+    assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="processes are looked for in /proc")
+def test_no_process_outlives_the_one_that_asks():
+    pids = [int(pid) for pid in started(KILLED).stdout.split()]
+    end = time.monotonic() + 60
+    while alive := [pid for pid in pids if running(pid)]:
+        assert time.monotonic() < end, alive
+        time.sleep(0.1)
+    assert pids
+
+
+def running(pid):
+    """Whether there is such a process that is no zombie: a container may reap none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def test_elsewhere_than_on_a_gpu_all_is_launched():
     kernel = Kernel()
     with launch.compiling_ahead(torch.device("cpu")):
@@ -115,7 +172,7 @@ from dansm.scale.base import launch
 from dansm.scale.matching import draw_kernels
 
 kernel, noise = draw_kernels._fill, torch.empty(20, 1024)
-torch.cuda.get_device_capability = lambda: (9, 0)  # of an H100: Triton brings all that compiling takes
+torch.cuda.get_device_capability = lambda device: (9, 0)  # of an H100: Triton brings all that compiling takes
 with launch.compiling_ahead(torch.device("cuda")):
     draw_kernels.fill(noise, 1, 0)
     draw_kernels.fill(noise.bfloat16(), 1, 0)
@@ -126,21 +183,24 @@ kernel.warmup(noise, 1, 0, 20, 1024, 8, 128, grid=(1,), num_warps=4, enable_fp_f
 kernel.warmup(noise, 1, 0, 20, 1024, 8, 128, grid=(1,), num_warps=8, enable_fp_fusion=False)
 assert found == [True, False], found
 
-launch.LONGEST = 2  # of two processes, one is killed and one never ends; what they were asked for is not done
+launch.LONGEST = 2  # of three processes, one is killed and one never ends: the third does what it was asked for
+found.clear()
 with launch.compiling_ahead(torch.device("cuda")):
+    launch._compilers.most = 3
     launch._compilers.ask(os.kill, os.getpid(), 0)
-    launch._compilers.ask(time.sleep, 1000)
-    launch._compilers.ask(time.sleep, 1000)
-    launch.launch(kernel, (1,), noise.double(), 1, 0, 20, 1024, 8, 128)
     os.kill(launch._compilers.processes[0].pid, signal.SIGKILL)
+    launch._compilers.ask(time.sleep, 1000)
+    launch.launch(kernel, (1,), noise.half(), 1, 0, 20, 1024, 8, 128, num_warps=4, enable_fp_fusion=False)
+    for _ in range(30):
+        launch._compilers.ask(time.sleep, 0)
 assert not launch._compiling and not multiprocessing.active_children()
+kernel.warmup(noise.half(), 1, 0, 20, 1024, 8, 128, grid=(1,), num_warps=4, enable_fp_fusion=False)
+assert found == [True], found
 """
 
 
 def test_triton_finds_what_other_processes_compiled(tmp_path):
-    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run([sys.executable, "-c", COMPILED_ELSEWHERE], env=environment, capture_output=True, text=True,
-                           timeout=300)
+    ended = started(COMPILED_ELSEWHERE, TRITON_CACHE_DIR=str(tmp_path))
     assert ended.returncode == 0, ended.stderr
 
 

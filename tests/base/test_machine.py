@@ -1,9 +1,12 @@
 """Devices, their memory and their speed."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from support import ROOT
 
 from dansm import BadInput, NoisePool
 from dansm.scale.base import machine
@@ -100,3 +103,20 @@ def test_the_hardware_has_a_name():
     described = hardware(CPU)
     assert described["device"] == "cpu" and described["gpu"] is None and described["cores"] >= 1
     assert described["torch"] == torch.__version__
+
+
+WITHOUT_COMPILER = """
+import sys, torch
+from dansm.scale.base.machine import leave_out_compiler
+
+leave_out_compiler()
+optimizer = torch.optim.Adam([torch.ones(2, requires_grad=True)])
+optimizer.zero_grad()
+optimizer.load_state_dict(optimizer.state_dict())
+assert "torch._dynamo" not in sys.modules
+"""
+
+
+def test_an_optimizer_is_made_without_torchs_compiler():
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", WITHOUT_COMPILER], env=environment, check=True, timeout=300)

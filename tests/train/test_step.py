@@ -46,6 +46,23 @@ def test_a_batch_in_parts_gives_the_step_of_the_whole_batch(monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)  # Adam divides small gradients by small ones
 
 
+@pytest.mark.parametrize("settings", [{}, {"precision": "bf16"}, {"precision": "bf16", "accumulate": 2}], ids=str)
+def test_compiling_ahead_asks_for_kernels_and_leaves_no_trace(settings, monkeypatch):
+    """Forward and backward run on a batch of zeros, as a GPU does between the kernels that are only compiled."""
+    net, pairs = network(**TINY, classes=3), with_labels(batches(3))
+    run, plain = through_copies(net, **settings), through_copies(net, **settings)
+    run.one_pass = plain.one_pass = False  # that is a kernel
+    run.compiled, random, calls, backward = True, torch.get_rng_state(), [], run._backward
+    monkeypatch.setattr(run, "_backward", lambda *given: calls.append(given) or backward(*given))
+    run.compile_ahead()
+    (_, x, _, labels), = calls
+    assert x.shape == (8, 1, 8, 8) and labels.shape == (8,)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(weight.grad is None for weight in (*run.net.parameters(), *run.copies.values()))
+    run.compiled = False
+    assert torch.equal(train(run, pairs), train(plain, pairs)) and same(run.state_dict(), plain.state_dict())
+
+
 def with_labels(pairs):
     return [(x, z, torch.randint(3, (8,))) for x, z in pairs]
 
