@@ -325,13 +325,14 @@ def _evenly_spaced(x: Tensor) -> tuple[Tensor, int]:
 def _tile_of(pixels: int, channels: int, group: int) -> tuple[int, int, int]:
     """What one program holds: (rows, columns, how many of these it uses, whole groups)."""
     rows = min(triton.next_power_of_2(pixels), 1024)
-    columns = min(32 if rows >= 64 else 64, TILE // rows, triton.next_power_of_2(channels))
+    most = 32 if rows >= 64 and 32 % group == 0 else 64  # with groups of other sizes a fourth of 32 would be idle
+    columns = min(most, TILE // rows, triton.next_power_of_2(channels))
     columns = max(columns, triton.next_power_of_2(group))
     return max(1, min(rows, TILE // columns)), columns, columns // group * group
 
 
 def _warps(numbers: int) -> dict[str, int | None]:
-    """Settings of a launch. Many warps get fewer registers, so that two programs share a multiprocessor."""
+    """Settings of a launch. Eight warps get so few registers that two programs share a multiprocessor."""
     warps = max(1, min(16, numbers // 1024))
     return {"num_warps": warps, "maxnreg": 128 if warps >= 8 else None}
 

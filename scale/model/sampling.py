@@ -237,7 +237,8 @@ def at_once(net: dansm.UNet, device: torch.device, guidance: Guidance = UNGUIDED
 
 def operations_per_image(settings: dict) -> float:
     """Multiplications and additions of a training step: three times those of the forward pass."""
-    narrow = dansm.UNet(**settings | {"width": 4}).eval()  # the same layers at the same sizes of the image
+    with torch.random.fork_rng([]):  # which its weights are drawn from
+        narrow = dansm.UNet(**settings | {"width": 4}).eval()  # the same layers at the same sizes of the image
     pixels = {}
     for name, layer in narrow.named_modules():
         layer.register_forward_hook(lambda _, x, y, name=name: pixels.update({name: y[0, 0].numel()}))

@@ -130,6 +130,13 @@ def test_the_norm_of_images_of_many_rows_is_its_formula(size, many_rows):
     check_norm(*size, torch.float32)
 
 
+@pytest.mark.parametrize("pixels, channels, group, used", [
+    (1024, 128, 4, 16), (256, 256, 8, 32), (256, 384, 12, 60), (64, 512, 16, 32), (64, 20, 20, 20), (16, 256, 8, 64)])
+def test_a_program_of_the_norm_leaves_few_channels_idle(pixels, channels, group, used):
+    rows, columns, taken = fused._tile_of(pixels, channels, group)
+    assert taken == used and taken % group == 0 and rows * columns <= fused.TILE
+
+
 def check_norm(n, channels, groups, height, width, dtype):
     inputs = inputs_of_norm(n, channels, height, width, dtype)
     wanted = numbers(n, channels, height, width, dtype=dtype), numbers(n, channels, height, width, dtype=dtype)

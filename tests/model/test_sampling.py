@@ -132,5 +132,7 @@ def test_operations_are_those_that_torch_counts(settings):
         net = dansm.UNet(**settings).eval()
         with FlopCounterMode(display=False) as counter:
             net(torch.empty(1, *net.shape), torch.empty(1))
+    random = torch.get_rng_state()
     assert operations_per_image(net.settings) == 3 * counter.get_total_flops() > 0
+    assert torch.equal(torch.get_rng_state(), random)
 
