@@ -17,6 +17,11 @@ def test_path_length_is_the_mean_distance():
     assert path_length(x, z) == pytest.approx(expected, rel=1e-5)
 
 
+def test_pairs_of_other_shapes_have_no_length():
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        path_length(torch.zeros(2, 3, 8, 8), torch.zeros(2, 8, 8, 3))
+
+
 def test_own_noise_nearest_is_the_share_of_samples_whose_own_noise_is_nearest():
     z = torch.tensor([[0.0], [10.0], [20.0], [30.0]])
     assert own_noise_nearest(z + 1, z) == 1

@@ -16,7 +16,8 @@ from rich.table import Table
 
 console = Console()
 SOON, SELDOM = (2, 10), 30  # seconds after which plain lines tell of long work; later ones are this far apart, or 1 %
-BETWEEN = {"dansm", "torch", "contextlib", "typer", "click"}  # packages by way of which a user's line makes us warn
+# Packages by way of which a user's line makes us warn.
+BETWEEN = {"dansm", "torch", "contextlib", "concurrent", "threading", "typer", "click"}
 
 
 class Stopped(Exception):
@@ -31,7 +32,7 @@ def say(*words: str) -> None:
 def warn(message: str) -> None:
     """Warn, naming the line of the user's that led here: the nearest one outside of the packages BETWEEN."""
     frame, level = sys._getframe(), 1
-    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in BETWEEN:
+    while frame.f_back and str(frame.f_globals.get("__name__")).partition(".")[0] in BETWEEN:
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
 

@@ -172,7 +172,8 @@ def read_latent(path: Path, read: Callable[[], bytes]) -> np.ndarray:
     other array."""
     with _naming(path):
         array = np.lib.format.read_array(BytesIO(read()), allow_pickle=False)
-    if array.dtype not in (np.float16, np.float32) or array.shape[:-3] not in ((), (1,)) or 0 in array.shape[-3:]:
+    one = array.ndim == 3 or (array.ndim == 4 and len(array) == 1)
+    if array.dtype not in (np.float16, np.float32) or not one or not array.size:
         raise BadInput(f"{path} holds {array.dtype} {array.shape}: expected one latent (C, H, W) of float16 or float32")
     latent = array.reshape(1, *array.shape[-3:])
     check_finite(path, latent)

@@ -128,7 +128,7 @@ def _of_arrays(path: Path) -> Labels | None:
 
 
 def _of_archives(path: Path) -> Labels | None:
-    """The classes that lie next to the images in archives, if there are two or more."""
+    """The classes that lie next to the images or latents in archives, if there are two or more."""
     source = Source(path, _files(path))
     if not source.holds_archives:
         return None
@@ -137,8 +137,8 @@ def _of_archives(path: Path) -> Labels | None:
         return None
     for file, of_file in classes.items():
         if None in of_file.numbers:
-            image = file / names_in(file, source.wanted)[of_file.numbers.index(None)]
-            raise BadInput(f"{image} has no .cls, others do: expected one for each image, or --labels none")
+            sample = file / names_in(file, source.wanted)[of_file.numbers.index(None)]
+            raise BadInput(f"{sample} has no .cls, others do: expected one for each sample, or --labels none")
     numbers = np.array([number for of_file in classes.values() for number in of_file.numbers], np.int64)
     labels = _numbered(f"the .cls of {path}", numbers)
     return labels if len(labels.names) > 1 else None

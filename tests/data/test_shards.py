@@ -177,7 +177,9 @@ def test_arrays_next_to_images_in_a_shard_are_no_latents(tmp_path, capsys):
     (np.zeros((3, 8, 8), np.uint8), r"uint8 \(3, 8, 8\)"), (np.zeros((2, 4, 8, 8), np.float16), r"\(2, 4, 8, 8\)"),
     (np.zeros((77, 768), np.float16), r"\(77, 768\)"), (np.zeros((4, 8, 8)), "float64"), (np.zeros(3), r"\(3,\)"),
     (np.full((4, 8, 8), np.nan, np.float16), "NaN"), (np.zeros((4, 8, 9), np.float16), r"\(4, 8, 8\)"),
-    (np.array([[[None]]]), "allow_pickle"), (np.zeros((4, 0, 8), np.float16), r"\(4, 0, 8\)")], ids=str)
+    (np.array([[[None]]]), "allow_pickle"), (np.zeros((4, 0, 8), np.float16), r"\(4, 0, 8\)"),
+    (np.zeros((77, 8), np.float16), r"\(77, 8\)"), (np.zeros(8, np.float16), r"\(8,\)"),
+    (np.zeros((), np.float32), r"\(\)")], ids=str)
 def test_arrays_that_are_no_latents_are_named_with_their_shard(tmp_path, not_loaded, packing, array, said):
     shard = packed(tmp_path / f"a{packing}", {"0.npy": npy(latents(1)[0]), "1.npy": npy(array)})
     assert re.search(rf"{shard}/1.npy (holds|cannot be read).*{said}", not_loaded(shard))

@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -181,6 +182,13 @@ def test_a_kernel_that_is_compiled_already_does_not_run_while_others_are_only_co
     monkeypatch.setattr(launch, "_compilers", "some processes")
     kernels.fast_launch("kernel", (1,), x, (7,), (), warps=4)
     assert (ran, asked) == ([(7,)], [("kernel", (1,), 7)])
+
+
+def test_pools_are_multiplied_in_few_sizes():
+    """For each new one cuBLAS takes longer to choose its way than the GPU to multiply."""
+    sizes = [kernels.multiplied(SimpleNamespace(left=left, rows=10_000)) for left in range(10_001)]
+    assert len(set(sizes)) < 130 and max(sizes) == 10_000
+    assert all(left <= size <= max(left + 15, 1.07 * left) and size % 16 == 0 for left, size in enumerate(sizes))
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
