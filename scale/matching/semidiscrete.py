@@ -23,7 +23,7 @@ from dansm import (
 )
 
 from ..base.machine import free_memory
-from ..base.text import shorten
+from ..base.text import shorten, warn
 from .gpu import working
 from .groups import moved
 from .inside import OfOneProcess, as_known_to, card, drawn, from_elsewhere, stream_after, warn_of_fresh_noises
@@ -49,7 +49,8 @@ class Part(NamedTuple):
 
 
 class FastSemidiscrete(OfOneProcess, Semidiscrete):
-    """`dansm.Semidiscrete` for millions of samples, on a GPU. Call `solve` before `draw`: else shares are uneven.
+    """`dansm.Semidiscrete` for millions of samples, on a GPU. Call `solve` before `draw`: else shares are uneven,
+    which a warning tells once.
 
     It takes the arguments of `dansm.Semidiscrete`, and:
 
@@ -97,7 +98,7 @@ class FastSemidiscrete(OfOneProcess, Semidiscrete):
         self.content = hashlib.blake2b(keys.numpy().tobytes(), digest_size=16).hexdigest()
         for of_part in self.all_parts():
             self._keep(of_part, first_potentials(of_part.points))
-        self.solved = False  # or loaded
+        self.solved = self.warned = False  # solved, or loaded; warned that it is not
         self.progress = {}  # the states of parts' solvers, by the numbers of parts
         kernels = working("semidiscrete_kernels", self.device) if self.dtype != torch.float64 else None
         self.nearest = kernels.nearest if kernels else nearest
@@ -232,6 +233,9 @@ class FastSemidiscrete(OfOneProcess, Semidiscrete):
             return drawn(self, count, labels)
         self.check_worker()
         self.settle()
+        if not (self.solved or self.warned):
+            warn("draw() is called before solve(): noises may take some samples far more often than others")
+            self.warned = True
         with torch.inference_mode(False), torch.no_grad():
             return self._draw(check_count("count", count, at_least=0), labels)
 

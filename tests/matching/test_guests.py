@@ -17,6 +17,7 @@ from dansm.scale.matching import inside, pool, sampler, semidiscrete
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPE = (3, 4, 4)
+pytestmark = pytest.mark.filterwarnings("ignore:.*before solve")
 
 
 @pytest.fixture(autouse=True)

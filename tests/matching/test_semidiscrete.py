@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 
 import pytest
 import torch
@@ -255,6 +256,21 @@ def test_a_start_that_is_even_is_not_made_worse(kind):
     assert unevenness(counts(coupling)) < 0.1
 
 
+def test_one_warning_tells_of_noises_that_are_drawn_before_a_solve():
+    coupling, loaded = Semidiscrete(points()), Semidiscrete(points())
+    with pytest.warns(UserWarning, match=r"before solve\(\)") as told:
+        coupling.draw(2)
+        coupling.draw(2, torch.zeros(2, dtype=torch.int64))
+    assert len(told) == 1 and told[0].filename == __file__
+    coupling.solve()
+    loaded.load_solution(coupling.solution())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for one in (coupling, loaded, solved(points())):
+            one.draw(2)
+
+
+@pytest.mark.filterwarnings("ignore:.*before solve")
 def test_a_start_in_few_dimensions_takes_the_nearest_sample():
     x = points(500, 3) - points(500, 3).mean(0)
     start = Semidiscrete(x)
