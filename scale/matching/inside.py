@@ -25,17 +25,27 @@ _handles = count()
 
 def matched(pool: NoisePool, x: Tensor, labels: Tensor | None, mask: Tensor | None = None) -> Tensor:
     """pool(x, labels), or pool(x, labels, mask), for code that is being compiled."""
+    check_real({"the batch is": x, "the labels are": labels, "the mask is": mask})
     return torch.ops.dansm.matched(x.detach(), labels, mask, pool.calls, pool.handle)
 
 
 def fresh(pool: NoisePool, x: Tensor) -> Tensor:
     """pool.fresh(x), for code that is being compiled."""
+    check_real({"the batch is": x})
     return torch.ops.dansm.fresh(x.detach(), pool.calls, pool.handle)
 
 
 def drawn(coupling: Semidiscrete, count: int, labels: Tensor | None) -> tuple[Tensor, Tensor]:
     """coupling.draw(count, labels), for code that is being compiled."""
+    check_real({"the labels are": labels})
     return torch.ops.dansm.drawn(count, labels, coupling.calls, coupling.handle)
+
+
+def check_real(given: dict[str, Tensor | None]) -> None:
+    """BadInput for complex numbers, for which Inductor fails. What else is wrong is refused when the operation runs."""
+    for told, tensor in given.items():
+        if isinstance(tensor, Tensor) and tensor.is_complex():
+            raise BadInput(f"{told} of {tensor.dtype}: expected real numbers")
 
 
 # It changes `calls`, so that no call is left out, moved or made one with another; as that is on the CPU, CUDA graphs

@@ -113,6 +113,18 @@ def test_what_a_compiled_step_may_not_give_is_refused_when_it_runs():
         step(batches(1)[0])  # a GPU tells when the next batch comes
 
 
+@pytest.mark.parametrize("asked", ["pool", "fresh", "labels", "draw"])
+@pytest.mark.parametrize(("error", "told"), [
+    (BadInput, "(are|is).* torch.complex64"), (RuntimeError, "(are|is) of torch.complex64: expected real numbers")])
+def test_complex_numbers_are_refused_before_inductor_fails_for_them(asked, error, told):
+    x, numbers = batches(1)[0].to(torch.complex64), torch.zeros(5, dtype=torch.complex64, device=DEVICE)
+    plain, grouped, coupling = pool_of(), pool_of(groups=3), dansm.Semidiscrete(torch.cat(batches(4)))
+    call = {"pool": lambda: plain(x), "fresh": lambda: plain.fresh(x), "labels": lambda: grouped(x.real, numbers),
+            "draw": lambda: coupling.draw(5, numbers)}[asked]
+    with pytest.raises(error, match=told):
+        torch.compile(call, fullgraph=error is not BadInput)()
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda pool: pickle.loads(pickle.dumps(pool))])
 def test_a_compiled_step_asks_the_copy_that_it_is_given(copied):
     first = pool_of()
