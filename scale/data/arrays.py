@@ -155,7 +155,8 @@ def say_pixels(source: Path, latents: np.ndarray | Tensor) -> None:
 
 def open_latents(files: list[Path], _: Reading) -> Opened:
     """A folder of latents, (C, H, W) each or (n, C, H, W) each, which are taken as they are."""
-    dims = (open_array(files[0]).ndim,)
+    first = open_array(files[0]).ndim
+    dims = (first,) if first in (3, 4) else (3, 4)
 
     def read(path: Path) -> np.ndarray:
         latents = open_samples(path, dims)

@@ -355,6 +355,14 @@ def test_latents_of_unequal_shape_or_type_are_refused_naming_two(tmp_path, not_l
         assert "b.npy" in message and f"expected {'equal ' * bool(word)}{word}" in message
 
 
+@pytest.mark.parametrize("shape", [(768,), (7, 768), (1, 4, 2, 2, 2)])
+def test_a_folder_of_latents_of_another_form_is_refused_by_file_and_shape(tmp_path, not_loaded, shape):
+    for name in "ab":
+        np.save(tmp_path / f"{name}.npy", np.ones(shape, np.float32))
+    line = not_loaded(tmp_path)
+    assert f"{tmp_path / 'a.npy'} holds float32 {shape}: " in line and "(C, H, W)" in line
+
+
 def test_latents_are_not_resized(tmp_path, not_loaded):
     np.save(tmp_path / "a.npy", stack(2))
     for source in (tmp_path, tmp_path / "a.npy"):
