@@ -378,7 +378,9 @@ class FastPool(inside.OfOneProcess, NoisePool):
         size, self.why = min(limits)
         size = size // self.ranks * self.ranks
         if size < 2:
-            size, self.why = 0, "random pairs, as the training empties no pool ten times"
+            fits = largest >= max(2, self.ranks)
+            cause = "the training empties no pool ten times" if fits else "no pool of two or more fits into memory"
+            size, self.why = 0, f"random pairs, as {cause}"
         return size
 
     def _largest(self, match_size: int | None, pools: int, share: int = 1) -> tuple[int, str]:

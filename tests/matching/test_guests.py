@@ -321,6 +321,14 @@ def test_an_automatic_pool_is_emptied_ten_times_and_fits(settings, size, recwarn
     drawn("groups" if "groups" in settings else "pool", pool, 4)
 
 
+@pytest.mark.parametrize(("settings", "cause"), [
+    (dict(expected=10**9, memory=1e-3), "memory"), (dict(expected=10**9, memory=1e-3, groups=4), "memory"),
+    (dict(expected=19), "training"), (dict(expected=19, memory=0.3), "training")])
+def test_an_automatic_pool_tells_why_there_is_none(settings, cause):
+    pool = pool_of("auto", **settings)
+    assert pool.match_size == 0 and [word for word in ("memory", "training") if word in pool.why] == [cause]
+
+
 @pytest.mark.parametrize("settings", [{}, {"groups": 4}])
 def test_an_automatic_pool_takes_the_size_of_a_saved_one(settings):
     kind = "groups" if settings else "pool"
