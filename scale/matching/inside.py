@@ -155,6 +155,11 @@ def check_arguments(called: str, kind: type, arguments: tuple, settings: dict) -
 class OfOneProcess:
     """What draws noises, which are to be drawn by one process alone, also from code that is compiled."""
 
+    @property
+    def _called(self) -> str:
+        """The name by which users make one."""
+        return "Semidiscrete" if isinstance(self, Semidiscrete) else "NoisePool"
+
     @torch.inference_mode(False)
     def _enter(self) -> None:
         """Get a handle, by which operations find this as long as it is there, and a count of what they ask."""
@@ -169,12 +174,12 @@ class OfOneProcess:
     def check_worker(self) -> None:
         """BadInput in a worker of a DataLoader."""
         if get_worker_info() is not None:
-            raise BadInput(f"a {type(self).__name__} is called in a worker of a DataLoader, where each would hand out "
+            raise BadInput(f"a {self._called} is called in a worker of a DataLoader, where each would hand out "
                            "the same noises: expected a call in the process that trains, on the loader's batches")
 
     def __getstate__(self) -> dict:
         """BadInput where it is on the way to another process, as to a worker of a DataLoader."""
         if get_spawning_popen() is not None:
-            raise BadInput(f"a {type(self).__name__} is sent to another process, where it would hand out the same "
+            raise BadInput(f"a {self._called} is sent to another process, where it would hand out the same "
                            "noises: expected one made where it is called, in the process that trains")
         return self.__dict__

@@ -402,7 +402,8 @@ class FastPool(inside.OfOneProcess, NoisePool):
         if match_size is None:
             if largest < 2:
                 needed = self._bytes(2, pools) / 1e9
-                raise BadInput(f"match_size is None: two in each need {needed:,.2f} GB and {limit}; expected more")
+                noises = "two noises" if pools == 1 else f"two noises for each of {pools:,} groups"
+                raise BadInput(f"match_size is None: {noises} need {needed:,.2f} GB and {limit}; expected more")
             return largest
         if isinstance(match_size, str):
             raise BadInput(f'match_size is {match_size!r}: expected a whole number, "auto" or None')

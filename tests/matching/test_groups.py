@@ -359,7 +359,7 @@ def test_none_takes_what_fits_for_all_groups_and_memory_bounds_them_together():
 def test_a_pool_of_which_one_group_does_not_fit_is_refused_at_once():
     with pytest.raises(BadInput, match=r"match_size is 100,000: .*GB.*memory is 1.0 GB.*at most"):
         NoisePool(10**5, (4, 32, 32), memory=1.0, groups=10)
-    with pytest.raises(BadInput, match="two in each need"):
+    with pytest.raises(BadInput, match="two noises for each of 10,000 groups need"):
         NoisePool(None, (4, 32, 32), memory=0.1, groups=10_000)
 
 
