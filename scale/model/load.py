@@ -219,6 +219,14 @@ def read_average(path: Path, average: int = 0) -> tuple[dict[str, Tensor], dict]
         return averages[average]["weights"], about
 
 
+def read_initial(init: str) -> tuple[dict[str, Tensor], dict]:
+    """`read_average` of what --init names, as refusals say."""
+    try:
+        return read_average(Path(init))
+    except BadInput as error:
+        raise BadInput(f"--init: {error}") from error
+
+
 def _read_export(path: Path) -> tuple[dict[str, Tensor], dict]:
     from safetensors import SafetensorError, safe_open
 

@@ -13,7 +13,7 @@ from ..base.processes import everyones, ranks
 from ..base.text import counted, say
 from ..data.labels import Labels
 from ..model import checkpoint
-from ..model.load import read_average
+from ..model.load import read_initial
 from ..model.recipe import AUTO, COMPARING, Recipe
 
 SMALL_SIDE = 64  # pixels; above, and on a GPU, the network is the paper's for larger images
@@ -54,7 +54,7 @@ def settled(recipe: Recipe, shape: tuple[int, ...], labels: Labels | None, devic
 def _network(recipe: Recipe, side: int, device: torch.device) -> tuple[str, str]:
     """The network for images of that longer side, and why."""
     if recipe.init:
-        return read_average(Path(recipe.init))[1]["recipe"]["network"], f"that of {recipe.init}"
+        return read_initial(recipe.init)[1]["recipe"]["network"], f"that of {recipe.init}"
     if device.type == "cpu":
         return "tiny", "for a CPU"
     if side <= SMALL_SIDE:

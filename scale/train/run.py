@@ -21,7 +21,7 @@ from ..data.labels import Labels, load_labels
 from ..data.latents import known_of
 from ..matching.coarse import key_shape
 from ..model import checkpoint, sampling
-from ..model.load import read_average
+from ..model.load import read_initial
 from ..model.recipe import FLOWS, Recipe, check_without_labels, make_flow
 from .auto import groups_of, new_pool, settled
 from .coupled_batches import CoupledBatches
@@ -93,7 +93,7 @@ def fit(images: Tensor | np.ndarray, recipe: Recipe, *, out: Path, fresh: bool, 
     folder = RunFolder(out, run, pool, images, fresh, labels)
     seconds = folder.resume()
     if recipe.init and run.step == 0:
-        begin_with(run, Path(recipe.init))
+        begin_with(run, recipe.init)
     if run.step < recipe.steps:
         run.compile_ahead()
     overdue = due(recipe, run.step) and not folder.has_evaluation()  # it was cut off after its checkpoint
@@ -201,13 +201,13 @@ def new_network(images, recipe: Recipe, classes: int = 0) -> dansm.UNet:
     return net
 
 
-def begin_with(run: FastTraining, path: Path) -> None:
+def begin_with(run: FastTraining, init: str) -> None:
     """Take the averaged weights of another run. BadInput for those of another network."""
-    weights, about = read_average(path)
+    weights, about = read_initial(init)
     theirs, ours = about["network"], run.net.settings
     if differences := [f"{name} {theirs.get(name)} → {ours.get(name)}" for name in theirs | ours
                        if theirs.get(name) != ours.get(name) and name not in ("dropout", "label_dropout")]:
-        raise BadInput(f"--init is {path}, a run of another network ({', '.join(differences)}): expected the same")
+        raise BadInput(f"--init is {init}, a run of another network ({', '.join(differences)}): expected the same")
     with checkpoint.reading(about["file"]):
         for net in (run.net, *run.averages):
             net.load_state_dict(weights)

@@ -288,10 +288,13 @@ def test_a_new_run_begins_with_the_averaged_weights_of_another_and_needs_them_on
 def test_weights_of_another_network_or_of_nothing_begin_no_run(train, refused, images, tmp_path):
     train("--steps", 1, "--width", 16, out="first")
 
-    def begin(folder):
-        return refused("train", images, "--out", tmp_path / "out", *FAST, "--steps", 1, "--init", folder)
+    def begin(folder, *options):
+        line = refused("train", images, "--out", tmp_path / "out", *FAST, "--steps", 1, "--init", folder, *options)
+        assert "--init" in line
+        return line
 
     assert "a run of another network (width 16 → " in begin(tmp_path / "first")
     assert "holds no checkpoint: expected the folder" in begin(tmp_path)
-    assert str(tmp_path / "none.pt") in begin(tmp_path / "none.pt")
+    for network in ("auto", "tiny"):  # by auto it is that of the other run
+        assert str(tmp_path / "none.pt") in begin(tmp_path / "none.pt", "--network", network)
     assert not (tmp_path / "out").exists()
