@@ -65,6 +65,11 @@ READERS = {".npy": _read_npy, ".npz": _read_npz, ".safetensors": _read_safetenso
 SUFFIXES = frozenset(READERS)
 
 
+def types_in(path: Path) -> str:
+    """The types of numbers that latents in such a file may have: NumPy's have no bfloat16."""
+    return "float16 or float32" if path.suffix.lower() in (".npy", ".npz") else "float16, bfloat16 or float32"
+
+
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
     """Turn any error of a damaged or foreign file into Unreadable with its path."""
@@ -77,7 +82,7 @@ def _naming(path: Path) -> Iterator[None]:
                          "a tensor, or a dictionary of some") from error
     except Exception as error:  # a header is parsed as Python; each format has its own kinds
         raise Unreadable(f"{path} cannot be read as arrays ({' '.join(str(error).split())}): expected a whole "
-                         f"{path.suffix} file of images or latents") from error
+                         f"{path.suffix} file of images of uint8, or latents of {types_in(path)}") from error
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -132,7 +137,7 @@ def open_samples(path: Path, dims: tuple[int, ...] = (3, 4)) -> np.ndarray:
         return array if array.ndim == 4 else array[None]
     latents = "(C, H, W)" if dims == (3,) else "(N, C, H, W)" if dims == (4,) else SHAPES["latents"]
     raise BadInput(f"{path} holds {array.dtype} {shape}: expected images {SHAPES['images']} of uint8, or latents "
-                   f"{latents} of float16 or float32")
+                   f"{latents} of {types_in(path)}")
 
 
 def check_finite(path: Path, latents: np.ndarray) -> None:

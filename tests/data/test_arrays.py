@@ -151,6 +151,18 @@ def test_bfloat16_becomes_float32(tmp_path, suffix):
     assert found.dtype == np.float32 and np.array_equal(found, x.float().numpy())
 
 
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn], ids=str)
+def test_latents_of_another_type_are_refused_with_the_types_of_such_a_file(tmp_path, not_loaded, suffix, dtype):
+    x = torch.zeros(3, 4, 2, 2, dtype=dtype)
+    torches = suffix in (".safetensors", ".pt")
+    if dtype.itemsize == 1 and not torches:
+        pytest.skip("NumPy has no float8")
+    line = not_loaded(write(tmp_path / f"a{suffix}", x if torches else x.numpy()))
+    assert "float8" in line.lower() or "float64" in line
+    assert line.endswith("of float16, bfloat16 or float32" if torches else "of float16 or float32")
+
+
 @pytest.mark.parametrize("suffix", SUFFIXES[1:])
 def test_latents_are_found_next_to_what_trainers_keep_with_them(tmp_path, suffix):
     x = latents(4, 3, 2)
