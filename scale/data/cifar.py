@@ -51,6 +51,16 @@ def open_cifar(data: str) -> tuple[str, object] | None:
     dataset = type(cifar.dataset, (getattr(torchvision.datasets, cifar.dataset),), {"base_folder": folder.name})
     try:
         return cifar.name, dataset(folder.parent)
-    except (OSError, RuntimeError) as error:
-        raise BadInput(f"{folder} holds files of {cifar.name} that are damaged, or not all ({error}): expected the "
-                       "folder as torchvision leaves it") from error
+    except (OSError, RuntimeError) as error:  # torchvision's advice is to download it, and names no file
+        why = error if isinstance(error, OSError) else _wrong_file(folder, dataset)
+        raise BadInput(f"{folder} holds files of {cifar.name}, and {why}: expected the folder as torchvision leaves "
+                       "it") from error
+
+
+def _wrong_file(folder: Path, dataset: type) -> str:
+    """The first file of torchvision's set that is missing or damaged in the folder, and which of both."""
+    from torchvision.datasets.utils import check_integrity
+
+    files = *dataset.train_list, *dataset.test_list, (dataset.meta["filename"], dataset.meta["md5"])
+    wrong = next(name for name, digest in files if not check_integrity(folder / name, digest))
+    return f"{wrong} is {'damaged' if (folder / wrong).exists() else 'missing'}"

@@ -76,14 +76,19 @@ def test_by_that_name_a_folder_here_is_taken_and_nothing_downloaded(cifar):
     assert np.array_equal(load_images("cifar10"), cifar[1])  # tests run in tmp_path
 
 
-def test_damaged_or_missing_batches_are_refused_by_folder_and_no_code_runs(cifar, not_loaded):
+def test_damaged_or_missing_files_are_refused_by_name_and_no_code_runs(cifar, not_loaded):
     folder, _, _ = cifar
-    name = "data_batch_1" if (folder / "data_batch_1").exists() else "train"
-    (folder / name).write_bytes(b"cos\nsystem\n(S'touch bang'\ntR.")
-    assert str(folder) in not_loaded(folder.parent)
+    names = ("batches.meta", "data_batch_1", "test_batch") if "10-" in folder.name else ("meta", "train", "test")
+    meta, batch, test = (folder / name for name in names)
+    for path in (meta, batch):
+        whole = path.read_bytes()
+        path.write_bytes(b"cos\nsystem\n(S'touch bang'\ntR.")
+        line = not_loaded(folder.parent)
+        assert f"{folder} holds" in line and f"{path.name} is damaged" in line and "download" not in line
+        path.write_bytes(whole)
     assert not (folder.parents[1] / "bang").exists()
-    (folder / "test_batch").unlink(missing_ok=True)
-    assert str(folder) in not_loaded(folder)
+    test.unlink()
+    assert f"{test.name} is missing" in not_loaded(folder)
 
 
 def test_next_to_images_the_batches_are_files_of_another_kind(cifar, capsys):
