@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,18 +78,19 @@ def in_words(values: list[float]) -> str:
     return f"{found['mean']:.3f}" + (f"\n[dim]±{found['std']:.3f}[/]" if len(values) > 1 else "")
 
 
-def each_seed(train: Callable[[str, int], Any], ways: Iterable[str], seeds: Sequence[int], file: Path,
+def each_seed(train: Callable[[str, int], Any], ways: Collection[str], seeds: Sequence[int], file: Path,
               device: str | torch.device) -> Iterator:
     """Yield {way: train(way, seed)} for each seed. On a CPU several trainings run side by side, one on each core, also
     while the caller draws. Ctrl-C tells how many seeds the caller has in its file."""
     processes = PROCESSES if torch.device(device).type == "cpu" else 1
-    trainings = side_by_side(train, [(way, seed) for seed in seeds for way in ways], processes)
-    for done, seed in enumerate(seeds):
-        try:
-            trained = {way: next(trainings) for way in with_bar(ways, f"seed {seed}")}
-        except KeyboardInterrupt as stop:
-            raise Stopped(f"stopped: {done} of {counted(len(seeds), 'seed')} in {file}") from stop
-        yield trained
+    calls = [(way, seed) for seed in seeds for way in ways]
+    with closing(with_bar(side_by_side(train, calls, processes), "trainings", len(calls))) as trainings:
+        for done in range(len(seeds)):
+            try:
+                trained = {way: next(trainings) for way in ways}
+            except KeyboardInterrupt as stop:
+                raise Stopped(f"stopped: {done} of {counted(len(seeds), 'seed')} in {file}") from stop
+            yield trained
 
 
 def run(main: Callable) -> None:

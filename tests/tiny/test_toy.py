@@ -2,7 +2,8 @@
 
 import json
 from functools import partial
-from itertools import islice
+from itertools import count, islice
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from PIL import Image
 from support import files_of
 
 import dansm
+from dansm.scale.base import text
 from dansm.scale.base.files import read_csv
 from dansm.scale.base.statistics import inter_path_distance
 from dansm.scale.base.text import Stopped
@@ -178,6 +180,21 @@ def test_stopping_keeps_the_seeds_that_are_done(small, tmp_path, monkeypatch):
         toy.run("two-moons", settings(seeds=3), tmp_path)
     trainings = json.loads((tmp_path / "toy.json").read_text())["trainings"]
     assert [(training["method"], training["seed"]) for training in trainings] == [(m, 0) for m in dansm.METHODS]
+
+
+def test_the_time_left_is_that_of_all_seeds(tmp_path, monkeypatch, capsys):
+    seconds = count(step=40)  # for each training, the moment when it ends
+    monkeypatch.setattr(text, "time", SimpleNamespace(monotonic=lambda: now))
+    now = 0
+
+    def train(way, seed):
+        nonlocal now
+        now = next(seconds)
+        return way, seed
+
+    trained = list(comparison.each_seed(train, ["a", "b"], range(3), tmp_path / "x.json", "cpu"))
+    assert trained == [{way: (way, seed) for way in "ab"} for seed in range(3)]
+    assert capsys.readouterr().out.splitlines()[-1] == "trainings, 5 of 6, left 0:00:40"
 
 
 def test_trainings_side_by_side_are_those_of_one_process(tmp_path, monkeypatch):
