@@ -1,7 +1,7 @@
 """Your own training loop in plain PyTorch: a rectified flow on the 1,797 digits that come with scikit-learn.
 
-One line differs from usual training; the comment "was:" shows what it replaces. The pool goes into the checkpoint, 4
-bytes for each noise that is left, and a resumed run ends with the same weights to the last bit.
+One line differs from usual training; the comment "was:" shows what it replaces. The pool goes into the checkpoint, 8
+bytes for each noise that is left and some of the digits; a resumed run ends with the same weights to the last bit.
 
     python examples/bare.py        25 seconds on two cores; --steps 4000 for more
 """
