@@ -302,7 +302,7 @@ def test_in_a_loaders_workers_it_is_refused():
     pool = pool_of()
     loader = DataLoader(images(4), batch_size=2, num_workers=1, collate_fn=lambda x: pool(torch.stack(x)),
                         multiprocessing_context="fork")
-    with pytest.raises(BadInput, match="CoarsePool is called in a worker"):
+    with pytest.raises(BadInput, match="a NoisePool is called in a worker"):
         next(iter(loader))
 
 
