@@ -84,7 +84,7 @@ def inner_products(x: Tensor, z: Tensor) -> Tensor:
 
 def path_length(x: Tensor, z: Tensor) -> float:
     """Mean ‖x_i − z_i‖ over pairs (B, ...)."""
-    return rows(check_tensor(x) - z).norm(dim=1).mean().item()
+    return rows(check_tensor(x) - check_tensor(z)).norm(dim=1).mean().item()
 
 
 def cost_matrix(x: Tensor, z: Tensor, cost: str = "squared") -> Tensor:
