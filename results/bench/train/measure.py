@@ -1,13 +1,12 @@
 """Time whole training steps of several checkouts on one GPU, in turn, several rounds.
 
-    python results/bench/train/measure.py 583a1bc=FOLDER now=. --out results/bench/train/h200.csv [--rounds 6]
-    python results/bench/train/measure.py now=. all=.@0 three=.@3 --out results/bench/train/limits.csv
+    python results/bench/train/measure.py 583a1bc=FOLDER@10 now=. tries=.@10 --out h200.csv [--rounds 6]
 
 A step is all that `dansm train` does for one: the next batch, its noises from a pool of 10,000, gradients, weights and
 average. Each checkout has a process, which holds both networks ready; only one computes at a time. A round is a pool's
 life, so that every noise is drawn and every pool runs empty. The 25 longest kernels of the last checkout go to a file
-of the same name that ends in -kernels.csv. FOLDER@N lets cuDNN try N ways of each convolution, 0 for all; else it tries
-ten. --tiny tries all of it on a CPU.
+of the same name that ends in -kernels.csv. FOLDER@N lets cuDNN try N ways of each convolution, 0 for all, as long runs
+let it try ten, and 583a1bc all runs; else it tries none. --tiny tries all of it on a CPU.
 
 median_ms, least_ms, most_ms  of the steps of one round, by the GPU's clock
 loss                          mean of these steps
@@ -61,7 +60,7 @@ def started(folder, kernels, tiny):
     """A process that serves the checkout in `folder`; it begins at once to compile."""
     folder, _, limit = folder.partition("@")
     folder = Path(folder).resolve()
-    environment = os.environ | {"PYTHONPATH": str(folder), "TRITON_CACHE_DIR": kernels, "WAYS_OF_CUDNN": limit or "10"}
+    environment = os.environ | {"PYTHONPATH": str(folder), "TRITON_CACHE_DIR": kernels, "WAYS_OF_CUDNN": limit}
     return subprocess.Popen([sys.executable, Path(__file__).resolve(), "--serve", *["--tiny"][: tiny]], cwd=folder,
                             env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -122,8 +121,8 @@ def serve(cases, kind):
     import torch
 
     device = torch.device(kind)
-    torch.backends.cudnn.benchmark = True  # as the trainer does
-    torch.backends.cudnn.benchmark_limit = int(os.environ["WAYS_OF_CUDNN"])
+    if ways := os.environ["WAYS_OF_CUDNN"]:
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = True, int(ways)
     try:
         from dansm.scale.bench import train
     except ImportError:  # before its modules had rooms
