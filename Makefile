@@ -44,7 +44,7 @@ latent-bedroom: $(READY)  ## LSUN encoded, trained on, sampled, FID; each stage 
 	$(DANSM) sample runs/latent-bedroom --autoencoder $(AUTOENCODER) --steps 5 --out runs/latent-bedroom-samples $(SAMPLE)
 	$(DANSM) evaluate runs/latent-bedroom --autoencoder $(AUTOENCODER) --out runs/latent-bedroom-evaluate $(EVALUATE)
 
-test: $(READY)  ## the quick tests (two minutes on two cores)
+test: $(READY)  ## the quick tests (six minutes on two cores)
 	$(PYTHON) -m pytest -q -n auto -m "not slow"
 
 test-all: test  ## those, and the slow ones: browser, Triton's interpreter, processes, kills, examples, lesson
