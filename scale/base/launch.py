@@ -61,11 +61,11 @@ def compiling_ahead(device: torch.device, wait: bool = True) -> Iterator[None]:
     wait  until they are compiled, and those of contexts before that did not wait; a kernel that is launched too early
           is compiled a second time
     A network's fifty kernels take half a minute one after the other. Triton keeps what it compiles in files, where this
-    process finds it. On a CPU, and where processes cannot be forked, as in Windows or in a daemon, nothing changes.
+    process finds it. Where processes cannot be forked, as in Windows or in a daemon, nothing is compiled ahead, and no
+    kernel runs inside all the same. On a CPU nothing changes.
     """
     global _compilers
-    forks = "fork" in multiprocessing.get_all_start_methods() and not multiprocessing.current_process().daemon
-    if device.type != "cuda" or torch.version.hip or not forks:
+    if device.type != "cuda":
         yield
         return
     _compilers = asked = Compilers(torch.cuda.get_device_capability(device))
@@ -124,12 +124,18 @@ class Compilers:
 
     def __init__(self, card: tuple[int, int]):
         self.card = card
-        self.most = max(1, min(MOST, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        self.most = 0  # where none may be forked, or for a GPU of another maker
+        forks = "fork" in multiprocessing.get_all_start_methods() and not multiprocessing.current_process().daemon
+        if forks and not torch.version.hip:
+            cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            self.most = max(1, min(MOST, cores))
         self.processes, self.ends = [], []  # of their pipes, where tasks go in
         self.turns = 0
 
     def ask(self, function, *arguments) -> None:
         """Have a function called by one of them. There is one more for each task until there are enough."""
+        if not self.most:
+            return
         with suppress(OSError):  # no memory for a process, or it was killed: then the launch compiles
             if len(self.processes) < self.most:
                 self._start()
