@@ -185,7 +185,7 @@ def test_a_kernel_that_is_compiled_already_does_not_run_while_others_are_only_co
 
 
 def test_pools_are_multiplied_in_few_sizes():
-    """For each new one cuBLAS takes longer to choose its way than the GPU to multiply."""
+    """For each new size cuBLAS takes longer to choose its way than the GPU to multiply."""
     sizes = [kernels.multiplied(SimpleNamespace(left=left, rows=10_000)) for left in range(10_001)]
     assert len(set(sizes)) < 130 and max(sizes) == 10_000
     assert all(left <= size <= max(left + 15, 1.07 * left) and size % 16 == 0 for left, size in enumerate(sizes))
